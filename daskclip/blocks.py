@@ -1,0 +1,59 @@
+"""Grid arithmetic: cutting a box of integers into smaller boxes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+Box = tuple[slice, ...]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Smallest integer that is at least ``a / b``."""
+    return -(-a // b)
+
+
+def grid(shape: Sequence[int], step: Sequence[int]) -> tuple[int, ...]:
+    """Number of boxes of size ``step`` along each axis of ``shape``."""
+    return tuple(ceil_div(n, k) for n, k in zip(shape, step, strict=True))
+
+
+def box(index: Sequence[int], step: Sequence[int], shape: Sequence[int]) -> Box:
+    """Region of grid cell ``index``, cut off at the edge of ``shape``."""
+    return tuple(
+        slice(i * k, min((i + 1) * k, n)) for i, k, n in zip(index, step, shape, strict=True)
+    )
+
+
+def box_shape(region: Box) -> tuple[int, ...]:
+    """Extent of a region along each axis."""
+    return tuple(s.stop - s.start for s in region)
+
+
+def tile_shape(shape: Sequence[int], size: int) -> tuple[int, ...]:
+    """Box of at most ``size`` elements that grows from the last axis on, the contiguous one."""
+    step = []
+    for n in reversed(shape):
+        k = max(1, min(n, size))
+        step.append(k)
+        size //= k
+    return tuple(reversed(step))
+
+
+def boxes(shape: Sequence[int], step: Sequence[int]) -> Iterator[Box]:
+    """All boxes of size ``step`` that cover ``shape``, the last axis fastest.
+
+    Examples
+    --------
+    >>> list(boxes((3, 4), (2, 4)))
+    [(slice(0, 2, None), slice(0, 4, None)), (slice(2, 3, None), slice(0, 4, None))]
+    """
+    if math.prod(shape):
+        for index in product(*map(range, grid(shape, step))):
+            yield box(index, step, shape)
+
+
+def tiles(shape: Sequence[int], size: int) -> Iterator[Box]:
+    """Boxes of at most ``size`` elements that cover ``shape``."""
+    return boxes(shape, tile_shape(shape, size))

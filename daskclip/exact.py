@@ -1,0 +1,305 @@
+"""Exact sums of squares per slice, so that no order of summation can change a bit.
+
+A float64 with at most 22 significant bits on a known grid is a *digit*: products of two digits add
+up in float64 without rounding over 512 terms. Every element of a panel is cut into digits on the
+grid of the panel's largest element,
+
+    x      = d0 + d1 + ...        d_i a multiple of 2**(top - 22 * (i + 1))
+    sum x² = sum of d_i · d_j     by weight i + j, each one an exact integer
+
+and the integers go into limbs of 32 bits, one number per slice. Elements too small for the digits
+of their panel are set aside and summed later on a grid of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from daskclip.blocks import Box, box_shape, boxes, ceil_div, tile_shape, tiles
+
+Array = npt.NDArray[Any]
+
+DIGIT = 22
+RUN = 512  # terms of one float64 dot product: 2 * DIGIT + log2(RUN) <= 53
+TILE = 1 << 14  # elements; three float64 tiles stay in the second-level cache
+PANEL = 1 << 18  # elements that share one grid: 2 * DIGIT + log2(PANEL) < 63, an int64
+LIMB = 32
+MASK = np.int64(2**LIMB - 1)
+FAR = 400  # squares of elements beyond 2**±FAR leave float64's range
+
+NAN, INF = 1, 2
+
+
+class Partial(NamedTuple):
+    """Exact sum of squares of every slice of a block, or of several blocks.
+
+    Equal sums have equal fields: leading and trailing limbs that are zero in all slices are cut.
+    """
+
+    limbs: Array
+    """uint32 of shape (k, *kept): the sum is Σ limbs[i] · 2**(32 · (low + i))."""
+    low: int
+    """Position of the first limb."""
+    flags: Array
+    """uint8 of shape kept: NAN and INF, for what was met; neither is in the sum."""
+    count: int
+    """Elements per slice (two for a complex one)."""
+
+
+def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> Partial:
+    """Exact sum of squares of ``x`` over ``axes``.
+
+    Parameters
+    ----------
+    x : ndarray
+        Floating point or complex.
+    axes : tuple of int
+        Axes to reduce, not negative, without repetition.
+    omit_nan : bool
+        NaN elements do not count and set no flag.
+
+    Returns
+    -------
+    Partial
+        Reduced axes have size 1.
+
+    Notes
+    -----
+    Holds some 1 MB of scratch and, per slice, 8 bytes for each limb in use: 4 to 6 limbs for
+    data of ordinary spread, at most 20 for float32 and 136 for float64.
+
+    Examples
+    --------
+    >>> partial_norm(np.float32([[3, 4]]), (1,)).limbs.tolist()
+    [[[25]]]
+    """
+    if x.dtype.kind == "c":
+        if omit_nan and np.isnan(x).any():
+            x = np.where(np.isnan(x), 0, x)
+        return combine([partial_norm(x.real, axes), partial_norm(x.imag, axes)])
+    total = _Accumulator(x, axes)
+    with np.errstate(all="ignore"):
+        if x.size:
+            total.add_block(x, omit_nan)
+        limbs, low = _canonical(total.sums, total.low)
+    kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
+    count = math.prod(x.shape[k] for k in axes)
+    return Partial(limbs.reshape(-1, *kept), low, total.flags.reshape(kept), count)
+
+
+def combine(parts: Sequence[Partial]) -> Partial:
+    """Sum of several partials of the same kept shape, in any order and grouping.
+
+    Examples
+    --------
+    >>> x = np.float32([3, 4, 12])
+    >>> combine([partial_norm(x[:1], (0,)), partial_norm(x[1:], (0,))]).limbs.tolist()
+    [[169]]
+    """
+    if len(parts) == 1:
+        return parts[0]
+    flags = np.bitwise_or.reduce([p.flags for p in parts])
+    count = sum(p.count for p in parts)
+    full = [p for p in parts if len(p.limbs)]
+    if not full:
+        return Partial(parts[0].limbs, 0, flags, count)
+    low = min(p.low for p in full)
+    sums = np.zeros((max(p.low + len(p.limbs) for p in full) - low, *flags.shape), np.int64)
+    for p in full:
+        sums[p.low - low : p.low - low + len(p.limbs)] += p.limbs
+    limbs, low = _canonical(sums, low)
+    return Partial(limbs, low, flags, count)
+
+
+def _canonical(sums: Array, low: int) -> tuple[Array, int]:
+    """Carry, then cut the limbs that are zero in every slice."""
+    if not sums.size:
+        return np.zeros((0, *sums.shape[1:]), np.uint32), 0
+    sums = np.concatenate([sums, np.zeros((2, *sums.shape[1:]), np.int64)])
+    for i in range(len(sums) - 1):
+        sums[i + 1] += sums[i] >> LIMB
+        sums[i] &= MASK
+    used = np.flatnonzero(sums.any(axis=tuple(range(1, sums.ndim))))
+    if not used.size:
+        return np.zeros((0, *sums.shape[1:]), np.uint32), 0
+    return sums[used[0] : used[-1] + 1].astype(np.uint32), low + int(used[0])
+
+
+def _magnitude(x: Array) -> float:
+    """Largest magnitude; infinity and NaN win. By bits, since float16 compares slowly."""
+    bits = x.view(f"{x.dtype.str[0].replace('V', '=')}u{x.dtype.itemsize}")
+    unsigned = f"=u{x.dtype.itemsize}"
+    top = (bits & np.array(-1, f"=i{x.dtype.itemsize}").view(unsigned) // 2).max()
+    return float(np.array(top, unsigned).view(x.dtype.newbyteorder("="))[()])
+
+
+class _Accumulator:
+    """Running sums of one block: int64 limbs with room for carries, in a window that grows."""
+
+    def __init__(self, x: Array, axes: tuple[int, ...]) -> None:
+        kept = [k for k in range(x.ndim) if k not in axes]
+        self.shape = tuple(x.shape[k] for k in kept)
+        self.sums: Array = np.zeros((0, *self.shape), np.int64)
+        self.low = 0
+        self.flags: Array = np.zeros(self.shape, np.uint8)
+        self.aside: list[tuple[Array, Array]] = []
+        slices = math.prod(self.shape)
+        fastest = min(range(x.ndim), key=lambda k: (x.shape[k] == 1, abs(x.strides[k])), default=0)
+        # slices lie along the rows or the columns of a tile, whichever reads memory in order
+        self.rows = slices < 16 or (fastest in axes and x.size >= 16 * slices)
+        self.order = [*kept, *sorted(axes)] if self.rows else [*sorted(axes), *kept]
+        self.cut = len(kept) if self.rows else len(axes)
+        digits = 4 if x.dtype.itemsize == 8 else 2
+        self.pairs = [(i, j) for i in range(digits) for j in range(i, digits)]
+        self.scratch = np.empty((digits + 1, TILE + 2 * TILE // RUN + RUN))
+
+    def add_block(self, x: Array, omit_nan: bool = False) -> None:
+        view = x.transpose(self.order)
+        reduced = tuple(range(self.cut, x.ndim)) if self.rows else tuple(range(self.cut))
+        for where in self.pieces(view.shape, PANEL):
+            panel, at = view[where], self.kept(where)
+            top = _magnitude(panel)
+            if not math.isfinite(top):
+                panel = panel.astype(np.float64)
+                nan, inf = np.isnan(panel), np.isinf(panel)
+                if not omit_nan:
+                    self.flags[at] |= nan.any(axis=reduced) * np.uint8(NAN)
+                self.flags[at] |= inf.any(axis=reduced) * np.uint8(INF)
+                panel[nan | inf] = 0.0
+                top = _magnitude(panel)
+            if top:
+                self.add_panel(panel, top, at)
+            if sum(len(values) for values, _ in self.aside) > PANEL:
+                self.add_aside()
+        self.add_aside()
+
+    def pieces(self, shape: tuple[int, ...], size: int) -> Iterator[Box]:
+        """Boxes of at most ``size`` elements; columns stay tall, so that sums are few."""
+        if self.rows:
+            return tiles(shape, size)
+        wide = min(size, max(256, size // math.prod(shape[: self.cut])))
+        kept = tile_shape(shape[self.cut :], wide)
+        return boxes(shape, (*tile_shape(shape[: self.cut], size // math.prod(kept)), *kept))
+
+    def kept(self, box: Box) -> Box:
+        return box[: self.cut] if self.rows else box[self.cut :]
+
+    def matrix(self, x: Array) -> Array:
+        """The same elements as (slices, n) for rows, (n, slices) for columns."""
+        return x.reshape(math.prod(x.shape[: self.cut]), math.prod(x.shape[self.cut :]))
+
+    def add_panel(self, panel: Array, top: float, at: Box) -> None:
+        e, scaled = math.frexp(top)[1], 0
+        if abs(e) > FAR:
+            near = np.ldexp(panel, -e)
+            if (lost := np.ldexp(near, e) != panel).any():
+                self.set_aside(panel[lost], self.matrix(lost), at)
+                near[lost] = 0.0
+            panel, scaled, e = near, e, 0
+        # of the products of digits i and j; both orders for i < j
+        units = [2 * e - DIGIT * (i + j + 2) + (i < j) for i, j in self.pairs]
+        scale = np.array([math.ldexp(1.0 + (i < j), -u) for (i, j), u in zip(self.pairs, units)])
+        sums = np.zeros((len(units), *box_shape(at)), np.int64)
+        for t in self.pieces(panel.shape, TILE):
+            tile, inside = self.matrix(panel[t]), self.kept(t)
+            flat, digits = self.digits(tile, e)
+            whole = flat == digits[-1]
+            if not whole.all():
+                small = ~whole
+                values = flat[small]
+                for d in reversed(digits[:-1]):
+                    values += d[small]
+                for d in digits:
+                    d[small] = 0.0
+                corner = zip(at, inside, strict=True)
+                deep = tuple(slice(a.start + s.start, a.start + s.stop) for a, s in corner)
+                self.set_aside(np.ldexp(values, scaled), self.unpadded(small, tile), deep)
+            products = self.products(digits, tile.shape, scale)
+            sums[(slice(None), *inside)] += products.reshape(-1, *box_shape(inside))
+        self.add_integers(sums, [u + 2 * scaled for u in units], at)
+
+    def unpadded(self, flat: Array, tile: Array) -> Array:
+        """View of a padded scratch row as the matrix ``tile`` that was put there."""
+        if self.rows:
+            return flat.reshape(len(tile), -1)[:, : tile.shape[1]]
+        return flat.reshape(-1, tile.shape[1])[: len(tile)]
+
+    def digits(self, tile: Array, top: int) -> tuple[Array, list[Array]]:
+        """Cut a matrix into digits; the first result is what the last of them should equal."""
+        slices, n = tile.shape if self.rows else tile.shape[::-1]
+        runs = ceil_div(n, RUN)
+        flat, *digits = self.scratch[:, : slices * runs * ceil_div(n, runs)]
+        if flat.size != tile.size:
+            flat[:] = 0.0
+        self.unpadded(flat, tile)[...] = tile
+        for i, d in enumerate(digits):
+            # adding 1.5 · 2**(52 + g) rounds to a multiple of 2**g
+            magic = math.ldexp(1.5, 52 + top - DIGIT * (i + 1))
+            np.add(flat, magic, out=d)
+            np.subtract(d, magic, out=d)
+            if d is not digits[-1]:
+                np.subtract(flat, d, out=flat)
+        return flat, digits
+
+    def products(self, digits: list[Array], shape: tuple[int, ...], scale: Array) -> Array:
+        """Scaled sums of the products of two digits, int64 of shape (pairs, slices)."""
+        slices, n = shape if self.rows else shape[::-1]
+        runs = ceil_div(n, RUN)
+        dots = np.empty((len(scale), slices, runs) if self.rows else (len(scale), runs, slices))
+        split = [d.reshape((slices, runs, -1) if self.rows else (runs, -1, slices)) for d in digits]
+        for (i, j), out in zip(self.pairs, dots, strict=True):
+            if self.rows:
+                np.vecdot(split[i], split[j], out=out)
+            else:
+                np.einsum("rns,rns->rs", split[i], split[j], out=out)
+        dots *= scale[:, None, None]
+        return dots.astype(np.int64).sum(axis=2 if self.rows else 1)
+
+    def set_aside(self, values: Array, small: Array, at: Box) -> None:
+        """Keep elements for later with the numbers of their slices; ``small`` marks a matrix."""
+        numbers: Array = np.zeros((), np.int64)
+        for s, n in zip(at, self.shape, strict=True):
+            numbers = numbers[..., None] * n + np.arange(s.start, s.stop)
+        where = np.nonzero(small)[0 if self.rows else 1]
+        self.aside.append((values, numbers.reshape(-1)[where]))
+
+    def add_aside(self) -> None:
+        while self.aside:
+            values, numbers = map(np.concatenate, zip(*self.aside, strict=True))
+            self.aside.clear()
+            each = _Accumulator(values, ())
+            each.add_block(values)
+            self.cover(each.low, each.low + len(each.sums))
+            flat = self.sums.reshape(len(self.sums), -1)
+            for i, limb in enumerate(each.sums, each.low - self.low):
+                np.add.at(flat[i], numbers, limb)
+
+    def add_integers(self, values: Array, units: list[int], at: Box) -> None:
+        """Add ``values[p] * 2**units[p]`` for every p."""
+        place, shift = np.divmod(units, LIMB)
+        self.cover(int(place.min()), int(place.max()) + 3)
+        by = shift.reshape((-1,) + (1,) * (values.ndim - 1))
+        low = (values & MASK).astype(np.uint64) << by.astype(np.uint64)
+        high = (values >> LIMB) << by
+        limbs = (
+            (low & np.uint64(MASK)).astype(np.int64),
+            (low >> np.uint64(LIMB)).astype(np.int64) + (high & MASK),
+            high >> LIMB,
+        )
+        for i, limb in enumerate(limbs):
+            for p, k in zip(place - self.low + i, limb, strict=True):
+                self.sums[(p, *at)] += k
+
+    def cover(self, first: int, stop: int) -> None:
+        """Make the window hold the limbs from ``first`` up to ``stop``."""
+        if not len(self.sums):
+            self.low = first
+        below, above = max(0, self.low - first), max(0, stop - self.low - len(self.sums))
+        if below or above:
+            self.sums = np.pad(self.sums, [(below, above)] + [(0, 0)] * (self.sums.ndim - 1))
+            self.low -= below
