@@ -116,10 +116,25 @@ def combine(parts: Sequence[Partial]) -> Partial:
     return Partial(limbs, low, flags, count)
 
 
+def combine_all(parts: Sequence[Partial]) -> Partial:
+    """Sum over all slices of several partials, as one slice of shape ().
+
+    Examples
+    --------
+    >>> combine_all([partial_norm(np.float32([[3], [4]]), (1,))]).limbs.tolist()
+    [25]
+    """
+    single = [Partial(np.zeros((0,), np.uint32), 0, np.zeros((), np.uint8), 0)]
+    for p in parts:
+        flags = np.bitwise_or.reduce(p.flags, axis=None)
+        limbs = p.limbs.sum(axis=tuple(range(1, p.limbs.ndim)), dtype=np.int64)
+        sums, low = _canonical(limbs, p.low)
+        single.append(Partial(sums, low, np.asarray(flags, np.uint8), p.count * p.flags.size))
+    return combine(single)
+
+
 def _canonical(sums: Array, low: int) -> tuple[Array, int]:
     """Carry, then cut the limbs that are zero in every slice."""
-    if not sums.size:
-        return np.zeros((0, *sums.shape[1:]), np.uint32), 0
     sums = np.concatenate([sums, np.zeros((2, *sums.shape[1:]), np.int64)])
     for i in range(len(sums) - 1):
         sums[i + 1] += sums[i] >> LIMB
@@ -132,10 +147,10 @@ def _canonical(sums: Array, low: int) -> tuple[Array, int]:
 
 def _magnitude(x: Array) -> float:
     """Largest magnitude; infinity and NaN win. By bits, since float16 compares slowly."""
-    bits = x.view(f"{x.dtype.str[0].replace('V', '=')}u{x.dtype.itemsize}")
-    unsigned = f"=u{x.dtype.itemsize}"
-    top = (bits & np.array(-1, f"=i{x.dtype.itemsize}").view(unsigned) // 2).max()
-    return float(np.array(top, unsigned).view(x.dtype.newbyteorder("="))[()])
+    native = np.dtype(f"u{x.dtype.itemsize}")
+    bits = x.view(x.dtype.str[0] + native.str[1:])
+    top = (bits & native.type(np.iinfo(native).max // 2)).max()
+    return float(np.array(top, native).view(x.dtype.newbyteorder("="))[()])
 
 
 class _Accumulator:
@@ -203,7 +218,7 @@ class _Accumulator:
             panel, scaled, e = near, e, 0
         # of the products of digits i and j; both orders for i < j
         units = [2 * e - DIGIT * (i + j + 2) + (i < j) for i, j in self.pairs]
-        scale = np.array([math.ldexp(1.0 + (i < j), -u) for (i, j), u in zip(self.pairs, units)])
+        scale = np.array([math.ldexp(1.0 + (i < j), -u) for (i, j), u in zip(self.pairs, units, strict=True)])
         sums = np.zeros((len(units), *box_shape(at)), np.int64)
         for t in self.pieces(panel.shape, TILE):
             tile, inside = self.matrix(panel[t]), self.kept(t)

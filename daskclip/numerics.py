@@ -9,13 +9,15 @@ to nearest can add. Below the normal range, where that half unit is no longer re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.blocks import tiles
+from daskclip.blocks import boxes, tile_shape, tiles
+from daskclip.errors import NonFiniteError
 from daskclip.exact import INF, LIMB, NAN, TILE, Partial, partial_norm
 
 Array = npt.NDArray[Any]
@@ -28,6 +30,7 @@ PRECISION = {
     "float64": (53, -1074),
 }
 FACTOR_BITS = 29
+SLICES = 1 << 15
 SHIFT = -900  # exponents of float64 factors below this are kept apart
 
 
@@ -109,6 +112,11 @@ def finalize(partial: Partial, clip_norm: float, dtype: np.dtype[Any]) -> Scale:
     return Scale(factor, shift, toward_zero, norm)
 
 
+def nan_if_infinite(partial: Partial) -> Partial:
+    """Infinite slices count as NaN, as they do for a global norm."""
+    return partial._replace(flags=np.where(partial.flags != 0, np.uint8(NAN), partial.flags))
+
+
 class _Leading(NamedTuple):
     """A sum by its highest 128 bits: (high · 2**64 + low + more) · 2**exponent, high >= 2**63."""
 
@@ -181,9 +189,8 @@ def _rounded(partial: Partial, root: Array, low_part: Array, half: Array) -> Arr
     undecided |= np.abs(np.abs(low_part) - half_gap) <= half_gap * eps
     undecided |= np.abs(np.abs(low_part) - half_gap / 2) <= half_gap * eps  # below a power of two
     undecided |= half < -1040
-    norm = np.ldexp(root, half)
-    norm[root == 0] = 0.0
-    for index in zip(*np.nonzero(undecided & (root > 0)), strict=True):
+    norm = np.where(root == 0, 0.0, np.ldexp(root, half))
+    for index in map(tuple, np.argwhere(undecided & (root > 0))):
         norm[index] = _exact_norm(partial, index)
     return norm
 
@@ -215,7 +222,7 @@ def _factor(
     slack = 2.0625 * 2.0**-53 if bits == 53 else 2.0**-FACTOR_BITS
     mantissa = q + (correction - q * slack)
     if bits != 53:
-        mantissa.view(np.int64)[...] &= -(1 << (53 - FACTOR_BITS))
+        mantissa = (mantissa.view(np.int64) & -(1 << (53 - FACTOR_BITS))).view(np.float64)
     return mantissa, (c_exponent - half).astype(np.int32)
 
 
@@ -261,6 +268,73 @@ def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
         else:
             _rescale_tiles(x, scale, out)
     return out
+
+
+def clip_block(
+    x: Array, clip_norm: float, axes: tuple[int, ...], *, omit_nan: bool = False, out: Array | None = None
+) -> tuple[Array, Array]:
+    """Clip the slices of a block that holds them whole.
+
+    Parameters
+    ----------
+    x : ndarray
+        Floating point or complex.
+    clip_norm : float
+        See `finalize`.
+    axes : tuple of int
+        Axes to reduce, not negative, without repetition.
+    omit_nan : bool
+        NaN elements do not count.
+    out : ndarray, optional
+        Of the shape and dtype of ``x``; may be ``x`` itself.
+
+    Returns
+    -------
+    clipped : ndarray
+        ``out``, of the shape and dtype of ``x``.
+    norm : ndarray of shape kept
+        float64 norms before clipping; reduced axes have size 1.
+
+    Notes
+    -----
+    Works on 2**15 slices at a time, so that what it holds per slice stays at some 10 MB.
+
+    Examples
+    --------
+    >>> clip_block(np.float32([[3, 4]]), 2.5, (1,))[1]
+    array([[5.]])
+    """
+    if out is None:
+        out = np.empty_like(x, subok=False)
+    norm = np.empty(tuple(1 if k in axes else n for k, n in enumerate(x.shape)))
+    step = tile_shape(norm.shape, SLICES)
+    for kept in boxes(norm.shape, step):
+        region = tuple(slice(None) if k in axes else s for k, s in enumerate(kept))
+        part = x[region]
+        scale = finalize(partial_norm(part, axes, omit_nan=omit_nan), clip_norm, x.dtype)
+        rescale(part, scale, out[region])
+        norm[kept] = scale.norm
+    return out, norm
+
+
+def require_finite(
+    x: Array, axes: tuple[int, ...], start: Sequence[int] | None = None, chunk: Any = None
+) -> None:
+    """Raise for the first slice of a block that holds NaN or infinity.
+
+    ``start`` is the place of the block in its array and ``chunk`` its number, for the message.
+    """
+    finite = np.isfinite(x).all(axis=axes, keepdims=True)
+    if finite.all():
+        return
+    index = np.argwhere(~finite)[0]
+    name = ", ".join(
+        ":" if k in axes else str(i + (start[k] if start else 0)) for k, i in enumerate(index)
+    )
+    where = f" (chunk {tuple(chunk)})" if chunk is not None else ""
+    raise NonFiniteError(
+        f"slice [{name}] holds nan or infinity{where}; use nonfinite='propagate' or 'omit'"
+    )
 
 
 def _rescale_tiles(x: Array, scale: Scale, out: Array) -> None:

@@ -1,0 +1,25 @@
+"""Clip L2-norms of arrays larger than memory, exactly.
+
+The map of the package, from the bottom up; imports go down only.
+
+=============  ====================================================================
+errors         every error, with its exit code
+blocks         grid arithmetic
+exact          exact sums of squares of NumPy blocks
+numerics       from a sum to norm, factor and rescaled block
+parameters     the arguments of the operation
+indexed        IndexedSlices
+norms          the Dask tree that combines sums
+recipes        chunks that are made again instead of held
+storage        the only file that imports zarr
+lazy           the operation as Dask graphs
+clip           the operation on arrays: start reading here
+=============  ====================================================================
+"""
+
+from daskclip.clip import clip_by_global_norm, clip_by_norm, global_norm, norm
+from daskclip.indexed import IndexedSlices
+
+__version__ = "0.1.0"
+
+__all__ = ["IndexedSlices", "clip_by_global_norm", "clip_by_norm", "global_norm", "norm"]

@@ -1,0 +1,112 @@
+"""Slices of a larger array, as TensorFlow's sparse gradients have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from daskclip.errors import InvalidTypeError, InvalidValueError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IndexedSlices:
+    """Rows ``values[i] = dense[indices[i]]`` of an array of shape ``dense_shape``.
+
+    Parameters
+    ----------
+    values : array of shape (n, ...)
+        NumPy, Dask or Zarr array.
+    indices : array of shape (n,)
+        Integer positions along the first axis of the dense array; duplicates are allowed.
+    dense_shape : sequence of int, optional
+        Shape of the dense array.
+
+    See Also
+    --------
+    clip_by_norm : Clips ``values`` and passes the rest through.
+
+    References
+    ----------
+    `tf.IndexedSlices <https://www.tensorflow.org/api_docs/python/tf/IndexedSlices>`_
+
+    Examples
+    --------
+    >>> s = IndexedSlices(np.float32([[1, 2], [3, 4]]), np.array([2, 2]), (4, 2))
+    >>> s.to_dense()[2]
+    array([4., 6.], dtype=float32)
+    >>> s.coalesce().indices
+    array([2])
+    """
+
+    values: Any
+    """Array of shape (n, ...)."""
+    indices: Any
+    """Integer array of shape (n,)."""
+    dense_shape: Any = None
+    """Shape of the dense array, or None."""
+
+    def to_dense(self) -> Any:
+        """Dense NumPy array; rows with the same index are added, absent rows are 0.
+
+        Returns
+        -------
+        ndarray of shape dense_shape
+            Of the dtype of ``values``.
+
+        Raises
+        ------
+        ValueError
+            If ``dense_shape`` is None or an index lies outside it.
+
+        Notes
+        -----
+        Computes lazy values and holds the dense array in memory.
+        """
+        if self.dense_shape is None:
+            raise InvalidValueError("dense_shape is None; give it to turn slices into an array")
+        values, indices = self._arrays()
+        shape = tuple(int(n) for n in np.asarray(self.dense_shape))
+        dense = np.zeros(shape, values.dtype)
+        if indices.size and not (0 <= indices.min() and indices.max() < shape[0]):
+            raise InvalidValueError(
+                f"indices {indices.min()} to {indices.max()} leave 0 to {shape[0] - 1}; "
+                f"mend them or dense_shape {shape}"
+            )
+        np.add.at(dense, indices, values)
+        return dense
+
+    def coalesce(self) -> IndexedSlices:
+        """Slices with sorted indices, each once; rows with the same index are added.
+
+        Returns
+        -------
+        IndexedSlices
+            NumPy values and indices; ``dense_shape`` is the same object.
+
+        Notes
+        -----
+        Computes lazy values and holds them twice.
+        """
+        values, indices = self._arrays()
+        unique, inverse = np.unique(indices, return_inverse=True)
+        summed = np.zeros((len(unique), *values.shape[1:]), values.dtype)
+        np.add.at(summed, inverse.reshape(-1), values)
+        return IndexedSlices(summed, unique, self.dense_shape)
+
+    def _arrays(self) -> tuple[Any, Any]:
+        values, indices = np.asarray(self.values), np.asarray(self.indices)
+        if indices.dtype.kind not in "iu":
+            raise InvalidTypeError(f"indices have dtype {indices.dtype}; give integers")
+        if indices.shape != values.shape[:1]:
+            raise InvalidValueError(
+                f"indices of shape {indices.shape} do not match values of shape {values.shape}; "
+                "give one index a row"
+            )
+        return values, indices
+
+
+def is_indexed(t: Any) -> bool:
+    """Whether ``t`` has the three parts of IndexedSlices."""
+    return all(hasattr(t, name) for name in ("dense_shape", "indices", "values"))

@@ -1,0 +1,192 @@
+"""The operation as Dask graphs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.delayed import Delayed, delayed
+from dask.highlevelgraph import HighLevelGraph
+
+from daskclip.exact import Partial, combine_all, partial_norm
+from daskclip.norms import map_objects, tree
+from daskclip.numerics import (
+    Array,
+    Scale,
+    clip_block,
+    finalize,
+    nan_if_infinite,
+    require_finite,
+    rescale,
+)
+from daskclip.recipes import Recipe, recipes
+
+HOLD = 16 * 2**20  # bytes of the chunks that share their slices, up to which they are held
+
+
+def clip(
+    x: da.Array, limit: Any, over: tuple[int, ...], name: str | None, nonfinite: str
+) -> tuple[da.Array, da.Array]:
+    """Clipped array and norms: one map where chunks hold their slices whole, else two passes."""
+    limit_name = limit.name if isinstance(limit, da.Array) else limit
+    token = tokenize(x.name, x.chunks, limit_name, over, nonfinite, ensure_deterministic=True)
+    full = f"{name or 'clip-by-norm'}-{token}"
+    omit = nonfinite == "omit"
+    extra = (limit,) if isinstance(limit, da.Array) else ()
+    fixed = {} if extra else {"limit": limit}
+    checked = x
+    if nonfinite == "raise" and limit_name != math.inf:
+        checked = da.map_blocks(
+            _require_finite, x, *extra, over=over, **fixed,
+            name=f"require-finite-{token}", dtype=x.dtype, meta=x._meta,
+        )  # fmt: skip
+    if all(x.numblocks[a] == 1 for a in over):
+        pairs = map_objects(
+            _clip_chunk, checked, *extra, over=over, omit=omit, **fixed, name=f"clip-chunk-{token}"
+        )
+        clipped = da.map_blocks(_first, pairs, name=full, dtype=x.dtype, meta=x._meta)
+        return clipped, _norms(_second, pairs, x, over, f"norm-{token}")
+    scale = _scales(checked, limit, over, omit, token)
+    return rescaled(x, scale, over, full), _norms(_norm, scale, x, over, f"norm-{token}")
+
+
+def norm(x: da.Array, over: tuple[int, ...], keepdims: bool) -> da.Array:
+    """Norms of the slices of ``x``."""
+    token = tokenize(x.name, x.chunks, over, ensure_deterministic=True)
+    scale = _scales(x, math.inf, over, False, f"only-{token}")
+    return _norms(_norm, scale, x, () if keepdims else over, f"norm-only-{keepdims}-{token}")
+
+
+def clip_list(
+    arrays: list[Any], limit: Any, used: Any, name: str | None
+) -> tuple[list[Any], da.Array]:
+    """Arrays clipped by one factor, and the norm it is taken from."""
+    partial = total(arrays if used is None else [da.asarray(used)])
+    clipped = []
+    for x in arrays:
+        if x is not None:
+            scale, _ = global_scale(partial, limit, x.dtype)
+            token = tokenize(x.name, x.chunks, scale.key, ensure_deterministic=True)
+            x = rescaled(x, scale, (), f"{name or 'clip-by-global-norm'}-{token}")
+        clipped.append(x)
+    return clipped, global_scale(partial, math.inf, np.dtype(float))[1]
+
+
+def total(arrays: list[Any]) -> Delayed:
+    """Partial over all elements of all arrays."""
+    parts = []
+    for x in arrays:
+        if x is not None:
+            over = tuple(range(x.ndim))
+            token = tokenize(x.name, x.chunks, over, ensure_deterministic=True)
+            parts += _partials(x, over, False, f"global-{token}").to_delayed().ravel().tolist()
+    return delayed(_total, pure=True)(parts)
+
+
+def global_scale(partial: Delayed, limit: Any, dtype: Any) -> tuple[Delayed, da.Array]:
+    """Scale for arrays of ``dtype``, and the norm as an array of shape ()."""
+    if isinstance(limit, da.Array):
+        limit = limit.to_delayed()[()]
+    scale = delayed(_global_scale, pure=True)(partial, limit, dtype)
+    value = delayed(_global_norm, pure=True)(partial)
+    return scale, da.from_delayed(value, (), float, name=f"global-norm-{tokenize(value.key)}")
+
+
+def rescaled(x: da.Array, scale: Any, over: tuple[int, ...], name: str) -> da.Array:
+    """Second pass: every chunk is made again from its recipe once its scale is known."""
+    group = math.prod(
+        sum(x.chunks[a]) if a in over else max(x.chunks[a], default=0) for a in range(x.ndim)
+    )
+    hold = isinstance(scale, da.Array) and group * x.dtype.itemsize <= HOLD
+    made, layers = recipes(x, hold)
+    tasks = {}
+    for index in np.ndindex(*x.numblocks):
+        recipe = made[(x.name, *index)]
+        if isinstance(scale, da.Array):
+            at = (scale.name, *(0 if a in over else i for a, i in enumerate(index)))
+        else:
+            at = scale.key
+        tasks[(name, *index)] = (_rescale_made, recipe, list(recipe.inputs), at)
+    graph = HighLevelGraph(
+        {**x.dask.layers, **scale.dask.layers, name: tasks},
+        {
+            **x.dask.dependencies,
+            **scale.dask.dependencies,
+            name: {*layers, *scale.__dask_layers__()},
+        },
+    )
+    return da.Array(graph, name, x.chunks, meta=x._meta)
+
+
+def _partials(x: da.Array, over: tuple[int, ...], omit: bool, token: str) -> da.Array:
+    kept = tuple((1,) * len(c) if a in over else c for a, c in enumerate(x.chunks))
+    parts = map_objects(
+        partial_norm, x, axes=over, omit_nan=omit, name=f"partial-norm-{token}", chunks=kept
+    )
+    return tree(parts, over)
+
+
+def _scales(x: da.Array, limit: Any, over: tuple[int, ...], omit: bool, token: str) -> da.Array:
+    parts = _partials(x, over, omit, token)
+    if isinstance(limit, da.Array):
+        return map_objects(_finalize, parts, limit, dtype_of=x.dtype, name=f"scale-{token}")
+    return map_objects(_finalize, parts, limit=limit, dtype_of=x.dtype, name=f"scale-{token}")
+
+
+def _norms(pick: Any, blocks: da.Array, x: da.Array, over: tuple[int, ...], name: str) -> da.Array:
+    chunks = tuple((1,) if a in over else c for a, c in enumerate(blocks.chunks))
+    result = da.map_blocks(
+        pick, blocks, name=name, chunks=chunks, dtype=float, meta=np.empty((0,) * x.ndim)
+    )
+    return result.squeeze(axis=over) if over else result
+
+
+# ---- tasks
+
+
+def _finalize(partial: Partial, limit: Any, dtype_of: Any) -> Scale:
+    return finalize(partial, float(limit), dtype_of)
+
+
+def _clip_chunk(x: Array, limit: Any, over: tuple[int, ...], omit: bool) -> tuple[Array, Array]:
+    return clip_block(x, float(limit), over, omit_nan=omit)
+
+
+def _require_finite(x: Array, limit: Any, over: tuple[int, ...], block_info: Any = None) -> Array:
+    if float(limit) != math.inf:
+        where = block_info[0]
+        require_finite(
+            x, over, [start for start, _ in where["array-location"]], where["chunk-location"]
+        )
+    return x
+
+
+def _rescale_made(recipe: Recipe, inputs: list[Any], scale: Scale) -> Array:
+    return rescale(recipe.make(inputs), scale)
+
+
+def _first(pair: tuple[Array, Array]) -> Array:
+    return pair[0]
+
+
+def _second(pair: tuple[Array, Array]) -> Array:
+    return pair[1]
+
+
+def _norm(scale: Scale) -> Array:
+    return scale.norm
+
+
+def _total(parts: list[Partial]) -> Partial:
+    return combine_all(parts)
+
+
+def _global_scale(partial: Partial, limit: Any, dtype: Any) -> Scale:
+    return finalize(nan_if_infinite(partial), float(limit), dtype)
+
+
+def _global_norm(partial: Partial) -> Any:
+    return finalize(partial, math.inf, np.dtype(float)).norm

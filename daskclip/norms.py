@@ -1,0 +1,75 @@
+"""The Dask tree: partial norms of chunks, combined until every slice has its sum.
+
+Blocks of these arrays are `Partial` and `Scale` tuples, not ndarrays: their dtype is object and
+their shape is that of the kept grid, with size 1 along the reduced axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.core import flatten
+
+from daskclip.exact import Partial, combine
+
+
+def tree(partials: da.Array, axes: tuple[int, ...]) -> da.Array:
+    """Combine the partials along ``axes``, ``split_every`` of them at a time.
+
+    Parameters
+    ----------
+    partials : dask Array
+        Of `Partial` blocks.
+    axes : tuple of int
+        Axes to reduce.
+
+    Returns
+    -------
+    dask Array
+        Of `Partial` blocks, one along each of ``axes``. The number of inputs of a task is Dask's
+        ``split_every`` setting.
+    """
+    if all(partials.numblocks[a] == 1 for a in axes):
+        return partials
+    return da.reduction(
+        partials,
+        chunk=_as_is,
+        combine=_combine_blocks,
+        aggregate=_combine_blocks,
+        axis=axes,
+        keepdims=True,
+        concatenate=False,
+        dtype=object,
+        meta=no_block(partials.ndim),
+    )
+
+
+def map_objects(
+    function: Callable[..., Any], *arrays: da.Array, name: str, chunks: Any = None, **kwargs: Any
+) -> da.Array:
+    """`map_blocks` for blocks that are not ndarrays; ``name`` is the whole layer name."""
+    return da.map_blocks(
+        function,
+        *arrays,
+        name=name,
+        chunks=chunks,
+        dtype=object,
+        meta=no_block(arrays[0].ndim if chunks is None else len(chunks)),
+        **kwargs,
+    )
+
+
+def no_block(ndim: int) -> Any:
+    """Meta of an array of ``ndim`` dimensions whose blocks are objects."""
+    return np.empty((0,) * ndim, object)
+
+
+def _as_is(block: Any, axis: Any = None, keepdims: Any = None) -> Any:
+    return block
+
+
+def _combine_blocks(blocks: Any, axis: Any = None, keepdims: Any = None) -> Partial:
+    return combine(list(flatten([blocks], container=list)))

@@ -1,0 +1,112 @@
+"""The arguments of the operation, checked once and brought to one form."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError
+
+Array = npt.NDArray[Any]
+NonFinite = Literal["propagate", "omit", "raise"]
+DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse what is neither floating point nor complex, and long doubles."""
+    name = getattr(dtype, "name", str(dtype))
+    if name not in DTYPES:
+        raise DTypeError(
+            f"arrays of dtype {name} cannot be clipped; cast to one of {', '.join(DTYPES)}, "
+            "for example with .astype('float32')"
+        )
+
+
+def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
+    """Axes as sorted integers that are not negative.
+
+    Examples
+    --------
+    >>> parse_axes(-1, 3), parse_axes(None, 2), parse_axes([], 2)
+    ((2,), (0, 1), ())
+    """
+    if axes is None:
+        return tuple(range(ndim))
+    if isinstance(axes, np.ndarray) and axes.dtype.kind in "iu":
+        axes = axes.tolist() if axes.ndim < 2 else [axes.tolist()]
+    if isinstance(axes, str | bytes | bool | np.bool_ | numbers.Real) and not _integer(axes):
+        raise InvalidTypeError(f"axes {axes!r} is a {type(axes).__name__}; {_AXES_REMEDY}")
+    sequence = [axes] if _integer(axes) else list(_iterable(axes))
+    for axis in sequence:
+        if not _integer(axis):
+            raise InvalidTypeError(f"axes {axes!r} holds a {type(axis).__name__}; {_AXES_REMEDY}")
+    result = []
+    for axis in map(operator.index, sequence):
+        if not -ndim <= axis < ndim:
+            raise AxesError(
+                f"axis {axis} is out of bounds for an array of {ndim} dimensions; "
+                f"use {-ndim} to {ndim - 1}"
+                if ndim
+                else f"axis {axis} is out of bounds for a 0-d array; use None or []"
+            )
+        result.append(axis % ndim)
+    if len(set(result)) < len(result):
+        raise InvalidValueError(f"axes {axes!r} names an axis twice; give each axis once")
+    return tuple(sorted(result))
+
+
+_AXES_REMEDY = "give None, an int or a sequence of ints"
+
+
+def _integer(axis: Any) -> bool:
+    if isinstance(axis, np.ndarray):
+        return axis.ndim == 0 and axis.dtype.kind in "iu"
+    return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
+
+
+def _iterable(axes: Any) -> Any:
+    try:
+        return iter(axes)
+    except TypeError:
+        raise InvalidTypeError(
+            f"axes {axes!r} is a {type(axes).__name__}; {_AXES_REMEDY}"
+        ) from None
+
+
+def check_scalar(ndim: int, dtype: Any, shape: Any, what: str = "clip_norm") -> None:
+    """Refuse a limit that is not a real number."""
+    if getattr(dtype, "kind", "") not in "biuf" and getattr(dtype, "name", "") != "bfloat16":
+        raise InvalidTypeError(f"{what} has dtype {dtype}; give a real number")
+    if ndim:
+        raise InvalidValueError(f"{what} has shape {tuple(shape)}; give one number (0-d)")
+
+
+def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
+    """A real number as an exact float64."""
+    if isinstance(clip_norm, numbers.Real):
+        try:
+            return float(clip_norm)
+        except OverflowError:
+            raise InvalidValueError(
+                f"{what} {clip_norm!r:.40} exceeds float64; use float('inf') for no limit"
+            ) from None
+    if clip_norm is None or isinstance(clip_norm, str | bytes | numbers.Complex):
+        raise InvalidTypeError(f"{what} {clip_norm!r} is not a real number; give a number")
+    try:
+        value = np.asarray(clip_norm)
+    except ValueError:
+        raise InvalidValueError(f"{what} {clip_norm!r} is ragged; give one number (0-d)") from None
+    check_scalar(value.ndim, value.dtype, value.shape, what)
+    return float(value)
+
+
+def check_nonfinite(nonfinite: Any) -> None:
+    """Refuse a policy that does not exist."""
+    if nonfinite not in get_args(NonFinite):
+        raise InvalidValueError(
+            f"nonfinite={nonfinite!r} is not a policy; use 'propagate', 'omit' or 'raise'"
+        )
