@@ -124,8 +124,8 @@ def clip_by_norm(
     else:
         if nonfinite == "raise" and limit != math.inf:
             require_finite(x, over)
-        clipped, norms = clip_block(x, limit, over, omit_nan=nonfinite == "omit")
-        norms = norms.squeeze(over)
+        clipped, scale = clip_block(x, limit, over, omit_nan=nonfinite == "omit")
+        norms = scale.norm.squeeze(over)
         if isinstance(t, np.generic):
             clipped = clipped[()]
     return (clipped, norms) if return_norm else clipped

@@ -152,7 +152,8 @@ def _finalize(partial: Partial, limit: Any, dtype_of: Any) -> Scale:
 
 
 def _clip_chunk(x: Array, limit: Any, over: tuple[int, ...], omit: bool) -> tuple[Array, Array]:
-    return clip_block(x, float(limit), over, omit_nan=omit)
+    clipped, scale = clip_block(x, float(limit), over, omit_nan=omit)
+    return clipped, scale.norm
 
 
 def _require_finite(x: Array, limit: Any, over: tuple[int, ...], block_info: Any = None) -> Array:

@@ -30,7 +30,7 @@ PRECISION = {
     "float64": (53, -1074),
 }
 FACTOR_BITS = 29
-SLICES = 1 << 15
+SLICES = 1 << 13  # that are finished at a time
 SHIFT = -900  # exponents of float64 factors below this are kept apart
 
 
@@ -44,7 +44,9 @@ class Scale(NamedTuple):
     toward_zero: bool
     """Subnormal results are rounded toward zero: rounding them to nearest could break the bound."""
     norm: Array
-    """float64, correctly rounded."""
+    """float64, correctly rounded; NaN and inf where such elements were met."""
+    flags: Array
+    """uint8, of `Partial`: tells an infinite slice from one whose norm exceeds float64."""
 
 
 def real_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -109,7 +111,7 @@ def finalize(partial: Partial, clip_norm: float, dtype: np.dtype[Any]) -> Scale:
         # room that the lowered factor leaves, against what rounding subnormals can add
         room = 64 if bits == 53 else FACTOR_BITS + 1
         toward_zero = clip_norm < math.sqrt(partial.count) * math.ldexp(1.0, lowest + room)
-    return Scale(factor, shift, toward_zero, norm)
+    return Scale(factor, shift, toward_zero, norm, partial.flags)
 
 
 def nan_if_infinite(partial: Partial) -> Partial:
@@ -271,8 +273,13 @@ def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
 
 
 def clip_block(
-    x: Array, clip_norm: float, axes: tuple[int, ...], *, omit_nan: bool = False, out: Array | None = None
-) -> tuple[Array, Array]:
+    x: Array,
+    clip_norm: float,
+    axes: tuple[int, ...],
+    *,
+    omit_nan: bool = False,
+    out: Array | None = None,
+) -> tuple[Array, Scale]:
     """Clip the slices of a block that holds them whole.
 
     Parameters
@@ -292,29 +299,29 @@ def clip_block(
     -------
     clipped : ndarray
         ``out``, of the shape and dtype of ``x``.
-    norm : ndarray of shape kept
-        float64 norms before clipping; reduced axes have size 1.
+    scale : Scale
+        What was done, for the record; its shifts are left out.
 
     Notes
     -----
-    Works on 2**15 slices at a time, so that what it holds per slice stays at some 10 MB.
+    Works on 2**13 slices at a time, so that what it holds per slice stays at some 4 MB.
 
     Examples
     --------
-    >>> clip_block(np.float32([[3, 4]]), 2.5, (1,))[1]
+    >>> clip_block(np.float32([[3, 4]]), 2.5, (1,))[1].norm
     array([[5.]])
     """
     if out is None:
         out = np.empty_like(x, subok=False)
-    norm = np.empty(tuple(1 if k in axes else n for k, n in enumerate(x.shape)))
-    step = tile_shape(norm.shape, SLICES)
-    for kept in boxes(norm.shape, step):
+    shape = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
+    done = Scale(np.empty(shape), None, False, np.empty(shape), np.empty(shape, np.uint8))
+    for kept in boxes(shape, tile_shape(shape, SLICES)):
         region = tuple(slice(None) if k in axes else s for k, s in enumerate(kept))
         part = x[region]
         scale = finalize(partial_norm(part, axes, omit_nan=omit_nan), clip_norm, x.dtype)
         rescale(part, scale, out[region])
-        norm[kept] = scale.norm
-    return out, norm
+        done.factor[kept], done.norm[kept], done.flags[kept] = scale.factor, scale.norm, scale.flags
+    return out, done
 
 
 def require_finite(

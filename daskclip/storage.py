@@ -1,16 +1,177 @@
-"""The only file that imports zarr."""
+"""Zarr arrays: opening, checking, reading and writing. The only file that imports zarr."""
+
 from __future__ import annotations
-from typing import Any
+
+import os
+from pathlib import Path
+from typing import Any, TypeGuard
+
 import dask.array as da
+import numpy as np
+import numpy.typing as npt
 import zarr
 from dask.base import tokenize
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
-def is_array(x: Any) -> bool:
+from daskclip.blocks import Box, box_shape, boxes
+from daskclip.errors import SourceError, SourceNotFoundError
+
+Array = npt.NDArray[Any]
+
+# codecs that give back every bit; a lossy one could lift a clipped slice above the limit again
+LOSSLESS = {
+    "bytes", "endian", "transpose", "sharding_indexed", "crc32c",
+    "blosc", "gzip", "zstd", "zlib", "lz4", "bz2", "lzma", "shuffle", "pcodec",
+    "crc32", "adler32", "fletcher32", "jenkins_lookup3",
+}  # fmt: skip
+
+
+def is_array(x: Any) -> TypeGuard[zarr.Array[Any]]:
+    """Whether ``x`` is a Zarr array."""
     return isinstance(x, zarr.Array)
 
-def as_dask(array: Any) -> da.Array:
+
+def write_unit(array: zarr.Array[Any]) -> tuple[int, ...]:
+    """Shape of what is stored as one object."""
+    return array.shards or array.chunks
+
+
+def as_dask(array: zarr.Array[Any]) -> da.Array:
     """Lazy array with one chunk for each stored object."""
     token = tokenize(
         str(array.store), array.path, array.metadata.to_dict(), ensure_deterministic=True
     )
-    return da.from_array(array, chunks=array.shards or array.chunks, name=f"zarr-{token}")
+    return da.from_array(array, chunks=write_unit(array), name=f"zarr-{token}")
+
+
+def location(array: zarr.Array[Any]) -> str:
+    """Where an array is, for people."""
+    return str(local_path(array) or array.store_path)
+
+
+def local_path(array: zarr.Array[Any]) -> Path | None:
+    """Folder of an array on a local file system."""
+    return array.store.root / array.path if isinstance(array.store, LocalStore) else None
+
+
+def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> zarr.Array[Any]:
+    """Open an array for reading, or say why it is none; reads metadata only."""
+    if not is_array(source):
+        if not isinstance(source, str | os.PathLike):
+            raise SourceError(
+                f"source is a {type(source).__name__}; give a path, a URL or a zarr array"
+            )
+        name = os.fspath(source)
+        if "://" not in name and not os.path.exists(name):
+            raise SourceNotFoundError(f"source {name} does not exist; check the path")
+        try:
+            opened = zarr.open(name, mode="r", storage_options=storage_options)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise SourceError(
+                f"source {name} is not a zarr array ({_line(error)}); give the path of one"
+            ) from error
+        if not is_array(opened):
+            arrays = ", ".join(sorted(opened.array_keys())[:5]) or "none"
+            raise SourceError(f"source {name} is a group; give one of its arrays ({arrays})")
+        source = opened
+    for codec in _codecs(source):
+        if codec not in LOSSLESS:
+            raise SourceError(
+                f"source {location(source)} is stored with {codec}, which is not known to be "
+                "lossless, so that the bound could not hold; store it with another codec"
+            )
+    return source
+
+
+def _codecs(array: zarr.Array[Any]) -> list[str]:
+    """Names of all codecs, those inside shards too, without the prefix of their library."""
+    document = array.metadata.to_dict()
+    if document["zarr_format"] == 2:
+        used = [*(document.get("filters") or ()), document.get("compressor")]
+        return [codec["id"] for codec in used if codec]
+    names = []
+    queue: list[Any] = list(document["codecs"])
+    while queue:
+        codec = queue.pop()
+        names.append(codec["name"].removeprefix("numcodecs."))
+        configuration = codec.get("configuration", {})
+        queue += [*configuration.get("codecs", ()), *configuration.get("index_codecs", ())]
+    return names
+
+
+def _line(error: BaseException) -> str:
+    """Text of an error of another library, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def create_like(array: zarr.Array[Any], folder: Path) -> zarr.Array[Any]:
+    """Array without chunks in ``folder``, with the metadata of ``array`` to the byte."""
+    folder.mkdir()
+    origin = local_path(array)
+    for key, buffer in array.metadata.to_buffer_dict(default_buffer_prototype()).items():
+        stored = origin / key if origin else None
+        data = stored.read_bytes() if stored and stored.is_file() else buffer.to_bytes()
+        (folder / key).write_bytes(data)
+    return zarr.open_array(folder, mode="r+")
+
+
+def read(array: zarr.Array[Any], region: Box, gulp: tuple[int, ...], missing: str) -> Array:
+    """Values of a region, read ``gulp`` by ``gulp`` so that few chunks are held encoded."""
+    if missing == "error":
+        _require_stored(array, region)
+    shape = box_shape(region)
+    if all(n <= g for n, g in zip(shape, gulp, strict=True)):
+        return np.asarray(array[region])
+    values = np.empty(shape, array.dtype)
+    for inside, part in _parts(region, gulp):
+        values[inside] = array[part]
+    return values
+
+
+def write(array: zarr.Array[Any], region: Box, values: Array, gulp: tuple[int, ...]) -> None:
+    """Write a region of whole units; units that are all fill value to the bit stay absent.
+
+    zarr itself takes -0.0 for a fill value of 0.0 and drops the chunk, so that it is let to do so
+    only where no zero has another sign than the fill value.
+    """
+    fill = array.fill_value
+    keeping = array.with_config({"write_empty_chunks": True})
+    for inside, part in _parts(region, gulp):
+        piece = values[inside]
+        zeros = piece[piece == 0] if fill == 0 else piece[:0]
+        mixed = any((np.signbit(p) != np.signbit(f)).any() for p, f in _reals(zeros, fill))
+        (keeping if mixed else array)[part] = piece
+
+
+def _reals(values: Array, fill: Any) -> list[tuple[Array, Any]]:
+    if values.dtype.kind == "c":
+        return [(values.real, fill.real), (values.imag, fill.imag)]
+    return [(values, fill)]
+
+
+def _parts(region: Box, gulp: tuple[int, ...]) -> list[tuple[Box, Box]]:
+    """Gulps of a region, relative to the region and to the array."""
+    insides = boxes(box_shape(region), gulp)
+    return [
+        (
+            inside,
+            tuple(slice(r.start + i.start, r.start + i.stop) for r, i in zip(region, inside, strict=True)),
+        )
+        for inside in insides
+    ]
+
+
+def _require_stored(array: zarr.Array[Any], region: Box) -> None:
+    unit = write_unit(array)
+    first = [s.start // u for s, u in zip(region, unit, strict=True)]
+    counts = [-(-s.stop // u) - f for s, u, f in zip(region, unit, first, strict=True)]
+    for offset in np.ndindex(*counts):
+        key = array.metadata.encode_chunk_key(tuple(int(f + o) for f, o in zip(first, offset, strict=True)))
+        path = f"{array.path}/{key}".lstrip("/")
+        if not sync(array.store.exists(path)):
+            raise SourceError(
+                f"chunk {key} of {location(array)} is missing; restore it, or use missing='fill' "
+                "to take it for the fill value"
+            )

@@ -1,0 +1,219 @@
+"""What a run will do, in integers, before it does anything.
+
+A *block* is a box of whole write units (shards, else chunks) that one task reads and writes. All
+blocks that share their slices are a *slab*:
+
+    axes = (0,), the reduced one             a block that covers its slab: one pass, read once
+                                             else two: norms first, then read again and rescale
+     slab 0   slab 1
+    +-------+-------+
+    | 0     | 0     |  blocks of a slab
+    +-------+-------+
+    | 1     | 1     |
+    +-------+-------+
+
+A *window* is one Dask graph: all blocks of a few slabs, or a few blocks of one slab.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from daskclip.blocks import Box, box, ceil_div, grid
+from daskclip.errors import MemoryBudgetError
+
+MIB = 2**20
+BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
+GULP = 4 * MIB  # bytes of small chunks that are read or written by one call
+FIXED = 24 * MIB  # graph, scheduler, zarr's threads
+SCRATCH = 6 * MIB  # numerics, per thread
+WINDOW = 16  # blocks of a window per thread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipPlan:
+    """Blocks, slabs and windows of a run, and the memory it will need."""
+
+    shape: tuple[int, ...]
+    """Shape of the array."""
+    axes: tuple[int, ...]
+    """Axes the norms are taken over."""
+    unit: tuple[int, ...]
+    """Shape of what is written as one object: a shard, else a chunk."""
+    itemsize: int
+    """Bytes of an element."""
+    block: tuple[int, ...]
+    """Shape of a block."""
+    gulp: tuple[int, ...]
+    """Shape of what one call reads or writes."""
+    window: int
+    """Blocks of a window, at most."""
+    passes: int
+    """1 if a block holds its slices whole, else 2."""
+    processes: int
+    """Processes that run blocks."""
+    threads: int
+    """Threads of each of them."""
+    memory: int
+    """Budget of each of them, in bytes above its imports."""
+    projected_memory: int
+    """What each of them will need at most, in bytes."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of blocks along each axis."""
+        return grid(self.shape, self.block)
+
+    @property
+    def slabs(self) -> int:
+        """Number of slabs."""
+        return math.prod(n for a, n in enumerate(self.grid) if a not in self.axes)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return math.prod(self.grid)
+
+    @property
+    def slices(self) -> int:
+        """Number of slices."""
+        return math.prod(n for a, n in enumerate(self.shape) if a not in self.axes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array, decoded."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that will be read, decoded."""
+        return self.nbytes * self.passes
+
+    @property
+    def tasks(self) -> int:
+        """Blocks to run, over all passes; combining norms takes some more."""
+        return self.blocks * self.passes
+
+    def region(self, slab: int, index: int) -> Box:
+        """Where block ``index`` of slab ``slab`` lies in the array."""
+        place = []
+        for a in reversed(range(len(self.shape))):
+            n = self.grid[a]
+            if a in self.axes:
+                index, i = divmod(index, n)
+            else:
+                slab, i = divmod(slab, n)
+            place.append(i)
+        return box(place[::-1], self.block, self.shape)
+
+    def windows(self) -> Iterator[tuple[range, list[range]]]:
+        """Slabs that are finished together, and the ranges of their blocks, a window each."""
+        if not self.blocks:
+            return
+        each = self.blocks // self.slabs
+        together = max(1, self.window // each)
+        step = min(each, max(1, self.window))
+        ranges = [range(i, min(i + step, each)) for i in range(0, each, step)]
+        for first in range(0, self.slabs, together):
+            yield range(first, min(first + together, self.slabs)), ranges
+
+
+def make_plan(
+    *,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    unit: tuple[int, ...],
+    itemsize: int,
+    state: int,
+    memory: int,
+    processes: int,
+    threads: int,
+) -> ClipPlan:
+    """Choose blocks that keep within ``memory``.
+
+    Parameters
+    ----------
+    shape, axes, unit, itemsize, memory, processes, threads
+        See `ClipPlan`.
+    state : int
+        Bytes that the exact sum of a slice may take.
+
+    Returns
+    -------
+    ClipPlan
+
+    Raises
+    ------
+    MemoryBudgetError
+        If not even blocks of one unit fit.
+    """
+    unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
+    gulp = _grown(unit, shape, reversed(range(len(shape))), GULP // itemsize)
+
+    def projected(block: tuple[int, ...]) -> tuple[int, int]:
+        """Bytes of one process, and blocks of a window."""
+        size = math.prod(block) * itemsize
+        call = min(math.prod(gulp) * itemsize, size)
+        # a chunk on its way is there encoded, decoded, and once more where codecs are chained
+        thread = size + 3 * call + SCRATCH
+        window = WINDOW * threads
+        if all(block[a] >= shape[a] for a in axes):
+            return FIXED + threads * thread, window * processes
+        sums = state * math.prod(n for a, n in enumerate(block) if a not in axes)
+        window = max(threads, min(window, memory // 8 // max(1, sums)))
+        # a thread sums in integers twice as wide before it has its result
+        return FIXED + threads * (thread + 3 * sums) + (window + 1) * sums, window * processes
+
+    def fits(block: tuple[int, ...]) -> bool:
+        return projected(block)[0] <= memory
+
+    reduced = [a for a in reversed(range(len(shape))) if a in axes]
+    kept = [a for a in reversed(range(len(shape))) if a not in axes]
+    whole = tuple(n if a in axes else u for a, (n, u) in enumerate(zip(shape, unit, strict=True)))
+    block = whole if fits(whole) else unit
+    if not fits(block):
+        need = projected(block)[0]
+        raise MemoryBudgetError(
+            f"memory {_mib(memory)} holds less than the {_mib(need)} that {threads} threads need "
+            f"for blocks of one chunk or shard {unit}; give memory='{ceil_div(need, MIB)}MiB' "
+            "or use fewer threads"
+        )
+    block = _grown(block, shape, [*reduced, *kept], BLOCK // itemsize, fits)
+    need, window = projected(block)
+    return ClipPlan(
+        shape=shape,
+        axes=axes,
+        unit=unit,
+        itemsize=itemsize,
+        block=block,
+        gulp=tuple(min(g, b) for g, b in zip(gulp, block, strict=True)),
+        window=window,
+        passes=1 if all(block[a] >= shape[a] for a in axes) else 2,
+        processes=processes,
+        threads=threads,
+        memory=memory,
+        projected_memory=need,
+    )
+
+
+def _grown(
+    block: tuple[int, ...],
+    shape: tuple[int, ...],
+    order: Iterable[int],
+    size: int,
+    fits: Callable[[tuple[int, ...]], bool] = lambda _: True,
+) -> tuple[int, ...]:
+    """Double ``block`` along the axes of ``order`` while it has at most ``size`` elements."""
+    for a in order:
+        while block[a] < shape[a]:
+            wider = (*block[:a], min(2 * block[a], shape[a]), *block[a + 1 :])
+            if math.prod(wider) > size or not fits(wider):
+                break
+            block = wider
+    return block
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.1f} MiB"

@@ -1,0 +1,93 @@
+"""How far a run is, on stderr: a bar, a line now and then, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from daskclip.errors import InvalidValueError
+
+Mode = Literal["auto", "bar", "lines", "json", "none"]
+EVERY = 10.0  # seconds between two lines
+WIDTH = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What is known after a window."""
+
+    done: int
+    """Bytes done, over all passes."""
+    total: int
+    """Bytes to do, over all passes."""
+    pass_: int
+    """Pass of the window that was done last."""
+    passes: int
+    """Number of passes."""
+    seconds: float
+    """Since the start."""
+
+    @property
+    def left(self) -> float:
+        """Seconds that the rest takes at the rate so far."""
+        return self.seconds * (self.total - self.done) / self.done if self.done else 0.0
+
+
+Show = Callable[[State], None]
+
+
+def show(progress: Any) -> Show:
+    """Function that shows a `State`, for a mode, or for a bool as ``'auto'`` and ``'none'``."""
+    mode = {True: "auto", False: "none"}.get(progress, progress)
+    if mode not in get_args(Mode):
+        raise InvalidValueError(
+            f"progress {progress!r} is unknown; use one of {', '.join(get_args(Mode))}"
+        )
+    if mode == "auto":
+        mode = "bar" if sys.stderr.isatty() else "lines"
+    return {"bar": _Bar, "lines": _Lines, "json": lambda: _json, "none": lambda: _nothing}[mode]()
+
+
+def _text(state: State) -> str:
+    gb, total = state.done / 1e9, state.total / 1e9
+    rate = state.done / max(state.seconds, 1e-9) / 1e6
+    return (
+        f"{gb:.2f}/{total:.2f} GB  pass {state.pass_}/{state.passes}  "
+        f"{rate:.0f} MB/s  {state.left:.0f} s left"
+    )
+
+
+def _nothing(state: State) -> None:
+    pass
+
+
+def _json(state: State) -> None:
+    fields = {
+        "done": state.done, "total": state.total, "pass": state.pass_, "passes": state.passes,
+        "seconds": round(state.seconds, 3), "left": round(state.left, 3),
+    }  # fmt: skip
+    sys.stderr.write(json.dumps(fields) + "\n")
+    sys.stderr.flush()
+
+
+class _Bar:
+    def __call__(self, state: State) -> None:
+        full = WIDTH * state.done // max(1, state.total)
+        end = "\n" if state.done >= state.total else ""
+        sys.stderr.write(f"\r[{'#' * full}{' ' * (WIDTH - full)}] {_text(state)}\x1b[K{end}")
+        sys.stderr.flush()
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self.next = time.monotonic() + EVERY
+
+    def __call__(self, state: State) -> None:
+        if time.monotonic() >= self.next or state.done >= state.total:
+            self.next = time.monotonic() + EVERY
+            sys.stderr.write(f"daskclip: {_text(state)}\n")
+            sys.stderr.flush()

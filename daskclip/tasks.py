@@ -1,0 +1,140 @@
+"""What a worker does with one block. Every function can run twice and does the same again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from daskclip import storage
+from daskclip.blocks import Box
+from daskclip.errors import DaskClipError, StorageError
+from daskclip.exact import Partial, partial_norm
+from daskclip.numerics import Scale, clip_block, require_finite, rescale
+from daskclip.plan import ClipPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What all blocks of a run have in common."""
+
+    plan: ClipPlan
+    """Where the blocks are."""
+    source: Any
+    """Zarr array to read."""
+    target: Any
+    """Zarr array to write, in staging."""
+    clip_norm: float
+    """The limit."""
+    nonfinite: str
+    """Policy for NaN and infinity."""
+    missing: str
+    """Policy for chunks that are not stored."""
+
+
+class Tally(NamedTuple):
+    """Counts over slices."""
+
+    slices: int
+    """Slices seen."""
+    clipped: int
+    """Finite ones that were above the limit."""
+    nonfinite: int
+    """Those with NaN that counts, or infinity."""
+    smallest: float
+    """Smallest finite norm."""
+    largest: float
+    """Largest finite norm."""
+
+
+def count(scale: Scale) -> Tally:
+    """Tally of the slices of ``scale``."""
+    finite = scale.flags == 0
+    norm = scale.norm[finite]
+    return Tally(
+        scale.norm.size,
+        int((scale.factor[finite] != 1.0).sum()),
+        scale.norm.size - norm.size,
+        float(norm.min(initial=math.inf)),
+        float(norm.max(initial=-math.inf)),
+    )
+
+
+def add(a: Tally, b: Tally) -> Tally:
+    """Tally of disjoint sets of slices."""
+    return Tally(
+        a.slices + b.slices,
+        a.clipped + b.clipped,
+        a.nonfinite + b.nonfinite,
+        min(a.smallest, b.smallest),
+        max(a.largest, b.largest),
+    )
+
+
+def sum_block(job: Job, slab: int, index: int) -> Partial:
+    """First pass: read a block, return its exact sums."""
+    region = job.plan.region(slab, index)
+    x = _read(job, region)
+    return partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
+
+
+def rescale_block(job: Job, slab: int, index: int, scale: Scale) -> None:
+    """Second pass: read a block again, write it rescaled."""
+    region = job.plan.region(slab, index)
+    with _named("reading", region, job.source):
+        x = storage.read(job.source, region, job.plan.gulp, job.missing)
+    rescale(x, scale, x)
+    with _named("writing", region, job.target):
+        storage.write(job.target, region, x, job.plan.gulp)
+
+
+def clip_slab(job: Job, slab: int, index: int) -> Tally:
+    """One pass: read a block that is a whole slab, write it clipped."""
+    region = job.plan.region(slab, index)
+    x = _read(job, region)
+    x, scale = clip_block(
+        x, job.clip_norm, job.plan.axes, omit_nan=job.nonfinite == "omit", out=x
+    )
+    with _named("writing", region, job.target):
+        storage.write(job.target, region, x, job.plan.gulp)
+    return count(scale)
+
+
+def _read(job: Job, region: Box) -> Any:
+    with _named("reading", region, job.source):
+        x = storage.read(job.source, region, job.plan.gulp, job.missing)
+    if job.nonfinite == "raise" and job.clip_norm != math.inf:
+        start = [s.start for s in region]
+        unit = [a // u for a, u in zip(start, job.plan.unit, strict=True)]
+        require_finite(x, job.plan.axes, start, unit)
+    return x
+
+
+@contextmanager
+def _named(doing: str, region: Box, array: Any) -> Iterator[None]:
+    """Say which block of which array an error of the storage is about."""
+    try:
+        yield
+    except DaskClipError:
+        raise
+    except Exception as error:
+        block = ", ".join(f"{s.start}:{s.stop}" for s in region)
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(
+            f"{doing} block [{block}] of {storage.location(array)} failed: "
+            f"{type(error).__name__}: {text}; mend the cause and run again"
+        ) from error
+
+
+def memory_used() -> tuple[int, int]:
+    """Resident bytes of this process, now and at its highest; 0 where /proc does not say."""
+    try:
+        with open("/proc/self/status") as status:
+            fields = dict(line.split(":", 1) for line in status)
+        return tuple(int(fields[k].split()[0]) * 1024 for k in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+    except (OSError, KeyError):
+        return 0, 0

@@ -1,0 +1,118 @@
+"""Exact arithmetic that the results are judged by.
+
+A float64 is a whole number of units of 2**-1074, so Python's integers hold every value, square and
+sum of squares without rounding.
+"""
+
+import math
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+UNIT = -1074
+DTYPES = [np.dtype(d) for d in ("f2", BFLOAT16, "f4", "f8", "c8", "c16")]
+# name of the real part: (significant bits, exponent of the smallest subnormal)
+FORMATS = {
+    "float16": (11, -24),
+    "bfloat16": (8, -133),
+    "float32": (24, -149),
+    "float64": (53, -1074),
+}
+
+
+def native(x):
+    """The same values in this machine's byte order, C-contiguous, complex ones as pairs."""
+    x = np.asarray(x)
+    dtype = x.dtype if x.dtype == BFLOAT16 else x.dtype.newbyteorder("=")
+    x = np.array(x, dtype, order="C")
+    return x[..., None].view(f"f{x.itemsize // 2}") if x.dtype.kind == "c" else x[..., None]
+
+
+def bits(x):
+    """Dtype, shape and bits: equal for equal arrays only, -0.0 and NaN included."""
+    return native(x).dtype.name, np.shape(x), native(x).tobytes()
+
+
+def integer(value):
+    """A finite float in units of 2**-1074."""
+    numerator, denominator = float(value).as_integer_ratio()
+    return numerator << (-UNIT + 1 - denominator.bit_length())
+
+
+def integers(x):
+    """Real parts of all elements in units of 2**-1074, as an object array of shape (*x.shape, k)."""
+    x = native(x).astype(np.float64)
+    return np.array([integer(v) for v in x.ravel().tolist()], object).reshape(x.shape)
+
+
+def squares(x, axes):
+    """Exact sums of squares in units of 2**-2148; reduced axes have size 1."""
+    total = (integers(x) ** 2).sum(axis=-1)
+    return np.asarray(np.add.reduce(np.asarray(total, object), axis=axes, keepdims=True), object)
+
+
+def tall_squares(x):
+    """`squares` of a float16 or float32 array of shape (n, k) over axis 0, n below 2**28."""
+    mantissa, exponent = np.frexp(x)
+    whole = np.ldexp(mantissa.astype(np.float64), 24).astype(np.int64) ** 2
+    result = []
+    for m, e in zip(whole.T, exponent.T, strict=True):
+        total = 0
+        for part, weight in ((m & 0xFFFFFF, 0), (m >> 24, 24)):
+            # float64 adds these integers without rounding: each is below 2**25
+            sums = np.bincount(e + 149, weights=part)
+            unit = weight + 2 * (-149 - 24) - 2 * UNIT
+            total += sum(int(s) << (unit + 2 * k) for k, s in enumerate(sums.tolist()))
+        result.append(total)
+    return np.array(result, object)
+
+
+def root(total):
+    """Square root of an exact sum, correctly rounded to float64."""
+    r = math.isqrt(total << 128)
+    inexact = r * r != total << 128
+    try:
+        return (2 * r + inexact) / (1 << (1 + 64 - UNIT))
+    except OverflowError:
+        return math.inf
+
+
+def is_rounded(norm, total):
+    """Whether ``norm`` is the float64 nearest to the root of an exact sum, ties to even."""
+    if norm == math.inf:
+        return total >= (integer(np.finfo(float).max) + (1 << (970 - UNIT))) ** 2
+    below = integer(norm) + integer(np.nextafter(norm, -math.inf))
+    above = 2 * integer(norm) + integer(math.ulp(norm))
+    even = math.frexp(norm)[0] * 2**53 % 2 == 0
+    low, high = below * abs(below), above**2
+    return low <= 4 * total <= high if even else low < 4 * total < high
+
+
+def close_to_ideal(y, x, total, clip_norm, ulp):
+    """Whether every element of a clipped slice is within ``ulp`` of x · clip_norm / norm."""
+    bits_, lowest = FORMATS[native(x).dtype.name]
+    extra = 128
+    divisor = math.isqrt(total << (2 * extra))
+    for a, b in zip(integers(x).ravel(), integers(y).ravel(), strict=True):
+        ideal = (abs(a) * integer(clip_norm) << (2 * extra)) // divisor
+        error = abs((abs(b) << extra) - ideal)
+        step = max(ideal.bit_length() - extra + UNIT - bits_, lowest) - UNIT + extra
+        if error > (ulp << step) + (1 << max(0, step - 60)):
+            return False
+    return True
+
+
+def ordered(x):
+    """Numbers of the representable values of a real dtype, counted from zero."""
+    x = native(x)
+    number = x.view(f"i{x.itemsize}").astype(np.int64)
+    magnitude = number & np.iinfo(f"i{x.itemsize}").max
+    return np.where(number < 0, -magnitude, magnitude).astype(object)
+
+
+def steps(a, b):
+    """Largest number of representable values between two arrays with NaN in the same places."""
+    assert np.array_equal(np.isnan(a), np.isnan(b))
+    distance = abs(ordered(a) - ordered(b))
+    return max(distance[~np.isnan(native(a))], default=0)

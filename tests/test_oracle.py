@@ -1,0 +1,157 @@
+"""What TensorFlow 2.21 returned, or what its documentation promises where the two differ.
+
+The recording's own `format` field explains its fields.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from random import Random
+
+import dask.array as da
+import numpy as np
+import pytest
+from reference import BFLOAT16, close_to_ideal, is_rounded, native, squares, steps
+
+from daskclip import IndexedSlices, clip_by_global_norm, clip_by_norm, norm
+
+DATA = Path(__file__).parent / "data"
+CASES = {c["id"]: c for c in json.loads((DATA / "tf_vectors_open.json").read_text())["cases"]}
+ARRAYS = np.load(DATA / "tf_vectors_open.npz")
+BY_NORM = [k for k, c in CASES.items() if c["func"] == "clip_by_norm"]
+BY_GLOBAL_NORM = [k for k, c in CASES.items() if c["func"] == "clip_by_global_norm"]
+
+# Where the contract decides, not the recording: (rule, expected error or None, ids)
+RULES = [
+    ("a limit is a real number, else TypeError", TypeError, (134, 135, 136, 149)),
+    (
+        "a limit is 0-D, else ValueError; TensorFlow broadcasts some vectors",
+        ValueError,
+        (137, 138, 139, 140, 141, 142, 143, 144, 145, 146, 147, 148, 155),
+    ),
+    (
+        "axes out of range are an AxisError",
+        np.exceptions.AxisError,
+        (165, 166, 167, 174, 175, 176),
+    ),
+    ("an axis named twice is a ValueError", ValueError, (168, 169, 170)),
+    (
+        "axes that are nested, bool, float or str are a TypeError; TensorFlow takes [[1]] and True",
+        TypeError,
+        (159, 163, 164, 171, 172, 173),
+    ),
+    (
+        "arrays neither floating point nor complex are a TypeError",
+        TypeError,
+        (177, 178, 179, 180, 181, 186, 345),
+    ),
+    ("complex arrays work; TensorFlow's page promises it", None, (182, 183, 184, 185)),
+    ("lists of mixed dtypes work", None, (366,)),
+    ("a finite norm is finite, though its square overflows", None, (365,)),
+]
+DECIDED = {f"open-{i:04}": (rule, error) for rule, error, ids in RULES for i in ids}
+
+
+def array(key, dtype):
+    x = ARRAYS[key]
+    return x.view(BFLOAT16) if dtype == "bfloat16" else x
+
+
+def number(value):
+    if isinstance(value, list):
+        return [number(v) for v in value]
+    if isinstance(value, dict):
+        return complex(*value["complex"]) if "complex" in value else float.fromhex(value["f"])
+    return value
+
+
+def argument(spec):
+    """An argument as the recording gave it; tensors become arrays."""
+    kind, value = spec["kind"], number(spec["value"])
+    if kind in ("ndarray", "tensor"):
+        return np.array(value, spec.get("dtype"))
+    if kind == "numpy_scalar":
+        return np.dtype(spec["dtype"]).type(value)
+    if kind == "range":
+        return range(*value)
+    return tuple(value) if kind == "tuple" else value
+
+
+def in_chunks(x, seed):
+    """Dask array of `x` in chunks that the seed decides."""
+    random = Random(zlib.crc32(seed.encode()))
+    cuts = [sorted(random.choices(range(n + 1), k=2)) if n else [] for n in x.shape]
+    edges = [[0, *c, n] for c, n in zip(cuts, x.shape, strict=True)]
+    return da.from_array(x, tuple(tuple(np.diff(e).tolist()) for e in edges))
+
+
+def is_met(y, x, case, axes, clip_norm):
+    doc = case.get("doc", {})
+    ulp = 4 if x.dtype in (np.float64, np.complex128) else 2
+    if x.dtype.kind == "c":
+        return all(
+            close_to_ideal(y[i], x[i], total, clip_norm, ulp)
+            for i, total in by_slice(squares(x, axes), x.shape, axes)
+        )
+    if doc.get("tf_agrees", True):
+        return steps(y, array(case["expected"], case["dtype"])) <= 4
+    return steps(y, array(doc["ideal"], case["dtype"])) <= ulp
+
+
+def by_slice(totals, shape, axes):
+    for index, total in np.ndenumerate(totals):
+        yield tuple(slice(None) if k in axes else i for k, i in enumerate(index)), total
+
+
+@pytest.mark.parametrize("form", ["numpy", "dask"])
+@pytest.mark.parametrize("name", BY_NORM)
+def test_clip_by_norm(name, form):
+    case = CASES[name]
+    x = array(case["input"], case["dtype"])
+    axes, clip_norm = argument(case["axes"]), argument(case["clip_norm"])
+    t = in_chunks(x, name) if form == "dask" else x
+    indexed = case.get("indexed_slices")
+    if indexed:
+        indices, dense_shape = np.array(indexed["indices"]), indexed["dense_shape"]
+        t = IndexedSlices(t, indices, dense_shape)
+    rule, error = DECIDED.get(name, ("", None))
+    if error:
+        with pytest.raises(error):
+            clip_by_norm(t, clip_norm, axes)
+        return
+    assert rule or "error" not in case
+    y, norms = clip_by_norm(t, clip_norm, axes, case.get("name"), return_norm=True)
+    if indexed:
+        assert y.indices is indices
+        assert y.dense_shape is dense_shape
+        y = y.values
+    assert isinstance(y, da.Array) == (form == "dask")
+    y, norms = np.asarray(y), np.asarray(norms)
+    assert (y.dtype, y.shape) == (x.dtype, x.shape)
+    every = range(x.ndim) if axes is None else np.atleast_1d(axes).astype(int) % max(x.ndim, 1)
+    every = tuple(every)
+    assert is_met(y, x, case, every, float(clip_norm))
+    if "doc" in case:
+        expected = ARRAYS[case["doc"]["norms"]]
+        np.testing.assert_array_equal(norms, expected.squeeze(every), strict=True)
+        np.testing.assert_array_equal(np.asarray(norm(t, axes)), norms)
+
+
+@pytest.mark.parametrize("form", ["numpy", "dask"])
+@pytest.mark.parametrize("name", BY_GLOBAL_NORM)
+def test_clip_by_global_norm(name, form):
+    case = CASES[name]
+    arrays = [
+        None if key is None else array(key, dtype)
+        for key, dtype in zip(case["inputs"], case["dtypes"], strict=True)
+    ]
+    t_list = [
+        x if x is None or form == "numpy" else in_chunks(x, f"{name}-{i}")
+        for i, x in enumerate(arrays)
+    ]
+    indices = np.arange(2)
+    for i in case["indexed"]:
+        t_list[i] = IndexedSlices(t_list[i], indices)
+    clip_norm, use_norm = argument(case["clip_norm"]), number(case["use_norm"])
+    clipped, value = clip_by_global_norm(t_list, clip_norm, use_norm)
+    assert global_norm(t_list) == number(case["doc"]["exact_norm"])
