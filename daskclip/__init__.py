@@ -9,17 +9,33 @@ exact          exact sums of squares of NumPy blocks
 numerics       from a sum to norm, factor and rescaled block
 parameters     the arguments of the operation
 indexed        IndexedSlices
+plan           what a run will do, in integers
+report         figures as text and JSON
+progress       how far a run is
 norms          the Dask tree that combines sums
 recipes        chunks that are made again instead of held
 storage        the only file that imports zarr
+publish        the target's place, its lock and its renaming
 lazy           the operation as Dask graphs
 clip           the operation on arrays: start reading here
+tasks          what a worker does with one block
+engine         from storage to storage
+cli            the command line
 =============  ====================================================================
 """
 
 from daskclip.clip import clip_by_global_norm, clip_by_norm, global_norm, norm
+from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.indexed import IndexedSlices
 
 __version__ = "0.1.0"
 
-__all__ = ["IndexedSlices", "clip_by_global_norm", "clip_by_norm", "global_norm", "norm"]
+__all__ = [
+    "IndexedSlices",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_zarr",
+    "global_norm",
+    "norm",
+    "plan_zarr",
+]

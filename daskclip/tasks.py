@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,8 @@ from daskclip.errors import DaskClipError, StorageError
 from daskclip.exact import Partial, partial_norm
 from daskclip.numerics import Scale, clip_block, require_finite, rescale
 from daskclip.plan import ClipPlan
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +121,7 @@ def _read(job: Job, region: Box) -> Any:
 @contextmanager
 def _named(doing: str, region: Box, array: Any) -> Iterator[None]:
     """Say which block of which array an error of the storage is about."""
+    return_freed_memory()
     try:
         yield
     except DaskClipError:
@@ -128,6 +133,17 @@ def _named(doing: str, region: Box, array: Any) -> Iterator[None]:
             f"{doing} block [{block}] of {storage.location(array)} failed: "
             f"{type(error).__name__}: {text}; mend the cause and run again"
         ) from error
+
+
+@cache
+def return_freed_memory() -> None:
+    """Let the allocator give large buffers back to the system once they are freed.
+
+    By default glibc raises its threshold after the first of them and keeps what the decoding
+    threads free in their heaps, so that a run grows with its length.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
 
 
 def memory_used() -> tuple[int, int]:

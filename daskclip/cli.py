@@ -1,0 +1,143 @@
+"""The command line: strings in, `clip_zarr` below, text or JSON out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daskclip.engine import clip_zarr, plan_zarr
+from daskclip.errors import DaskClipError, InvalidValueError
+from daskclip.report import plan_json, plan_text
+
+EXIT_CODES = """\b
+Exit codes: 0 done, 1 storage failure or bug, 2 command line not understood,
+3 a parameter or the source rejected, 5 the target exists or is being written,
+75 interrupted or temporarily failed: run again."""
+INTERRUPTED = 75
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `run` and `plan` have in common."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        click.option(
+            "--missing",
+            type=click.Choice(["fill", "error"]),
+            default="fill",
+            help="Chunks that are not stored: take the fill value, or stop.",
+        ),
+        click.option(
+            "--nonfinite",
+            type=click.Choice(["propagate", "omit", "raise"]),
+            default="propagate",
+            help="What NaN and infinity do to their slice.",
+        ),
+        click.option("--workers", type=click.IntRange(min=1), help="Start N local processes."),
+        click.option("--scheduler", help="Address of a Dask scheduler."),
+        click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
+        click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
+        click.option("--clip-norm", type=float, required=True, help="The limit."),
+        click.argument("target"),
+        click.argument("source"),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group("clip", context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.version_option(package_name="daskclip", prog_name="daskclip")
+def main() -> None:
+    """Clip L2-norms of Zarr arrays larger than memory, exactly."""
+
+
+@main.command(epilog=EXIT_CODES)
+@_options
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON.")
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "bar", "lines", "json", "none"]),
+    default="auto",
+    help="What stderr shows.",
+)
+@click.option("--dry-run", is_flag=True, help="Check and plan only.")
+def run(report: Path | None, progress: str, dry_run: bool, **options: Any) -> None:
+    """Clip SOURCE into a new array TARGET."""
+    if dry_run:
+        _plan(**options)
+        return
+    with _failing_in_one_line(), _workers(options.pop("scheduler"), options.pop("workers")):
+        as_json = options.pop("as_json")
+        if report is not None and not report.absolute().parent.is_dir():
+            raise InvalidValueError(f"folder {report.absolute().parent} of the report does not exist; create it")
+        done = clip_zarr(**_arguments(options), progress=progress)
+        if report is not None:
+            report.write_text(done.to_json() + "\n")
+        click.echo(done.to_json() if as_json else str(done))
+
+
+@main.command(epilog=EXIT_CODES)
+@_options
+def plan(**options: Any) -> None:
+    """Say what run would do, without reading a chunk."""
+    _plan(**options)
+
+
+def _plan(as_json: bool, scheduler: str | None, workers: int | None, **options: Any) -> None:
+    with _failing_in_one_line(), _workers(scheduler, workers):
+        planned = plan_zarr(**_arguments(options))
+        click.echo(plan_json(planned) if as_json else plan_text(planned))
+
+
+def _arguments(options: dict[str, Any]) -> dict[str, Any]:
+    axes = options["axes"]
+    if axes is not None:
+        try:
+            options["axes"] = [int(a) for a in axes.split(",") if a.strip()]
+        except ValueError:
+            raise InvalidValueError(f"axes {axes!r} is not a list of integers; write 0,2") from None
+    return options
+
+
+@contextmanager
+def _workers(scheduler: str | None, workers: int | None) -> Iterator[None]:
+    """A cluster to run on, if one was asked for."""
+    if scheduler is None and workers is None:
+        yield
+        return
+    if scheduler is not None and workers is not None:
+        raise click.UsageError("--scheduler and --workers exclude each other")
+    # only here: distributed takes a second to import
+    from distributed import Client, LocalCluster
+
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout=10)
+        except (OSError, ValueError) as error:
+            raise InvalidValueError(
+                f"no Dask scheduler answers at {scheduler} ({type(error).__name__}); check the address"
+            ) from error
+        with client:
+            yield
+        return
+    with (
+        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster),
+    ):
+        yield
+
+
+@contextmanager
+def _failing_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except DaskClipError as error:
+        click.echo(f"daskclip: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("daskclip: interrupted; nothing was published, run again", err=True)
+        sys.exit(INTERRUPTED)
