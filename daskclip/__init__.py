@@ -6,7 +6,8 @@ The map of the package, from the bottom up; imports go down only.
 errors         every error, with its exit code
 blocks         grid arithmetic
 exact          exact sums of squares of NumPy blocks
-numerics       from a sum to norm, factor and rescaled block
+factor         from a sum to the norm and the factor
+numerics       rescaled blocks
 parameters     the arguments of the operation
 indexed        IndexedSlices
 plan           what a run will do, in integers
@@ -16,15 +17,19 @@ norms          the Dask tree that combines sums
 recipes        chunks that are made again instead of held
 storage        the only file that imports zarr
 publish        the target's place, its lock and its renaming
+arrays         what may be given as an array or a list
 lazy           the operation as Dask graphs
-clip           the operation on arrays: start reading here
+clip           the operation on an array: start reading here
+clip_list      the operation on a list
+workers        the processes that run blocks
 tasks          what a worker does with one block
 engine         from storage to storage
 cli            the command line
 =============  ====================================================================
 """
 
-from daskclip.clip import clip_by_global_norm, clip_by_norm, global_norm, norm
+from daskclip.clip import clip_by_norm, norm
+from daskclip.clip_list import clip_by_global_norm, global_norm
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.indexed import IndexedSlices
 

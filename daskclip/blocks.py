@@ -31,6 +31,13 @@ def box_shape(region: Box) -> tuple[int, ...]:
     return tuple(s.stop - s.start for s in region)
 
 
+def shift(inside: Box, region: Box) -> Box:
+    """A box given relative to ``region``, in the coordinates of ``region``."""
+    return tuple(
+        slice(r.start + i.start, r.start + i.stop) for i, r in zip(inside, region, strict=True)
+    )
+
+
 def tile_shape(shape: Sequence[int], size: int) -> tuple[int, ...]:
     """Box of at most ``size`` elements that grows from the last axis on, the contiguous one."""
     step = []

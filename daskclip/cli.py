@@ -12,6 +12,7 @@ import click
 
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.errors import DaskClipError, InvalidValueError
+from daskclip.progress import Mode
 from daskclip.report import plan_json, plan_text
 
 EXIT_CODES = """\b
@@ -65,7 +66,7 @@ def main() -> None:
     help="What stderr shows.",
 )
 @click.option("--dry-run", is_flag=True, help="Check and plan only.")
-def run(report: Path | None, progress: str, dry_run: bool, **options: Any) -> None:
+def run(report: Path | None, progress: Mode, dry_run: bool, **options: Any) -> None:
     """Clip SOURCE into a new array TARGET."""
     if dry_run:
         _plan(**options)
@@ -73,7 +74,9 @@ def run(report: Path | None, progress: str, dry_run: bool, **options: Any) -> No
     with _failing_in_one_line(), _workers(options.pop("scheduler"), options.pop("workers")):
         as_json = options.pop("as_json")
         if report is not None and not report.absolute().parent.is_dir():
-            raise InvalidValueError(f"folder {report.absolute().parent} of the report does not exist; create it")
+            raise InvalidValueError(
+                f"folder {report.absolute().parent} of the report does not exist; create it"
+            )
         done = clip_zarr(**_arguments(options), progress=progress)
         if report is not None:
             report.write_text(done.to_json() + "\n")
@@ -119,7 +122,8 @@ def _workers(scheduler: str | None, workers: int | None) -> Iterator[None]:
             client = Client(scheduler, timeout=10)
         except (OSError, ValueError) as error:
             raise InvalidValueError(
-                f"no Dask scheduler answers at {scheduler} ({type(error).__name__}); check the address"
+                f"no Dask scheduler answers at {scheduler} ({type(error).__name__}); "
+                "check the address"
             ) from error
         with client:
             yield

@@ -11,16 +11,13 @@ from uuid import uuid4
 
 import dask
 import dask.array as da
-from dask import config
-from dask.base import get_scheduler
-from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 
 from daskclip import storage, tasks
 from daskclip.errors import InvalidTypeError, InvalidValueError
 from daskclip.exact import combine
+from daskclip.factor import finalize
 from daskclip.norms import no_block, tree
-from daskclip.numerics import finalize
 from daskclip.parameters import (
     NonFinite,
     check_dtype,
@@ -34,6 +31,7 @@ from daskclip.publish import check_target, staging
 from daskclip.recipes import Constant
 from daskclip.report import ClipReport
 from daskclip.tasks import Job, Tally
+from daskclip.workers import memory_used, workers
 
 # bytes that the exact sum of a slice may take; float64 data that spans more than 10**80 takes more
 STATE = {2: 24, 4: 80, 8: 80}
@@ -123,7 +121,7 @@ def clip_zarr(
     )
     path = check_target(target, storage.local_path(array))
     started = time.monotonic()
-    before = _memory_used()
+    before = memory_used()
     with staging(path) as staged:
         job = Job(
             plan=plan,
@@ -133,16 +131,19 @@ def clip_zarr(
             nonfinite=nonfinite,
             missing=missing,
         )
-        total = _run(job, lambda done, at: display(
-            State(
-                done=done,
-                total=plan.bytes_read,
-                pass_=at,
-                passes=plan.passes,
-                seconds=time.monotonic() - started,
-            )
-        ))
-    after = _memory_used()
+        total = _run(
+            job,
+            lambda done, at: display(
+                State(
+                    done=done,
+                    total=plan.bytes_read,
+                    pass_=at,
+                    passes=plan.passes,
+                    seconds=time.monotonic() - started,
+                )
+            ),
+        )
+    after = memory_used()
     grown = [after[k][1] - before.get(k, after[k])[0] for k in after]
     return ClipReport(
         source=storage.location(array),
@@ -211,9 +212,7 @@ def plan_zarr(
     (1, (100, 64))
     """
     show(progress)
-    array, plan, _ = _prepare(
-        source, clip_norm, axes, memory, nonfinite, missing, storage_options
-    )
+    array, plan, _ = _prepare(source, clip_norm, axes, memory, nonfinite, missing, storage_options)
     check_target(target, storage.local_path(array))
     return plan
 
@@ -234,7 +233,7 @@ def _prepare(
         raise InvalidValueError(f"missing={missing!r} is not a policy; use 'fill' or 'error'")
     array = storage.open_source(source, storage_options)
     check_dtype(array.dtype)
-    processes, threads = _workers()
+    processes, threads = workers()
     real = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
     plan = make_plan(
         shape=array.shape,
@@ -261,37 +260,6 @@ def _bytes(memory: Any) -> int:
     if size <= 0:
         raise InvalidValueError(f"memory {memory!r} is not above 0; write it as '512MiB'")
     return size
-
-
-def _client() -> Any:
-    """The active distributed Client, or None."""
-    get = get_scheduler()
-    owner = getattr(get, "__self__", None)
-    return owner if hasattr(owner, "nthreads") else None
-
-
-def _workers() -> tuple[int, int]:
-    """Processes that will run blocks, and the threads of the largest of them."""
-    client = _client()
-    if client is not None:
-        threads = list(client.nthreads().values())
-        return max(1, len(threads)), max(threads, default=1)
-    get = get_scheduler()
-    if get is dask.get:
-        return 1, 1
-    number = config.get("num_workers", None) or CPU_COUNT
-    if get is not None and get is not dask.threaded.get:
-        return number, 1
-    pool = config.get("pool", None)
-    return 1, getattr(pool, "_max_workers", None) or number
-
-
-def _memory_used() -> dict[Any, tuple[int, int]]:
-    """Bytes of every process that runs blocks, now and at the highest."""
-    client = _client()
-    if client is not None:
-        return dict(client.run(tasks.memory_used))
-    return {os.getpid(): tasks.memory_used()}
 
 
 def _run(job: Job, report: Any) -> Tally:

@@ -6,8 +6,8 @@ from numpy.exceptions import AxisError
 
 __all__ = [
     "AxesError",
-    "DaskClipError",
     "DTypeError",
+    "DaskClipError",
     "InvalidTypeError",
     "InvalidValueError",
     "MemoryBudgetError",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.blocks import Box, box_shape, boxes, ceil_div, tile_shape, tiles
+from daskclip.blocks import Box, box_shape, boxes, ceil_div, shift, tile_shape, tiles
 
 Array = npt.NDArray[Any]
 
@@ -47,8 +47,8 @@ class Partial(NamedTuple):
     """Position of the first limb."""
     flags: Array
     """uint8 of shape kept: NAN and INF, for what was met; neither is in the sum."""
-    count: int
-    """Elements per slice (two for a complex one)."""
+    terms: int
+    """Squares per slice (two for a complex element)."""
 
 
 def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> Partial:
@@ -88,8 +88,8 @@ def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> 
             total.add_block(x, omit_nan)
         limbs, low = _canonical(total.sums, total.low)
     kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
-    count = math.prod(x.shape[k] for k in axes)
-    return Partial(limbs.reshape(-1, *kept), low, total.flags.reshape(kept), count)
+    terms = math.prod(x.shape[k] for k in axes)
+    return Partial(limbs.reshape(-1, *kept), low, total.flags.reshape(kept), terms)
 
 
 def combine(parts: Sequence[Partial]) -> Partial:
@@ -104,16 +104,16 @@ def combine(parts: Sequence[Partial]) -> Partial:
     if len(parts) == 1:
         return parts[0]
     flags = np.bitwise_or.reduce([p.flags for p in parts])
-    count = sum(p.count for p in parts)
+    terms = sum(p.terms for p in parts)
     full = [p for p in parts if len(p.limbs)]
     if not full:
-        return Partial(parts[0].limbs, 0, flags, count)
+        return Partial(parts[0].limbs, 0, flags, terms)
     low = min(p.low for p in full)
     sums = np.zeros((max(p.low + len(p.limbs) for p in full) - low, *flags.shape), np.int64)
     for p in full:
         sums[p.low - low : p.low - low + len(p.limbs)] += p.limbs
     limbs, low = _canonical(sums, low)
-    return Partial(limbs, low, flags, count)
+    return Partial(limbs, low, flags, terms)
 
 
 def combine_all(parts: Sequence[Partial]) -> Partial:
@@ -129,7 +129,7 @@ def combine_all(parts: Sequence[Partial]) -> Partial:
         flags = np.bitwise_or.reduce(p.flags, axis=None)
         limbs = p.limbs.sum(axis=tuple(range(1, p.limbs.ndim)), dtype=np.int64)
         sums, low = _canonical(limbs, p.low)
-        single.append(Partial(sums, low, np.asarray(flags, np.uint8), p.count * p.flags.size))
+        single.append(Partial(sums, low, np.asarray(flags, np.uint8), p.terms * p.flags.size))
     return combine(single)
 
 
@@ -218,7 +218,8 @@ class _Accumulator:
             panel, scaled, e = near, e, 0
         # of the products of digits i and j; both orders for i < j
         units = [2 * e - DIGIT * (i + j + 2) + (i < j) for i, j in self.pairs]
-        scale = np.array([math.ldexp(1.0 + (i < j), -u) for (i, j), u in zip(self.pairs, units, strict=True)])
+        pairs = zip(self.pairs, units, strict=True)
+        scale = np.array([math.ldexp(1.0 + (i < j), -u) for (i, j), u in pairs])
         sums = np.zeros((len(units), *box_shape(at)), np.int64)
         for t in self.pieces(panel.shape, TILE):
             tile, inside = self.matrix(panel[t]), self.kept(t)
@@ -231,9 +232,8 @@ class _Accumulator:
                     values += d[small]
                 for d in digits:
                     d[small] = 0.0
-                corner = zip(at, inside, strict=True)
-                deep = tuple(slice(a.start + s.start, a.start + s.stop) for a, s in corner)
-                self.set_aside(np.ldexp(values, scaled), self.unpadded(small, tile), deep)
+                values = np.ldexp(values, scaled)
+                self.set_aside(values, self.unpadded(small, tile), shift(inside, at))
             products = self.products(digits, tile.shape, scale)
             sums[(slice(None), *inside)] += products.reshape(-1, *box_shape(inside))
         self.add_integers(sums, [u + 2 * scaled for u in units], at)
@@ -273,7 +273,8 @@ class _Accumulator:
             else:
                 np.einsum("rns,rns->rs", split[i], split[j], out=out)
         dots *= scale[:, None, None]
-        return dots.astype(np.int64).sum(axis=2 if self.rows else 1)
+        sums: Array = dots.astype(np.int64).sum(axis=2 if self.rows else 1)
+        return sums
 
     def set_aside(self, values: Array, small: Array, at: Box) -> None:
         """Keep elements for later with the numbers of their slices; ``small`` marks a matrix."""

@@ -69,7 +69,7 @@ class IndexedSlices:
         values, indices = self._arrays()
         shape = tuple(int(n) for n in np.asarray(self.dense_shape))
         dense = np.zeros(shape, values.dtype)
-        if indices.size and not (0 <= indices.min() and indices.max() < shape[0]):
+        if indices.size and not (indices.min() >= 0 and indices.max() < shape[0]):
             raise InvalidValueError(
                 f"indices {indices.min()} to {indices.max()} leave 0 to {shape[0] - 1}; "
                 f"mend them or dense_shape {shape}"

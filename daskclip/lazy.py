@@ -12,16 +12,9 @@ from dask.delayed import Delayed, delayed
 from dask.highlevelgraph import HighLevelGraph
 
 from daskclip.exact import Partial, combine_all, partial_norm
+from daskclip.factor import Scale, finalize, nan_if_infinite
 from daskclip.norms import map_objects, tree
-from daskclip.numerics import (
-    Array,
-    Scale,
-    clip_block,
-    finalize,
-    nan_if_infinite,
-    require_finite,
-    rescale,
-)
+from daskclip.numerics import Array, clip_block, require_finite, rescale
 from daskclip.recipes import Recipe, recipes
 
 HOLD = 16 * 2**20  # bytes of the chunks that share their slices, up to which they are held
@@ -83,7 +76,8 @@ def total(arrays: list[Any]) -> Delayed:
             over = tuple(range(x.ndim))
             token = tokenize(x.name, x.chunks, over, ensure_deterministic=True)
             parts += _partials(x, over, False, f"global-{token}").to_delayed().ravel().tolist()
-    return delayed(_total, pure=True)(parts)
+    summed: Delayed = delayed(_total, pure=True)(parts)
+    return summed
 
 
 def global_scale(partial: Delayed, limit: Any, dtype: Any) -> tuple[Delayed, da.Array]:
@@ -102,7 +96,7 @@ def rescaled(x: da.Array, scale: Any, over: tuple[int, ...], name: str) -> da.Ar
     )
     hold = isinstance(scale, da.Array) and group * x.dtype.itemsize <= HOLD
     made, layers = recipes(x, hold)
-    tasks = {}
+    tasks: dict[Any, Any] = {}
     for index in np.ndindex(*x.numblocks):
         recipe = made[(x.name, *index)]
         if isinstance(scale, da.Array):
@@ -138,10 +132,12 @@ def _scales(x: da.Array, limit: Any, over: tuple[int, ...], omit: bool, token: s
 
 def _norms(pick: Any, blocks: da.Array, x: da.Array, over: tuple[int, ...], name: str) -> da.Array:
     chunks = tuple((1,) if a in over else c for a, c in enumerate(blocks.chunks))
-    result = da.map_blocks(
+    result: da.Array = da.map_blocks(
         pick, blocks, name=name, chunks=chunks, dtype=float, meta=np.empty((0,) * x.ndim)
     )
-    return result.squeeze(axis=over) if over else result
+    if over:
+        result = result.squeeze(axis=over)
+    return result
 
 
 # ---- tasks

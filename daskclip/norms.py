@@ -34,7 +34,7 @@ def tree(partials: da.Array, axes: tuple[int, ...]) -> da.Array:
     """
     if all(partials.numblocks[a] == 1 for a in axes):
         return partials
-    return da.reduction(
+    combined: da.Array = da.reduction(
         partials,
         chunk=_as_is,
         combine=_combine_blocks,
@@ -45,13 +45,14 @@ def tree(partials: da.Array, axes: tuple[int, ...]) -> da.Array:
         dtype=object,
         meta=no_block(partials.ndim),
     )
+    return combined
 
 
 def map_objects(
     function: Callable[..., Any], *arrays: da.Array, name: str, chunks: Any = None, **kwargs: Any
 ) -> da.Array:
     """`map_blocks` for blocks that are not ndarrays; ``name`` is the whole layer name."""
-    return da.map_blocks(
+    mapped: da.Array = da.map_blocks(
         function,
         *arrays,
         name=name,
@@ -60,6 +61,7 @@ def map_objects(
         meta=no_block(arrays[0].ndim if chunks is None else len(chunks)),
         **kwargs,
     )
+    return mapped
 
 
 def no_block(ndim: int) -> Any:

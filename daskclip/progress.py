@@ -49,7 +49,8 @@ def show(progress: Any) -> Show:
         )
     if mode == "auto":
         mode = "bar" if sys.stderr.isatty() else "lines"
-    return {"bar": _Bar, "lines": _Lines, "json": lambda: _json, "none": lambda: _nothing}[mode]()
+    shows: dict[str, Show] = {"bar": _bar, "lines": _Lines(), "json": _json, "none": _nothing}
+    return shows[mode]
 
 
 def _text(state: State) -> str:
@@ -74,12 +75,11 @@ def _json(state: State) -> None:
     sys.stderr.flush()
 
 
-class _Bar:
-    def __call__(self, state: State) -> None:
-        full = WIDTH * state.done // max(1, state.total)
-        end = "\n" if state.done >= state.total else ""
-        sys.stderr.write(f"\r[{'#' * full}{' ' * (WIDTH - full)}] {_text(state)}\x1b[K{end}")
-        sys.stderr.flush()
+def _bar(state: State) -> None:
+    full = WIDTH * state.done // max(1, state.total)
+    end = "\n" if state.done >= state.total else ""
+    sys.stderr.write(f"\r[{'#' * full}{' ' * (WIDTH - full)}] {_text(state)}\x1b[K{end}")
+    sys.stderr.flush()
 
 
 class _Lines:

@@ -15,7 +15,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from daskclip.blocks import Box, box_shape, boxes
+from daskclip.blocks import Box, box_shape, boxes, ceil_div, shift
 from daskclip.errors import SourceError, SourceNotFoundError
 
 Array = npt.NDArray[Any]
@@ -43,7 +43,8 @@ def as_dask(array: zarr.Array[Any]) -> da.Array:
     token = tokenize(
         str(array.store), array.path, array.metadata.to_dict(), ensure_deterministic=True
     )
-    return da.from_array(array, chunks=write_unit(array), name=f"zarr-{token}")
+    lazy: da.Array = da.from_array(array, chunks=write_unit(array), name=f"zarr-{token}")
+    return lazy
 
 
 def location(array: zarr.Array[Any]) -> str:
@@ -72,22 +73,23 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> z
             raise SourceError(
                 f"source {name} is not a zarr array ({_line(error)}); give the path of one"
             ) from error
-        if not is_array(opened):
+        if isinstance(opened, zarr.Group):
             arrays = ", ".join(sorted(opened.array_keys())[:5]) or "none"
             raise SourceError(f"source {name} is a group; give one of its arrays ({arrays})")
         source = opened
-    for codec in _codecs(source):
+    array: zarr.Array[Any] = source
+    for codec in _codecs(array):
         if codec not in LOSSLESS:
             raise SourceError(
-                f"source {location(source)} is stored with {codec}, which is not known to be "
+                f"source {location(array)} is stored with {codec}, which is not known to be "
                 "lossless, so that the bound could not hold; store it with another codec"
             )
-    return source
+    return array
 
 
 def _codecs(array: zarr.Array[Any]) -> list[str]:
     """Names of all codecs, those inside shards too, without the prefix of their library."""
-    document = array.metadata.to_dict()
+    document: dict[str, Any] = dict(array.metadata.to_dict())
     if document["zarr_format"] == 2:
         used = [*(document.get("filters") or ()), document.get("compressor")]
         return [codec["id"] for codec in used if codec]
@@ -153,22 +155,16 @@ def _reals(values: Array, fill: Any) -> list[tuple[Array, Any]]:
 
 def _parts(region: Box, gulp: tuple[int, ...]) -> list[tuple[Box, Box]]:
     """Gulps of a region, relative to the region and to the array."""
-    insides = boxes(box_shape(region), gulp)
-    return [
-        (
-            inside,
-            tuple(slice(r.start + i.start, r.start + i.stop) for r, i in zip(region, inside, strict=True)),
-        )
-        for inside in insides
-    ]
+    return [(inside, shift(inside, region)) for inside in boxes(box_shape(region), gulp)]
 
 
 def _require_stored(array: zarr.Array[Any], region: Box) -> None:
     unit = write_unit(array)
     first = [s.start // u for s, u in zip(region, unit, strict=True)]
-    counts = [-(-s.stop // u) - f for s, u, f in zip(region, unit, first, strict=True)]
+    counts = [ceil_div(s.stop, u) - f for s, u, f in zip(region, unit, first, strict=True)]
     for offset in np.ndindex(*counts):
-        key = array.metadata.encode_chunk_key(tuple(int(f + o) for f, o in zip(first, offset, strict=True)))
+        place = tuple(int(f + o) for f, o in zip(first, offset, strict=True))
+        key = array.metadata.encode_chunk_key(place)
         path = f"{array.path}/{key}".lstrip("/")
         if not sync(array.store.exists(path)):
             raise SourceError(

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from daskclip import storage
 from daskclip.blocks import Box
 from daskclip.errors import DaskClipError, StorageError
 from daskclip.exact import Partial, partial_norm
-from daskclip.numerics import Scale, clip_block, require_finite, rescale
+from daskclip.factor import Scale
+from daskclip.numerics import clip_block, require_finite, rescale
 from daskclip.plan import ClipPlan
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -100,9 +99,7 @@ def clip_slab(job: Job, slab: int, index: int) -> Tally:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, index)
     x = _read(job, region)
-    x, scale = clip_block(
-        x, job.clip_norm, job.plan.axes, omit_nan=job.nonfinite == "omit", out=x
-    )
+    x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=job.nonfinite == "omit", out=x)
     with _named("writing", region, job.target):
         storage.write(job.target, region, x, job.plan.gulp)
     return count(scale)
@@ -144,13 +141,3 @@ def return_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
-
-
-def memory_used() -> tuple[int, int]:
-    """Resident bytes of this process, now and at its highest; 0 where /proc does not say."""
-    try:
-        with open("/proc/self/status") as status:
-            fields = dict(line.split(":", 1) for line in status)
-        return tuple(int(fields[k].split()[0]) * 1024 for k in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
-    except (OSError, KeyError):
-        return 0, 0

@@ -1,0 +1,72 @@
+"""What may be given as an array, a list of arrays, a limit or a name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask import config
+
+from daskclip import storage
+from daskclip.errors import DTypeError, InvalidTypeError
+from daskclip.indexed import is_indexed
+from daskclip.parameters import check_dtype, check_scalar, parse_clip_norm
+
+
+def check_name(name: Any) -> None:
+    """Refuse a layer name that is no string."""
+    if name is not None and not isinstance(name, str):
+        raise InvalidTypeError(f"name {name!r} is a {type(name).__name__}; give a string or None")
+
+
+def as_array(t: Any) -> Any:
+    """``t`` as a NumPy or Dask array of a dtype and of blocks that can be clipped."""
+    if storage.is_array(t):
+        check_dtype(t.dtype)
+        t = storage.as_dask(t)
+    if isinstance(t, da.Array):
+        if config.get("array.query-planning", None):
+            raise InvalidTypeError(
+                "dask arrays made under array.query-planning are not supported; "
+                "set array.query-planning to False before importing dask.array"
+            )
+        check_dtype(t.dtype)
+        blocks = type(t._meta)
+    else:
+        if hasattr(t, "__dask_graph__"):
+            raise InvalidTypeError(
+                f"{type(t).__module__}.{type(t).__name__} is not an array of numpy, dask or zarr; "
+                "pass its .data"
+            )
+        blocks = type(t) if isinstance(t, np.ma.MaskedArray) else np.ndarray
+    if not issubclass(blocks, np.ndarray) or issubclass(blocks, np.ma.MaskedArray):
+        raise DTypeError(
+            f"blocks of type {blocks.__module__}.{blocks.__name__} cannot be clipped; "
+            "convert them to numpy.ndarray, masked ones with .filled(numpy.nan)"
+        )
+    if isinstance(t, da.Array):
+        return t
+    x = np.asarray(t)
+    check_dtype(x.dtype)
+    return x
+
+
+def as_limit(clip_norm: Any, what: str = "clip_norm") -> Any:
+    """A limit as a float, or as it is if it is a lazy number."""
+    if isinstance(clip_norm, da.Array):
+        check_scalar(clip_norm.ndim, clip_norm.dtype, clip_norm.shape, what)
+        return clip_norm
+    return parse_clip_norm(clip_norm, what)
+
+
+def as_arrays(t_list: Any, is_lazy: bool = False) -> tuple[list[Any], bool]:
+    """Arrays of a list, all of them Dask arrays if one is; the second result says so."""
+    if not isinstance(t_list, Sequence) or isinstance(t_list, str | bytes):
+        raise InvalidTypeError(f"t_list is a {type(t_list).__name__}; give a list of arrays")
+    arrays = [None if t is None else as_array(t.values if is_indexed(t) else t) for t in t_list]
+    is_lazy = is_lazy or any(isinstance(x, da.Array) for x in arrays)
+    if is_lazy:
+        arrays = [da.from_array(x, chunks=-1) if isinstance(x, np.ndarray) else x for x in arrays]
+    return arrays, is_lazy

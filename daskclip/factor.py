@@ -1,0 +1,226 @@
+"""From an exact sum of squares to the norm and the factor of every slice.
+
+The bound holds exactly because every rounding is on the safe side. float16, bfloat16 and float32:
+a factor of 29 bits, rounded down, makes each product exact in float64, and the product is rounded
+toward zero. float64: a factor lowered by a little more than the half unit that rounding the product
+to nearest can add. Below the normal range, where that half unit is no longer relative, see `Scale`.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from daskclip.exact import INF, LIMB, NAN, Partial, partial_norm
+
+Array = npt.NDArray[Any]
+
+# dtype name of one real part: (significant bits, exponent of the smallest subnormal)
+PRECISION = {
+    "float16": (11, -24),
+    "bfloat16": (8, -133),
+    "float32": (24, -149),
+    "float64": (53, -1074),
+}
+FACTOR_BITS = 29
+SHIFT = -900  # exponents of float64 factors below this are kept apart
+
+
+class Scale(NamedTuple):
+    """What a slice is multiplied by, and its norm; every array of shape kept."""
+
+    factor: Array
+    """float64; 1 leaves the slice as it is."""
+    shift: Array | None
+    """int32, power of two still to be applied to float64 slices, or None where all are 0."""
+    toward_zero: bool
+    """Subnormal results are rounded toward zero: rounding them to nearest could break the bound."""
+    norm: Array
+    """float64, correctly rounded; NaN and inf where such elements were met."""
+    flags: Array
+    """uint8, of `Partial`: tells an infinite slice from one whose norm exceeds float64."""
+
+
+def real_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Dtype of the real part."""
+    return np.dtype(f"f{dtype.itemsize // 2}") if dtype.kind == "c" else dtype
+
+
+def finalize(partial: Partial, clip_norm: float, dtype: np.dtype[Any]) -> Scale:
+    """Norms of all slices, and the factors that bring them to at most ``clip_norm``.
+
+    Parameters
+    ----------
+    partial : Partial
+        Exact sums over whole slices.
+    clip_norm : float
+        The limit; negative counts as 0, infinity leaves everything as it is, NaN gives NaN.
+    dtype : dtype
+        Of the array that will be rescaled.
+
+    Returns
+    -------
+    Scale
+        A pure function of the sums, ``clip_norm`` and ``dtype``.
+
+    Notes
+    -----
+    Holds some 30 float64 arrays of shape kept. Slices whose norm lies within 2**-40 of the middle
+    between two float64 are finished in integers, one by one.
+
+    Examples
+    --------
+    >>> x = np.float32([[3, 4], [0.3, 0.4]])
+    >>> scale = finalize(partial_norm(x, (1,)), 1.0, x.dtype)
+    >>> scale.norm.ravel().round(3), scale.factor.ravel().round(3)
+    (array([5. , 0.5]), array([0.2, 1. ]))
+    """
+    clip_norm = max(clip_norm, 0.0) if clip_norm == clip_norm else math.nan
+    bits, lowest = PRECISION[real_dtype(dtype).name]
+    with np.errstate(all="ignore"):
+        lead = _leading(partial)
+        root, low_part, half = _root(lead)
+        norm = _rounded(partial, root, low_part, half)
+        norm[partial.flags & INF != 0] = np.inf
+        norm[partial.flags & NAN != 0] = np.nan
+        shift = None
+        if clip_norm == math.inf:
+            factor = np.ones_like(norm)
+        elif math.isnan(clip_norm):
+            factor = np.full_like(norm, np.nan)
+        else:
+            limit = _leading(partial_norm(np.array([clip_norm]), (0,)))
+            mantissa, exponent = _factor(clip_norm, root, low_part, half, bits)
+            if bits == 53 and (exponent < SHIFT).any():
+                shift = np.minimum(exponent - SHIFT, 0)
+                exponent = np.maximum(exponent, SHIFT)
+            clipped = _greater(lead, limit)
+            factor = np.where(clipped, np.ldexp(mantissa, exponent), 1.0)
+            if shift is not None:
+                shift = np.where(clipped, shift, 0)
+            factor[partial.flags & INF != 0] = 0.0
+            factor[partial.flags & NAN != 0] = np.nan
+        # room that the lowered factor leaves, against what rounding subnormals can add
+        room = 64 if bits == 53 else FACTOR_BITS + 1
+        toward_zero = clip_norm < math.sqrt(partial.terms) * math.ldexp(1.0, lowest + room)
+    return Scale(factor, shift, toward_zero, norm, partial.flags)
+
+
+def nan_if_infinite(partial: Partial) -> Partial:
+    """Infinite slices count as NaN, as they do for a global norm."""
+    return partial._replace(flags=np.where(partial.flags != 0, np.uint8(NAN), partial.flags))
+
+
+class _Leading(NamedTuple):
+    """A sum by its highest 128 bits: (high · 2**64 + low + more) · 2**exponent, high >= 2**63."""
+
+    high: Array
+    low: Array
+    more: Array
+    exponent: Array
+
+
+def _leading(partial: Partial) -> _Leading:
+    limbs = partial.limbs
+    kept = limbs.shape[1:]
+    if not len(limbs):
+        zero = np.zeros(kept, np.uint64)
+        return _Leading(zero, zero, zero != 0, np.full(kept, -(1 << 20)))
+    full = limbs != 0
+    top = len(limbs) - 1 - full[::-1].argmax(axis=0)
+    more = full.argmax(axis=0) < top - 4
+    padded = np.concatenate([np.zeros((4, *kept), np.uint32), limbs])
+    t = [np.take_along_axis(padded, (top + 4 - i)[None], axis=0)[0] for i in range(5)]
+    t = [limb.astype(np.uint64) for limb in t]
+    left = (LIMB - np.frexp(t[0].astype(np.float64))[1]).astype(np.uint64)
+    right = LIMB - left
+    half = np.uint64(LIMB)
+    high = (((t[0] << half) | t[1]) << left) | (t[2] >> right)
+    low = (((t[2] << half) | t[3]) << left) | (t[4] >> right)
+    more |= (t[4] << left) & np.uint64(2**LIMB - 1) != 0
+    exponent = LIMB * (partial.low + top - 3) - left.astype(np.int64)
+    return _Leading(high, low, more, np.where(t[0] == 0, -(1 << 20), exponent))
+
+
+def _greater(a: _Leading, b: _Leading) -> Array:
+    """Whether a > b, where b has no more than 128 bits."""
+    low = (a.low > b.low) | ((a.low == b.low) & a.more)
+    high = (a.high > b.high) | ((a.high == b.high) & low)
+    greater: Array = (a.exponent > b.exponent) | ((a.exponent == b.exponent) & high)
+    return greater
+
+
+def _two_product(a: Array, b: Array) -> tuple[Array, Array]:
+    """A · b as the rounded product and its error (Dekker, Veltkamp)."""
+    p = a * b
+    split = 134217729.0  # 2**27 + 1
+    a1, b1 = a * split, b * split
+    a1 -= a1 - a
+    b1 -= b1 - b
+    a2, b2 = a - a1, b - b1
+    return p, ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2
+
+
+def _root(lead: _Leading) -> tuple[Array, Array, Array]:
+    """Square root to some 100 bits: (root + low_part) · 2**half, root in [2**26, 2**27]."""
+    a = (lead.high >> np.uint64(11)).astype(np.float64)
+    rest = ((lead.high & np.uint64(2047)) << np.uint64(42)) | (lead.low >> np.uint64(22))
+    b = np.ldexp(rest.astype(np.float64), -53)
+    exponent = lead.exponent + 75
+    odd = (exponent & 1) * 1.0 + 1.0
+    a, b = a * odd, b * odd
+    first = np.sqrt(a)
+    square, error = _two_product(first, first)
+    delta = np.where(a == 0, 0.0, (((a - square) - error) + b) / (2.0 * first))
+    root = first + delta
+    return root, (first - root) + delta, ((exponent - (exponent & 1)) // 2).astype(np.int32)
+
+
+def _rounded(partial: Partial, root: Array, low_part: Array, half: Array) -> Array:
+    """Correctly rounded norm; what 100 bits do not decide is decided by all of them."""
+    eps = 2.0**-40
+    undecided = root + low_part * (1 + eps) != root + low_part * (1 - eps)
+    # `root` is the sum rounded to nearest; near a tie a smaller low part could round elsewhere
+    half_gap = np.abs(np.spacing(root)) / 2
+    undecided |= np.abs(np.abs(low_part) - half_gap) <= half_gap * eps
+    undecided |= np.abs(np.abs(low_part) - half_gap / 2) <= half_gap * eps  # below a power of two
+    undecided |= half < -1040
+    norm = np.where(root == 0, 0.0, np.ldexp(root, half))
+    for index in map(tuple, np.argwhere(undecided & (root > 0))):
+        norm[index] = _exact_norm(partial, index)
+    return norm
+
+
+def _exact_norm(partial: Partial, index: tuple[Any, ...]) -> float:
+    limbs = partial.limbs[(slice(None), *index)]
+    total = int.from_bytes(np.ascontiguousarray(limbs, "<u4").tobytes(), "little")
+    extra = max(0, 140 - total.bit_length())
+    exponent = LIMB * partial.low - extra
+    extra += exponent & 1
+    exponent -= exponent & 1
+    root = math.isqrt(total << extra)
+    sticky = root * root != total << extra
+    try:
+        return float(Fraction(2 * root + sticky) * Fraction(2) ** (exponent // 2 - 1))
+    except OverflowError:
+        return math.inf
+
+
+def _factor(
+    clip_norm: float, root: Array, low_part: Array, half: Array, bits: int
+) -> tuple[Array, Array]:
+    """clip_norm / norm, lowered as the module says: mantissa · 2**exponent."""
+    c, c_exponent = math.frexp(clip_norm)
+    q = c / root
+    product, error = _two_product(q, root)
+    correction = (((c - product) - error) - q * low_part) / root
+    # float64: half a unit for the product, half for this sum, and some for subnormal results
+    slack = 2.0625 * 2.0**-53 if bits == 53 else 2.0**-FACTOR_BITS
+    mantissa = q + (correction - q * slack)
+    if bits != 53:
+        mantissa = (mantissa.view(np.int64) & -(1 << (53 - FACTOR_BITS))).view(np.float64)
+    return mantissa, (c_exponent - half).astype(np.int32)
