@@ -89,7 +89,7 @@ def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> 
         limbs, low = _canonical(total.sums, total.low)
     kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
     terms = math.prod(x.shape[k] for k in axes)
-    return Partial(limbs.reshape(-1, *kept), low, total.flags.reshape(kept), terms)
+    return Partial(limbs.reshape(len(limbs), *kept), low, total.flags.reshape(kept), terms)
 
 
 def combine(parts: Sequence[Partial]) -> Partial:
@@ -177,7 +177,7 @@ class _Accumulator:
         view = x.transpose(self.order)
         reduced = tuple(range(self.cut, x.ndim)) if self.rows else tuple(range(self.cut))
         for where in self.pieces(view.shape, PANEL):
-            panel, at = view[where], self.kept(where)
+            panel, at = view[(*where, ...)], self.kept(where)
             top = _magnitude(panel)
             if not math.isfinite(top):
                 panel = panel.astype(np.float64)
@@ -222,7 +222,7 @@ class _Accumulator:
         scale = np.array([math.ldexp(1.0 + (i < j), -u) for (i, j), u in pairs])
         sums = np.zeros((len(units), *box_shape(at)), np.int64)
         for t in self.pieces(panel.shape, TILE):
-            tile, inside = self.matrix(panel[t]), self.kept(t)
+            tile, inside = self.matrix(panel[(*t, ...)]), self.kept(t)
             flat, digits = self.digits(tile, e)
             whole = flat == digits[-1]
             if not whole.all():

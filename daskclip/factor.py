@@ -93,7 +93,7 @@ def finalize(partial: Partial, clip_norm: float, dtype: np.dtype[Any]) -> Scale:
         elif math.isnan(clip_norm):
             factor = np.full_like(norm, np.nan)
         else:
-            limit = _leading(partial_norm(np.array([clip_norm]), (0,)))
+            limit = _leading(partial_norm(np.array(clip_norm), ()))
             mantissa, exponent = _factor(clip_norm, root, low_part, half, bits)
             if bits == 53 and (exponent < SHIFT).any():
                 shift = np.minimum(exponent - SHIFT, 0)

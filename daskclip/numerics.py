@@ -107,7 +107,7 @@ def clip_block(
     shape = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
     done = Scale(np.empty(shape), None, False, np.empty(shape), np.empty(shape, np.uint8))
     for kept in boxes(shape, tile_shape(shape, SLICES)):
-        region = tuple(slice(None) if k in axes else s for k, s in enumerate(kept))
+        region = (*(slice(None) if k in axes else s for k, s in enumerate(kept)), ...)
         part = x[region]
         scale = finalize(partial_norm(part, axes, omit_nan=omit_nan), clip_norm, x.dtype)
         rescale(part, scale, out[region])
@@ -143,7 +143,7 @@ def _rescale_tiles(x: Array, scale: Scale, out: Array) -> None:
     factor = np.broadcast_to(scale.factor, x.shape).transpose(order)
     scratch = np.empty(min(TILE, x.size))
     for t in tiles(source.shape, TILE):
-        tile = source[t]
+        tile = source[(*t, ...)]
         z = scratch[: tile.size].reshape(tile.shape)
         np.multiply(tile, factor[t], out=z)
         z.view(np.int64)[...] &= keep
