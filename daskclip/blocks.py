@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 Box = tuple[slice, ...]
 
@@ -19,11 +20,16 @@ def grid(shape: Sequence[int], step: Sequence[int]) -> tuple[int, ...]:
     return tuple(ceil_div(n, k) for n, k in zip(shape, step, strict=True))
 
 
-def box(index: Sequence[int], step: Sequence[int], shape: Sequence[int]) -> Box:
-    """Region of grid cell ``index``, cut off at the edge of ``shape``."""
+def box(cell: Sequence[int], step: Sequence[int], shape: Sequence[int]) -> Box:
+    """Region of grid cell ``cell``, cut off at the edge of ``shape``."""
     return tuple(
-        slice(i * k, min((i + 1) * k, n)) for i, k, n in zip(index, step, shape, strict=True)
+        slice(i * k, min((i + 1) * k, n)) for i, k, n in zip(cell, step, shape, strict=True)
     )
+
+
+def index(region: Box) -> Any:
+    """Index for a region, which gives an array and not a scalar where there are no axes."""
+    return (*region, ...)
 
 
 def box_shape(region: Box) -> tuple[int, ...]:
@@ -57,8 +63,8 @@ def boxes(shape: Sequence[int], step: Sequence[int]) -> Iterator[Box]:
     [(slice(0, 2, None), slice(0, 4, None)), (slice(2, 3, None), slice(0, 4, None))]
     """
     if math.prod(shape):
-        for index in product(*map(range, grid(shape, step))):
-            yield box(index, step, shape)
+        for cell in product(*map(range, grid(shape, step))):
+            yield box(cell, step, shape)
 
 
 def tiles(shape: Sequence[int], size: int) -> Iterator[Box]:

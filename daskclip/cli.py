@@ -12,8 +12,8 @@ import click
 
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.errors import DaskClipError, InvalidValueError
-from daskclip.progress import Mode
-from daskclip.report import plan_json, plan_text
+from daskclip.plan import ClipPlan
+from daskclip.report import ClipReport, as_document, as_text
 
 EXIT_CODES = """\b
 Exit codes: 0 done, 1 storage failure or bug, 2 command line not understood,
@@ -23,9 +23,19 @@ INTERRUPTED = 75
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `run` and `plan` have in common."""
+    """What `run` and `plan` take."""
     for option in (
+        click.option(
+            "--progress",
+            type=click.Choice(["auto", "bar", "lines", "json", "none"]),
+            default="auto",
+            help="What stderr shows.",
+        ),
+        click.option(
+            "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON."
+        ),
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        click.option("--dry-run", is_flag=True, help="Check and plan only."),
         click.option(
             "--missing",
             type=click.Choice(["fill", "error"]),
@@ -58,52 +68,43 @@ def main() -> None:
 
 @main.command(epilog=EXIT_CODES)
 @_options
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON.")
-@click.option(
-    "--progress",
-    type=click.Choice(["auto", "bar", "lines", "json", "none"]),
-    default="auto",
-    help="What stderr shows.",
-)
-@click.option("--dry-run", is_flag=True, help="Check and plan only.")
-def run(report: Path | None, progress: Mode, dry_run: bool, **options: Any) -> None:
+def run(dry_run: bool, **options: Any) -> None:
     """Clip SOURCE into a new array TARGET."""
-    if dry_run:
-        _plan(**options)
-        return
-    with _failing_in_one_line(), _workers(options.pop("scheduler"), options.pop("workers")):
-        as_json = options.pop("as_json")
-        if report is not None and not report.absolute().parent.is_dir():
-            raise InvalidValueError(
-                f"folder {report.absolute().parent} of the report does not exist; create it"
-            )
-        done = clip_zarr(**_arguments(options), progress=progress)
-        if report is not None:
-            report.write_text(done.to_json() + "\n")
-        click.echo(done.to_json() if as_json else str(done))
+    _call(plan_zarr if dry_run else clip_zarr, **options)
 
 
 @main.command(epilog=EXIT_CODES)
 @_options
-def plan(**options: Any) -> None:
-    """Say what run would do, without reading a chunk."""
-    _plan(**options)
+def plan(dry_run: bool, **options: Any) -> None:
+    """Say what run would do with the same words, without reading a chunk."""
+    _call(plan_zarr, **options)
 
 
-def _plan(as_json: bool, scheduler: str | None, workers: int | None, **options: Any) -> None:
+def _call(
+    function: Callable[..., ClipPlan | ClipReport],
+    *,
+    report: Path | None,
+    as_json: bool,
+    scheduler: str | None,
+    workers: int | None,
+    axes: str | None,
+    **options: Any,
+) -> None:
     with _failing_in_one_line(), _workers(scheduler, workers):
-        planned = plan_zarr(**_arguments(options))
-        click.echo(plan_json(planned) if as_json else plan_text(planned))
+        folder = report.absolute().parent if report else None
+        if folder is not None and not folder.is_dir():
+            raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
+        result = function(axes=_axes(axes), **options)
+        if report is not None:
+            report.write_text(as_document(result) + "\n")
+        click.echo(as_document(result) if as_json else as_text(result))
 
 
-def _arguments(options: dict[str, Any]) -> dict[str, Any]:
-    axes = options["axes"]
-    if axes is not None:
-        try:
-            options["axes"] = [int(a) for a in axes.split(",") if a.strip()]
-        except ValueError:
-            raise InvalidValueError(f"axes {axes!r} is not a list of integers; write 0,2") from None
-    return options
+def _axes(axes: str | None) -> list[int] | None:
+    try:
+        return None if axes is None else [int(a) for a in axes.split(",") if a.strip()]
+    except ValueError:
+        raise InvalidValueError(f"axes {axes!r} is not a list of integers; write 0,2") from None
 
 
 @contextmanager

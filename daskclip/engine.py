@@ -31,7 +31,7 @@ from daskclip.publish import check_target, staging
 from daskclip.recipes import Constant
 from daskclip.report import ClipReport
 from daskclip.tasks import Job, Tally
-from daskclip.workers import memory_used, workers
+from daskclip.workers import memory_used, running, workers
 
 # bytes that the exact sum of a slice may take; float64 data that spans more than 10**80 takes more
 STATE = {2: 24, 4: 80, 8: 80}
@@ -122,7 +122,7 @@ def clip_zarr(
     path = check_target(target, storage.local_path(array))
     started = time.monotonic()
     before = memory_used()
-    with staging(path) as staged:
+    with staging(path) as staged, running():
         job = Job(
             plan=plan,
             source=array,

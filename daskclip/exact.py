@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.blocks import Box, box_shape, boxes, ceil_div, shift, tile_shape, tiles
+from daskclip.blocks import Box, box_shape, boxes, ceil_div, index, shift, tile_shape, tiles
 
 Array = npt.NDArray[Any]
 
@@ -177,7 +177,7 @@ class _Accumulator:
         view = x.transpose(self.order)
         reduced = tuple(range(self.cut, x.ndim)) if self.rows else tuple(range(self.cut))
         for where in self.pieces(view.shape, PANEL):
-            panel, at = view[(*where, ...)], self.kept(where)
+            panel, at = view[index(where)], self.kept(where)
             top = _magnitude(panel)
             if not math.isfinite(top):
                 panel = panel.astype(np.float64)
@@ -222,7 +222,7 @@ class _Accumulator:
         scale = np.array([math.ldexp(1.0 + (i < j), -u) for (i, j), u in pairs])
         sums = np.zeros((len(units), *box_shape(at)), np.int64)
         for t in self.pieces(panel.shape, TILE):
-            tile, inside = self.matrix(panel[(*t, ...)]), self.kept(t)
+            tile, inside = self.matrix(panel[index(t)]), self.kept(t)
             flat, digits = self.digits(tile, e)
             whole = flat == digits[-1]
             if not whole.all():

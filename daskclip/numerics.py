@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.blocks import boxes, tile_shape, tiles
+from daskclip.blocks import boxes, index, tile_shape, tiles
 from daskclip.errors import NonFiniteError
 from daskclip.exact import TILE, partial_norm
 from daskclip.factor import PRECISION, Scale, finalize
@@ -107,7 +107,7 @@ def clip_block(
     shape = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
     done = Scale(np.empty(shape), None, False, np.empty(shape), np.empty(shape, np.uint8))
     for kept in boxes(shape, tile_shape(shape, SLICES)):
-        region = (*(slice(None) if k in axes else s for k, s in enumerate(kept)), ...)
+        region = index(tuple(slice(None) if k in axes else s for k, s in enumerate(kept)))
         part = x[region]
         scale = finalize(partial_norm(part, axes, omit_nan=omit_nan), clip_norm, x.dtype)
         rescale(part, scale, out[region])
@@ -125,9 +125,9 @@ def require_finite(
     finite = np.isfinite(x).all(axis=axes, keepdims=True)
     if finite.all():
         return
-    index = np.argwhere(~finite)[0]
+    first = np.argwhere(~finite)[0]
     name = ", ".join(
-        ":" if k in axes else str(i + (start[k] if start else 0)) for k, i in enumerate(index)
+        ":" if k in axes else str(i + (start[k] if start else 0)) for k, i in enumerate(first)
     )
     where = f" (chunk {tuple(chunk)})" if chunk is not None else ""
     raise NonFiniteError(
@@ -143,7 +143,7 @@ def _rescale_tiles(x: Array, scale: Scale, out: Array) -> None:
     factor = np.broadcast_to(scale.factor, x.shape).transpose(order)
     scratch = np.empty(min(TILE, x.size))
     for t in tiles(source.shape, TILE):
-        tile = source[(*t, ...)]
+        tile = source[index(t)]
         z = scratch[: tile.size].reshape(tile.shape)
         np.multiply(tile, factor[t], out=z)
         z.view(np.int64)[...] &= keep

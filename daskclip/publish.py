@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: importing daskclip must work all the same
+    fcntl = None  # type: ignore[assignment]
 
 from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
 
@@ -21,6 +25,8 @@ def check_target(target: Any, source: Path | None) -> Path:
     """Absolute path of a target that can be made, or the reason why not; changes nothing."""
     if not isinstance(target, str | os.PathLike) or "://" in os.fspath(target):
         raise TargetError(f"target {target!r} is not a path; give one on a local file system")
+    if fcntl is None:
+        raise TargetError("this system has no flock; use clip_by_norm, which needs none")
     path = Path(os.path.abspath(os.fspath(target)))
     if os.path.lexists(path):
         raise TargetExistsError(f"target {path} exists; remove it or choose another path")

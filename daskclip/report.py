@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from daskclip.plan import MIB, ClipPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipReport:
-    """What a run did."""
+    """What a run did; ``print`` shows it for people, `to_json` for programs."""
 
     source: str
     """Where the array was read."""
@@ -48,62 +47,67 @@ class ClipReport:
     projected_memory: int
     """Bytes that the plan foresaw for it."""
 
+    def __str__(self) -> str:
+        return as_text(self)
+
     def to_json(self) -> str:
         """One JSON document; an infinite figure is the string "inf"."""
-        return as_json(self)
-
-    def __str__(self) -> str:
-        share = 100 * self.clipped / self.slices if self.slices else 0.0
-        norms = "none finite"
-        if self.largest_norm is not None:
-            norms = f"{self.smallest_norm:.6g} to {self.largest_norm:.6g}"
-        rows = {
-            "source": self.source,
-            "target": self.target,
-            "clip_norm": f"{self.clip_norm:g} over axes {_axes(self.axes)}",
-            "slices": f"{self.slices:,}",
-            "clipped": f"{self.clipped:,} ({share:.1f} %)",
-            "non-finite": f"{self.nonfinite:,}",
-            "norms": norms,
-            "read": f"{_size(self.bytes_read)} in {self.passes} pass{'es'[: 2 * self.passes - 2]}",
-            "written": _size(self.bytes_written),
-            "time": f"{self.seconds:.2f} s, {self.blocks:,} blocks",
-            "peak memory": f"{_size(self.peak_memory)} of {_size(self.projected_memory)} projected",
-        }
-        return _table(rows)
+        return as_document(self)
 
 
-def plan_text(plan: ClipPlan) -> str:
-    """A plan for people."""
-    return _table(
-        {
-            "array": f"{plan.shape}, {_size(plan.nbytes)}, axes {_axes(plan.axes)}",
-            "slices": f"{plan.slices:,}",
-            "units": f"{plan.unit} written as one object",
-            "blocks": f"{plan.blocks:,} of {plan.block}, {plan.slabs:,} slabs",
-            "passes": str(plan.passes),
-            "read": _size(plan.bytes_read),
-            "written": _size(plan.nbytes),
-            "tasks": f"{plan.tasks:,} in windows of {plan.window}",
-            "workers": f"{plan.processes} processes of {plan.threads} threads",
-            "memory": f"{_size(plan.projected_memory)} of {_size(plan.memory)} a process",
-        }
-    )
-
-
-def plan_json(plan: ClipPlan) -> str:
-    """A plan as one JSON document."""
-    derived = ("slices", "slabs", "blocks", "tasks", "bytes_read")
-    return as_json({**asdict(plan), **{k: getattr(plan, k) for k in derived}})
-
-
-def as_json(figures: Any) -> str:
-    """One JSON document of a dataclass or a dict; JSON has no infinity, so it becomes a string."""
-    fields = figures if isinstance(figures, dict) else asdict(figures)
+def as_document(figures: ClipReport | ClipPlan) -> str:
+    """One JSON document of all figures; JSON has no infinity, so it becomes a string."""
+    fields = asdict(figures)
+    if isinstance(figures, ClipPlan):
+        derived = ("slices", "slabs", "blocks", "tasks", "bytes_read")
+        fields |= {k: getattr(figures, k) for k in derived}
     plain = {
         k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()
     }
     return json.dumps(plain, indent=2, allow_nan=False)
+
+
+def as_text(figures: ClipReport | ClipPlan) -> str:
+    """The figures for people, a line each."""
+    rows = _report(figures) if isinstance(figures, ClipReport) else _plan(figures)
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _report(done: ClipReport) -> dict[str, str]:
+    share = 100 * done.clipped / done.slices if done.slices else 0.0
+    norms = "none finite"
+    if done.largest_norm is not None:
+        norms = f"{done.smallest_norm:.6g} to {done.largest_norm:.6g}"
+    passes = "1 pass" if done.passes == 1 else f"{done.passes} passes"
+    return {
+        "source": done.source,
+        "target": done.target,
+        "clip_norm": f"{done.clip_norm:g} over axes {_axes(done.axes)}",
+        "slices": f"{done.slices:,}",
+        "clipped": f"{done.clipped:,} ({share:.1f} %)",
+        "non-finite": f"{done.nonfinite:,}",
+        "norms": norms,
+        "read": f"{_size(done.bytes_read)} in {passes}",
+        "written": _size(done.bytes_written),
+        "time": f"{done.seconds:.2f} s, {done.blocks:,} blocks",
+        "peak memory": f"{_size(done.peak_memory)} of {_size(done.projected_memory)} projected",
+    }
+
+
+def _plan(plan: ClipPlan) -> dict[str, str]:
+    return {
+        "array": f"{plan.shape}, {_size(plan.nbytes)}, axes {_axes(plan.axes)}",
+        "slices": f"{plan.slices:,}",
+        "units": f"{plan.unit} written as one object",
+        "blocks": f"{plan.blocks:,} of {plan.block}, {plan.slabs:,} slabs",
+        "passes": str(plan.passes),
+        "read": _size(plan.bytes_read),
+        "written": _size(plan.nbytes),
+        "tasks": f"{plan.tasks:,} in windows of {plan.window}",
+        "workers": f"{plan.processes} processes of {plan.threads} threads",
+        "memory": f"{_size(plan.projected_memory)} of {_size(plan.memory)} a process",
+    }
 
 
 def _axes(axes: tuple[int, ...]) -> str:
@@ -112,8 +116,3 @@ def _axes(axes: tuple[int, ...]) -> str:
 
 def _size(size: int) -> str:
     return f"{size / MIB:,.1f} MiB"
-
-
-def _table(rows: dict[str, str]) -> str:
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import dask
@@ -32,6 +35,21 @@ def workers() -> tuple[int, int]:
         return number, 1
     pool = config.get("pool", None)
     return 1, getattr(pool, "_max_workers", None) or number
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Threads that have ended their blocks when the context ends, however it does.
+
+    Dask's own pool goes on with blocks that it began before another one failed; they would write
+    after the clean-up.
+    """
+    get = get_scheduler()
+    if get not in (None, dask.threaded.get) or config.get("pool", None):
+        yield
+        return
+    with ThreadPoolExecutor(workers()[1]) as pool, config.set(pool=pool):
+        yield
 
 
 def memory_used() -> dict[Any, tuple[int, int]]:
