@@ -135,14 +135,23 @@ def combine_all(parts: Sequence[Partial]) -> Partial:
 
 def _canonical(sums: Array, low: int) -> tuple[Array, int]:
     """Carry, then cut the limbs that are zero in every slice."""
-    sums = np.concatenate([sums, np.zeros((2, *sums.shape[1:]), np.int64)])
-    for i in range(len(sums) - 1):
-        sums[i + 1] += sums[i] >> LIMB
-        sums[i] &= MASK
-    used = np.flatnonzero(sums.any(axis=tuple(range(1, sums.ndim))))
+    shape = sums.shape[1:]
+    flat = sums.reshape(len(sums), math.prod(shape))
+    limbs = np.empty((len(sums) + 2, flat.shape[1]), np.uint32)
+    for start in range(0, flat.shape[1], TILE):
+        part = slice(start, start + TILE)
+        carry: Any = 0
+        for i in range(len(limbs)):
+            if i < len(sums):
+                carry = flat[i, part] + carry
+            limbs[i, part] = carry & MASK
+            carry = carry >> LIMB
+    used = np.flatnonzero(limbs.any(axis=1))
     if not used.size:
-        return np.zeros((0, *sums.shape[1:]), np.uint32), 0
-    return sums[used[0] : used[-1] + 1].astype(np.uint32), low + int(used[0])
+        return np.zeros((0, *shape), np.uint32), 0
+    # a copy, so that no more than what is left stays in memory
+    kept = limbs[used[0] : used[-1] + 1].copy()
+    return kept.reshape(len(kept), *shape), low + int(used[0])
 
 
 def _magnitude(x: Array) -> float:

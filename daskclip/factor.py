@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from daskclip.blocks import index, tiles
 from daskclip.exact import INF, LIMB, NAN, Partial, partial_norm
 
 Array = npt.NDArray[Any]
@@ -27,6 +28,7 @@ PRECISION = {
     "float64": (53, -1074),
 }
 FACTOR_BITS = 29
+SLICES = 1 << 13  # that are finished at a time
 SHIFT = -900  # exponents of float64 factors below this are kept apart
 
 
@@ -69,8 +71,8 @@ def finalize(partial: Partial, clip_norm: float, dtype: np.dtype[Any]) -> Scale:
 
     Notes
     -----
-    Holds some 30 float64 arrays of shape kept. Slices whose norm lies within 2**-40 of the middle
-    between two float64 are finished in integers, one by one.
+    Holds the result and 2 MB of scratch. A slice whose norm lies so near the middle between two
+    float64 that 100 bits do not decide is finished in integers, by itself.
 
     Examples
     --------
@@ -81,33 +83,42 @@ def finalize(partial: Partial, clip_norm: float, dtype: np.dtype[Any]) -> Scale:
     """
     clip_norm = max(clip_norm, 0.0) if clip_norm == clip_norm else math.nan
     bits, lowest = PRECISION[real_dtype(dtype).name]
+    shape = partial.flags.shape
+    factor, norm, shift = np.empty(shape), np.empty(shape), None
     with np.errstate(all="ignore"):
-        lead = _leading(partial)
-        root, low_part, half = _root(lead)
-        norm = _rounded(partial, root, low_part, half)
-        norm[partial.flags & INF != 0] = np.inf
-        norm[partial.flags & NAN != 0] = np.nan
-        shift = None
-        if clip_norm == math.inf:
-            factor = np.ones_like(norm)
-        elif math.isnan(clip_norm):
-            factor = np.full_like(norm, np.nan)
-        else:
-            limit = _leading(partial_norm(np.array(clip_norm), ()))
-            mantissa, exponent = _factor(clip_norm, root, low_part, half, bits)
-            if bits == 53 and (exponent < SHIFT).any():
-                shift = np.minimum(exponent - SHIFT, 0)
-                exponent = np.maximum(exponent, SHIFT)
-            clipped = _greater(lead, limit)
-            factor = np.where(clipped, np.ldexp(mantissa, exponent), 1.0)
-            if shift is not None:
-                shift = np.where(clipped, shift, 0)
-            factor[partial.flags & INF != 0] = 0.0
-            factor[partial.flags & NAN != 0] = np.nan
-        # room that the lowered factor leaves, against what rounding subnormals can add
-        room = 64 if bits == 53 else FACTOR_BITS + 1
-        toward_zero = clip_norm < math.sqrt(partial.terms) * math.ldexp(1.0, lowest + room)
+        for t in tiles(shape, SLICES):
+            limbs, flags = partial.limbs[(slice(None), *t)], partial.flags[index(t)]
+            part = partial._replace(limbs=limbs, flags=flags)
+            norm[t], factor[t], extra = _norm_and_factor(part, clip_norm, bits)
+            if extra is not None:
+                shift = np.zeros(shape, np.int32) if shift is None else shift
+                shift[t] = extra
+    # room that the lowered factor leaves, against what rounding subnormals can add
+    room = 64 if bits == 53 else FACTOR_BITS + 1
+    toward_zero = clip_norm < math.sqrt(partial.terms) * math.ldexp(1.0, lowest + room)
     return Scale(factor, shift, toward_zero, norm, partial.flags)
+
+
+def _norm_and_factor(
+    partial: Partial, clip_norm: float, bits: int
+) -> tuple[Array, Array, Array | None]:
+    nan, infinite = partial.flags & NAN != 0, partial.flags & INF != 0
+    lead = _leading(partial)
+    root, low_part, half = _root(lead)
+    norm = _rounded(partial, root, low_part, half)
+    norm = np.where(nan, np.nan, np.where(infinite, np.inf, norm))
+    if clip_norm == math.inf:
+        return norm, np.ones_like(norm), None
+    if math.isnan(clip_norm):
+        return norm, np.full_like(norm, np.nan), None
+    mantissa, exponent = _factor(clip_norm, root, low_part, half, bits)
+    clipped = _greater(lead, _leading(partial_norm(np.array(clip_norm), ())))
+    shift = None
+    if bits == 53 and (clipped & (exponent < SHIFT)).any():
+        shift = np.where(clipped, np.minimum(exponent - SHIFT, 0), 0)
+        exponent = np.maximum(exponent, SHIFT)
+    factor = np.where(clipped, np.ldexp(mantissa, exponent), 1.0)
+    return norm, np.where(nan, np.nan, np.where(infinite, 0.0, factor)), shift
 
 
 def nan_if_infinite(partial: Partial) -> Partial:

@@ -12,11 +12,9 @@ import numpy.typing as npt
 from daskclip.blocks import boxes, index, tile_shape, tiles
 from daskclip.errors import NonFiniteError
 from daskclip.exact import TILE, partial_norm
-from daskclip.factor import PRECISION, Scale, finalize
+from daskclip.factor import PRECISION, SLICES, Scale, finalize
 
 Array = npt.NDArray[Any]
-
-SLICES = 1 << 13  # that are finished at a time
 
 
 def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
