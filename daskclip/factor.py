@@ -201,8 +201,8 @@ def _rounded(partial: Partial, root: Array, low_part: Array, half: Array) -> Arr
     undecided |= np.abs(np.abs(low_part) - half_gap / 2) <= half_gap * eps  # below a power of two
     undecided |= half < -1040
     norm = np.where(root == 0, 0.0, np.ldexp(root, half))
-    for index in map(tuple, np.argwhere(undecided & (root > 0))):
-        norm[index] = _exact_norm(partial, index)
+    for place in map(tuple, np.argwhere(undecided & (root > 0))):
+        norm[place] = _exact_norm(partial, place)
     return norm
 
 

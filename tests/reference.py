@@ -41,7 +41,7 @@ def integer(value):
 
 
 def integers(x):
-    """Real parts of all elements in units of 2**-1074, as an object array of shape (*x.shape, k)."""
+    """Real parts of all elements in units of 2**-1074: objects of shape (*x.shape, 1 or 2)."""
     x = native(x).astype(np.float64)
     return np.array([integer(v) for v in x.ravel().tolist()], object).reshape(x.shape)
 
@@ -89,18 +89,32 @@ def is_rounded(norm, total):
     return low <= 4 * total <= high if even else low < 4 * total < high
 
 
-def close_to_ideal(y, x, total, clip_norm, ulp):
-    """Whether every element of a clipped slice is within ``ulp`` of x · clip_norm / norm."""
-    bits_, lowest = FORMATS[native(x).dtype.name]
+def is_ideal(y, x, total, clip_norm):
+    """Whether ``y`` is the clipped slice ``x``: within 2 ulp of exact (float64: 4), or the same.
+
+    Both finite; ``total`` is the exact sum of squares that the factor is taken from.
+    """
+    limit = math.inf if clip_norm == math.inf else integer(max(clip_norm, 0.0))
+    if limit == math.inf or total <= limit**2:
+        return bits(y) == bits(x)
+    significant, lowest = FORMATS[native(x).dtype.name]
+    ulp = 4 if significant == 53 else 2
     extra = 128
     divisor = math.isqrt(total << (2 * extra))
     for a, b in zip(integers(x).ravel(), integers(y).ravel(), strict=True):
-        ideal = (abs(a) * integer(clip_norm) << (2 * extra)) // divisor
+        ideal = (abs(a) * limit << (2 * extra)) // divisor
         error = abs((abs(b) << extra) - ideal)
-        step = max(ideal.bit_length() - extra + UNIT - bits_, lowest) - UNIT + extra
-        if error > (ulp << step) + (1 << max(0, step - 60)):
+        step = max(ideal.bit_length() - extra + UNIT - significant, lowest) - UNIT + extra
+        # the last term is the error of `ideal` itself
+        if error > (ulp << step) + (1 << (step - 60)):
             return False
-    return True
+    return np.array_equal(np.signbit(native(x)), np.signbit(native(y)))
+
+
+def slices(shape, axes):
+    """Indices of all slices over ``axes``: one index of a reduced array, one of the array."""
+    for index in np.ndindex(*(1 if k in axes else n for k, n in enumerate(shape))):
+        yield index, tuple(slice(None) if k in axes else i for k, i in enumerate(index))
 
 
 def ordered(x):
