@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.blocks import Box, box_shape, boxes, ceil_div, index, shift, tile_shape, tiles
+from daskclip.blocks import Box, box_shape, boxes, ceil_div, index, tile_shape, tiles
 
 Array = npt.NDArray[Any]
 
 DIGIT = 22
 RUN = 512  # terms of one float64 dot product: 2 * DIGIT + log2(RUN) <= 53
-TILE = 1 << 14  # elements; three float64 tiles stay in the second-level cache
+TILE = 1 << 13  # elements; five float64 tiles stay in the second-level cache
+COLUMNS = 128  # columns of a tile at least: whole cache lines of its rows
 PANEL = 1 << 18  # elements that share one grid: 2 * DIGIT + log2(PANEL) < 63, an int64
 LIMB = 32
 MASK = np.int64(2**LIMB - 1)
@@ -184,67 +185,68 @@ class _Accumulator:
 
     def add_block(self, x: Array, omit_nan: bool = False) -> None:
         view = x.transpose(self.order)
-        reduced = tuple(range(self.cut, x.ndim)) if self.rows else tuple(range(self.cut))
-        for where in self.pieces(view.shape, PANEL):
-            panel, at = view[index(where)], self.kept(where)
-            top = _magnitude(panel)
+        for where in self.panels(view.shape):
+            at = where[: self.cut] if self.rows else where[self.cut :]
+            panel = view[index(where)]
+            before, after = math.prod(panel.shape[: self.cut]), math.prod(panel.shape[self.cut :])
+            matrix = panel.reshape(before, after)
+            top = _magnitude(matrix)
             if not math.isfinite(top):
-                panel = panel.astype(np.float64)
-                nan, inf = np.isnan(panel), np.isinf(panel)
-                if not omit_nan:
-                    self.flags[at] |= nan.any(axis=reduced) * np.uint8(NAN)
-                self.flags[at] |= inf.any(axis=reduced) * np.uint8(INF)
-                panel[nan | inf] = 0.0
-                top = _magnitude(panel)
+                matrix = matrix.astype(np.float64)
+                self.flag(np.isnan(matrix), np.isinf(matrix), at, omit_nan)
+                np.nan_to_num(matrix, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+                top = _magnitude(matrix)
             if top:
-                self.add_panel(panel, top, at)
+                self.add_panel(matrix, top, at)
             if sum(len(values) for values, _ in self.aside) > PANEL:
                 self.add_aside()
         self.add_aside()
 
-    def pieces(self, shape: tuple[int, ...], size: int) -> Iterator[Box]:
-        """Boxes of at most ``size`` elements; columns stay tall, so that sums are few."""
+    def panels(self, shape: tuple[int, ...]) -> Iterator[Box]:
+        """Boxes of at most PANEL elements; columns stay tall, so that sums are few."""
         if self.rows:
-            return tiles(shape, size)
-        wide = min(size, max(256, size // math.prod(shape[: self.cut])))
+            return tiles(shape, PANEL)
+        wide = min(PANEL, max(COLUMNS, PANEL // math.prod(shape[: self.cut])))
         kept = tile_shape(shape[self.cut :], wide)
-        return boxes(shape, (*tile_shape(shape[: self.cut], size // math.prod(kept)), *kept))
+        return boxes(shape, (*tile_shape(shape[: self.cut], PANEL // math.prod(kept)), *kept))
 
-    def kept(self, box: Box) -> Box:
-        return box[: self.cut] if self.rows else box[self.cut :]
+    def flag(self, nan: Array, infinite: Array, at: Box, omit_nan: bool) -> None:
+        over = 1 if self.rows else 0
+        found = infinite.any(axis=over) * np.uint8(INF)
+        if not omit_nan:
+            found |= nan.any(axis=over) * np.uint8(NAN)
+        self.flags[at] |= found.reshape(box_shape(at))
 
-    def matrix(self, x: Array) -> Array:
-        """The same elements as (slices, n) for rows, (n, slices) for columns."""
-        return x.reshape(math.prod(x.shape[: self.cut]), math.prod(x.shape[self.cut :]))
-
-    def add_panel(self, panel: Array, top: float, at: Box) -> None:
+    def add_panel(self, matrix: Array, top: float, at: Box) -> None:
         e, scaled = math.frexp(top)[1], 0
         if abs(e) > FAR:
-            near = np.ldexp(panel, -e)
-            if (lost := np.ldexp(near, e) != panel).any():
-                self.set_aside(panel[lost], self.matrix(lost), at)
+            near = np.ldexp(matrix, -e)
+            if (lost := np.ldexp(near, e) != matrix).any():
+                self.set_aside(matrix[lost], np.nonzero(lost), 0, at)
                 near[lost] = 0.0
-            panel, scaled, e = near, e, 0
+            matrix, scaled, e = near, e, 0
         # of the products of digits i and j; both orders for i < j
         units = [2 * e - DIGIT * (i + j + 2) + (i < j) for i, j in self.pairs]
         pairs = zip(self.pairs, units, strict=True)
         scale = np.array([math.ldexp(1.0 + (i < j), -u) for (i, j), u in pairs])
-        sums = np.zeros((len(units), *box_shape(at)), np.int64)
-        for t in self.pieces(panel.shape, TILE):
-            tile, inside = self.matrix(panel[index(t)]), self.kept(t)
-            flat, digits = self.digits(tile, e)
-            whole = flat == digits[-1]
-            if not whole.all():
-                small = ~whole
-                values = flat[small]
-                for d in reversed(digits[:-1]):
-                    values += d[small]
-                for d in digits:
-                    d[small] = 0.0
-                values = np.ldexp(values, scaled)
-                self.set_aside(values, self.unpadded(small, tile), shift(inside, at))
-            products = self.products(digits, tile.shape, scale)
-            sums[(slice(None), *inside)] += products.reshape(-1, *box_shape(inside))
+        height, width = matrix.shape
+        step = min(width, TILE if self.rows else max(COLUMNS, TILE // height))
+        lines = max(1, TILE // step)
+        sums = np.zeros((len(units), height if self.rows else width), np.int64)
+        for i in range(0, height, lines):
+            for j in range(0, width, step):
+                tile = matrix[i : i + lines, j : j + step]
+                flat, digits = self.digits(tile, e)
+                whole = flat == digits[-1]
+                first = i if self.rows else j
+                if not whole.all():
+                    for d in digits:
+                        d[~whole] = 0.0
+                    small = np.nonzero(~self.unpadded(whole, tile))
+                    self.set_aside(np.ldexp(tile[small], scaled), small, first, at)
+                part = self.products(digits, tile.shape, scale)
+                sums[:, first : first + part.shape[1]] += part
+        sums = sums.reshape(len(units), *box_shape(at))
         self.add_integers(sums, [u + 2 * scaled for u in units], at)
 
     def unpadded(self, flat: Array, tile: Array) -> Array:
@@ -262,12 +264,12 @@ class _Accumulator:
             flat[:] = 0.0
         self.unpadded(flat, tile)[...] = tile
         for i, d in enumerate(digits):
+            if i:
+                np.subtract(flat, digits[i - 1], out=flat)
             # adding 1.5 · 2**(52 + g) rounds to a multiple of 2**g
             magic = math.ldexp(1.5, 52 + top - DIGIT * (i + 1))
             np.add(flat, magic, out=d)
             np.subtract(d, magic, out=d)
-            if d is not digits[-1]:
-                np.subtract(flat, d, out=flat)
         return flat, digits
 
     def products(self, digits: list[Array], shape: tuple[int, ...], scale: Array) -> Array:
@@ -285,13 +287,12 @@ class _Accumulator:
         sums: Array = dots.astype(np.int64).sum(axis=2 if self.rows else 1)
         return sums
 
-    def set_aside(self, values: Array, small: Array, at: Box) -> None:
-        """Keep elements for later with the numbers of their slices; ``small`` marks a matrix."""
+    def set_aside(self, values: Array, small: tuple[Array, ...], first: int, at: Box) -> None:
+        """Keep elements of a matrix, whose slices begin with ``first`` of the panel, for later."""
         numbers: Array = np.zeros((), np.int64)
         for s, n in zip(at, self.shape, strict=True):
             numbers = numbers[..., None] * n + np.arange(s.start, s.stop)
-        where = np.nonzero(small)[0 if self.rows else 1]
-        self.aside.append((values, numbers.reshape(-1)[where]))
+        self.aside.append((values, numbers.reshape(-1)[first + small[0 if self.rows else 1]]))
 
     def add_aside(self) -> None:
         while self.aside:
