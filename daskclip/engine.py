@@ -15,7 +15,6 @@ from dask.utils import parse_bytes
 
 from daskclip import storage, tasks
 from daskclip.errors import InvalidTypeError, InvalidValueError
-from daskclip.exact import combine
 from daskclip.factor import finalize
 from daskclip.norms import no_block, tree
 from daskclip.parameters import (
@@ -25,6 +24,7 @@ from daskclip.parameters import (
     parse_axes,
     parse_clip_norm,
 )
+from daskclip.partials import combine
 from daskclip.plan import ClipPlan, make_plan
 from daskclip.progress import Mode, State, show
 from daskclip.publish import check_target, staging

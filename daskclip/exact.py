@@ -14,42 +14,24 @@ of their panel are set aside and summed later on a grid of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from daskclip.blocks import Box, box_shape, boxes, ceil_div, index, tile_shape, tiles
+from daskclip.partials import INF, LIMB, MASK, NAN, Partial, canonical, combine
 
 Array = npt.NDArray[Any]
 
 DIGIT = 22
 RUN = 512  # terms of one float64 dot product: 2 * DIGIT + log2(RUN) <= 53
-TILE = 1 << 13  # elements; five float64 tiles stay in the second-level cache
-COLUMNS = 128  # columns of a tile at least: whole cache lines of its rows
+TILE = 1 << 14  # elements; what is worked on at a time stays in the second-level cache
+SHORT = 16  # elements of a slice below which many slices go side by side
+COLUMNS = 64  # columns of a tile at least: whole cache lines of its rows
 PANEL = 1 << 18  # elements that share one grid: 2 * DIGIT + log2(PANEL) < 63, an int64
-LIMB = 32
-MASK = np.int64(2**LIMB - 1)
 FAR = 400  # squares of elements beyond 2**±FAR leave float64's range
-
-NAN, INF = 1, 2
-
-
-class Partial(NamedTuple):
-    """Exact sum of squares of every slice of a block, or of several blocks.
-
-    Equal sums have equal fields: leading and trailing limbs that are zero in all slices are cut.
-    """
-
-    limbs: Array
-    """uint32 of shape (k, *kept): the sum is Σ limbs[i] · 2**(32 · (low + i))."""
-    low: int
-    """Position of the first limb."""
-    flags: Array
-    """uint8 of shape kept: NAN and INF, for what was met; neither is in the sum."""
-    terms: int
-    """Squares per slice (two for a complex element)."""
 
 
 def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> Partial:
@@ -87,72 +69,10 @@ def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> 
     with np.errstate(all="ignore"):
         if x.size:
             total.add_block(x, omit_nan)
-        limbs, low = _canonical(total.sums, total.low)
+        limbs, low = canonical(total.sums, total.low)
     kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
     terms = math.prod(x.shape[k] for k in axes)
     return Partial(limbs.reshape(len(limbs), *kept), low, total.flags.reshape(kept), terms)
-
-
-def combine(parts: Sequence[Partial]) -> Partial:
-    """Sum of several partials of the same kept shape, in any order and grouping.
-
-    Examples
-    --------
-    >>> x = np.float32([3, 4, 12])
-    >>> combine([partial_norm(x[:1], (0,)), partial_norm(x[1:], (0,))]).limbs.tolist()
-    [[169]]
-    """
-    if len(parts) == 1:
-        return parts[0]
-    flags = np.bitwise_or.reduce([p.flags for p in parts])
-    terms = sum(p.terms for p in parts)
-    full = [p for p in parts if len(p.limbs)]
-    if not full:
-        return Partial(parts[0].limbs, 0, flags, terms)
-    low = min(p.low for p in full)
-    sums = np.zeros((max(p.low + len(p.limbs) for p in full) - low, *flags.shape), np.int64)
-    for p in full:
-        sums[p.low - low : p.low - low + len(p.limbs)] += p.limbs
-    limbs, low = _canonical(sums, low)
-    return Partial(limbs, low, flags, terms)
-
-
-def combine_all(parts: Sequence[Partial]) -> Partial:
-    """Sum over all slices of several partials, as one slice of shape ().
-
-    Examples
-    --------
-    >>> combine_all([partial_norm(np.float32([[3], [4]]), (1,))]).limbs.tolist()
-    [25]
-    """
-    single = [Partial(np.zeros((0,), np.uint32), 0, np.zeros((), np.uint8), 0)]
-    for p in parts:
-        flags = np.bitwise_or.reduce(p.flags, axis=None)
-        limbs = p.limbs.sum(axis=tuple(range(1, p.limbs.ndim)), dtype=np.int64)
-        sums, low = _canonical(limbs, p.low)
-        single.append(Partial(sums, low, np.asarray(flags, np.uint8), p.terms * p.flags.size))
-    return combine(single)
-
-
-def _canonical(sums: Array, low: int) -> tuple[Array, int]:
-    """Carry, then cut the limbs that are zero in every slice."""
-    shape = sums.shape[1:]
-    flat = sums.reshape(len(sums), math.prod(shape))
-    limbs = np.empty((len(sums) + 2, flat.shape[1]), np.uint32)
-    for start in range(0, flat.shape[1], TILE):
-        part = slice(start, start + TILE)
-        carry: Any = 0
-        for i in range(len(limbs)):
-            if i < len(sums):
-                carry = flat[i, part] + carry
-            limbs[i, part] = carry & MASK
-            carry = carry >> LIMB
-    used = np.flatnonzero(limbs.any(axis=1))
-    if not used.size:
-        return np.zeros((0, *shape), np.uint32), 0
-    # a copy, so that no more than what is left stays in memory
-    kept = limbs[used[0] : used[-1] + 1].copy()
-    return kept.reshape(len(kept), *shape), low + int(used[0])
 
 
 def _magnitude(x: Array) -> float:
@@ -161,6 +81,19 @@ def _magnitude(x: Array) -> float:
     bits = x.view(x.dtype.str[0] + native.str[1:])
     top = (bits & native.type(np.iinfo(native).max // 2)).max()
     return float(np.array(top, native).view(x.dtype.newbyteorder("="))[()])
+
+
+class _Space(NamedTuple):
+    """Views of the scratch for tiles of one shape."""
+
+    flat: Array
+    """What is still to be cut into digits, with padding."""
+    z: Array
+    """The part of it that is the tile."""
+    digits: list[Array]
+    """The digits, with padding."""
+    split: list[Array]
+    """The digits by slices and runs."""
 
 
 class _Accumulator:
@@ -175,21 +108,20 @@ class _Accumulator:
         self.aside: list[tuple[Array, Array]] = []
         slices = math.prod(self.shape)
         fastest = min(range(x.ndim), key=lambda k: (x.shape[k] == 1, abs(x.strides[k])), default=0)
-        # slices lie along the rows or the columns of a tile, whichever reads memory in order
-        self.rows = slices < 16 or (fastest in axes and x.size >= 16 * slices)
-        self.order = [*kept, *sorted(axes)] if self.rows else [*sorted(axes), *kept]
-        self.cut = len(kept) if self.rows else len(axes)
+        self.across = fastest in kept  # memory runs across slices, not along them
+        self.rows = slices < SHORT or x.size >= SHORT * slices  # else slices are columns of a tile
+        self.order = [*kept, *sorted(axes)]
+        self.cut = len(kept)
         digits = 4 if x.dtype.itemsize == 8 else 2
         self.pairs = [(i, j) for i in range(digits) for j in range(i, digits)]
+        self.spaces: dict[tuple[int, ...], _Space] = {}
         self.scratch = np.empty((digits + 1, TILE + 2 * TILE // RUN + RUN))
 
     def add_block(self, x: Array, omit_nan: bool = False) -> None:
         view = x.transpose(self.order)
         for where in self.panels(view.shape):
-            at = where[: self.cut] if self.rows else where[self.cut :]
-            panel = view[index(where)]
-            before, after = math.prod(panel.shape[: self.cut]), math.prod(panel.shape[self.cut :])
-            matrix = panel.reshape(before, after)
+            at = where[: self.cut]
+            matrix = self.matrix(view[index(where)])
             top = _magnitude(matrix)
             if not math.isfinite(top):
                 matrix = matrix.astype(np.float64)
@@ -203,12 +135,23 @@ class _Accumulator:
         self.add_aside()
 
     def panels(self, shape: tuple[int, ...]) -> Iterator[Box]:
-        """Boxes of at most PANEL elements; columns stay tall, so that sums are few."""
-        if self.rows:
+        """Boxes of at most PANEL elements, whole cache lines of memory wide."""
+        if not self.across:
             return tiles(shape, PANEL)
-        wide = min(PANEL, max(COLUMNS, PANEL // math.prod(shape[: self.cut])))
-        kept = tile_shape(shape[self.cut :], wide)
-        return boxes(shape, (*tile_shape(shape[: self.cut], PANEL // math.prod(kept)), *kept))
+        wide = max(COLUMNS, PANEL // math.prod(shape[self.cut :]))
+        kept = tile_shape(shape[: self.cut], min(PANEL, wide))
+        reduced = tile_shape(shape[self.cut :], PANEL // math.prod(kept))
+        return boxes(shape, (*kept, *reduced))
+
+    def matrix(self, panel: Array) -> Array:
+        """A panel as (slices, n) for rows, (n, slices) for columns, in the order of memory."""
+        slices, n = math.prod(panel.shape[: self.cut]), math.prod(panel.shape[self.cut :])
+        if self.across:
+            axes = [*range(self.cut, panel.ndim), *range(self.cut)]
+            matrix = np.ascontiguousarray(panel.transpose(axes)).reshape(n, slices)
+        else:
+            matrix = panel.reshape(slices, n)
+        return matrix.T if self.across == self.rows else matrix
 
     def flag(self, nan: Array, infinite: Array, at: Box, omit_nan: bool) -> None:
         over = 1 if self.rows else 0
@@ -225,67 +168,75 @@ class _Accumulator:
                 self.set_aside(matrix[lost], np.nonzero(lost), 0, at)
                 near[lost] = 0.0
             matrix, scaled, e = near, e, 0
-        # of the products of digits i and j; both orders for i < j
-        units = [2 * e - DIGIT * (i + j + 2) + (i < j) for i, j in self.pairs]
-        pairs = zip(self.pairs, units, strict=True)
-        scale = np.array([math.ldexp(1.0 + (i < j), -u) for (i, j), u in pairs])
         height, width = matrix.shape
-        step = min(width, TILE if self.rows else max(COLUMNS, TILE // height))
-        lines = max(1, TILE // step)
-        sums = np.zeros((len(units), height if self.rows else width), np.int64)
+        least = COLUMNS if self.across == self.rows else 1
+        step = min(width, TILE // min(height, least))
+        lines = min(height, TILE // step)
+        runs = ceil_div(step if self.rows else lines, RUN)
+        total = runs * (ceil_div(width, step) if self.rows else ceil_div(height, lines))
+        # of every slice the dot products of its runs, for every pair of digits
+        dots = np.zeros((len(self.pairs), *((height, total) if self.rows else (total, width))))
         for i in range(0, height, lines):
             for j in range(0, width, step):
                 tile = matrix[i : i + lines, j : j + step]
-                flat, digits = self.digits(tile, e)
-                whole = flat == digits[-1]
-                first = i if self.rows else j
-                if not whole.all():
-                    for d in digits:
-                        d[~whole] = 0.0
-                    small = np.nonzero(~self.unpadded(whole, tile))
+                first, run = (i, j // step) if self.rows else (j, i // lines)
+                small = self.cut_digits(tile, e)
+                if small is not None:
                     self.set_aside(np.ldexp(tile[small], scaled), small, first, at)
-                part = self.products(digits, tile.shape, scale)
-                sums[:, first : first + part.shape[1]] += part
+                self.multiply(tile.shape, dots, first, run * runs)
+        # of the products of digits i and j; both orders for i < j
+        units = [2 * e - DIGIT * (i + j + 2) + (i < j) for i, j in self.pairs]
+        both = [i < j for i, j in self.pairs]
+        dots *= np.ldexp(1.0, np.subtract(both, units, dtype=np.int32))[:, None, None]
+        sums = dots.astype(np.int64).sum(axis=2 if self.rows else 1)
         sums = sums.reshape(len(units), *box_shape(at))
         self.add_integers(sums, [u + 2 * scaled for u in units], at)
 
-    def unpadded(self, flat: Array, tile: Array) -> Array:
-        """View of a padded scratch row as the matrix ``tile`` that was put there."""
-        if self.rows:
-            return flat.reshape(len(tile), -1)[:, : tile.shape[1]]
-        return flat.reshape(-1, tile.shape[1])[: len(tile)]
+    def space(self, shape: tuple[int, ...]) -> _Space:
+        """Scratch for a tile of ``shape``, padded so that its slices are whole runs."""
+        if shape not in self.spaces:
+            slices, n = shape if self.rows else shape[::-1]
+            runs = ceil_div(n, RUN)
+            flat, *digits = self.scratch[:, : slices * runs * ceil_div(n, runs)]
+            z = flat.reshape((slices, -1) if self.rows else (-1, slices))
+            split = (slices, runs, -1) if self.rows else (runs, -1, slices)
+            self.spaces[shape] = _Space(
+                flat, z[: shape[0], : shape[1]], digits, [d.reshape(split) for d in digits]
+            )
+        return self.spaces[shape]
 
-    def digits(self, tile: Array, top: int) -> tuple[Array, list[Array]]:
-        """Cut a matrix into digits; the first result is what the last of them should equal."""
-        slices, n = tile.shape if self.rows else tile.shape[::-1]
-        runs = ceil_div(n, RUN)
-        flat, *digits = self.scratch[:, : slices * runs * ceil_div(n, runs)]
+    def cut_digits(self, tile: Array, top: int) -> tuple[Array, ...] | None:
+        """Fill the digits of the scratch; the result tells which elements have too many bits."""
+        space = self.space(tile.shape)
+        flat = space.flat
         if flat.size != tile.size:
             flat[:] = 0.0
-        self.unpadded(flat, tile)[...] = tile
-        for i, d in enumerate(digits):
+        space.z[...] = tile
+        for i, d in enumerate(space.digits):
             if i:
-                np.subtract(flat, digits[i - 1], out=flat)
+                np.subtract(flat, space.digits[i - 1], out=flat)
             # adding 1.5 · 2**(52 + g) rounds to a multiple of 2**g
             magic = math.ldexp(1.5, 52 + top - DIGIT * (i + 1))
             np.add(flat, magic, out=d)
             np.subtract(d, magic, out=d)
-        return flat, digits
+        whole = flat == d
+        if whole.all():
+            return None
+        for d in space.digits:
+            d[~whole] = 0.0
+        np.copyto(flat, whole)
+        return np.nonzero(space.z == 0.0)
 
-    def products(self, digits: list[Array], shape: tuple[int, ...], scale: Array) -> Array:
-        """Scaled sums of the products of two digits, int64 of shape (pairs, slices)."""
-        slices, n = shape if self.rows else shape[::-1]
-        runs = ceil_div(n, RUN)
-        dots = np.empty((len(scale), slices, runs) if self.rows else (len(scale), runs, slices))
-        split = [d.reshape((slices, runs, -1) if self.rows else (runs, -1, slices)) for d in digits]
+    def multiply(self, shape: tuple[int, ...], dots: Array, first: int, run: int) -> None:
+        """Dot products of the digits of a tile, whose place in ``dots`` is given."""
+        split = self.space(shape).split
         for (i, j), out in zip(self.pairs, dots, strict=True):
+            a, b = split[i], split[j]
             if self.rows:
-                np.vecdot(split[i], split[j], out=out)
+                np.vecdot(a, b, out=out[first : first + len(a), run : run + a.shape[1]])
             else:
-                np.einsum("rns,rns->rs", split[i], split[j], out=out)
-        dots *= scale[:, None, None]
-        sums: Array = dots.astype(np.int64).sum(axis=2 if self.rows else 1)
-        return sums
+                columns = slice(first, first + a.shape[2])
+                np.einsum("rns,rns->rs", a, b, out=out[run : run + len(a), columns])
 
     def set_aside(self, values: Array, small: tuple[Array, ...], first: int, at: Box) -> None:
         """Keep elements of a matrix, whose slices begin with ``first`` of the panel, for later."""

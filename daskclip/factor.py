@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.blocks import index, tiles
-from daskclip.exact import INF, LIMB, NAN, Partial, partial_norm
+from daskclip.exact import partial_norm
+from daskclip.partials import INF, LIMB, NAN, SLICES, Partial
 
 Array = npt.NDArray[Any]
 
@@ -28,7 +29,6 @@ PRECISION = {
     "float64": (53, -1074),
 }
 FACTOR_BITS = 29
-SLICES = 1 << 13  # that are finished at a time
 SHIFT = -900  # exponents of float64 factors below this are kept apart
 
 

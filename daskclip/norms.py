@@ -13,7 +13,7 @@ import dask.array as da
 import numpy as np
 from dask.core import flatten
 
-from daskclip.exact import Partial, combine
+from daskclip.partials import Partial, combine
 
 
 def tree(partials: da.Array, axes: tuple[int, ...]) -> da.Array:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from daskclip.blocks import boxes, index, tile_shape, tiles
 from daskclip.errors import NonFiniteError
 from daskclip.exact import TILE, partial_norm
-from daskclip.factor import PRECISION, SLICES, Scale, finalize
+from daskclip.factor import PRECISION, Scale, finalize
+from daskclip.partials import SLICES
 
 Array = npt.NDArray[Any]
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from daskclip import storage
 from daskclip.blocks import Box
 from daskclip.errors import DaskClipError, StorageError
-from daskclip.exact import Partial, partial_norm
+from daskclip.exact import partial_norm
 from daskclip.factor import Scale
 from daskclip.numerics import clip_block, require_finite, rescale
+from daskclip.partials import Partial
 from daskclip.plan import ClipPlan
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
