@@ -10,7 +10,7 @@ import numpy as np
 from dask import config
 
 from daskclip import storage
-from daskclip.errors import DTypeError, InvalidTypeError
+from daskclip.errors import DTypeError, InvalidTypeError, shown
 from daskclip.indexed import is_indexed
 from daskclip.parameters import check_dtype, check_scalar, parse_clip_norm
 
@@ -18,7 +18,9 @@ from daskclip.parameters import check_dtype, check_scalar, parse_clip_norm
 def check_name(name: Any) -> None:
     """Refuse a layer name that is no string."""
     if name is not None and not isinstance(name, str):
-        raise InvalidTypeError(f"name {name!r} is a {type(name).__name__}; give a string or None")
+        raise InvalidTypeError(
+            f"name {shown(name)} is a {type(name).__name__}; give a string or None"
+        )
 
 
 def as_array(t: Any) -> Any:

@@ -14,7 +14,7 @@ import dask.array as da
 from dask.utils import parse_bytes
 
 from daskclip import storage, tasks
-from daskclip.errors import InvalidTypeError, InvalidValueError
+from daskclip.errors import InvalidTypeError, InvalidValueError, shown
 from daskclip.factor import finalize
 from daskclip.norms import no_block, tree
 from daskclip.parameters import (
@@ -230,7 +230,7 @@ def _prepare(
     limit = parse_clip_norm(clip_norm)
     check_nonfinite(nonfinite)
     if missing not in ("fill", "error"):
-        raise InvalidValueError(f"missing={missing!r} is not a policy; use 'fill' or 'error'")
+        raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
     array = storage.open_source(source, storage_options)
     check_dtype(array.dtype)
     processes, threads = workers()
@@ -251,14 +251,17 @@ def _prepare(
 def _bytes(memory: Any) -> int:
     if not isinstance(memory, str | int) or isinstance(memory, bool):
         raise InvalidTypeError(
-            f"memory {memory!r} is a {type(memory).__name__}; give bytes or a text like '512MiB'"
+            f"memory {shown(memory)} is a {type(memory).__name__}; "
+            "give bytes or a text like '512MiB'"
         )
     try:
         size = int(parse_bytes(memory))
     except ValueError:
-        raise InvalidValueError(f"memory {memory!r} is not a size; write it as '512MiB'") from None
+        raise InvalidValueError(
+            f"memory {shown(memory)} is not a size; write it as '512MiB'"
+        ) from None
     if size <= 0:
-        raise InvalidValueError(f"memory {memory!r} is not above 0; write it as '512MiB'")
+        raise InvalidValueError(f"memory {shown(memory)} is not above 0; write it as '512MiB'")
     return size
 
 

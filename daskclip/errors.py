@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from numpy.exceptions import AxisError
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "TargetError",
     "TargetExistsError",
     "TargetPermissionError",
+    "shown",
 ]
 
 
@@ -78,3 +81,9 @@ class StorageError(DaskClipError, OSError):
     """Reading or writing a chunk failed while the run was under way."""
 
     exit_code = 1
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: its repr on one line, cut off."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

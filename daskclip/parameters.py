@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError
+from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, shown
 
 Array = npt.NDArray[Any]
 NonFinite = Literal["propagate", "omit", "raise"]
@@ -39,11 +39,13 @@ def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
     if isinstance(axes, np.ndarray) and axes.dtype.kind in "iu":
         axes = axes.tolist() if axes.ndim < 2 else [axes.tolist()]
     if isinstance(axes, str | bytes | bool | np.bool_ | numbers.Real) and not _integer(axes):
-        raise InvalidTypeError(f"axes {axes!r} is a {type(axes).__name__}; {_AXES_REMEDY}")
+        raise InvalidTypeError(f"axes {shown(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}")
     sequence = [axes] if _integer(axes) else list(_iterable(axes))
     for axis in sequence:
         if not _integer(axis):
-            raise InvalidTypeError(f"axes {axes!r} holds a {type(axis).__name__}; {_AXES_REMEDY}")
+            raise InvalidTypeError(
+                f"axes {shown(axes)} holds a {type(axis).__name__}; {_AXES_REMEDY}"
+            )
     result = []
     for axis in map(operator.index, sequence):
         if not -ndim <= axis < ndim:
@@ -55,7 +57,7 @@ def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
             )
         result.append(axis % ndim)
     if len(set(result)) < len(result):
-        raise InvalidValueError(f"axes {axes!r} names an axis twice; give each axis once")
+        raise InvalidValueError(f"axes {shown(axes)} names an axis twice; give each axis once")
     return tuple(sorted(result))
 
 
@@ -73,7 +75,7 @@ def _iterable(axes: Any) -> Any:
         return iter(axes)
     except TypeError:
         raise InvalidTypeError(
-            f"axes {axes!r} is a {type(axes).__name__}; {_AXES_REMEDY}"
+            f"axes {shown(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}"
         ) from None
 
 
@@ -92,14 +94,16 @@ def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
             return float(clip_norm)
         except OverflowError:
             raise InvalidValueError(
-                f"{what} {clip_norm!r:.40} exceeds float64; use float('inf') for no limit"
+                f"{what} {shown(clip_norm)} exceeds float64; use float('inf') for no limit"
             ) from None
     if clip_norm is None or isinstance(clip_norm, str | bytes | numbers.Complex):
-        raise InvalidTypeError(f"{what} {clip_norm!r} is not a real number; give a number")
+        raise InvalidTypeError(f"{what} {shown(clip_norm)} is not a real number; give a number")
     try:
         value = np.asarray(clip_norm)
     except ValueError:
-        raise InvalidValueError(f"{what} {clip_norm!r} is ragged; give one number (0-d)") from None
+        raise InvalidValueError(
+            f"{what} {shown(clip_norm)} is ragged; give one number (0-d)"
+        ) from None
     check_scalar(value.ndim, value.dtype, value.shape, what)
     return float(value)
 
@@ -108,5 +112,5 @@ def check_nonfinite(nonfinite: Any) -> None:
     """Refuse a policy that does not exist."""
     if nonfinite not in get_args(NonFinite):
         raise InvalidValueError(
-            f"nonfinite={nonfinite!r} is not a policy; use 'propagate', 'omit' or 'raise'"
+            f"nonfinite={shown(nonfinite)} is not a policy; use 'propagate', 'omit' or 'raise'"
         )

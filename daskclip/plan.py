@@ -171,7 +171,9 @@ def make_plan(
 
     reduced = [a for a in reversed(range(len(shape))) if a in axes]
     kept = [a for a in reversed(range(len(shape))) if a not in axes]
-    whole = tuple(n if a in axes else u for a, (n, u) in enumerate(zip(shape, unit, strict=True)))
+    whole = tuple(
+        max(1, n) if a in axes else u for a, (n, u) in enumerate(zip(shape, unit, strict=True))
+    )
     block = whole if fits(whole) else unit
     if not fits(block):
         need = projected(block)[0]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from daskclip.errors import InvalidValueError
+from daskclip.errors import InvalidValueError, shown
 
 Mode = Literal["auto", "bar", "lines", "json", "none"]
 EVERY = 10.0  # seconds between two lines
@@ -45,7 +45,7 @@ def show(progress: Any) -> Show:
     mode = {True: "auto", False: "none"}.get(progress, progress)
     if mode not in get_args(Mode):
         raise InvalidValueError(
-            f"progress {progress!r} is unknown; use one of {', '.join(get_args(Mode))}"
+            f"progress {shown(progress)} is unknown; use one of {', '.join(get_args(Mode))}"
         )
     if mode == "auto":
         mode = "bar" if sys.stderr.isatty() else "lines"

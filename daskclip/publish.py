@@ -16,7 +16,7 @@ try:
 except ImportError:  # not POSIX: importing daskclip must work all the same
     fcntl = None  # type: ignore[assignment]
 
-from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
+from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError, shown
 
 CONSOLIDATED = ("zarr.json", ".zmetadata")
 
@@ -24,7 +24,7 @@ CONSOLIDATED = ("zarr.json", ".zmetadata")
 def check_target(target: Any, source: Path | None) -> Path:
     """Absolute path of a target that can be made, or the reason why not; changes nothing."""
     if not isinstance(target, str | os.PathLike) or "://" in os.fspath(target):
-        raise TargetError(f"target {target!r} is not a path; give one on a local file system")
+        raise TargetError(f"target {shown(target)} is not a path; give one on a local file system")
     if fcntl is None:
         raise TargetError("this system has no flock; use clip_by_norm, which needs none")
     path = Path(os.path.abspath(os.fspath(target)))

@@ -15,7 +15,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from daskclip.blocks import Box, box_shape, boxes, ceil_div, shift
+from daskclip.blocks import Box, box, box_shape, boxes, ceil_div, index, shift
 from daskclip.errors import SourceError, SourceNotFoundError
 
 Array = npt.NDArray[Any]
@@ -133,24 +133,41 @@ def read(array: zarr.Array[Any], region: Box, gulp: tuple[int, ...], missing: st
 
 
 def write(array: zarr.Array[Any], region: Box, values: Array, gulp: tuple[int, ...]) -> None:
-    """Write a region of whole units; units that are all fill value to the bit stay absent.
+    """Write a region of whole units; chunks that are the fill value to the bit stay absent.
 
-    zarr itself takes -0.0 for a fill value of 0.0 and drops the chunk, so that it is let to do so
-    only where no zero has another sign than the fill value.
+    zarr drops chunks that equal the fill value by number, so that -0.0 or a NaN with other bits
+    would be lost: those are written once more by an array that keeps them.
     """
-    fill = array.fill_value
-    keeping = array.with_config({"write_empty_chunks": True})
     for inside, part in _parts(region, gulp):
-        piece = values[inside]
-        zeros = piece[piece == 0] if fill == 0 else piece[:0]
-        mixed = any((np.signbit(p) != np.signbit(f)).any() for p, f in _reals(zeros, fill))
-        (keeping if mixed else array)[part] = piece
+        piece = values[index(inside)]
+        array[part] = piece
+        lost = _lost_chunks(array, piece)
+        if lost:
+            keeping = array.with_config({"write_empty_chunks": True})
+            for chunk in lost:
+                keeping[shift(chunk, part)] = piece[index(chunk)]
 
 
-def _reals(values: Array, fill: Any) -> list[tuple[Array, Any]]:
-    if values.dtype.kind == "c":
-        return [(values.real, fill.real), (values.imag, fill.imag)]
-    return [(values, fill)]
+def _lost_chunks(array: zarr.Array[Any], piece: Array) -> list[Box]:
+    """Chunks of ``piece`` that equal the fill value by number but not by bits."""
+    fill = np.zeros((), piece.dtype)
+    if array.fill_value is not None:
+        fill[()] = array.fill_value
+
+    def alike(x: Array) -> Array:
+        equal: Array = (x == fill) | (np.isnan(x) & np.isnan(fill))
+        return equal
+
+    if not piece.size:
+        return []
+    # a chunk can only be alike if its first element is
+    corners = np.argwhere(alike(piece[tuple(slice(None, None, c) for c in array.chunks)]))
+    chunks = [box([int(i) for i in cell], array.chunks, piece.shape) for cell in corners]
+    return [
+        c
+        for c in chunks
+        if alike(x := piece[index(c)]).all() and x.tobytes() != fill.tobytes() * x.size
+    ]
 
 
 def _parts(region: Box, gulp: tuple[int, ...]) -> list[tuple[Box, Box]]:
