@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,10 +62,26 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.group("clip", context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+class _Group(click.Group):
+    """Says what it did not understand on one line, as it does for everything else."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            text = " ".join(error.format_message().split())
+            click.echo(f"daskclip: {text[:1].lower()}{text[1:].rstrip('.')}; see --help", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(
+    "clip", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES
+)
 @click.version_option(package_name="daskclip", prog_name="daskclip")
 def main() -> None:
     """Clip L2-norms of Zarr arrays larger than memory, exactly."""
+    # of zarr, about codecs and dtypes outside its specification: stderr has one line an event
+    warnings.simplefilter("ignore")
 
 
 @main.command(epilog=EXIT_CODES)
@@ -130,7 +148,12 @@ def _workers(scheduler: str | None, workers: int | None) -> Iterator[None]:
             yield
         return
     with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
         Client(cluster),
     ):
         yield

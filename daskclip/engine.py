@@ -19,7 +19,6 @@ from daskclip.factor import finalize
 from daskclip.norms import no_block, tree
 from daskclip.parameters import (
     NonFinite,
-    check_dtype,
     check_nonfinite,
     parse_axes,
     parse_clip_norm,
@@ -232,7 +231,6 @@ def _prepare(
     if missing not in ("fill", "error"):
         raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
     array = storage.open_source(source, storage_options)
-    check_dtype(array.dtype)
     processes, threads = workers()
     real = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
     plan = make_plan(
@@ -256,7 +254,7 @@ def _bytes(memory: Any) -> int:
         )
     try:
         size = int(parse_bytes(memory))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InvalidValueError(
             f"memory {shown(memory)} is not a size; write it as '512MiB'"
         ) from None
@@ -270,6 +268,8 @@ def _run(job: Job, report: Any) -> Tally:
     plan = job.plan
     name = f"daskclip-{uuid4().hex}"
     total = Tally(0, 0, 0, math.inf, -math.inf)
+    if not plan.blocks and plan.slices:
+        total = Tally(plan.slices, 0, 0, 0.0, 0.0)
     done = 0
 
     def nbytes(slabs: range, blocks: range) -> int:

@@ -153,6 +153,7 @@ def _leading(partial: Partial) -> _Leading:
     high = (((t[0] << half) | t[1]) << left) | (t[2] >> right)
     low = (((t[2] << half) | t[3]) << left) | (t[4] >> right)
     more |= (t[4] << left) & np.uint64(2**LIMB - 1) != 0
+    more &= t[0] != 0
     exponent = LIMB * (partial.low + top - 3) - left.astype(np.int64)
     return _Leading(high, low, more, np.where(t[0] == 0, -(1 << 20), exponent))
 

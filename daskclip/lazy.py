@@ -58,7 +58,7 @@ def clip_list(
     arrays: list[Any], limit: Any, used: Any, name: str | None
 ) -> tuple[list[Any], da.Array]:
     """Arrays clipped by one factor, and the norm it is taken from."""
-    partial = total(arrays if used is None else [da.asarray(used)])
+    partial = total(arrays if used is None else [da.asarray(used).astype(float)])
     clipped = []
     for x in arrays:
         if x is not None:
@@ -156,9 +156,8 @@ def _clip_chunk(x: Array, limit: Any, over: tuple[int, ...], omit: bool) -> tupl
 def _require_finite(x: Array, limit: Any, over: tuple[int, ...], block_info: Any = None) -> Array:
     if float(limit) != math.inf:
         where = block_info[0]
-        require_finite(
-            x, over, [start for start, _ in where["array-location"]], where["chunk-location"]
-        )
+        start = [first for first, _ in where["array-location"]]
+        require_finite(x, over, start, lambda _: where["chunk-location"])
     return x
 
 

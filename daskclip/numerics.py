@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,20 +115,24 @@ def clip_block(
 
 
 def require_finite(
-    x: Array, axes: tuple[int, ...], start: Sequence[int] | None = None, chunk: Any = None
+    x: Array,
+    axes: tuple[int, ...],
+    start: Sequence[int] | None = None,
+    chunk_of: Callable[[list[int]], Sequence[int]] | None = None,
 ) -> None:
     """Raise for the first slice of a block that holds NaN or infinity.
 
-    ``start`` is the place of the block in its array and ``chunk`` its number, for the message.
+    ``start`` is the place of the block in its array; ``chunk_of`` tells the chunk of an element.
     """
-    finite = np.isfinite(x).all(axis=axes, keepdims=True)
-    if finite.all():
+    bad = ~np.isfinite(x)
+    found = np.argwhere(bad.any(axis=axes, keepdims=True))
+    if not len(found):
         return
-    first = np.argwhere(~finite)[0]
-    name = ", ".join(
-        ":" if k in axes else str(i + (start[k] if start else 0)) for k, i in enumerate(first)
-    )
-    where = f" (chunk {tuple(chunk)})" if chunk is not None else ""
+    inside = tuple(slice(None) if k in axes else slice(i, i + 1) for k, i in enumerate(found[0]))
+    element = np.argwhere(bad[inside])[0] + [s.start or 0 for s in inside]
+    place = [int(i) + (start[k] if start else 0) for k, i in enumerate(element)]
+    name = ", ".join(":" if k in axes else str(i) for k, i in enumerate(place))
+    where = f" (chunk {tuple(chunk_of(place))})" if chunk_of else ""
     raise NonFiniteError(
         f"slice [{name}] holds nan or infinity{where}; use nonfinite='propagate' or 'omit'"
     )

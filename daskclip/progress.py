@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from daskclip.errors import InvalidValueError, shown
+from daskclip.errors import InvalidTypeError, InvalidValueError, shown
 
 Mode = Literal["auto", "bar", "lines", "json", "none"]
 EVERY = 10.0  # seconds between two lines
@@ -42,7 +42,11 @@ Show = Callable[[State], None]
 
 def show(progress: Any) -> Show:
     """Function that shows a `State`, for a mode, or for a bool as ``'auto'`` and ``'none'``."""
-    mode = {True: "auto", False: "none"}.get(progress, progress)
+    if not isinstance(progress, bool | str):
+        raise InvalidTypeError(
+            f"progress {shown(progress)} is a {type(progress).__name__}; give a bool or a mode"
+        )
+    mode = progress if isinstance(progress, str) else "auto" if progress else "none"
     if mode not in get_args(Mode):
         raise InvalidValueError(
             f"progress {shown(progress)} is unknown; use one of {', '.join(get_args(Mode))}"

@@ -66,7 +66,13 @@ def _refuse_consolidated(folder: Path, target: Path) -> None:
 def staging(target: Path) -> Iterator[Path]:
     """A path beside ``target`` that becomes ``target`` if the block ends well, else is removed."""
     work = target.parent / f".{target.name}.daskclip"
-    work.mkdir(exist_ok=True)
+    try:
+        work.mkdir(exist_ok=True)
+    except OSError as error:
+        raise TargetPermissionError(
+            f"folder {target.parent} of the target cannot be written ({error.strerror}); "
+            "choose another"
+        ) from error
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,8 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from daskclip.blocks import Box, box, box_shape, boxes, ceil_div, index, shift
-from daskclip.errors import SourceError, SourceNotFoundError
+from daskclip.errors import DTypeError, SourceError, SourceNotFoundError
+from daskclip.parameters import check_dtype
 
 Array = npt.NDArray[Any]
 
@@ -69,7 +70,12 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> z
             raise SourceNotFoundError(f"source {name} does not exist; check the path")
         try:
             opened = zarr.open(name, mode="r", storage_options=storage_options)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except Exception as error:  # broken metadata makes zarr raise anything
+            if "data type" in str(error):
+                raise DTypeError(
+                    f"source {name} has a dtype that cannot be clipped ({_line(error)}); store it "
+                    "as floating point or complex"
+                ) from error
             raise SourceError(
                 f"source {name} is not a zarr array ({_line(error)}); give the path of one"
             ) from error
@@ -78,6 +84,7 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> z
             raise SourceError(f"source {name} is a group; give one of its arrays ({arrays})")
         source = opened
     array: zarr.Array[Any] = source
+    check_dtype(array.dtype)
     for codec in _codecs(array):
         if codec not in LOSSLESS:
             raise SourceError(

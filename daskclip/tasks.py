@@ -110,9 +110,13 @@ def _read(job: Job, region: Box) -> Any:
     with _named("reading", region, job.source):
         x = storage.read(job.source, region, job.plan.gulp, job.missing)
     if job.nonfinite == "raise" and job.clip_norm != math.inf:
-        start = [s.start for s in region]
-        unit = [a // u for a, u in zip(start, job.plan.unit, strict=True)]
-        require_finite(x, job.plan.axes, start, unit)
+        unit = job.plan.unit
+        require_finite(
+            x,
+            job.plan.axes,
+            [s.start for s in region],
+            lambda place: [i // u for i, u in zip(place, unit, strict=True)],
+        )
     return x
 
 

@@ -1,0 +1,60 @@
+"""One chunk by hand, from the source to the published target, without Dask.
+
+You learn the names of the package in the order in which a chunk meets them. An array of two rows
+and two chunks is clipped along its rows: each slice lies in both chunks, so that two passes are
+needed. `daskclip.engine` does the same with many blocks, `daskclip.lazy` with Dask chunks.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from daskclip import clip_by_norm
+from daskclip.blocks import box, grid
+from daskclip.exact import partial_norm
+from daskclip.factor import finalize
+from daskclip.numerics import rescale
+from daskclip.partials import combine
+from daskclip.publish import staging
+from daskclip.storage import create_like, read, write
+
+
+def main(tmp):
+    folder, clip_norm, axes = Path(tmp), 1.0, (1,)
+    source = zarr.create_array(folder / "x.zarr", shape=(2, 8), chunks=(2, 4), dtype="float32")
+    source[:] = [[3, 0, 0, 0, 0, 0, 0, 4], [0.3, 0, 0, 0, 0, 0, 0, 0.4]]
+
+    # regions of the source: whole chunks, so that one task is the only writer of a stored object
+    indices = np.ndindex(*grid(source.shape, source.chunks))
+    regions = [box(index, source.chunks, source.shape) for index in indices]
+    assert regions == [(slice(0, 2), slice(0, 4)), (slice(0, 2), slice(4, 8))]
+
+    # first pass: the exact sum of squares of each row of each chunk; the chunk is let go
+    chunks = (read(source, region, source.chunks, "fill") for region in regions)
+    partials = [partial_norm(chunk, axes) for chunk in chunks]
+
+    # the tree: any order and any grouping gives the same bits, since the sums are exact
+    total = combine(partials)
+    assert (total.limbs == combine(partials[::-1]).limbs).all()
+
+    # norm and factor of each row; a row within the limit has the factor 1 and keeps its bits
+    scale = finalize(total, clip_norm, source.dtype)
+    assert (scale.norm[0], scale.factor[1]) == (5.0, 1.0)
+
+    # second pass: read again, rescale, write beside the target; leaving the block renames it
+    with staging(folder / "y.zarr") as staged:
+        target = create_like(source, staged)
+        for region in regions:
+            chunk = rescale(read(source, region, source.chunks, "fill"), scale)
+            write(target, region, chunk, source.chunks)
+        assert not (folder / "y.zarr").exists()
+
+    clipped = zarr.open_array(folder / "y.zarr", mode="r")[:]
+    assert clipped.tobytes() == clip_by_norm(source[:], clip_norm, axes).tobytes()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        main(folder)

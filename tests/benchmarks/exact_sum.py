@@ -1,0 +1,123 @@
+"""Rate of the exact sum of squares: `python -m tests.benchmarks.exact_sum [--write]`.
+
+One core, arrays in memory. Every repetition runs all cases, one after the other, so that a slow
+spell of the machine hits them alike. With `--write` the table replaces the one in README.
+"""
+
+import datetime
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import daskclip
+from daskclip.exact import partial_norm
+from daskclip.factor import finalize
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- begin: exact_sum -->\n", "<!-- end -->"
+NBYTES = 2**26
+REPEAT = 7
+DTYPES = ("float32", "float64", "float16")
+# name, shape of the array from its number of elements, axes
+CASES = [
+    ("whole array", lambda n: (n,), (0,)),
+    *((f"rows of {k}", lambda n, k=k: (n // k, k), (1,)) for k in (64, 512, 4096)),
+    *((f"{k} columns", lambda n, k=k: (n // k, k), (0,)) for k in (2, 64, 1024)),
+]
+
+
+def exact(x, axes, out):
+    return finalize(partial_norm(x, axes), 1.0, x.dtype)
+
+
+def plain(x, axes, out):
+    return np.sqrt(np.square(x, dtype=np.float64).sum(axis=axes, keepdims=True))
+
+
+def copy(x, axes, out):
+    np.copyto(out, x)
+
+
+FUNCTIONS = (exact, plain, copy)
+
+
+def measure(nbytes=NBYTES, repeat=REPEAT):
+    """Seconds of every repetition, by (dtype, case, function)."""
+    random = np.random.default_rng(0)
+    arrays = {}
+    for dtype in DTYPES:
+        x = random.standard_normal(nbytes // np.dtype(dtype).itemsize).astype(dtype)
+        arrays[dtype] = x, np.empty_like(x)
+    seconds = {}
+    for _ in range(repeat):
+        for dtype, (flat, spare) in arrays.items():
+            for name, shape, axes in CASES:
+                x, out = (a.reshape(shape(a.size)) for a in (flat, spare))
+                for function in FUNCTIONS:
+                    start = time.perf_counter()
+                    function(x, axes, out)
+                    taken = time.perf_counter() - start
+                    seconds.setdefault((dtype, name, function), []).append(taken)
+    return seconds
+
+
+def table(seconds, nbytes):
+    """Markdown of the rates; best of the repetitions, then their median."""
+    lines = [
+        "| dtype | slices | exact | NumPy float64 | copy | exact / NumPy |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for dtype in DTYPES:
+        for name, _, _ in CASES:
+            taken = [seconds[dtype, name, f] for f in FUNCTIONS]
+            rates = [rate(min(t), statistics.median(t), nbytes) for t in taken]
+            ratio = statistics.median(b / a for a, b in zip(taken[0], taken[1], strict=True))
+            lines.append(f"| {dtype} | {name} | {' | '.join(rates)} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def rate(best, median, nbytes):
+    return f"{nbytes / best / 1e9:.2f} ({nbytes / median / 1e9:.2f})"
+
+
+def context(nbytes, repeat, load):
+    return (
+        f"GB/s of input on one core, best of {repeat} interleaved repetitions (median in "
+        f"brackets); standard normal values, {nbytes / 2**20:.0f} MiB in memory. Exact is "
+        "`partial_norm` and `finalize`; NumPy is `sqrt(square(x, dtype=float64).sum(axes))`, "
+        "neither exact nor safe from overflow; copy is `copyto`. The machine is shared and noisy: "
+        "ratios count. The last column is the median ratio of runs next to each other.\n\n"
+        f"{cpu()}, {os.cpu_count()} cores; Python {platform.python_version()}, NumPy "
+        f"{np.__version__}, daskclip {daskclip.__version__}; {datetime.date.today().isoformat()}; "
+        f"load average {load:.1f} before the run."
+    )
+
+
+def cpu():
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    except (OSError, AttributeError):
+        return platform.processor() or platform.machine()
+
+
+def main(arguments):
+    if os.environ.get("OMP_NUM_THREADS") != "1":  # must be there before NumPy starts
+        one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.benchmarks.exact_sum", *arguments]
+        os.execve(sys.executable, command, {**os.environ, **one})
+    load = os.getloadavg()[0]
+    text = f"{table(measure(), NBYTES)}\n\n{context(NBYTES, REPEAT, load)}\n"
+    print(text)
+    if "--write" in arguments:
+        before, rest = README.read_text().split(BEGIN)
+        README.write_text(before + BEGIN + text + END + rest.split(END, 1)[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,51 @@
+"""Zarr arrays to clip, and what is left of them on disk."""
+
+import numpy as np
+import zarr
+
+# name: options of `zarr.create_array` for an array of two dimensions in chunks of (2, 4)
+FORMATS = {
+    "format 3": {"zarr_format": 3},
+    "format 2": {"zarr_format": 2},
+    "shards": {"zarr_format": 3, "shards": (4, 8)},
+}
+
+
+def some(shape, dtype, seed=0):
+    """Values of mixed magnitude, with zeros of both signs."""
+    rng = np.random.default_rng(seed)
+    dtype = np.dtype(dtype)
+    parts = (*shape, 2) if dtype.kind == "c" else shape
+    x = rng.standard_normal(parts) * np.exp2(rng.integers(-8, 8, parts))
+    x[rng.random(parts) < 0.1] = 0.0
+    x = np.copysign(x, rng.standard_normal(parts))
+    return (x.view("c16")[..., 0] if dtype.kind == "c" else x).astype(dtype)
+
+
+def create(path, values, chunks, **options):
+    """Array at ``path`` that holds ``values``, with every chunk stored; returns its path."""
+    array = zarr.create_array(
+        path,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=chunks,
+        config={"write_empty_chunks": True},
+        **options,
+    )
+    array[...] = values
+    return path
+
+
+def read(path):
+    """All values of an array, as an ndarray."""
+    return np.asarray(zarr.open_array(path, mode="r")[...])
+
+
+def stored(folder):
+    """Bytes of every file below a folder, by relative path; folders end with a slash."""
+    return {
+        f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}": (
+            path.read_bytes() if path.is_file() else None
+        )
+        for path in sorted(folder.rglob("*"))
+    }

@@ -1,0 +1,164 @@
+"""What is refused: the documented class, one line, with the value and a remedy."""
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+
+from daskclip import clip_by_global_norm, clip_by_norm, global_norm, norm
+from daskclip.errors import DaskClipError
+
+X = np.ones((4, 6), np.float32)
+AXES_TYPE = "give None, an int or a sequence of ints"
+
+
+def assert_refused(error, value, remedy, call):
+    with pytest.raises(error) as caught:
+        call()
+    text = str(caught.value)
+    assert isinstance(caught.value, DaskClipError)
+    assert "\n" not in text
+    assert text[0].islower()
+    assert value in text
+    assert text.endswith(remedy)
+
+
+@pytest.fixture(params=["numpy", "dask"])
+def x(request):
+    return X if request.param == "numpy" else da.from_array(X, 2)
+
+
+@pytest.mark.parametrize(
+    ("axes", "error", "value", "remedy"),
+    [
+        (2, np.exceptions.AxisError, "axis 2 ", "use -2 to 1"),
+        (-3, np.exceptions.AxisError, "axis -3 ", "use -2 to 1"),
+        ([0, 5], np.exceptions.AxisError, "axis 5 ", "use -2 to 1"),
+        ([0, 0], ValueError, "[0, 0]", "give each axis once"),
+        ((1, -1), ValueError, "(1, -1)", "give each axis once"),
+        (1.0, TypeError, "1.0 is a float", AXES_TYPE),
+        ([0.0], TypeError, "[0.0] holds a float", AXES_TYPE),
+        (np.array([0.5]), TypeError, "float64", AXES_TYPE),
+        (np.zeros((2, 2)), TypeError, "array", AXES_TYPE),
+        (True, TypeError, "True is a bool", AXES_TYPE),
+        (np.True_, TypeError, "bool", AXES_TYPE),
+        (np.array([True]), TypeError, "bool", AXES_TYPE),
+        ("0", TypeError, "'0' is a str", AXES_TYPE),
+        ([[0]], TypeError, "[[0]] holds a list", AXES_TYPE),
+        (np.array([[1]]), TypeError, "[[1]]", AXES_TYPE),
+        (object, TypeError, "type", AXES_TYPE),
+    ],
+    ids=repr,
+)
+def test_axes(x, axes, error, value, remedy):
+    assert_refused(error, value, remedy, lambda: clip_by_norm(x, 1.0, axes))
+    assert_refused(error, value, remedy, lambda: norm(x, axes))
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_axes_of_0_d_arrays(axis):
+    def call():
+        clip_by_norm(np.float32(1), 1.0, axis)
+
+    assert_refused(np.exceptions.AxisError, f"axis {axis} ", "use None or []", call)
+
+
+@pytest.mark.parametrize(
+    "axes", [0, -2, [0], (0,), np.array(0), np.array([-2]), range(1), np.int8(0)]
+)
+def test_axes_that_are_the_first(x, axes):
+    assert np.asarray(norm(x, axes)).tolist() == [2.0] * 6
+
+
+LIMITS = [
+    ([1.0], ValueError, "(1,)", "give one number (0-d)"),
+    (np.ones((2, 1)), ValueError, "(2, 1)", "give one number (0-d)"),
+    (da.ones(3), ValueError, "(3,)", "give one number (0-d)"),
+    ([], ValueError, "(0,)", "give one number (0-d)"),
+    ([1, [2, 3]], ValueError, "[1, [2, 3]]", "give one number (0-d)"),
+    ([X, X[1:]], ValueError, "", "give one number (0-d)"),
+    (10**400, ValueError, "1000", "use float('inf') for no limit"),
+    ("2", TypeError, "'2'", "give a number"),
+    (b"2", TypeError, "b'2'", "give a number"),
+    (None, TypeError, "None", "give a number"),
+    (1 + 0j, TypeError, "(1+0j)", "give a number"),
+    (np.complex64(1), TypeError, "1+0j", "give a number"),
+    (np.array(1j), TypeError, "complex128", "give a real number"),
+    (np.array("2"), TypeError, "<U1", "give a real number"),
+    (da.ones((), dtype="c8"), TypeError, "complex64", "give a real number"),
+    (object(), TypeError, "object", "give a real number"),
+]
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "error", "value", "remedy"), LIMITS, ids=lambda v: f"{v!r:.20}"
+)
+def test_clip_norm(x, clip_norm, error, value, remedy):
+    def call():
+        clip_by_norm(x, clip_norm)
+
+    assert_refused(error, value, remedy, call)
+    assert_refused(error, value, remedy, lambda: clip_by_global_norm([x], clip_norm))
+    if clip_norm is not None:
+        assert_refused(error, value, remedy, lambda: clip_by_global_norm([x], 1.0, clip_norm))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["i4", "u1", "i8", "?", "O", "g", "G", "U1", "M8[s]", [("a", "f4")]]
+)
+def test_dtypes(dtype):
+    x = np.zeros((2, 3), dtype)
+    remedy = "for example with .astype('float32')"
+    for t in (x, da.from_array(x, 1)):
+        for call in (
+            lambda t=t: clip_by_norm(t, 1.0),
+            lambda t=t: norm(t),
+            lambda t=t: global_norm([X, t]),
+            lambda t=t: clip_by_global_norm([X, t], 1.0),
+        ):
+            assert_refused(TypeError, f"dtype {x.dtype.name} ", remedy, call)
+
+
+@pytest.mark.parametrize(
+    "x", [np.ma.masked_array(X), da.ma.masked_array(da.from_array(X, 2))], ids=["numpy", "dask"]
+)
+def test_masked_arrays(x):
+    assert_refused(TypeError, "MaskedArray", ".filled(numpy.nan)", lambda: clip_by_norm(x, 1.0))
+
+
+def test_dask_objects_that_are_no_arrays():
+    x = dask.delayed(X)
+    for call in (
+        lambda: clip_by_norm(x, 1.0),
+        lambda: norm(x),
+        lambda: clip_by_global_norm([x], 1.0),
+    ):
+        assert_refused(TypeError, "Delayed", "", call)
+
+
+def test_arrays_of_the_other_dask():
+    x = da.from_array(X, 2)
+    with dask.config.set({"array.query-planning": True}):
+        remedy = "set array.query-planning to False before importing dask.array"
+        assert_refused(TypeError, "array.query-planning", remedy, lambda: clip_by_norm(x, 1.0))
+
+
+@pytest.mark.parametrize("t_list", [X, da.from_array(X, 2), "ab", 5, None])
+def test_lists(t_list):
+    for call in (lambda: global_norm(t_list), lambda: clip_by_global_norm(t_list, 1.0)):
+        assert_refused(TypeError, type(t_list).__name__, "give a list of arrays", call)
+
+
+@pytest.mark.parametrize("nonfinite", ["", "ignore", None, ["omit"]])
+def test_policies(x, nonfinite):
+    def call():
+        clip_by_norm(x, 1.0, nonfinite=nonfinite)
+
+    assert_refused(ValueError, repr(nonfinite), "use 'propagate', 'omit' or 'raise'", call)
+
+
+@pytest.mark.parametrize("name", [5, b"clip", ["clip"]])
+def test_names(x, name):
+    remedy = "give a string or None"
+    assert_refused(TypeError, repr(name), remedy, lambda: clip_by_norm(x, 1.0, name=name))
+    assert_refused(TypeError, repr(name), remedy, lambda: clip_by_global_norm([x], 1.0, name=name))

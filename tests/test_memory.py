@@ -1,0 +1,150 @@
+"""Peak memory from outside: fresh processes, measured against their imports and their plan."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import BloscCodec, ZstdCodec
+
+MIB = 2**20
+DASKCLIP = [sys.executable, "-c", "from daskclip.cli import main; main()"]
+# the command is a child of a process that is smaller than it: what it weighs is its own
+MEASURE = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(done.returncode)
+"""
+# plans depend on the number of cores, which these budgets are for
+TWO_THREADS = {**os.environ, "DASK_NUM_WORKERS": "2"}
+
+
+def output(*command):
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, env=TWO_THREADS
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def peak(*command):
+    """Bytes that a command holds at its highest."""
+    return int(output(sys.executable, "-c", MEASURE, *command).splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def imports():
+    """Bytes of the imports alone."""
+    return peak(sys.executable, "-c", "import daskclip, zarr, dask.array, distributed")
+
+
+def make(path, shape, chunks, codec, shards=None, dtype="f4"):
+    """Array written slab by slab along its first axis, of numbers that compress somewhat."""
+    array = zarr.create_array(
+        path, shape=shape, chunks=chunks, shards=shards, dtype=dtype, compressors=codec
+    )
+    step = (shards or chunks)[0]
+    rng = np.random.default_rng(0)
+    values = rng.integers(-(2**12), 2**12, (step, *shape[1:])).astype(dtype)
+    for start in range(0, shape[0], step):
+        array[start : start + step] = np.roll(values, start)[: shape[0] - start]
+    return path
+
+
+FAST = BloscCodec(cname="lz4", clevel=1)
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    """Paths of arrays by their size in MiB, made when they are first asked for."""
+    made = {}
+
+    def of(size):
+        if size not in made:
+            path = tmp_path_factory.mktemp("array") / "x"
+            made[size] = make(path, (size // 4, 1024, 1024), (1, 1024, 1024), FAST)
+        return made[size]
+
+    return of
+
+
+def grown(imports, source, target, memory, *options):
+    """Bytes above the imports that a run holds; at most the budget and what the plan foresaw."""
+    command = [source, target, "--clip-norm", "1", "--memory", f"{memory // MIB}MiB", *options]
+    planned = json.loads(output(*DASKCLIP, "plan", *command, "--json"))
+    held = peak(*DASKCLIP, "run", *command) - imports
+    assert held <= memory
+    assert held <= planned["projected_memory"] <= memory
+    assert zarr.open_array(target).shape == zarr.open_array(source).shape
+    return held
+
+
+def test_256_mib_in_128_mib(arrays, imports, tmp_path):
+    assert grown(imports, arrays(256), tmp_path / "y", 128 * MIB) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_peak_does_not_grow_with_the_array(arrays, imports, tmp_path):
+    held = [grown(imports, arrays(n), tmp_path / f"y{n}", 128 * MIB) for n in (256, 1024, 2048)]
+    assert max(held) <= 1.1 * min(held)
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory):
+    """A year of a quarter-degree grid, a chunk a day."""
+    path = tmp_path_factory.mktemp("days") / "x"
+    return make(path, (365, 721, 1440), (1, 721, 1440), FAST)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_sums_that_are_larger_than_a_chunk(days, imports, tmp_path):
+    grown(imports, days, tmp_path / "y", 1024 * MIB, "--axes", "0")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("memory", [128, 256, 512, 768])
+def test_sums_in_less_memory_work_or_are_refused_with_the_numbers(days, imports, tmp_path, memory):
+    options = ["--clip-norm", "1", "--memory", f"{memory}MiB", "--axes", "0"]
+    command = [*DASKCLIP, "plan", str(days), str(tmp_path / "y"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=TWO_THREADS)
+    if done.returncode == 0:
+        grown(imports, days, tmp_path / "y", memory * MIB, "--axes", "0")
+        return
+    assert done.returncode == 3
+    assert f"memory {memory}.0 MiB" in done.stderr
+    enough = int(re.search(r"memory='(\d+)MiB'", done.stderr)[1])
+    assert enough > memory
+    grown(imports, days, tmp_path / "y", enough * MIB, "--axes", "0")
+
+
+LAYOUTS = {
+    "uncompressed": {"chunks": (1024, 1024), "codec": None},
+    "blosc": {"chunks": (1024, 1024), "codec": BloscCodec(cname="zstd", clevel=1)},
+    "zstd": {"chunks": (1024, 1024), "codec": ZstdCodec(level=1)},
+    "shards": {"chunks": (256, 256), "shards": (1024, 1024), "codec": FAST},
+    "small chunks": {"chunks": (128, 128), "codec": FAST},
+    "float64": {"chunks": (1024, 1024), "codec": FAST, "dtype": "f8"},
+    "float16": {"chunks": (1024, 1024), "codec": FAST, "dtype": "f2"},
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("layout") / "x", (8192, 8192), **LAYOUTS[request.param])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("axes", [None, 0, 1])
+@pytest.mark.parametrize("memory", [128, 512])
+def test_the_projection_holds(layout, imports, tmp_path, axes, memory):
+    options = [] if axes is None else ["--axes", axes]
+    grown(imports, layout, tmp_path / "y", memory * MIB, *options)
