@@ -81,7 +81,7 @@ def clip_by_norm(
     upstream is done twice (persist or store what is expensive), and a source that gives other
     values the second time breaks the bound. Chunks in memory or persisted are used as they are,
     and chunks that share their slices are held instead if all of them have less than 16 MiB. What
-    more than 16 chunks need, such as a mean, is made once and held.
+    many chunks need, such as a mean, is made once and held.
 
     Memory: a chunk and its result per thread, some 10 MB of scratch, and for each slice the
     partial sums (some 20 bytes; at most 80 for float32, 550 for float64) of the chunks that Dask

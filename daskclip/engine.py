@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal
 from uuid import uuid4
 
 import dask
 import dask.array as da
-from dask.utils import parse_bytes
 
 from daskclip import storage, tasks
-from daskclip.errors import InvalidTypeError, InvalidValueError, shown
+from daskclip.errors import InvalidValueError, shown
 from daskclip.factor import finalize
 from daskclip.norms import no_block, tree
 from daskclip.parameters import (
@@ -22,6 +21,7 @@ from daskclip.parameters import (
     check_nonfinite,
     parse_axes,
     parse_clip_norm,
+    parse_memory,
 )
 from daskclip.partials import combine
 from daskclip.plan import ClipPlan, make_plan
@@ -121,8 +121,10 @@ def clip_zarr(
     path = check_target(target, storage.local_path(array))
     started = time.monotonic()
     before = memory_used()
-    with staging(path) as staged, running():
+    ended = partial(tasks.wait_until_idle, str(path))
+    with staging(path) as staged, running(ended) as how:
         job = Job(
+            run=str(path),
             plan=plan,
             source=array,
             target=storage.create_like(array, staged),
@@ -132,6 +134,7 @@ def clip_zarr(
         )
         total = _run(
             job,
+            how,
             lambda done, at: display(
                 State(
                     done=done,
@@ -239,31 +242,14 @@ def _prepare(
         unit=storage.write_unit(array),
         itemsize=array.dtype.itemsize,
         state=STATE[real],
-        memory=_bytes(memory),
+        memory=parse_memory(memory),
         processes=processes,
         threads=threads,
     )
     return array, plan, limit
 
 
-def _bytes(memory: Any) -> int:
-    if not isinstance(memory, str | int) or isinstance(memory, bool):
-        raise InvalidTypeError(
-            f"memory {shown(memory)} is a {type(memory).__name__}; "
-            "give bytes or a text like '512MiB'"
-        )
-    try:
-        size = int(parse_bytes(memory))
-    except (ValueError, OverflowError):
-        raise InvalidValueError(
-            f"memory {shown(memory)} is not a size; write it as '512MiB'"
-        ) from None
-    if size <= 0:
-        raise InvalidValueError(f"memory {shown(memory)} is not above 0; write it as '512MiB'")
-    return size
-
-
-def _run(job: Job, report: Any) -> Tally:
+def _run(job: Job, how: dict[str, Any], report: Any) -> Tally:
     """All windows, slab by slab; returns the tally of all slices."""
     plan = job.plan
     name = f"daskclip-{uuid4().hex}"
@@ -281,21 +267,22 @@ def _run(job: Job, report: Any) -> Tally:
 
     for slabs, windows in plan.windows():
         if plan.passes == 1:
-            tallies = _compute(job, name, tasks.clip_slab, slabs, windows[0])
+            blocks = next(iter(windows))
+            tallies = _compute(job, how, name, tasks.clip_slab, slabs, blocks)
             total = reduce(tasks.add, tallies, total)
-            done += nbytes(slabs, windows[0])
+            done += nbytes(slabs, blocks)
             report(done, 1)
             continue
         sums: list[Any] = []
         for blocks in windows:
-            parts = _compute(job, name, tasks.sum_block, slabs, blocks, combined=True)
+            parts = _compute(job, how, name, tasks.sum_block, slabs, blocks, combined=True)
             sums = [combine(pair) for pair in zip(sums, parts, strict=True)] if sums else parts
             done += nbytes(slabs, blocks)
             report(done, 1)
         scales = [finalize(p, job.clip_norm, job.source.dtype) for p in sums]
         total = reduce(tasks.add, map(tasks.count, scales), total)
         for blocks in windows:
-            _compute(job, name, tasks.rescale_block, slabs, blocks, scales)
+            _compute(job, how, name, tasks.rescale_block, slabs, blocks, scales)
             done += nbytes(slabs, blocks)
             report(done, 2)
     return total
@@ -303,6 +290,7 @@ def _run(job: Job, report: Any) -> Tally:
 
 def _compute(
     job: Job,
+    how: dict[str, Any],
     name: str,
     function: Any,
     slabs: range,
@@ -324,4 +312,4 @@ def _compute(
     results = da.Array(graph, full, chunks, meta=no_block(2))
     if combined:
         results = tree(results, (1,))
-    return list(dask.compute(*results.to_delayed().ravel()))
+    return list(dask.compute(*results.to_delayed().ravel(), **how))

@@ -225,7 +225,7 @@ def _exact_norm(partial: Partial, index: tuple[Any, ...]) -> float:
 def _factor(
     clip_norm: float, root: Array, low_part: Array, half: Array, bits: int
 ) -> tuple[Array, Array]:
-    """clip_norm / norm, lowered as the module says: mantissa · 2**exponent."""
+    """Factor clip_norm / norm, lowered as the module says: mantissa · 2**exponent."""
     c, c_exponent = math.frexp(clip_norm)
     q = c / root
     product, error = _two_product(q, root)

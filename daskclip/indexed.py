@@ -27,6 +27,10 @@ class IndexedSlices:
     --------
     clip_by_norm : Clips ``values`` and passes the rest through.
 
+    Notes
+    -----
+    Holds references to what it is given, and copies nothing.
+
     References
     ----------
     `tf.IndexedSlices <https://www.tensorflow.org/api_docs/python/tf/IndexedSlices>`_

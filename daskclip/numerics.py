@@ -131,10 +131,12 @@ def require_finite(
     inside = tuple(slice(None) if k in axes else slice(i, i + 1) for k, i in enumerate(found[0]))
     element = np.argwhere(bad[inside])[0] + [s.start or 0 for s in inside]
     place = [int(i) + (start[k] if start else 0) for k, i in enumerate(element)]
-    name = ", ".join(":" if k in axes else str(i) for k, i in enumerate(place))
+    # Dask does not know the place of chunks of unknown size: nan
+    shown = [":" if k in axes else str(i) if i == i else "?" for k, i in enumerate(place)]
     where = f" (chunk {tuple(chunk_of(place))})" if chunk_of else ""
     raise NonFiniteError(
-        f"slice [{name}] holds nan or infinity{where}; use nonfinite='propagate' or 'omit'"
+        f"slice [{', '.join(shown)}] holds nan or infinity{where}; "
+        "use nonfinite='propagate' or 'omit'"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from dask.utils import parse_bytes
 
 from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, shown
 
@@ -114,3 +115,21 @@ def check_nonfinite(nonfinite: Any) -> None:
         raise InvalidValueError(
             f"nonfinite={shown(nonfinite)} is not a policy; use 'propagate', 'omit' or 'raise'"
         )
+
+
+def parse_memory(memory: Any) -> int:
+    """A size in bytes."""
+    if not isinstance(memory, str | int) or isinstance(memory, bool):
+        raise InvalidTypeError(
+            f"memory {shown(memory)} is a {type(memory).__name__}; "
+            "give bytes or a text like '512MiB'"
+        )
+    try:
+        size = int(parse_bytes(memory))
+    except (ValueError, OverflowError):
+        raise InvalidValueError(
+            f"memory {shown(memory)} is not a size; write it as '512MiB'"
+        ) from None
+    if size <= 0:
+        raise InvalidValueError(f"memory {shown(memory)} is not above 0; write it as '512MiB'")
+    return size

@@ -32,6 +32,17 @@ SCRATCH = 4 * MIB  # numerics, per thread
 WINDOW = 16  # blocks of a window per thread
 
 
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """``range(n)`` in ranges of ``step``, made as they are iterated over: there may be 10**9."""
+
+    n: int
+    step: int
+
+    def __iter__(self) -> Iterator[range]:
+        return (range(i, min(i + self.step, self.n)) for i in range(0, self.n, self.step))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipPlan:
     """Blocks, slabs and windows of a run, and the memory it will need."""
@@ -108,14 +119,14 @@ class ClipPlan:
             place.append(i)
         return box(place[::-1], self.block, self.shape)
 
-    def windows(self) -> Iterator[tuple[range, list[range]]]:
+    def windows(self) -> Iterator[tuple[range, Spans]]:
         """Slabs that are finished together, and the ranges of their blocks, a window each."""
         if not self.blocks:
             return
         each = self.blocks // self.slabs
         together = max(1, self.window // each)
         step = min(each, max(1, self.window))
-        ranges = [range(i, min(i + step, each)) for i in range(0, each, step)]
+        ranges = Spans(each, step)
         for first in range(0, self.slabs, together):
             yield range(first, min(first + together, self.slabs)), ranges
 
@@ -135,10 +146,12 @@ def make_plan(
 
     Parameters
     ----------
-    shape, axes, unit, itemsize, memory, processes, threads
+    shape, axes, unit, itemsize
         See `ClipPlan`.
     state : int
         Bytes that the exact sum of a slice may take.
+    memory, processes, threads
+        See `ClipPlan`.
 
     Returns
     -------
@@ -162,9 +175,11 @@ def make_plan(
         if all(block[a] >= shape[a] for a in axes):
             return FIXED + threads * thread, window * processes
         sums = state * math.prod(n for a, n in enumerate(block) if a not in axes)
-        window = max(threads, min(window, memory // 8 // max(1, sums)))
         # a thread sums in integers twice as wide before it has its result
-        return FIXED + threads * (thread + 3 * sums) + (window + 1) * sums, window * processes
+        base = FIXED + threads * (thread + 3 * sums)
+        room = (memory - base) // max(1, sums) - 1
+        window = max(threads, min(window, room))
+        return base + (window + 1) * sums, window * processes
 
     def fits(block: tuple[int, ...]) -> bool:
         return projected(block)[0] <= memory

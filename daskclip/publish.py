@@ -73,13 +73,20 @@ def staging(target: Path) -> Iterator[Path]:
             f"folder {target.parent} of the target cannot be written ({error.strerror}); "
             "choose another"
         ) from error
-    with (work / "lock").open("w") as lock:
+    busy = f"target {target} is being written by another run; wait for it or stop it"
+    try:
+        lock = (work / "lock").open("w")
+    except FileNotFoundError:
+        raise TargetExistsError(busy) from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the run before may have ended, and removed what was just opened
+            mine = os.fstat(lock.fileno()).st_ino == (work / "lock").stat().st_ino
         except OSError:
-            raise TargetExistsError(
-                f"target {target} is being written by another run; wait for it or stop it"
-            ) from None
+            mine = False
+        if not mine:
+            raise TargetExistsError(busy)
         try:
             staged = work / uuid4().hex
             yield staged

@@ -15,7 +15,9 @@ import dask
 import dask.array as da
 from dask.core import flatten, get_dependencies, istask, toposort
 
-SHARED = 16  # more chunks than this use a task's result: made once and held, not made for each
+# a result that more chunks than this use, or several if more tasks than this make it, is made once
+# and held
+SHARED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,8 @@ class Constant:
 def recipes(x: da.Array, hold: bool) -> tuple[dict[Any, Recipe], set[str]]:
     """Recipes of all chunks, by key, and the layers of ``x`` that hold their inputs.
 
-    Data in memory (arrays, persisted chunks, futures) and results that more than 16 chunks use
-    are inputs, not part of the recipes; with ``hold``, so are the chunks themselves.
+    Data in memory (arrays, persisted chunks, futures) and results that many chunks use, such as a
+    mean, are inputs, not part of the recipes; with ``hold``, so are the chunks themselves.
     """
     graph: dict[Any, Any] = {}
     layer_of: dict[Any, str] = {}
@@ -61,12 +63,15 @@ def recipes(x: da.Array, hold: bool) -> tuple[dict[Any, Recipe], set[str]]:
         return {k: Recipe({}, k, (k,)) for k in outputs}, {layer_of[k] for k in outputs}
     needs = {k: get_dependencies(graph, k) for k in graph}
     users: dict[Any, set[Any]] = {k: {k} for k in outputs}
-    outside: set[Any] = set()
+    size: dict[Any, int] = {}
+    order = toposort(graph, needs)
+    for key in order:
+        size[key] = min(SHARED + 1, 1 + sum(size[k] for k in needs[key]))
     parts: dict[Any, tuple[dict[Any, Any], list[Any]]] = {k: ({}, []) for k in outputs}
-    for key in reversed(toposort(graph, needs)):
+    for key in reversed(order):
         used_by = users.pop(key, ())
-        if len(used_by) > SHARED or not istask(graph[key]):
-            outside.add(key)
+        costly = len(used_by) > SHARED or (len(used_by) > 1 and size[key] > SHARED)
+        if costly or not istask(graph[key]):
             for k in used_by:
                 parts[k][1].append(key)
             continue

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from threading import Condition
 from typing import Any, NamedTuple
 
 from daskclip import storage
@@ -26,6 +28,8 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 class Job:
     """What all blocks of a run have in common."""
 
+    run: str
+    """Name of the run."""
     plan: ClipPlan
     """Where the blocks are."""
     source: Any
@@ -79,6 +83,34 @@ def add(a: Tally, b: Tally) -> Tally:
     )
 
 
+_blocks: Counter[str] = Counter()
+_changed = Condition()
+
+
+def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Count the blocks under way in this process."""
+
+    @wraps(function)
+    def counted(job: Job, *args: Any) -> Any:
+        with _changed:
+            _blocks[job.run] += 1
+        try:
+            return function(job, *args)
+        finally:
+            with _changed:
+                _blocks[job.run] -= 1
+                _changed.notify_all()
+
+    return counted
+
+
+def wait_until_idle(run: str) -> None:
+    """Return once no block of ``run`` is under way in this process."""
+    with _changed:
+        _changed.wait_for(lambda: not _blocks[run])
+
+
+@_counted
 def sum_block(job: Job, slab: int, index: int) -> Partial:
     """First pass: read a block, return its exact sums."""
     region = job.plan.region(slab, index)
@@ -86,6 +118,7 @@ def sum_block(job: Job, slab: int, index: int) -> Partial:
     return partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
 
 
+@_counted
 def rescale_block(job: Job, slab: int, index: int, scale: Scale) -> None:
     """Second pass: read a block again, write it rescaled."""
     region = job.plan.region(slab, index)
@@ -96,6 +129,7 @@ def rescale_block(job: Job, slab: int, index: int, scale: Scale) -> None:
         storage.write(job.target, region, x, job.plan.gulp)
 
 
+@_counted
 def clip_slab(job: Job, slab: int, index: int) -> Tally:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, index)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import dask
@@ -38,18 +38,27 @@ def workers() -> tuple[int, int]:
 
 
 @contextmanager
-def running() -> Iterator[None]:
-    """Threads that have ended their blocks when the context ends, however it does.
+def running(wait: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    """Arguments of ``dask.compute``; no block is under way any more when the context ends.
 
-    Dask's own pool goes on with blocks that it began before another one failed; they would write
-    after the clean-up.
+    When one block fails, Dask goes on with those that it began before; they would write after the
+    clean-up. ``wait`` returns once its process has ended them.
     """
-    get = get_scheduler()
-    if get not in (None, dask.threaded.get) or config.get("pool", None):
-        yield
-        return
-    with ThreadPoolExecutor(workers()[1]) as pool, config.set(pool=pool):
-        yield
+    client = _client()
+    if client is not None:
+        try:
+            yield {}
+        except BaseException:
+            ends = [client.submit(wait, workers=[w], pure=False) for w in client.nthreads()]
+            for end in ends:
+                with suppress(Exception):  # the first error is the one to tell
+                    end.result(timeout=60)
+            raise
+    elif get_scheduler() not in (None, dask.threaded.get) or config.get("pool", None):
+        yield {}
+    else:
+        with ThreadPoolExecutor(workers()[1]) as pool:
+            yield {"pool": pool}
 
 
 def memory_used() -> dict[Any, tuple[int, int]]:

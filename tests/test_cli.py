@@ -485,6 +485,11 @@ def test_command_lines_that_are_not_understood(everything, options, words):
     assert stored(everything) == before
 
 
+@pytest.mark.parametrize("words", [["--junk"], ["junk"]], ids=str)
+def test_commands_that_are_not_understood(words):
+    refused(run(*words), 2, *words)
+
+
 def test_a_report_that_cannot_be_written_is_refused_before_the_run(everything):
     before = stored(everything)
     options = ["--clip-norm", 1, "--report", everything / "no" / "report.json"]
@@ -610,6 +615,7 @@ def test_a_missing_chunk_under_error(tmp_path, source):
     assert stored(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_failure_on_workers_is_one_line(tmp_path, source):
     (source / "c/1/0").write_bytes(b"broken")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from daskclip.errors import MemoryBudgetError
 from daskclip.plan import MIB, make_plan
 
-many = settings(max_examples=150, derandomize=True, deadline=None)
+many = settings(max_examples=60, derandomize=True, deadline=None)
 TALL = {"shape": (10**9, 256, 1024), "unit": (1, 256, 1024), "itemsize": 4, "state": 80}
 HOST = {"memory": 2**30, "processes": 1, "threads": 2}
 

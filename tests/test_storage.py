@@ -126,9 +126,14 @@ def test_bundled_checksums_and_shuffle_of_format_3(tmp_path, name):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("filters", [None, [numcodecs.Shuffle(4)]], ids=["plain", "shuffle"])
-def test_codecs_of_format_2(tmp_path, compressor, filters):
-    options = {"zarr_format": 2, "compressors": compressor, "filters": filters}
+def test_codecs_of_format_2(tmp_path, compressor):
+    create(tmp_path / "x", some((5, 6), "f4"), (2, 4), zarr_format=2, compressors=compressor)
+    assert_clipped(tmp_path / "x", tmp_path / "y")
+
+
+@pytest.mark.parametrize("compressor", [None, numcodecs.Zstd()], ids=str)
+def test_the_shuffle_filter_of_format_2(tmp_path, compressor):
+    options = {"zarr_format": 2, "compressors": compressor, "filters": [numcodecs.Shuffle(4)]}
     create(tmp_path / "x", some((5, 6), "f4"), (2, 4), **options)
     assert_clipped(tmp_path / "x", tmp_path / "y")
 
@@ -208,7 +213,7 @@ ZEROS = np.array(
 
 @pytest.mark.parametrize("fill", [0.0, -0.0, 1.5, math.nan, math.inf, None], ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "c8"])
+@pytest.mark.parametrize("dtype", ["f4", "c8"])
 def test_chunks_like_the_fill_value_survive_to_the_bit(tmp_path, layout, fill, dtype):
     if fill is None and layout != "format 2":
         pytest.skip("only format 2 can have no fill value")
