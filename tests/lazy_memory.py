@@ -30,6 +30,14 @@ def everything(store):
     return da.concatenate([x[3:5000], x[5000:, ::-1]])[:, 1024:].rechunk((1024, 1024))
 
 
+def chain(store):
+    """Many steps for each chunk, before a step that mixes chunks."""
+    x = array(store)
+    for _ in range(20):
+        x = x + 1
+    return x.rechunk((512, 2048))
+
+
 SOURCES = {
     "zarr": array,
     "rechunked": lambda store: array(store).rechunk((512, 2048)),
@@ -37,6 +45,7 @@ SOURCES = {
     "sliced": lambda store: array(store)[::-1, 1024:],
     "concatenated": halves,
     "everything": everything,
+    "chain": chain,
     "centred": lambda store: array(store) - array(store).mean(axis=0),
 }
 

@@ -37,7 +37,7 @@ LAYOUTS = {**FORMATS, "shards": {"zarr_format": 3, "shards": SHARDS}}
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
-    for name, size in {"BLOCK": 256, "GULP": 128, "FIXED": 0, "SCRATCH": 0, "WINDOW": 1}.items():
+    for name, size in {"BLOCK": 256, "GULP": 128, "FIXED": 0, "SCRATCH": 0, "WINDOW": 2}.items():
         monkeypatch.setattr(plan, name, size)
     # sums that weigh less than the elements, as those of large chunks do
     monkeypatch.setattr(engine, "STATE", {2: 1, 4: 1, 8: 1})
@@ -111,7 +111,7 @@ def test_results_are_those_of_numpy_with_little_memory(tmp_path, layout, axes):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("axes", AXES, ids=str)
+@pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
 def test_results_are_those_of_numpy_with_much_memory(tmp_path, layout, axes):
     report = clipped(source_of(tmp_path, layout), tmp_path / "y", axes)
     assert report.passes == 1
@@ -119,7 +119,7 @@ def test_results_are_those_of_numpy_with_much_memory(tmp_path, layout, axes):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
+@pytest.mark.parametrize("axes", [None, 0], ids=str)
 def test_results_are_those_of_numpy_for_every_dtype(tmp_path, dtype, axes):
     x = source_of(tmp_path, dtype=dtype)
     clipped(x, tmp_path / "y", axes, memory=tight(x, axes))
@@ -145,11 +145,10 @@ SCHEDULERS = {
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("settings", SCHEDULERS)
-@pytest.mark.parametrize("axes", [0, -1])
-def test_schedulers(tmp_path, settings, axes):
+def test_schedulers(tmp_path, settings):
     x = source_of(tmp_path, "shards")
     with dask.config.set(SCHEDULERS[settings]):
-        clipped(x, tmp_path / "y", axes, memory=tight(x, axes))
+        clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
 
 
 @pytest.mark.usefixtures("small")
@@ -418,15 +417,15 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["broken", "nan"])
 def test_a_failure_on_workers_leaves_nothing(tmp_path, monkeypatch, client, kind):
     # blocks of many chunks, so that others are under way when the first fails
-    monkeypatch.setattr(plan, "BLOCK", 4 * 512)
-    monkeypatch.setattr(plan, "GULP", 64)
-    values = some((8, 512), "f4")
+    monkeypatch.setattr(plan, "BLOCK", 4 * 256)
+    monkeypatch.setattr(plan, "GULP", 32)
+    values = some((6, 256), "f4")
     values[0, 0] = math.nan if kind == "nan" else 1.0
     x = create(tmp_path / "x", values, (1, 4))
     if kind == "broken":
         (x / "c/0/0").write_bytes(b"broken")
     before = stored(tmp_path)
-    assert plan_zarr(x, tmp_path / "y", 1.0, 1).blocks == 8
+    assert plan_zarr(x, tmp_path / "y", 1.0, 1).blocks == 6
     with pytest.raises(NonFiniteError if kind == "nan" else StorageError) as caught:
         clip_zarr(x, tmp_path / "y", 1.0, 1, nonfinite="raise")
     assert "\n" not in str(caught.value)

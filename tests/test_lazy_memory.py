@@ -13,7 +13,7 @@ import zarr
 
 SCRIPT = Path(__file__).with_name("lazy_memory.py")
 # everything: sliced, concatenated and rechunked; split: each stored chunk feeds 18 of the source
-SOURCES = ["zarr", "rechunked", "split", "sliced", "concatenated", "centred"]
+SOURCES = ["zarr", "rechunked", "split", "sliced", "concatenated", "chain", "centred"]
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,13 @@ def test_threads_hold_150_mb_at_most(store):
     assert max(held(store, "everything", "threads")) <= 150
 
 
-@pytest.mark.slow
+@pytest.mark.target
 @pytest.mark.parametrize("kind", [*SOURCES, "zarr over 0", "zarr over 1", "everything over 0"])
 def test_threads_hold_150_mb_at_most_for_every_source(store, kind):
     assert max(held(store, kind, "threads")) <= 150
 
 
-@pytest.mark.slow
+@pytest.mark.target
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", [*SOURCES, "everything", "zarr over 0", "everything over 0"])
 def test_each_of_two_workers_holds_100_mb_at_most(store, kind):

@@ -56,7 +56,7 @@ def test_bits_do_not_depend_on_layout_chunks_or_scheduler(case, scheduler):
     assert_same_bits(case, scheduler)
 
 
-@settings(many, max_examples=150)
+@settings(many, max_examples=100)
 @given(case=cases(special=True), nonfinite=st.sampled_from(["propagate", "omit"]))
 def test_bits_of_nonfinite_slices_do_not_depend_on_layout_or_chunks(case, nonfinite):
     assert_same_bits(case, "sync", nonfinite)
@@ -71,7 +71,7 @@ def assert_same_bits(case, scheduler, nonfinite="propagate"):
     assert [bits(v) for v in case.compute(clip, scheduler)] == expected
 
 
-@settings(many, max_examples=200)
+@settings(many, max_examples=120)
 @given(case=cases(special=True))
 def test_propagate(case):
     y = clip_by_norm(case.x, case.clip_norm, case.axes)
@@ -88,7 +88,7 @@ def test_propagate(case):
             assert is_ideal(result, x, squares(x, None).item(), case.clip_norm)
 
 
-@settings(many, max_examples=200)
+@settings(many, max_examples=120)
 @given(case=cases(special=True))
 def test_omit(case):
     y = clip_by_norm(case.x, case.clip_norm, case.axes, nonfinite="omit")
