@@ -85,6 +85,12 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> z
         source = opened
     array: zarr.Array[Any] = source
     check_dtype(array.dtype)
+    try:
+        write_unit(array)
+    except NotImplementedError as error:
+        raise SourceError(
+            f"source {location(array)} has chunks of uneven sizes; store it with a regular grid"
+        ) from error
     for codec in _codecs(array):
         if codec not in LOSSLESS:
             raise SourceError(
