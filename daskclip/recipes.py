@@ -8,16 +8,19 @@ the chunk when it runs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import dask
 import dask.array as da
 from dask.core import flatten, get_dependencies, istask, toposort
+from dask.highlevelgraph import Layer
 
-# a result that more chunks than this use, or several if more tasks than this make it, is made once
-# and held
-SHARED = 16
+# results that several chunks use are made once and held if their array is this many times smaller
+# than the clipped one, such as a mean; larger ones only if more chunks use them than
+SMALLER = 16
+USERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +53,28 @@ class Constant:
 def recipes(x: da.Array, hold: bool) -> tuple[dict[Any, Recipe], set[str]]:
     """Recipes of all chunks, by key, and the layers of ``x`` that hold their inputs.
 
-    Data in memory (arrays, persisted chunks, futures) and results that many chunks use, such as a
-    mean, are inputs, not part of the recipes; with ``hold``, so are the chunks themselves.
+    Data in memory (arrays, persisted chunks, futures) and results worth holding are inputs, not
+    part of the recipes; with ``hold``, so are the chunks themselves.
     """
     graph: dict[Any, Any] = {}
     layer_of: dict[Any, str] = {}
+    small = set()
     for name, layer in x.dask.layers.items():
         graph.update(layer)
         layer_of.update(dict.fromkeys(layer, name))
+        if SMALLER * _nbytes(layer) <= x.nbytes:
+            small.add(name)
     outputs = list(flatten(x.__dask_keys__()))
     if hold:
         return {k: Recipe({}, k, (k,)) for k in outputs}, {layer_of[k] for k in outputs}
     needs = {k: get_dependencies(graph, k) for k in graph}
     users: dict[Any, set[Any]] = {k: {k} for k in outputs}
-    size: dict[Any, int] = {}
-    order = toposort(graph, needs)
-    for key in order:
-        size[key] = min(SHARED + 1, 1 + sum(size[k] for k in needs[key]))
     parts: dict[Any, tuple[dict[Any, Any], list[Any]]] = {k: ({}, []) for k in outputs}
-    for key in reversed(order):
+    for key in reversed(toposort(graph, needs)):
         used_by = users.pop(key, ())
-        costly = len(used_by) > SHARED or (len(used_by) > 1 and size[key] > SHARED)
-        if costly or not istask(graph[key]):
+        held = len(used_by) > (1 if layer_of[key] in small else USERS)
+        # a value that needs others is an alias, not data
+        if held or not (needs[key] or istask(graph[key])):
             for k in used_by:
                 parts[k][1].append(key)
             continue
@@ -81,3 +84,9 @@ def recipes(x: da.Array, hold: bool) -> tuple[dict[Any, Recipe], set[str]]:
             users.setdefault(need, set()).update(used_by)
     made = {k: Recipe(tasks, k, tuple(inputs)) for k, (tasks, inputs) in parts.items()}
     return made, {layer_of[k] for r in made.values() for k in r.inputs}
+
+
+def _nbytes(layer: Layer) -> float:
+    """Size of the array that a layer makes; infinite where the layer does not say."""
+    known = layer.collection_annotations or {}
+    return math.prod(known.get("shape", (math.inf,))) * getattr(known.get("dtype"), "itemsize", 1)

@@ -1,7 +1,9 @@
 """Arrays, their chunks and everything else that must not change a bit of the result."""
 
 import math
+import sys
 from dataclasses import dataclass
+from functools import cache
 
 import dask
 import dask.array as da
@@ -17,7 +19,17 @@ LAYOUTS = {
     "reversed": lambda x: np.flip(np.flip(x).copy()),
     "swapped": lambda x: x if x.dtype == BFLOAT16 else x.astype(x.dtype.newbyteorder()),
 }
-SPECIAL = [math.nan, math.inf, -math.inf]
+# strategies that are made once are drawn from several times faster
+integers = cache(st.integers)
+one_of = cache(lambda *values: st.sampled_from(values))
+flags = st.booleans()
+# from the norm of a slice to a limit beside it, or far from all norms
+limits = (
+    one_of(lambda n: n, lambda n: math.nextafter(n, 0), lambda n: math.nextafter(n, 1e308))
+    | st.floats(0, 1.5).map(lambda k: lambda n: k * n)
+    | one_of(0.0, -1.0, 5e-324, 1e-300, 1e-38, 1e30, 1e300).map(lambda c: lambda n: c)
+    | st.floats(0, 1e308).map(lambda c: lambda n: c)
+)
 
 
 @dataclass(frozen=True)
@@ -46,84 +58,64 @@ class Case:
             return dask.compute(*results, scheduler=scheduler)
 
 
-@st.composite
-def shapes(draw):
+@cache
+def shapes():
     """Up to three dimensions, some of no length, some longer than one run of products."""
-    ndim = draw(st.integers(0, 3))
-    shape = draw(st.lists(st.integers(0, 6), min_size=ndim, max_size=ndim))
-    if ndim and draw(st.booleans()):
-        shape[draw(st.integers(0, ndim - 1))] = draw(st.sampled_from([17, 40, 90]))
-    if ndim == 1 and draw(st.booleans()):
-        shape = [draw(st.integers(500, 1100))]
-    return tuple(shape)
+    short = st.lists(integers(0, 6), max_size=3).map(tuple)
+    long = st.tuples(one_of(17, 40, 90), integers(0, 6), integers(1, 3)).flatmap(
+        lambda shape: st.permutations(shape[: shape[2]])
+    )
+    return short | long.map(tuple) | st.tuples(integers(500, 1100))
 
 
-@st.composite
+@cache
+def partitions(n):
+    """Chunks of an axis, some of them empty."""
+    cuts = st.lists(integers(0, n), max_size=4)
+    return cuts.map(lambda c: tuple(np.diff([0, *sorted(c), n]).tolist()))
+
+
 def elements(draw, shape, dtype):
     """Values around one power of two of the dtype's range, with zeros of both signs."""
     name = native(np.zeros((), dtype)).dtype.name
     significant, lowest = FORMATS[name]
     highest = {"float16": 15, "float64": 1023}.get(name, 127)
-    centre = draw(st.integers(lowest, highest))
-    spread = draw(st.sampled_from([0, 1, 4, 30, highest - lowest]))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    centre = draw(integers(lowest, highest))
+    spread = draw(one_of(0, 1, 4, 30, highest - lowest))
+    rng = np.random.default_rng(draw(integers(0, 2**32)))
     real = (*shape, 2) if dtype.kind == "c" else shape
-    exponent = np.clip(
-        rng.integers(centre - spread, centre + spread, real, endpoint=True), lowest, highest
-    )
-    mantissa = draw(st.sampled_from(["random", "ones", "small"]))
+    exponent = rng.integers(centre - spread, centre + spread, real, endpoint=True)
+    mantissa = draw(one_of("random", "ones", "small"))
     if mantissa == "random":
         fraction = 1 + rng.integers(0, 2 ** (significant - 1), real) * 2.0 ** (1 - significant)
     else:
         fraction = np.ones(real) if mantissa == "ones" else 1 + rng.integers(0, 2, real) / 2
-    x = np.ldexp(fraction, exponent) * rng.choice([-1.0, 1.0], real)
-    zeros = rng.random(real) < draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
-    x = np.where(zeros, 0.0 * x, x)
+    x = np.ldexp(fraction, np.clip(exponent, lowest, highest)) * rng.choice([-1.0, 1.0], real)
+    x = np.where(rng.random(real) < draw(one_of(0.0, 0.3, 1.0)), 0.0 * x, x)
     parts = x.astype(np.float32 if dtype.name == "complex64" else x.dtype)
     return parts.view(dtype).reshape(shape) if dtype.kind == "c" else parts.astype(dtype)
+
+
+def spoil(draw, x):
+    """Make some elements NaN or infinite, of complex ones both parts or one."""
+    for at in draw(st.lists(integers(0, x.size - 1), min_size=1, max_size=3)):
+        value = draw(one_of(math.nan, math.inf, -math.inf))
+        x.flat[at] = complex(1.0, value) if x.dtype.kind == "c" and draw(flags) else value
 
 
 @st.composite
 def cases(draw, special=False):
     """A `Case`; with ``special``, some elements are NaN or infinite."""
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(one_of(*DTYPES))
     shape = draw(shapes())
-    plain = draw(elements(shape, dtype))
-    axes = tuple(k for k in range(len(shape)) if draw(st.booleans()))
-    clip_norm = draw(limits(plain, axes))
+    plain = elements(draw, shape, dtype)
+    axes = tuple(k for k in range(len(shape)) if draw(flags))
+    totals = squares(plain, axes).ravel()
+    norm = root(totals[draw(integers(0, 99)) % len(totals)]) if len(totals) else 1.0
+    clip_norm = min(draw(limits)(norm if math.isfinite(norm) else 1.0), sys.float_info.max)
     if special and plain.size:
-        plain = plain.copy()
-        for at in draw(st.lists(st.integers(0, plain.size - 1), min_size=1, max_size=3)):
-            value = draw(st.sampled_from(SPECIAL))
-            if dtype.kind == "c" and draw(st.booleans()):
-                value = complex(1.0, value)
-            plain.flat[at] = value
-    layout = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))]
-    return Case(
-        plain,
-        np.asarray(layout(plain)),
-        axes,
-        clip_norm,
-        tuple(draw(partitions(n)) for n in shape),
-        draw(st.integers(2, 4)),
-    )
-
-
-@st.composite
-def partitions(draw, n):
-    """Chunks of an axis, some of them empty."""
-    cuts = sorted(draw(st.lists(st.integers(0, n), max_size=4)))
-    return tuple(np.diff([0, *cuts, n]).tolist())
-
-
-@st.composite
-def limits(draw, x, axes):
-    """A limit beside the norm of one of the slices, or far from all."""
-    norms = [root(t) for t in squares(x, axes).ravel()[:20]]
-    norm = draw(st.sampled_from([n for n in norms if math.isfinite(n)] or [1.0]))
-    return draw(
-        st.sampled_from([norm, math.nextafter(norm, 0), math.nextafter(norm, 1e308)])
-        | st.floats(0, 1.5).map(lambda k: norm * k)
-        | st.sampled_from([0.0, -1.0, 5e-324, 1e-300, 1e-38, 1e30, 1e300])
-        | st.floats(0, 1e308)
-    )
+        spoil(draw, plain)
+    layout = LAYOUTS[draw(one_of(*sorted(LAYOUTS)))]
+    chunks = tuple(draw(partitions(n)) for n in shape)
+    x = np.asarray(layout(plain))
+    return Case(plain, x, axes, clip_norm, chunks, draw(integers(2, 4)))

@@ -50,13 +50,13 @@ def test_threads_hold_150_mb_at_most(store):
     assert max(held(store, "everything", "threads")) <= 150
 
 
-@pytest.mark.target
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*SOURCES, "zarr over 0", "zarr over 1", "everything over 0"])
 def test_threads_hold_150_mb_at_most_for_every_source(store, kind):
     assert max(held(store, kind, "threads")) <= 150
 
 
-@pytest.mark.target
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", [*SOURCES, "everything", "zarr over 0", "everything over 0"])
 def test_each_of_two_workers_holds_100_mb_at_most(store, kind):
