@@ -9,13 +9,13 @@ the chunk when it runs.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import dask
 import dask.array as da
 from dask.core import flatten, get_dependencies, istask, toposort
-from dask.highlevelgraph import Layer
 
 # results that several chunks use are made once and held if their array is this many times smaller
 # than the clipped one, such as a mean; larger ones only if more chunks use them than
@@ -62,7 +62,7 @@ def recipes(x: da.Array, hold: bool) -> tuple[dict[Any, Recipe], set[str]]:
     for name, layer in x.dask.layers.items():
         graph.update(layer)
         layer_of.update(dict.fromkeys(layer, name))
-        if SMALLER * _nbytes(layer) <= x.nbytes:
+        if SMALLER * _nbytes(layer.collection_annotations or {}) <= x.nbytes:
             small.add(name)
     outputs = list(flatten(x.__dask_keys__()))
     if hold:
@@ -86,7 +86,6 @@ def recipes(x: da.Array, hold: bool) -> tuple[dict[Any, Recipe], set[str]]:
     return made, {layer_of[k] for r in made.values() for k in r.inputs}
 
 
-def _nbytes(layer: Layer) -> float:
+def _nbytes(known: Mapping[str, Any]) -> float:
     """Size of the array that a layer makes; infinite where the layer does not say."""
-    known = layer.collection_annotations or {}
     return math.prod(known.get("shape", (math.inf,))) * getattr(known.get("dtype"), "itemsize", 1)
