@@ -65,17 +65,31 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 class _Group(click.Group):
     """Says what it did not understand on one line, as it does for everything else."""
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _understood():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _understood():
             return super().invoke(ctx)
-        except click.UsageError as error:
-            text = " ".join(error.format_message().split())
-            click.echo(f"daskclip: {text[:1].lower()}{text[1:].rstrip('.')}; see --help", err=True)
-            ctx.exit(error.exit_code)
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        text = " ".join(error.format_message().split())
+        click.echo(f"daskclip: {text[:1].lower()}{text[1:].rstrip('.')}; see --help", err=True)
+        sys.exit(error.exit_code)
 
 
 @click.group(
-    "clip", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES
+    "clip",
+    cls=_Group,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
 )
 @click.version_option(package_name="daskclip", prog_name="daskclip")
 def main() -> None:

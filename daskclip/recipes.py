@@ -88,4 +88,6 @@ def recipes(x: da.Array, hold: bool) -> tuple[dict[Any, Recipe], set[str]]:
 
 def _nbytes(known: Mapping[str, Any]) -> float:
     """Size of the array that a layer makes; infinite where the layer does not say."""
-    return math.prod(known.get("shape", (math.inf,))) * getattr(known.get("dtype"), "itemsize", 1)
+    if "shape" not in known or "dtype" not in known:
+        return math.inf
+    return float(math.prod(known["shape"]) * known["dtype"].itemsize)

@@ -485,7 +485,7 @@ def test_command_lines_that_are_not_understood(everything, options, words):
     assert stored(everything) == before
 
 
-@pytest.mark.parametrize("words", [["--junk"], ["junk"]], ids=str)
+@pytest.mark.parametrize("words", [["--junk"], ["junk"], []], ids=str)
 def test_commands_that_are_not_understood(words):
     refused(run(*words), 2, *words)
 
@@ -542,7 +542,7 @@ def test_a_read_only_folder_is_refused(public):
     closed.chmod(0o555)
     before = stored(public)
     # root may write into any folder; what is imported must be so while it can still be read
-    code = "import os; from daskclip import plan_zarr; plan_zarr({!r}, {!r}, 1.0)".format(
+    code = "import os, daskclip.cli; daskclip.plan_zarr({!r}, {!r}, 1.0)".format(
         str(public / "x"), str(public / "y")
     )
     if os.geteuid() == 0:
