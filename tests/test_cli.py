@@ -630,6 +630,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
     zarr.create_array(tmp_path / "x", shape=(10**6, 4), chunks=(1, 4), dtype="f4", fill_value=1.0)
     before = stored(tmp_path)
     code = "from daskclip import plan; plan.BLOCK = plan.GULP = 64; plan.WINDOW = 1"
+    # tests that run in the background of a shell inherit that it is ignored
+    code += "; import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{code}; {DASKCLIP[2]}", "run", tmp_path / "x"]
     command += [tmp_path / "y", "--clip-norm", "1", "--axes", "1", "--progress", "json"]
     with subprocess.Popen(
