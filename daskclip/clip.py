@@ -81,11 +81,14 @@ def clip_by_norm(
     upstream is done twice (persist or store what is expensive), and a source that gives other
     values the second time breaks the bound. Chunks in memory or persisted are used as they are,
     and chunks that share their slices are held instead if all of them have less than 16 MiB. What
-    many chunks need, such as a mean, is made once and held.
+    several chunks need of an array 16 times smaller, such as a mean, is made once and held, and so
+    is a chunk upstream that more than 64 chunks need.
 
     Memory: a chunk and its result per thread, some 10 MB of scratch, and for each slice the
     partial sums (some 20 bytes; at most 80 for float32, 550 for float64) of the chunks that Dask
     combines at a time. NumPy: the result and the scratch.
+
+    The exact norm is compared, so a limit that is its rounding to float64 may be just below it.
 
     References
     ----------

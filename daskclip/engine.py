@@ -122,7 +122,7 @@ def clip_zarr(
     started = time.monotonic()
     before = memory_used()
     ended = partial(tasks.wait_until_idle, str(path))
-    with staging(path) as staged, running(ended) as how:
+    with staging(path) as staged, running(plan.threads, ended) as how:
         job = Job(
             run=str(path),
             plan=plan,
@@ -234,7 +234,7 @@ def _prepare(
     if missing not in ("fill", "error"):
         raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
     array = storage.open_source(source, storage_options)
-    processes, threads = workers()
+    processes, threads, fewest = workers()
     real = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
     plan = make_plan(
         shape=array.shape,
@@ -245,6 +245,7 @@ def _prepare(
         memory=parse_memory(memory),
         processes=processes,
         threads=threads,
+        fewest=fewest,
     )
     return array, plan, limit
 

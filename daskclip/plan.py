@@ -66,7 +66,7 @@ class ClipPlan:
     processes: int
     """Processes that run blocks."""
     threads: int
-    """Threads of each of them."""
+    """Threads of each of them; fewer than there are if blocks of more would not fit."""
     memory: int
     """Budget of each of them, in bytes above its imports."""
     projected_memory: int
@@ -141,6 +141,7 @@ def make_plan(
     memory: int,
     processes: int,
     threads: int,
+    fewest: int,
 ) -> ClipPlan:
     """Choose blocks that keep within ``memory``.
 
@@ -150,8 +151,10 @@ def make_plan(
         See `ClipPlan`.
     state : int
         Bytes that the exact sum of a slice may take.
-    memory, processes, threads
+    memory, processes
         See `ClipPlan`.
+    threads, fewest : int
+        Threads of each process, and to how many of them the plan may go down.
 
     Returns
     -------
@@ -160,12 +163,12 @@ def make_plan(
     Raises
     ------
     MemoryBudgetError
-        If not even blocks of one unit fit.
+        If blocks of one unit do not fit the fewest threads.
     """
     unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
     gulp = _grown(unit, shape, reversed(range(len(shape))), GULP // itemsize)
 
-    def projected(block: tuple[int, ...]) -> tuple[int, int]:
+    def projected(block: tuple[int, ...], threads: int) -> tuple[int, int]:
         """Bytes of one process, and blocks of a window."""
         size = math.prod(block) * itemsize
         call = min(math.prod(gulp) * itemsize, size)
@@ -182,7 +185,10 @@ def make_plan(
         return base + (window + 1) * sums, window * processes
 
     def fits(block: tuple[int, ...]) -> bool:
-        return projected(block)[0] <= memory
+        return projected(block, threads)[0] <= memory
+
+    while threads > fewest and not fits(unit):
+        threads -= 1
 
     reduced = [a for a in reversed(range(len(shape))) if a in axes]
     kept = [a for a in reversed(range(len(shape))) if a not in axes]
@@ -191,14 +197,16 @@ def make_plan(
     )
     block = whole if fits(whole) else unit
     if not fits(block):
-        need = projected(block)[0]
+        need = projected(block, threads)[0]
+        run = "1 thread needs" if threads == 1 else f"{threads} threads need"
+        fewer = "" if threads == 1 else " or use workers of fewer threads"
         raise MemoryBudgetError(
-            f"memory {_mib(memory)} holds less than the {_mib(need)} that {threads} threads need "
-            f"for blocks of one chunk or shard {unit}; give memory='{ceil_div(need, MIB)}MiB' "
-            "or use fewer threads"
+            f"memory {_mib(memory)} holds less than the {_mib(need)} that {run} "
+            f"for blocks of one chunk or shard {unit}; "
+            f"give memory='{ceil_div(need, MIB)}MiB'{fewer}"
         )
     block = _grown(block, shape, [*reduced, *kept], BLOCK // itemsize, fits)
-    need, window = projected(block)
+    need, window = projected(block, threads)
     return ClipPlan(
         shape=shape,
         axes=axes,

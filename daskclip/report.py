@@ -105,7 +105,7 @@ def _plan(plan: ClipPlan) -> dict[str, str]:
         "read": _size(plan.bytes_read),
         "written": _size(plan.nbytes),
         "tasks": f"{plan.tasks:,} in windows of {plan.window}",
-        "workers": f"{plan.processes} processes of {plan.threads} threads",
+        "threads": f"{plan.threads} a process, {plan.threads * plan.processes} in all",
         "memory": f"{_size(plan.projected_memory)} of {_size(plan.memory)} a process",
     }
 

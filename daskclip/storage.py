@@ -55,7 +55,9 @@ def location(array: zarr.Array[Any]) -> str:
 
 def local_path(array: zarr.Array[Any]) -> Path | None:
     """Folder of an array on a local file system."""
-    return array.store.root / array.path if isinstance(array.store, LocalStore) else None
+    if not isinstance(array.store, LocalStore):
+        return None
+    return (array.store.root / array.path).absolute()
 
 
 def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> zarr.Array[Any]:

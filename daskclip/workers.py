@@ -21,28 +21,31 @@ def _client() -> Any:
     return owner if hasattr(owner, "nthreads") else None
 
 
-def workers() -> tuple[int, int]:
-    """Processes that will run blocks, and the threads of the largest of them."""
+def workers() -> tuple[int, int, int]:
+    """Processes that will run blocks, threads of the largest of them, and the fewest it may use."""
     client = _client()
     if client is not None:
         threads = list(client.nthreads().values())
-        return max(1, len(threads)), max(threads, default=1)
+        most = max(threads, default=1)
+        return max(1, len(threads)), most, most
     get = get_scheduler()
     if get is dask.get:
-        return 1, 1
+        return 1, 1, 1
     number = config.get("num_workers", None) or CPU_COUNT
     if get is not None and get is not dask.threaded.get:
-        return number, 1
+        return number, 1, 1
     pool = config.get("pool", None)
-    return 1, getattr(pool, "_max_workers", None) or number
+    if pool is not None:
+        number = getattr(pool, "_max_workers", number)
+    return 1, number, 1 if pool is None else number
 
 
 @contextmanager
-def running(wait: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def running(threads: int, wait: Callable[[], None]) -> Iterator[dict[str, Any]]:
     """Arguments of ``dask.compute``; no block is under way any more when the context ends.
 
     When one block fails, Dask goes on with those that it began before; they would write after the
-    clean-up. ``wait`` returns once its process has ended them.
+    clean-up. ``wait`` returns once its process has ended them. A pool of our own has ``threads``.
     """
     client = _client()
     if client is not None:
@@ -57,7 +60,7 @@ def running(wait: Callable[[], None]) -> Iterator[dict[str, Any]]:
     elif get_scheduler() not in (None, dask.threaded.get) or config.get("pool", None):
         yield {}
     else:
-        with ThreadPoolExecutor(workers()[1]) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             yield {"pool": pool}
 
 

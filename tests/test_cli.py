@@ -77,7 +77,7 @@ def test_json_is_the_only_thing_on_stdout(source, tmp_path):
     assert done.returncode == 0
     figures = json.loads(done.stdout, parse_constant=pytest.fail)
     assert list(figures) == [field.name for field in fields(ClipReport)]
-    assert (figures["source"], figures["target"]) == ("x", str(tmp_path / "y"))
+    assert (figures["source"], figures["target"]) == (str(tmp_path / "x"), str(tmp_path / "y"))
     assert (figures["clip_norm"], figures["axes"], figures["slices"]) == (0.5, [1], 5)
     assert report.read_text() == done.stdout
     assert done.stderr.startswith("daskclip: ")

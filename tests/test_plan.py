@@ -15,7 +15,7 @@ from daskclip.plan import MIB, make_plan
 
 many = settings(max_examples=60, derandomize=True, deadline=None)
 TALL = {"shape": (10**9, 256, 1024), "unit": (1, 256, 1024), "itemsize": 4, "state": 80}
-HOST = {"memory": 2**30, "processes": 1, "threads": 2}
+HOST = {"memory": 2**30, "processes": 1, "threads": 2, "fewest": 2}
 
 
 @st.composite
@@ -27,6 +27,7 @@ def requests(draw):
     ndim = draw(st.integers(0, 3))
     itemsize = draw(st.sampled_from([2**10, 2**18, 2**20, 2**22]))
     lengths = st.lists(st.integers(0, 12), min_size=ndim, max_size=ndim)
+    threads = draw(st.integers(1, 5))
     return {
         "shape": tuple(draw(lengths)),
         "axes": tuple(a for a in range(ndim) if draw(st.booleans())),
@@ -35,7 +36,8 @@ def requests(draw):
         "state": draw(st.sampled_from([1, itemsize // 8, itemsize, 4 * itemsize])),
         "memory": draw(st.integers(20, 400)) * MIB + draw(st.integers(0, MIB)),
         "processes": draw(st.integers(1, 3)),
-        "threads": draw(st.integers(1, 5)),
+        "threads": threads,
+        "fewest": draw(st.sampled_from([1, threads])),
     }
 
 
@@ -141,6 +143,7 @@ def test_the_budget_is_kept_or_refused_with_a_remedy_that_works(request_):
 @many
 @given(requests(), st.lists(st.integers(20 * MIB, 2**30), min_size=2, max_size=2))
 def test_more_memory_never_means_more_passes(request_, memories):
+    request_["fewest"] = request_["threads"]
     few, more = (planned(request_, memory=m) for m in sorted(memories))
     if few:
         assert more.passes <= few.passes
@@ -149,10 +152,29 @@ def test_more_memory_never_means_more_passes(request_, memories):
 @many
 @given(requests())
 def test_more_memory_never_means_more_passes_step_by_step(request_):
+    request_["fewest"] = request_["threads"]
     found = [planned(request_, memory=m * MIB) for m in (20, 24, 32, 48, 64, 100, 200, 2**20)]
     passes = [3 if plan is None else plan.passes for plan in found]
     assert all(a >= b for a, b in pairwise(passes))
     assert passes[-1] == 1
+
+
+@many
+@given(requests())
+def test_threads_are_the_most_for_which_a_unit_fits(request_):
+    plan = planned(request_)
+    if plan and plan.threads < request_["threads"]:
+        assert plan.threads >= request_["fewest"] == 1
+        assert not planned(request_, threads=plan.threads + 1, fewest=plan.threads + 1)
+    if not plan:
+        assert not planned(request_, threads=request_["fewest"])
+
+
+def test_64_threads_fit_the_default_memory():
+    plan = make_plan(**TALL, **HOST | {"threads": 64, "fewest": 1, "memory": 2**29}, axes=(1, 2))
+    assert 1 < plan.threads < 64
+    with pytest.raises(MemoryBudgetError, match=r"64 threads need .* workers of fewer threads"):
+        make_plan(**TALL, **HOST | {"threads": 64, "fewest": 64, "memory": 2**29}, axes=(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +197,7 @@ def test_passes_and_slabs_of_a_tall_matrix(axes, memory, passes, slabs):
         memory=memory,
         processes=1,
         threads=2,
+        fewest=2,
     )
     assert (plan.passes, plan.slabs) == (passes, slabs)
 
