@@ -5,6 +5,7 @@ The map of the package, from the bottom up; imports go down only.
 =============  ====================================================================
 errors         every error, with its exit code
 blocks         grid arithmetic
+digits         sums of squares of a matrix as integers
 partials       exact sums as integers, and adding them up
 exact          exact sums of squares of NumPy blocks
 factor         from a sum to the norm and the factor

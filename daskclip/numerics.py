@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from daskclip.blocks import boxes, index, tile_shape, tiles
 from daskclip.errors import NonFiniteError
-from daskclip.exact import TILE, partial_norm
+from daskclip.exact import partial_norm
 from daskclip.factor import PRECISION, Scale, finalize
 from daskclip.partials import SLICES
 
 Array = npt.NDArray[Any]
+TILE = 1 << 14  # elements that are rescaled at a time: they stay in the cache
 
 
 def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:

@@ -28,7 +28,7 @@ MIB = 2**20
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 GULP = 4 * MIB  # bytes of small chunks that are read or written by one call
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
-SCRATCH = 4 * MIB  # numerics, per thread
+SCRATCH = 8 * MIB  # numerics, per thread
 WINDOW = 16  # blocks of a window per thread
 
 
