@@ -28,7 +28,7 @@ RUN = 512  # terms of one float64 dot product: 2 * DIGIT + log2(RUN) <= 53
 PANEL = 1 << 18  # elements of a matrix, at most: 2 * DIGIT + log2(PANEL) < 63, an int64
 TILE = 1 << 15  # elements that are cut at a time: their digits stay in the cache
 BLAS = 1 << 13  # elements of one call for which BLAS starts no threads of its own
-COLUMNS = 64  # slices side by side at least, where memory runs across them
+LINES = 64  # of a tile at least, where memory runs across slices
 DIGITS = 5  # at most; with 3 the largest element of any dtype fits
 FEW = 256  # one element in so many may be handed back
 SIGNIFICANT = {2: 11, 4: 24, 8: 53}  # bits of an element, at most, by its size
@@ -127,7 +127,7 @@ class Squares:
         if abs(e) > FAR:
             matrix, scaled, e = np.ldexp(matrix, -e), e, 0
         height, width = matrix.shape
-        least = 1 if self.rows and not self.across else COLUMNS
+        least = 1 if self.rows and not self.across else LINES
         step = min(width, TILE // min(height, least))
         lines = min(height, TILE // step)
         runs = self.runs(step if self.rows else lines, lines if self.rows else step)

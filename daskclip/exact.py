@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.blocks import Box, box_shape, boxes, index, tile_shape, tiles
-from daskclip.digits import COLUMNS, PANEL, Magnitudes, Squares
+from daskclip.digits import PANEL, Magnitudes, Squares
 from daskclip.partials import INF, LIMB, MASK, NAN, Partial, canonical, combine
 
 Array = npt.NDArray[Any]
 
 SHORT = 16  # elements of a slice below which many slices go side by side
+COLUMNS = 256  # slices of a panel at least, where memory runs across them
 
 
 def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> Partial:

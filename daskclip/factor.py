@@ -145,8 +145,8 @@ def _leading(partial: Partial) -> _Leading:
     top = len(limbs) - 1 - full[::-1].argmax(axis=0)
     more = full.argmax(axis=0) < top - 4
     padded = np.concatenate([np.zeros((4, *kept), np.uint32), limbs])
-    t = [np.take_along_axis(padded, (top + 4 - i)[None], axis=0)[0] for i in range(5)]
-    t = [limb.astype(np.uint64) for limb in t]
+    place = (top + 4) * top.size + np.arange(top.size).reshape(kept)
+    t = [padded.take(place - i * top.size).astype(np.uint64) for i in range(5)]
     left = (LIMB - np.frexp(t[0].astype(np.float64))[1]).astype(np.uint64)
     right = LIMB - left
     half = np.uint64(LIMB)
