@@ -90,7 +90,8 @@ def _report(done: ClipReport) -> dict[str, str]:
         "norms": norms,
         "read": f"{_size(done.bytes_read)} in {passes}",
         "written": _size(done.bytes_written),
-        "time": f"{done.seconds:.2f} s, {done.blocks:,} blocks",
+        "blocks": f"{done.blocks:,}",
+        "time": f"{done.seconds:.2f} s",
         "peak memory": f"{_size(done.peak_memory)} of {_size(done.projected_memory)} projected",
     }
 
