@@ -27,6 +27,7 @@ from daskclip.errors import MemoryBudgetError
 MIB = 2**20
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 GULP = 4 * MIB  # bytes of small chunks that are read or written by one call
+CALL = 1024  # units that are read or written by one call: zarr holds some 2 kB for each
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
 SCRATCH = 8 * MIB  # numerics, per thread
 WINDOW = 16  # blocks of a window per thread
@@ -166,7 +167,8 @@ def make_plan(
         If blocks of one unit do not fit the fewest threads.
     """
     unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
-    gulp = _grown(unit, shape, reversed(range(len(shape))), GULP // itemsize)
+    most = min(GULP // itemsize, CALL * math.prod(unit))
+    gulp = _grown(unit, shape, reversed(range(len(shape))), most)
 
     def projected(block: tuple[int, ...], threads: int) -> tuple[int, int]:
         """Bytes of one process, and blocks of a window."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -161,6 +162,22 @@ def write(array: zarr.Array[Any], region: Box, values: Array, gulp: tuple[int, .
             keeping = array.with_config({"write_empty_chunks": True})
             for chunk in lost:
                 keeping[shift(chunk, part)] = piece[index(chunk)]
+
+
+def wait_until_idle() -> None:
+    """Return once zarr is done with what is under way in this process.
+
+    When one chunk fails, zarr raises and goes on with the others of the call.
+    """
+    sync(_others())
+
+
+async def _others() -> None:
+    me = asyncio.current_task()
+    if me is not None:
+        me.set_name(_others.__name__)  # two that wait must not wait for each other
+    others = [t for t in asyncio.all_tasks() if t.get_name() != _others.__name__]
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _lost_chunks(array: zarr.Array[Any], piece: Array) -> list[Box]:

@@ -163,6 +163,7 @@ def _named(doing: str, region: Box, array: Any) -> Iterator[None]:
     except DaskClipError:
         raise
     except Exception as error:
+        storage.wait_until_idle()
         block = ", ".join(f"{s.start}:{s.stop}" for s in region)
         text = " ".join(str(error).split()) or type(error).__name__
         raise StorageError(

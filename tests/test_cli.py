@@ -599,6 +599,34 @@ def test_a_chunk_that_cannot_be_written_is_a_storage_failure(tmp_path):
     assert stored(tmp_path) == before
 
 
+def test_a_failure_among_many_chunks_is_one_line_and_leaves_nothing(tmp_path):
+    # zarr goes on with the other chunks of a call when one fails
+    source = create(tmp_path / "x", some((3000, 2), "f4"), (1, 2))
+    (source / "c/0/0").write_bytes(b"broken")
+    before = stored(tmp_path)
+    done = shell("run", source, tmp_path / "y", "--clip-norm", 1, "--progress", "none")
+    refused(done, 1, "reading block", "run again")
+    assert stored(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(public):
+    point = public / "mount"
+    point.mkdir()
+    source = create(public / "many", some((3000, 2), "f4"), (1, 2))
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(point)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mounting is refused here: {mounted.stderr.strip()}")
+    try:
+        options = ["--clip-norm", 1, "--progress", "none"]
+        done = shell("run", source, point / "y", *options)
+        left = stored(point)
+    finally:
+        subprocess.run(["umount", str(point)], check=True)
+    refused(done, 1, "writing block", "No space left", "run again")
+    assert not left
+
+
 def test_nan_under_raise(tmp_path):
     source = create(tmp_path / "x", np.float32([[1, 2], [math.nan, 3]]), (1, 2))
     before = stored(tmp_path)

@@ -129,6 +129,13 @@ def test_sums_in_less_memory_work_or_are_refused_with_the_numbers(days, imports,
     grown(imports, days, tmp_path / "y", enough * MIB, "--axes", "0")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_many_small_chunks(imports, tmp_path):
+    source = make(tmp_path / "x", (2, 40000), (2, 1), None)
+    grown(imports, source, tmp_path / "y", 64 * MIB)
+
+
 LAYOUTS = {
     "uncompressed": {"chunks": (1024, 1024), "codec": None},
     "blosc": {"chunks": (1024, 1024), "codec": BloscCodec(cname="zstd", clevel=1)},
