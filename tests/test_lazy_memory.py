@@ -46,13 +46,9 @@ def held(store, kind, scheduler):
     return json.loads(done.stdout)
 
 
-def test_threads_hold_150_mb_at_most(store):
-    assert max(held(store, "everything", "threads")) <= 150
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*SOURCES, "zarr over 0", "zarr over 1", "everything over 0"])
-def test_threads_hold_150_mb_at_most_for_every_source(store, kind):
+@pytest.mark.parametrize("kind", [*SOURCES, "everything", "zarr over 0", "zarr over 1", "everything over 0"])
+def test_threads_hold_150_mb_at_most(store, kind):
     assert max(held(store, kind, "threads")) <= 150
 
 
