@@ -47,7 +47,9 @@ def held(store, kind, scheduler):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*SOURCES, "everything", "zarr over 0", "zarr over 1", "everything over 0"])
+@pytest.mark.parametrize(
+    "kind", [*SOURCES, "everything", "zarr over 0", "zarr over 1", "everything over 0"]
+)
 def test_threads_hold_150_mb_at_most(store, kind):
     assert max(held(store, kind, "threads")) <= 150
 
