@@ -13,6 +13,7 @@ import zarr
 from reference import BFLOAT16, bits
 
 from daskclip import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
+from daskclip.recipes import recipes
 
 X = np.random.default_rng(0).standard_normal((30, 20)).astype(np.float32)
 MIB = 2**20
@@ -315,3 +316,33 @@ def test_equal_calls_have_equal_keys_in_every_process(tmp_path):
 
 if __name__ == "__main__":
     print(make_all(sys.argv[1]))
+
+
+def halves(x):
+    return da.concatenate([x[:5], x[5:]])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda x: x,
+        halves,
+        lambda x: halves(x[::-1, 1:]).rechunk((3, 5)),
+        lambda x: ((x + 1) * 2).rechunk((2, 1)),
+    ],
+    ids=["plain", "concatenated", "mixed", "split"],
+)
+def test_the_second_pass_holds_no_chunk_of_the_source(source):
+    x = source(da.random.default_rng(0).random((40, 20), chunks=(4, 4)))
+    made, held = recipes(x, hold=False)
+    assert not held
+    assert all(not recipe.inputs for recipe in made.values())
+
+
+def test_the_second_pass_holds_a_mean():
+    x = da.random.default_rng(0).random((40, 20), chunks=(2, 4))
+    centred = x - x.mean(axis=0)
+    made, held = recipes(centred, hold=False)
+    assert all(len(recipe.inputs) == 1 for recipe in made.values())
+    assert len(held) == 1
+    assert {k[0] for k in made} == {centred.name}
