@@ -259,32 +259,25 @@ def _run(job: Job, how: dict[str, Any], report: Any) -> Tally:
         total = Tally(plan.slices, 0, 0, 0.0, 0.0)
     done = 0
 
-    def nbytes(slabs: range, blocks: range) -> int:
-        return sum(
-            math.prod(s.stop - s.start for s in plan.region(i, b)) * plan.itemsize
-            for i in slabs
-            for b in blocks
-        )
-
     for slabs, windows in plan.windows():
         if plan.passes == 1:
             blocks = next(iter(windows))
             tallies = _compute(job, how, name, tasks.clip_slab, slabs, blocks)
             total = reduce(tasks.add, tallies, total)
-            done += nbytes(slabs, blocks)
+            done += plan.window_nbytes(slabs, blocks)
             report(done, 1)
             continue
         sums: list[Any] = []
         for blocks in windows:
             parts = _compute(job, how, name, tasks.sum_block, slabs, blocks, combined=True)
             sums = [combine(pair) for pair in zip(sums, parts, strict=True)] if sums else parts
-            done += nbytes(slabs, blocks)
+            done += plan.window_nbytes(slabs, blocks)
             report(done, 1)
         scales = [finalize(p, job.clip_norm, job.source.dtype) for p in sums]
         total = reduce(tasks.add, map(tasks.count, scales), total)
         for blocks in windows:
             _compute(job, how, name, tasks.rescale_block, slabs, blocks, scales)
-            done += nbytes(slabs, blocks)
+            done += plan.window_nbytes(slabs, blocks)
             report(done, 2)
     return total
 

@@ -87,3 +87,8 @@ def shown(value: Any) -> str:
     """A value for an error message: its repr on one line, cut off."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def reason(error: BaseException) -> str:
+    """Text of an error of another library, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

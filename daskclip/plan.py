@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from daskclip.blocks import Box, box, ceil_div, grid
+from daskclip.blocks import Box, box, box_shape, ceil_div, grid
 from daskclip.errors import MemoryBudgetError
 
 MIB = 2**20
@@ -119,6 +119,11 @@ class ClipPlan:
                 slab, i = divmod(slab, n)
             place.append(i)
         return box(place[::-1], self.block, self.shape)
+
+    def window_nbytes(self, slabs: range, blocks: range) -> int:
+        """Bytes of these blocks of each of these slabs, decoded."""
+        sizes = (math.prod(box_shape(self.region(i, b))) for i in slabs for b in blocks)
+        return self.itemsize * sum(sizes)
 
     def windows(self) -> Iterator[tuple[range, Spans]]:
         """Slabs that are finished together, and the ranges of their blocks, a window each."""

@@ -17,7 +17,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from daskclip.blocks import Box, box, box_shape, boxes, ceil_div, index, shift
-from daskclip.errors import DTypeError, SourceError, SourceNotFoundError
+from daskclip.errors import DTypeError, SourceError, SourceNotFoundError, reason
 from daskclip.parameters import check_dtype
 
 Array = npt.NDArray[Any]
@@ -76,11 +76,11 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> z
         except Exception as error:  # broken metadata makes zarr raise anything
             if "data type" in str(error):
                 raise DTypeError(
-                    f"source {name} has a dtype that cannot be clipped ({_line(error)}); store it "
+                    f"source {name} has a dtype that cannot be clipped ({reason(error)}); store it "
                     "as floating point or complex"
                 ) from error
             raise SourceError(
-                f"source {name} is not a zarr array ({_line(error)}); give the path of one"
+                f"source {name} is not a zarr array ({reason(error)}); give the path of one"
             ) from error
         if isinstance(opened, zarr.Group):
             arrays = ", ".join(sorted(opened.array_keys())[:5]) or "none"
@@ -117,11 +117,6 @@ def _codecs(array: zarr.Array[Any]) -> list[str]:
         configuration = codec.get("configuration", {})
         queue += [*configuration.get("codecs", ()), *configuration.get("index_codecs", ())]
     return names
-
-
-def _line(error: BaseException) -> str:
-    """Text of an error of another library, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def create_like(array: zarr.Array[Any], folder: Path) -> zarr.Array[Any]:

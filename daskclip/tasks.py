@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from daskclip import storage
 from daskclip.blocks import Box
-from daskclip.errors import DaskClipError, StorageError
+from daskclip.errors import DaskClipError, StorageError, reason
 from daskclip.exact import partial_norm
 from daskclip.factor import Scale
 from daskclip.numerics import clip_block, require_finite, rescale
@@ -114,7 +114,7 @@ def wait_until_idle(run: str) -> None:
 def sum_block(job: Job, slab: int, index: int) -> Partial:
     """First pass: read a block, return its exact sums."""
     region = job.plan.region(slab, index)
-    x = _read(job, region)
+    x = _read_checked(job, region)
     return partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
 
 
@@ -122,8 +122,7 @@ def sum_block(job: Job, slab: int, index: int) -> Partial:
 def rescale_block(job: Job, slab: int, index: int, scale: Scale) -> None:
     """Second pass: read a block again, write it rescaled."""
     region = job.plan.region(slab, index)
-    with _named("reading", region, job.source):
-        x = storage.read(job.source, region, job.plan.gulp, job.missing)
+    x = _read(job, region)
     rescale(x, scale, x)
     with _named("writing", region, job.target):
         storage.write(job.target, region, x, job.plan.gulp)
@@ -133,7 +132,7 @@ def rescale_block(job: Job, slab: int, index: int, scale: Scale) -> None:
 def clip_slab(job: Job, slab: int, index: int) -> Tally:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, index)
-    x = _read(job, region)
+    x = _read_checked(job, region)
     x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=job.nonfinite == "omit", out=x)
     with _named("writing", region, job.target):
         storage.write(job.target, region, x, job.plan.gulp)
@@ -142,7 +141,12 @@ def clip_slab(job: Job, slab: int, index: int) -> Tally:
 
 def _read(job: Job, region: Box) -> Any:
     with _named("reading", region, job.source):
-        x = storage.read(job.source, region, job.plan.gulp, job.missing)
+        return storage.read(job.source, region, job.plan.gulp, job.missing)
+
+
+def _read_checked(job: Job, region: Box) -> Any:
+    """Read for the first time: the second pass has nothing left to refuse."""
+    x = _read(job, region)
     if job.nonfinite == "raise" and job.clip_norm != math.inf:
         unit = job.plan.unit
         require_finite(
@@ -165,10 +169,9 @@ def _named(doing: str, region: Box, array: Any) -> Iterator[None]:
     except Exception as error:
         storage.wait_until_idle()
         block = ", ".join(f"{s.start}:{s.stop}" for s in region)
-        text = " ".join(str(error).split()) or type(error).__name__
         raise StorageError(
             f"{doing} block [{block}] of {storage.location(array)} failed: "
-            f"{type(error).__name__}: {text}; mend the cause and run again"
+            f"{type(error).__name__}: {reason(error)}; mend the cause and run again"
         ) from error
 
 

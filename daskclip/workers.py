@@ -34,10 +34,15 @@ def workers() -> tuple[int, int, int]:
     number = config.get("num_workers", None) or CPU_COUNT
     if get is not None and get is not dask.threaded.get:
         return number, 1, 1
-    pool = config.get("pool", None)
-    if pool is not None:
-        number = getattr(pool, "_max_workers", number)
-    return 1, number, 1 if pool is None else number
+    if _own_pool():
+        return 1, number, 1
+    number = getattr(config.get("pool"), "_max_workers", number)
+    return 1, number, number
+
+
+def _own_pool() -> bool:
+    """Whether blocks run on threads that are made for the run."""
+    return get_scheduler() in (None, dask.threaded.get) and config.get("pool", None) is None
 
 
 @contextmanager
@@ -57,11 +62,11 @@ def running(threads: int, wait: Callable[[], None]) -> Iterator[dict[str, Any]]:
                 with suppress(Exception):  # the first error is the one to tell
                     end.result(timeout=60)
             raise
-    elif get_scheduler() not in (None, dask.threaded.get) or config.get("pool", None):
-        yield {}
-    else:
+    elif _own_pool():
         with ThreadPoolExecutor(threads) as pool:
             yield {"pool": pool}
+    else:
+        yield {}
 
 
 def memory_used() -> dict[Any, tuple[int, int]]:

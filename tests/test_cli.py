@@ -536,6 +536,21 @@ def public(everything):
     shutil.rmtree(folder)
 
 
+@contextmanager
+def mounted(folder, options):
+    """A file system of its own in ``folder``; the test is skipped where mounting is refused."""
+    point = folder / "mount"
+    point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(point)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mounting is refused here: {done.stderr.strip()}")
+    try:
+        yield point
+    finally:
+        subprocess.run(["umount", str(point)], check=True)
+
+
 def test_a_read_only_folder_is_refused(public):
     closed = public / "closed"
     closed.mkdir()
@@ -553,19 +568,11 @@ def test_a_read_only_folder_is_refused(public):
 
 
 def test_a_read_only_mount_is_refused(public):
-    point = public / "mount"
-    point.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(point)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"mounting is refused here: {mounted.stderr.strip()}")
-    try:
+    with mounted(public, "ro,size=64k") as point:
         done = run("run", public / "x", point / "y", "--clip-norm", 1)
         with pytest.raises(PermissionError):
             clip_zarr(public / "x", point / "y", 1.0)
         assert not stored(point)
-    finally:
-        subprocess.run(["umount", str(point)], check=True)
     refused(done, 3, str(point), "cannot be written", "choose another")
 
 
@@ -610,21 +617,11 @@ def test_a_failure_among_many_chunks_is_one_line_and_leaves_nothing(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(public):
-    point = public / "mount"
-    point.mkdir()
     source = create(public / "many", some((3000, 2), "f4"), (1, 2))
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(point)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"mounting is refused here: {mounted.stderr.strip()}")
-    try:
-        options = ["--clip-norm", 1, "--progress", "none"]
-        done = shell("run", source, point / "y", *options)
-        left = stored(point)
-    finally:
-        subprocess.run(["umount", str(point)], check=True)
+    with mounted(public, "size=2m") as point:
+        done = shell("run", source, point / "y", "--clip-norm", 1, "--progress", "none")
+        assert not stored(point)
     refused(done, 1, "writing block", "No space left", "run again")
-    assert not left
 
 
 def test_nan_under_raise(tmp_path):

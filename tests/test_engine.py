@@ -82,6 +82,11 @@ def tight(source, axes):
     return 1 + bisect_left(range(1, 2**20), True, key=fits)
 
 
+def memory_of(budget, source, axes):
+    """The smallest budget, or one that everything fits."""
+    return tight(source, axes) if budget == "tight" else 2**30
+
+
 def clipped(source, target, axes=None, clip_norm=1.0, **options):
     """Clip; the result must be NumPy's, to the bit."""
     x = read(source)
@@ -197,7 +202,7 @@ def test_four_workers_give_numpys_result_20_times_of_20(tmp_path, monkeypatch, l
     # windows of many blocks, so that all workers write at once
     monkeypatch.setattr(plan, "WINDOW", 16)
     x = source_of(tmp_path, layout)
-    memory = tight(x, 0) if budget == "tight" else 2**30
+    memory = memory_of(budget, x, 0)
     wanted = bits(clip_by_norm(read(x), 1.0, 0))
     for n in range(20):
         clip_zarr(x, tmp_path / f"y{n}", 1.0, 0, memory=memory)
@@ -253,7 +258,7 @@ def test_the_report_says_what_was_done(tmp_path, axes, budget):
     values = read(x)
     norms = norm(values, axes)
     limit = float(np.median(norms)) * 1.001
-    memory = tight(x, axes) if budget == "tight" else 2**30
+    memory = memory_of(budget, x, axes)
     report = clip_zarr(x, tmp_path / "y", limit, axes, memory=memory)
     planned = plan_zarr(x, tmp_path / "z", limit, axes, memory=memory)
     assert report.source == str(x)
@@ -325,7 +330,7 @@ def test_raise_names_the_slice_and_the_chunk_and_leaves_nothing(tmp_path, budget
     values[5, 4, 3] = math.nan
     x = source_of(tmp_path, values=values)
     before = stored(tmp_path)
-    memory = tight(x, 0) if budget == "tight" else 2**30
+    memory = memory_of(budget, x, 0)
     with pytest.raises(NonFiniteError, match=r"\b4, 3\b.*\b2, 1, 1\b") as caught:
         clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory, nonfinite="raise")
     assert "\n" not in str(caught.value)
@@ -352,7 +357,7 @@ def test_a_missing_chunk_is_named_and_nothing_is_left(tmp_path, layout, budget):
     x = source_of(tmp_path, layout)
     (x / CHUNK[layout]).unlink()
     before = stored(tmp_path)
-    memory = tight(x, 0) if budget == "tight" else 2**30
+    memory = memory_of(budget, x, 0)
     with pytest.raises(SourceError, match=rf"chunk {CHUNK[layout]} of {x} is missing") as caught:
         clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory, missing="error")
     assert "\n" not in str(caught.value)
