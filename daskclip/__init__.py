@@ -5,6 +5,7 @@ The map of the package, from the bottom up; imports go down only.
 =============  ====================================================================
 errors         every error, with its exit code
 blocks         grid arithmetic
+files          local files: durable, exchanged, listed, digested
 digits         sums of squares of a matrix as integers
 partials       exact sums as integers, and adding them up
 exact          exact sums of squares of NumPy blocks
@@ -17,15 +18,21 @@ report         figures as text and JSON
 progress       how far a run is
 norms          the Dask tree that combines sums
 recipes        chunks that are made again instead of held
-storage        the only file that imports zarr
+journal        what is done, a line for each window
+guard          encoded chunks that must not be decoded
+storage        Zarr arrays: with guard the only file that imports zarr
+retries        what passes is tried again, what stays is told by the chunk
 publish        the target's place, its lock and its renaming
 arrays         what may be given as an array or a list
 lazy           the operation as Dask graphs
 clip           the operation on an array: start reading here
 clip_list      the operation on a list
 workers        the processes that run blocks
+resume         a run on disk: begun, resumed, recognised
 tasks          what a worker does with one block
+passes         windows of blocks, and which of them are done
 engine         from storage to storage
+verify         what was written, against its record and its source
 cli            the command line
 =============  ====================================================================
 """
@@ -34,6 +41,7 @@ from daskclip.clip import clip_by_norm, norm
 from daskclip.clip_list import clip_by_global_norm, global_norm
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.indexed import IndexedSlices
+from daskclip.verify import verify_zarr
 
 __version__ = "0.1.0"
 
@@ -45,4 +53,5 @@ __all__ = [
     "global_norm",
     "norm",
     "plan_zarr",
+    "verify_zarr",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,15 +13,18 @@ from typing import Any
 
 import click
 
+from daskclip import resume
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.plan import ClipPlan
 from daskclip.report import ClipReport, as_document, as_text
+from daskclip.verify import verify_zarr
 
 EXIT_CODES = """\b
-Exit codes: 0 done, 1 storage failure or bug, 2 command line not understood,
-3 a parameter or the source rejected, 5 the target exists or is being written,
-75 interrupted or temporarily failed: run again."""
+Exit codes: 0 done or up to date, 1 storage failure or bug (run again to resume),
+2 command line not understood, 3 a parameter or the source rejected,
+4 verification failed, 5 the target exists, is being written or has an unfinished
+run with other parameters, 75 interrupted or temporarily failed: run again."""
 INTERRUPTED = 75
 
 
@@ -37,6 +41,8 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON."
         ),
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        click.option("--in-place", is_flag=True, help="Replace SOURCE; there is no TARGET."),
+        click.option("--overwrite", is_flag=True, help="Replace an array at TARGET."),
         click.option("--dry-run", is_flag=True, help="Check and plan only."),
         click.option(
             "--missing",
@@ -55,7 +61,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
         click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
         click.option("--clip-norm", type=float, required=True, help="The limit."),
-        click.argument("target"),
+        click.argument("target", required=False),
         click.argument("source"),
     ):
         command = option(command)
@@ -101,7 +107,7 @@ def main() -> None:
 @main.command(epilog=EXIT_CODES)
 @_options
 def run(dry_run: bool, **options: Any) -> None:
-    """Clip SOURCE into a new array TARGET."""
+    """Clip SOURCE into a new array TARGET; resumes a run that was stopped."""
     _call(plan_zarr if dry_run else clip_zarr, **options)
 
 
@@ -110,6 +116,33 @@ def run(dry_run: bool, **options: Any) -> None:
 def plan(dry_run: bool, **options: Any) -> None:
     """Say what run would do with the same words, without reading a chunk."""
     _call(plan_zarr, **options)
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("target")
+@click.option("--source", help="Derive every block again and compare it.")
+def verify(target: str, source: str | None) -> None:
+    """Check what run wrote: its files, its norms and, with its source, every bit."""
+    with _failing_in_one_line():
+        click.echo(as_text(verify_zarr(target, source)))
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("target")
+def status(target: str) -> None:
+    """Say what there is at TARGET and whether a run is unfinished."""
+    with _failing_in_one_line():
+        for name, value in resume.status(target).items():
+            click.echo(f"{name:<10}  {value}")
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("target")
+def discard(target: str) -> None:
+    """Remove what an unfinished run to TARGET has done; TARGET stays as it is."""
+    with _failing_in_one_line():
+        found = resume.discard(target)
+        click.echo("discarded" if found else "there is no unfinished run")
 
 
 def _call(
@@ -175,11 +208,17 @@ def _workers(scheduler: str | None, workers: int | None) -> Iterator[None]:
 
 @contextmanager
 def _failing_in_one_line() -> Iterator[None]:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except DaskClipError as error:
         click.echo(f"daskclip: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        click.echo("daskclip: interrupted; nothing was published, run again", err=True)
+        click.echo("daskclip: interrupted; run the same command again to resume", err=True)
         sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from functools import partial, reduce
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-import dask
-import dask.array as da
-
-from daskclip import storage, tasks
-from daskclip.errors import InvalidValueError, shown
-from daskclip.factor import finalize
-from daskclip.norms import no_block, tree
+from daskclip import storage
+from daskclip.errors import (
+    DaskClipError,
+    InvalidValueError,
+    SourceChangedError,
+    failing,
+    shown,
+)
+from daskclip.guard import guarded
 from daskclip.parameters import (
     NonFinite,
     check_nonfinite,
@@ -23,14 +25,14 @@ from daskclip.parameters import (
     parse_clip_norm,
     parse_memory,
 )
-from daskclip.partials import combine
+from daskclip.passes import clip_passes
 from daskclip.plan import ClipPlan, make_plan
-from daskclip.progress import Mode, State, show
-from daskclip.publish import check_target, staging
-from daskclip.recipes import Constant
+from daskclip.progress import Mode, show
+from daskclip.publish import check_target, clear, locked, publish, refuse_existing
 from daskclip.report import ClipReport
-from daskclip.tasks import Job, Tally
-from daskclip.workers import memory_used, running, workers
+from daskclip.resume import begun, describe, finished, plan_of, resumed
+from daskclip.tasks import Job
+from daskclip.workers import workers
 
 # bytes that the exact sum of a slice may take; float64 data that spans more than 10**80 takes more
 STATE = {2: 24, 4: 80, 8: 80}
@@ -38,13 +40,15 @@ STATE = {2: 24, 4: 80, 8: 80}
 
 def clip_zarr(
     source: Any,
-    target: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None,
     clip_norm: float,
     axes: Any = None,
     *,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
+    overwrite: bool = False,
+    in_place: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
 ) -> ClipReport:
@@ -54,9 +58,10 @@ def clip_zarr(
     ----------
     source : str, path or zarr.Array, of any shape
         Floating point or complex array to read; Zarr format 2 or 3, sharded or not.
-    target : str or path
-        Where the clipped array will be: absent, in an existing folder of a local file system.
-        Chunks, shards, codecs, fill value, attributes and dimension names are those of the source.
+    target : str, path or None
+        Where the clipped array will be, in an existing folder of a local file system; None with
+        ``in_place``. Chunks, shards, codecs, fill value, attributes and dimension names are those
+        of the source.
     clip_norm : float
         See `clip_by_norm`.
     axes : None, int or sequence of int
@@ -67,6 +72,11 @@ def clip_zarr(
         See `clip_by_norm`.
     missing : {'fill', 'error'}
         Whether chunks that are not stored count as the fill value, or stop the run.
+    overwrite : bool
+        Replace an array at ``target``, which stays until the new one is complete.
+    in_place : bool
+        Replace the source, which stays until the clipped one is complete; nothing is written if
+        there is nothing to clip.
     storage_options : dict, optional
         For a source given as URL.
     progress : bool or {'auto', 'bar', 'lines', 'json', 'none'}
@@ -82,9 +92,10 @@ def clip_zarr(
     DaskClipError
         Or one of its kinds, each a builtin error too, before any chunk is read: a parameter or
         the source is rejected (TypeError, ValueError, FileNotFoundError), ``memory`` is too small
-        (ValueError), the target exists (FileExistsError) or cannot be written (PermissionError).
-        While running: FloatingPointError under ``nonfinite='raise'``, OSError where storage
-        fails; then nothing is left behind.
+        (ValueError), the target exists, is being written or has an unfinished run with other
+        parameters (FileExistsError) or cannot be written (PermissionError). While running:
+        FloatingPointError under ``nonfinite='raise'`` and ValueError where the source changes,
+        then nothing is left behind; OSError where storage fails, then the same call resumes.
 
     See Also
     --------
@@ -96,7 +107,11 @@ def clip_zarr(
     Runs on the active distributed Client if there is one, else on Dask's scheduler for threads.
     Each byte is read once if all blocks that share slices fit the budget together, else twice.
     Each write unit (shard, else chunk) is written by one task only. The target appears by one
-    renaming when it is complete.
+    renaming when it is complete and on disk.
+
+    A run can be killed anywhere: the same call resumes it from the journal in the hidden folder
+    ``.NAME.daskclip`` beside the target, and repeats one window of blocks at most. A call that is
+    already done reads nothing. Beside the budget, the journal takes 5 bytes a block.
 
     References
     ----------
@@ -115,67 +130,73 @@ def clip_zarr(
     array([0.59999996, 0.79999995], dtype=float32)
     """
     display = show(progress)
-    array, plan, limit = _prepare(
-        source, clip_norm, axes, memory, nonfinite, missing, storage_options
-    )
-    path = check_target(target, storage.local_path(array))
     started = time.monotonic()
-    before = memory_used()
-    ended = partial(tasks.wait_until_idle, str(path))
-    with staging(path) as staged, running(plan.threads, ended) as how:
+    with failing("looking at source and target"):
+        array, plan, limit = _prepare(
+            source, clip_norm, axes, memory, nonfinite, missing, storage_options
+        )
+        path = _place(target, array, overwrite, in_place)
+        run = describe(
+            array,
+            path,
+            clip_norm=str(limit),
+            axes=list(plan.axes),
+            nonfinite=nonfinite,
+            missing=missing,
+        )
+    with failing(f"writing {path}"), locked(path) as work:
+        report = finished(path, run)
+        if report is not None:
+            seconds = time.monotonic() - started
+            return replace(
+                report, status="up to date", bytes_read=0, bytes_written=0, seconds=seconds
+            )
+        if not (overwrite or in_place):
+            refuse_existing(path)
+        replacing = path if path.exists() else None
+        run = resumed(work, run, plan.memory) or begun(work, array, run, plan, replacing)
+        staged = work / run["run"]
         job = Job(
-            run=str(path),
-            plan=plan,
-            source=array,
-            target=storage.create_like(array, staged),
+            run=f"{run['run']}-{uuid4().hex}",
+            plan=plan_of(run),
+            source=guarded(array),
+            target=storage.open_made(staged),
+            staged=str(staged),
+            in_place=in_place,
             clip_norm=limit,
             nonfinite=nonfinite,
             missing=missing,
         )
-        total = _run(
-            job,
-            how,
-            lambda done, at: display(
-                State(
-                    done=done,
-                    total=plan.bytes_read,
-                    pass_=at,
-                    passes=plan.passes,
-                    seconds=time.monotonic() - started,
+        try:
+            report = clip_passes(job, path, work, display, started)
+            if storage.fingerprint(array, changes=True) != run["source"]:
+                key = storage.fingerprint(array, changes=True).get("newest")
+                raise SourceChangedError(
+                    f"source {storage.location(array)} (chunk {key}) changed during the run; "
+                    "let nothing write to it and run again"
                 )
-            ),
-        )
-    after = memory_used()
-    grown = [after[k][1] - before.get(k, after[k])[0] for k in after]
-    return ClipReport(
-        source=storage.location(array),
-        target=str(path),
-        clip_norm=limit,
-        axes=plan.axes,
-        slices=total.slices,
-        clipped=total.clipped,
-        nonfinite=total.nonfinite,
-        smallest_norm=total.smallest if total.slices > total.nonfinite else None,
-        largest_norm=total.largest if total.slices > total.nonfinite else None,
-        bytes_read=plan.bytes_read,
-        bytes_written=plan.nbytes,
-        passes=plan.passes,
-        blocks=plan.blocks,
-        seconds=time.monotonic() - started,
-        peak_memory=max(grown),
-        projected_memory=plan.projected_memory,
-    )
+        except DaskClipError as error:
+            if error.exit_code == 3:  # the source will not do: there is nothing to resume
+                clear(work)
+            raise
+        if report.status == "clipped":
+            publish(work, staged, path, overwrite or in_place)
+        else:
+            clear(work)
+    return report
 
 
 def plan_zarr(
     source: Any,
-    target: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None,
     clip_norm: float,
     axes: Any = None,
     *,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
+    overwrite: bool = False,
+    in_place: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
 ) -> ClipPlan:
@@ -183,7 +204,9 @@ def plan_zarr(
 
     Parameters
     ----------
-    source, target, clip_norm, axes, memory, nonfinite, missing, storage_options, progress
+    source, target, clip_norm, axes, memory, nonfinite, missing
+        See `clip_zarr`.
+    overwrite, in_place, storage_options, progress
         See `clip_zarr`.
 
     Returns
@@ -214,8 +237,13 @@ def plan_zarr(
     (1, (100, 64))
     """
     show(progress)
-    array, plan, _ = _prepare(source, clip_norm, axes, memory, nonfinite, missing, storage_options)
-    check_target(target, storage.local_path(array))
+    with failing("looking at source and target"):
+        array, plan, _ = _prepare(
+            source, clip_norm, axes, memory, nonfinite, missing, storage_options
+        )
+        path = _place(target, array, overwrite, in_place)
+        if not (overwrite or in_place):
+            refuse_existing(path)
     return plan
 
 
@@ -250,60 +278,9 @@ def _prepare(
     return array, plan, limit
 
 
-def _run(job: Job, how: dict[str, Any], report: Any) -> Tally:
-    """All windows, slab by slab; returns the tally of all slices."""
-    plan = job.plan
-    name = f"daskclip-{uuid4().hex}"
-    total = Tally(0, 0, 0, math.inf, -math.inf)
-    if not plan.blocks and plan.slices:
-        total = Tally(plan.slices, 0, 0, 0.0, 0.0)
-    done = 0
-
-    for slabs, windows in plan.windows():
-        if plan.passes == 1:
-            blocks = next(iter(windows))
-            tallies = _compute(job, how, name, tasks.clip_slab, slabs, blocks)
-            total = reduce(tasks.add, tallies, total)
-            done += plan.window_nbytes(slabs, blocks)
-            report(done, 1)
-            continue
-        sums: list[Any] = []
-        for blocks in windows:
-            parts = _compute(job, how, name, tasks.sum_block, slabs, blocks, combined=True)
-            sums = [combine(pair) for pair in zip(sums, parts, strict=True)] if sums else parts
-            done += plan.window_nbytes(slabs, blocks)
-            report(done, 1)
-        scales = [finalize(p, job.clip_norm, job.source.dtype) for p in sums]
-        total = reduce(tasks.add, map(tasks.count, scales), total)
-        for blocks in windows:
-            _compute(job, how, name, tasks.rescale_block, slabs, blocks, scales)
-            done += plan.window_nbytes(slabs, blocks)
-            report(done, 2)
-    return total
-
-
-def _compute(
-    job: Job,
-    how: dict[str, Any],
-    name: str,
-    function: Any,
-    slabs: range,
-    blocks: range,
-    scales: Any = None,
-    combined: bool = False,
-) -> list[Any]:
-    """One window: ``function`` of every block as one graph; combined to one result a slab."""
-    full = f"{function.__name__}-{name}-{slabs.start}-{blocks.start}"
-    graph: dict[Any, Any] = {f"job-{full}": (Constant(job),)}
-    for i, slab in enumerate(slabs):
-        extra: tuple[Any, ...] = ()
-        if scales is not None:
-            extra = (f"scale-{i}-{full}",)
-            graph[extra[0]] = (Constant(scales[i]),)
-        for b, index in enumerate(blocks):
-            graph[(full, i, b)] = (function, f"job-{full}", slab, index, *extra)
-    chunks = ((1,) * len(slabs), (1,) * len(blocks))
-    results = da.Array(graph, full, chunks, meta=no_block(2))
-    if combined:
-        results = tree(results, (1,))
-    return list(dask.compute(*results.to_delayed().ravel(), **how))
+def _place(target: Any, array: Any, overwrite: bool, in_place: bool) -> Path:
+    if in_place and (overwrite or target is not None):
+        raise InvalidValueError("in_place excludes a target and overwrite; give one of them")
+    if target is None and not in_place:
+        raise InvalidValueError("target is None; give a path, or in_place=True")
+    return check_target(target, storage.local_path(array), overwrite)

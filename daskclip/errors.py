@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from numpy.exceptions import AxisError
@@ -14,12 +16,15 @@ __all__ = [
     "InvalidValueError",
     "MemoryBudgetError",
     "NonFiniteError",
+    "SourceChangedError",
     "SourceError",
     "SourceNotFoundError",
     "StorageError",
     "TargetError",
     "TargetExistsError",
     "TargetPermissionError",
+    "TemporaryError",
+    "VerificationError",
     "shown",
 ]
 
@@ -63,6 +68,10 @@ class SourceError(DaskClipError, ValueError):
     """The source is not an array that can be clipped."""
 
 
+class SourceChangedError(SourceError):
+    """The source is not what it was when the run began."""
+
+
 class TargetError(DaskClipError, ValueError):
     """The target's place cannot be used."""
 
@@ -72,15 +81,27 @@ class TargetPermissionError(DaskClipError, PermissionError):
 
 
 class TargetExistsError(DaskClipError, FileExistsError):
-    """There is something at the target's path already."""
+    """There is something at the target's path already, or a run is under way or unfinished."""
 
     exit_code = 5
 
 
 class StorageError(DaskClipError, OSError):
-    """Reading or writing a chunk failed while the run was under way."""
+    """Reading or writing failed while the run was under way; what is done is kept."""
 
     exit_code = 1
+
+
+class TemporaryError(StorageError):
+    """The same, of a kind that passes: run again."""
+
+    exit_code = 75
+
+
+class VerificationError(DaskClipError, ValueError):
+    """The target is not what its run wrote."""
+
+    exit_code = 4
 
 
 def shown(value: Any) -> str:
@@ -92,3 +113,16 @@ def shown(value: Any) -> str:
 def reason(error: BaseException) -> str:
     """Text of an error of another library, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def failing(doing: str) -> Iterator[None]:
+    """Say on one line what an error of the file system is about."""
+    try:
+        yield
+    except DaskClipError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{doing} failed: {reason(error)}; mend the cause and run the same command to resume"
+        ) from error

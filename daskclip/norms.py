@@ -7,16 +7,21 @@ their shape is that of the kept grid, with size 1 along the reduced axes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import dask.array as da
 import numpy as np
 from dask.core import flatten
 
-from daskclip.partials import Partial, combine
+from daskclip.partials import combine
 
 
-def tree(partials: da.Array, axes: tuple[int, ...]) -> da.Array:
+def tree(
+    partials: da.Array,
+    axes: tuple[int, ...],
+    function: Callable[[list[Any]], Any] = combine,
+) -> da.Array:
     """Combine the partials along ``axes``, ``split_every`` of them at a time.
 
     Parameters
@@ -25,6 +30,8 @@ def tree(partials: da.Array, axes: tuple[int, ...]) -> da.Array:
         Of `Partial` blocks.
     axes : tuple of int
         Axes to reduce.
+    function : callable
+        What combines a list of blocks, for those that are more than partials.
 
     Returns
     -------
@@ -34,11 +41,12 @@ def tree(partials: da.Array, axes: tuple[int, ...]) -> da.Array:
     """
     if all(partials.numblocks[a] == 1 for a in axes):
         return partials
+    step = partial(_combine_blocks, function)
     combined: da.Array = da.reduction(
         partials,
         chunk=_as_is,
-        combine=_combine_blocks,
-        aggregate=_combine_blocks,
+        combine=step,
+        aggregate=step,
         axis=axes,
         keepdims=True,
         concatenate=False,
@@ -73,5 +81,5 @@ def _as_is(block: Any, axis: Any = None, keepdims: Any = None) -> Any:
     return block
 
 
-def _combine_blocks(blocks: Any, axis: Any = None, keepdims: Any = None) -> Partial:
-    return combine(list(flatten([blocks], container=list)))
+def _combine_blocks(function: Any, blocks: Any, axis: Any = None, keepdims: Any = None) -> Any:
+    return function(list(flatten([blocks], container=list)))

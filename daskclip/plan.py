@@ -109,7 +109,7 @@ class ClipPlan:
         return self.blocks * self.passes
 
     def region(self, slab: int, index: int) -> Box:
-        """Where block ``index`` of slab ``slab`` lies in the array."""
+        """Where a block of a slab lies in the array."""
         place = []
         for a in reversed(range(len(self.shape))):
             n = self.grid[a]
@@ -120,10 +120,13 @@ class ClipPlan:
             place.append(i)
         return box(place[::-1], self.block, self.shape)
 
-    def window_nbytes(self, slabs: range, blocks: range) -> int:
-        """Bytes of these blocks of each of these slabs, decoded."""
-        sizes = (math.prod(box_shape(self.region(i, b))) for i in slabs for b in blocks)
-        return self.itemsize * sum(sizes)
+    def number(self, slab: int, block: int) -> int:
+        """Number of a block among all."""
+        return slab * (self.blocks // self.slabs) + block
+
+    def nbytes_of(self, slab: int, block: int) -> int:
+        """Bytes of a block, decoded."""
+        return math.prod(box_shape(self.region(slab, block))) * self.itemsize
 
     def windows(self) -> Iterator[tuple[range, Spans]]:
         """Slabs that are finished together, and the ranges of their blocks, a window each."""

@@ -13,6 +13,8 @@ from daskclip.plan import MIB, ClipPlan
 class ClipReport:
     """What a run did; ``print`` shows it for people, `to_json` for programs."""
 
+    status: str
+    """What this call did: 'clipped', 'nothing to clip' (in place) or 'up to date'."""
     source: str
     """Where the array was read."""
     target: str
@@ -32,9 +34,9 @@ class ClipReport:
     largest_norm: float | None
     """Largest norm of a finite slice before clipping; None if there is none."""
     bytes_read: int
-    """Bytes of decoded chunks that were read, over all passes."""
+    """Bytes of decoded chunks that this call read, over all passes."""
     bytes_written: int
-    """Bytes of blocks that were written, before encoding."""
+    """Bytes of blocks that this call wrote, before encoding."""
     passes: int
     """How often the source was read."""
     blocks: int
@@ -55,6 +57,33 @@ class ClipReport:
         return as_document(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What was found right; what is not raises."""
+
+    target: str
+    """Array that was verified."""
+    source: str | None
+    """Array that it was derived from once more, if that was asked for."""
+    run: str
+    """Id of the run that made it."""
+    clip_norm: float
+    """The limit."""
+    blocks: int
+    """Blocks whose files are those that were written."""
+    slices: int
+    """Slices whose norm is within the limit, or that hold NaN or infinity."""
+    nonfinite: int
+    """Those that hold NaN or infinity."""
+    largest_norm: float | None
+    """Largest norm of a finite slice; None if there is none."""
+    seconds: float
+    """What it took."""
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
 def as_document(figures: ClipReport | ClipPlan) -> str:
     """One JSON document of all figures; JSON has no infinity, so it becomes a string."""
     fields = asdict(figures)
@@ -67,9 +96,12 @@ def as_document(figures: ClipReport | ClipPlan) -> str:
     return json.dumps(plain, indent=2, allow_nan=False)
 
 
-def as_text(figures: ClipReport | ClipPlan) -> str:
+def as_text(figures: ClipReport | ClipPlan | VerifyReport) -> str:
     """The figures for people, a line each."""
-    rows = _report(figures) if isinstance(figures, ClipReport) else _plan(figures)
+    if isinstance(figures, VerifyReport):
+        rows = {k: str(v) for k, v in asdict(figures).items() if v is not None}
+    else:
+        rows = _report(figures) if isinstance(figures, ClipReport) else _plan(figures)
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
@@ -81,6 +113,7 @@ def _report(done: ClipReport) -> dict[str, str]:
         norms = f"{done.smallest_norm:.6g} to {done.largest_norm:.6g}"
     passes = "1 pass" if done.passes == 1 else f"{done.passes} passes"
     return {
+        "status": done.status,
         "source": done.source,
         "target": done.target,
         "clip_norm": f"{done.clip_norm:g} over axes {_axes(done.axes)}",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -16,8 +18,10 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from daskclip.blocks import Box, box, box_shape, boxes, ceil_div, index, shift
+from daskclip import files
+from daskclip.blocks import Box, box, box_shape, boxes, grid, index, shift
 from daskclip.errors import DTypeError, SourceError, SourceNotFoundError, reason
+from daskclip.guard import codec_name
 from daskclip.parameters import check_dtype
 
 Array = npt.NDArray[Any]
@@ -28,6 +32,9 @@ LOSSLESS = {
     "blosc", "gzip", "zstd", "zlib", "lz4", "bz2", "lzma", "shuffle", "pcodec",
     "crc32", "adler32", "fletcher32", "jenkins_lookup3",
 }  # fmt: skip
+METADATA = ("zarr.json", ".zarray", ".zattrs")
+METADATA_SIZE = 1 << 24  # bytes of JSON: what decodes it takes many times as much
+UNITS = 10**10  # more than any file system holds
 
 
 def is_array(x: Any) -> TypeGuard[zarr.Array[Any]]:
@@ -63,44 +70,106 @@ def local_path(array: zarr.Array[Any]) -> Path | None:
 
 def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> zarr.Array[Any]:
     """Open an array for reading, or say why it is none; reads metadata only."""
-    if not is_array(source):
-        if not isinstance(source, str | os.PathLike):
-            raise SourceError(
-                f"source is a {type(source).__name__}; give a path, a URL or a zarr array"
-            )
-        name = os.fspath(source)
-        if "://" not in name and not os.path.exists(name):
-            raise SourceNotFoundError(f"source {name} does not exist; check the path")
-        try:
-            opened = zarr.open(name, mode="r", storage_options=storage_options)
-        except Exception as error:  # broken metadata makes zarr raise anything
-            if "data type" in str(error):
-                raise DTypeError(
-                    f"source {name} has a dtype that cannot be clipped ({reason(error)}); store it "
-                    "as floating point or complex"
-                ) from error
-            raise SourceError(
-                f"source {name} is not a zarr array ({reason(error)}); give the path of one"
-            ) from error
-        if isinstance(opened, zarr.Group):
-            arrays = ", ".join(sorted(opened.array_keys())[:5]) or "none"
-            raise SourceError(f"source {name} is a group; give one of its arrays ({arrays})")
-        source = opened
-    array: zarr.Array[Any] = source
+    array = source if is_array(source) else _open(source, storage_options)
     check_dtype(array.dtype)
+    where = f"source {location(array)}"
     try:
-        write_unit(array)
+        unit = write_unit(array)
     except NotImplementedError as error:
         raise SourceError(
-            f"source {location(array)} has chunks of uneven sizes; store it with a regular grid"
+            f"{where} has chunks of uneven sizes; store it with a regular grid"
         ) from error
     for codec in _codecs(array):
         if codec not in LOSSLESS:
             raise SourceError(
-                f"source {location(array)} is stored with {codec}, which is not known to be "
+                f"{where} is stored with {codec}, which is not known to be "
                 "lossless, so that the bound could not hold; store it with another codec"
             )
+    if min((*array.shape, 0)) < 0 or min((*unit, *array.chunks, 1)) < 1:
+        raise SourceError(
+            f"{where} has shape {array.shape} in chunks of {array.chunks}; "
+            "store it with chunks of at least one element"
+        )
+    units = math.prod(grid(array.shape, unit))
+    if units > UNITS:
+        raise SourceError(
+            f"{where} has {units:.3g} chunks or shards, above the {UNITS:.0e} that can be stored; "
+            "check its metadata"
+        )
     return array
+
+
+def _open(source: Any, storage_options: dict[str, Any] | None) -> zarr.Array[Any]:
+    if not isinstance(source, str | os.PathLike):
+        raise SourceError(
+            f"source is a {type(source).__name__}; give a path, a URL or a zarr array"
+        )
+    name = os.fspath(source)
+    if "://" not in name:
+        if not os.path.exists(name):
+            raise SourceNotFoundError(f"source {name} does not exist; check the path")
+        name = os.path.realpath(name)
+        _check_files(Path(name))
+    try:
+        opened = zarr.open(name, mode="r", storage_options=storage_options)
+    except Exception as error:  # broken metadata makes zarr raise anything
+        if "data type" in str(error):
+            raise DTypeError(
+                f"source {name} has a dtype that cannot be clipped ({reason(error)}); store it "
+                "as floating point or complex"
+            ) from error
+        raise SourceError(
+            f"source {name} is not a zarr array ({reason(error)}); give the path of one"
+        ) from error
+    if isinstance(opened, zarr.Group):
+        arrays = ", ".join(sorted(opened.array_keys())[:5]) or "none"
+        raise SourceError(f"source {name} is a group; give one of its arrays ({arrays})")
+    return opened
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse metadata that leads elsewhere, or that is too large to be taken in."""
+    for path in (folder / name for name in METADATA):
+        if path.is_symlink():
+            raise SourceError(f"{path} is a symbolic link; copy what it leads to")
+        if path.is_file() and path.stat().st_size > METADATA_SIZE:
+            raise SourceError(
+                f"{path} has {path.stat().st_size} bytes, above the {METADATA_SIZE} of metadata "
+                "that are read; move large attributes elsewhere"
+            )
+
+
+def fingerprint(array: zarr.Array[Any], *, changes: bool) -> dict[str, Any]:
+    """What tells one state of an array from another, without reading a chunk.
+
+    With ``changes``, by times that a copy does not keep.
+    """
+    buffers = array.metadata.to_buffer_dict(default_buffer_prototype())
+    metadata = b"".join(buffers[key].to_bytes() for key in sorted(buffers))
+    found = {"metadata": files.digest(metadata)}
+    folder = local_path(array)
+    if folder is None:
+        return found
+    try:
+        return found | files.fingerprint(folder, depth(array), changes=changes)
+    except ValueError as error:
+        raise SourceError(f"{reason(error)} in {folder}; store regular files there") from error
+
+
+def depth(array: zarr.Array[Any]) -> int:
+    """Number of names in the key of a chunk."""
+    return array.metadata.encode_chunk_key((0,) * array.ndim).count("/") + 1
+
+
+def keys(array: zarr.Array[Any], region: Box) -> Iterator[str]:
+    """Keys of all that is stored as one object in a region of whole units, there or not."""
+    unit = write_unit(array)
+    cells = boxes(box_shape(region), unit)
+    for inside in cells:
+        start = shift(inside, region)
+        yield array.metadata.encode_chunk_key(
+            tuple(s.start // u for s, u in zip(start, unit, strict=True))
+        )
 
 
 def _codecs(array: zarr.Array[Any]) -> list[str]:
@@ -113,13 +182,18 @@ def _codecs(array: zarr.Array[Any]) -> list[str]:
     queue: list[Any] = list(document["codecs"])
     while queue:
         codec = queue.pop()
-        names.append(codec["name"].removeprefix("numcodecs."))
+        names.append(codec_name(codec["name"]))
         configuration = codec.get("configuration", {})
         queue += [*configuration.get("codecs", ()), *configuration.get("index_codecs", ())]
     return names
 
 
-def create_like(array: zarr.Array[Any], folder: Path) -> zarr.Array[Any]:
+def open_made(folder: Path) -> zarr.Array[Any]:
+    """An array of ours, for reading and writing."""
+    return zarr.open_array(folder, mode="r+")
+
+
+def create_like(array: zarr.Array[Any], folder: Path) -> None:
     """Array without chunks in ``folder``, with the metadata of ``array`` to the byte."""
     folder.mkdir()
     origin = local_path(array)
@@ -127,7 +201,18 @@ def create_like(array: zarr.Array[Any], folder: Path) -> zarr.Array[Any]:
         stored = origin / key if origin else None
         data = stored.read_bytes() if stored and stored.is_file() else buffer.to_bytes()
         (folder / key).write_bytes(data)
-    return zarr.open_array(folder, mode="r+")
+
+
+def last_changed(array: zarr.Array[Any], region: Box) -> str:
+    """Key of the chunk of a region that was written last, as far as a local file system tells."""
+    folder = local_path(array) or Path()
+    times = {}
+    for key in keys(array, region):
+        try:
+            times[key] = (folder / key).stat().st_ctime_ns
+        except OSError:
+            times[key] = 0
+    return max(times, key=lambda key: times[key])
 
 
 def read(array: zarr.Array[Any], region: Box, gulp: tuple[int, ...], missing: str) -> Array:
@@ -203,14 +288,8 @@ def _parts(region: Box, gulp: tuple[int, ...]) -> list[tuple[Box, Box]]:
 
 
 def _require_stored(array: zarr.Array[Any], region: Box) -> None:
-    unit = write_unit(array)
-    first = [s.start // u for s, u in zip(region, unit, strict=True)]
-    counts = [ceil_div(s.stop, u) - f for s, u, f in zip(region, unit, first, strict=True)]
-    for offset in np.ndindex(*counts):
-        place = tuple(int(f + o) for f, o in zip(first, offset, strict=True))
-        key = array.metadata.encode_chunk_key(place)
-        path = f"{array.path}/{key}".lstrip("/")
-        if not sync(array.store.exists(path)):
+    for key in keys(array, region):
+        if not sync(array.store.exists(f"{array.path}/{key}".lstrip("/"))):
             raise SourceError(
                 f"chunk {key} of {location(array)} is missing; restore it, or use missing='fill' "
                 "to take it for the fill value"

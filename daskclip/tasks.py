@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, wraps
+from pathlib import Path
 from threading import Condition
 from typing import Any, NamedTuple
 
-from daskclip import storage
-from daskclip.blocks import Box
-from daskclip.errors import DaskClipError, StorageError, reason
+from daskclip import files, storage
+from daskclip.blocks import Box, box_shape, boxes, index, shift
+from daskclip.errors import SourceChangedError, StorageError, VerificationError
 from daskclip.exact import partial_norm
 from daskclip.factor import Scale
 from daskclip.numerics import clip_block, require_finite, rescale
-from daskclip.partials import Partial
+from daskclip.partials import Partial, combine
 from daskclip.plan import ClipPlan
+from daskclip.retries import attempting, shown_region
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -29,13 +32,17 @@ class Job:
     """What all blocks of a run have in common."""
 
     run: str
-    """Name of the run."""
+    """Name of this attempt at the run."""
     plan: ClipPlan
     """Where the blocks are."""
     source: Any
     """Zarr array to read."""
     target: Any
-    """Zarr array to write, in staging."""
+    """Zarr array to write, or to compare with; None if only norms are wanted."""
+    staged: str | None
+    """Folder of the target, for a run that writes."""
+    in_place: bool
+    """Whether blocks that stay as they are need not be written at once."""
     clip_norm: float
     """The limit."""
     nonfinite: str
@@ -57,6 +64,9 @@ class Tally(NamedTuple):
     """Smallest finite norm."""
     largest: float
     """Largest finite norm."""
+
+
+NONE = Tally(0, 0, 0, math.inf, -math.inf)
 
 
 def count(scale: Scale) -> Tally:
@@ -83,16 +93,35 @@ def add(a: Tally, b: Tally) -> Tally:
     )
 
 
+class Sums(NamedTuple):
+    """What the first pass knows of some blocks of a slab."""
+
+    partial: Partial
+    """Their exact sums."""
+    digests: dict[int, int]
+    """Digests of what was read, by block."""
+
+
+def add_sums(parts: list[Sums]) -> Sums:
+    """Sums of all the blocks."""
+    digests = {block: d for p in parts for block, d in p.digests.items()}
+    return Sums(combine([p.partial for p in parts]), digests)
+
+
 _blocks: Counter[str] = Counter()
+_ended: set[str] = set()
 _changed = Condition()
 
 
 def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Count the blocks under way in this process."""
+    """Count the blocks under way in this process; none begins after the end of its run."""
 
     @wraps(function)
     def counted(job: Job, *args: Any) -> Any:
+        return_freed_memory()
         with _changed:
+            if job.run in _ended:
+                raise StorageError("the run was stopped")
             _blocks[job.run] += 1
         try:
             return function(job, *args)
@@ -104,47 +133,141 @@ def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
-def wait_until_idle(run: str) -> None:
-    """Return once no block of ``run`` is under way in this process."""
+def end(run: str) -> None:
+    """Let no block of ``run`` begin in this process, and return once none is under way."""
     with _changed:
+        _ended.add(run)
         _changed.wait_for(lambda: not _blocks[run])
 
 
 @_counted
-def sum_block(job: Job, slab: int, index: int) -> Partial:
+def sum_block(job: Job, slab: int, block: int) -> Sums:
     """First pass: read a block, return its exact sums."""
-    region = job.plan.region(slab, index)
-    x = _read_checked(job, region)
-    return partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
+    x = _read_first(job, job.plan.region(slab, block))
+    partial = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
+    return Sums(partial, {job.plan.number(slab, block): files.digest(x)})
 
 
 @_counted
-def rescale_block(job: Job, slab: int, index: int, scale: Scale) -> None:
-    """Second pass: read a block again, write it rescaled."""
-    region = job.plan.region(slab, index)
-    x = _read(job, region)
+def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) -> int | None:
+    """Second pass: read a block again, write it rescaled; returns the digest of its files."""
+    region = job.plan.region(slab, block)
+    if _untouched(job, scale):
+        return _keep(job, region)
+    x = _read_same(job, region, expected)
     rescale(x, scale, x)
-    with _named("writing", region, job.target):
-        storage.write(job.target, region, x, job.plan.gulp)
+    return _write(job, region, x)
 
 
 @_counted
-def clip_slab(job: Job, slab: int, index: int) -> Tally:
+def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     """One pass: read a block that is a whole slab, write it clipped."""
-    region = job.plan.region(slab, index)
-    x = _read_checked(job, region)
+    region = job.plan.region(slab, block)
+    x = _read_first(job, region)
     x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=job.nonfinite == "omit", out=x)
-    with _named("writing", region, job.target):
-        storage.write(job.target, region, x, job.plan.gulp)
-    return count(scale)
+    return count(scale), _keep(job, region) if _untouched(job, scale) else _write(job, region, x)
 
 
-def _read(job: Job, region: Box) -> Any:
-    with _named("reading", region, job.source):
-        return storage.read(job.source, region, job.plan.gulp, job.missing)
+@_counted
+def copy_block(job: Job, slab: int, block: int) -> int:
+    """Last pass, in place: copy the files of a block that stays as it is."""
+    return _copy(job, job.plan.region(slab, block))
 
 
-def _read_checked(job: Job, region: Box) -> Any:
+@_counted
+def check_block(job: Job, slab: int, block: int, expected: int) -> None:
+    """Compare the files of a block with the digest they had when they were written."""
+    region, folder = job.plan.region(slab, block), Path(storage.location(job.source))
+    keys = list(storage.keys(job.source, region))
+    with attempting(
+        "reading", job.source, region, lambda _: files.digest_files(folder, keys)
+    ) as digest:
+        if digest(region) != expected:
+            key = storage.last_changed(job.source, region)
+            raise VerificationError(
+                f"block {shown_region(region)} of {folder} (chunk {key}) is not what was written; "
+                "clip it again"
+            )
+
+
+@_counted
+def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) -> None:
+    """Second pass of a verification: rescale a block again and compare it with what is there."""
+    region = job.plan.region(slab, block)
+    x = _read_same(job, region, expected)
+    rescale(x, scale, x)
+    for inside in boxes(box_shape(region), job.plan.gulp):
+        part = shift(inside, region)
+        with attempting("reading", job.target, part, _reader(job, job.target)) as read:
+            same = read(part).tobytes() == x[index(inside)].tobytes()
+        if not same:
+            raise VerificationError(
+                f"{shown_region(part)} of {storage.location(job.target)} is not what clipping "
+                f"{storage.location(job.source)} gives; clip it again"
+            )
+
+
+def _untouched(job: Job, scale: Scale) -> bool:
+    """Whether the files of a block may stay as they are."""
+    return storage.local_path(job.source) is not None and bool((scale.factor == 1.0).all())
+
+
+def _keep(job: Job, region: Box) -> int | None:
+    """Copy a block; in place only once it is known that there is something to clip."""
+    return None if job.in_place else _copy(job, region)
+
+
+def _copy(job: Job, region: Box) -> int:
+    source, keys = storage.local_path(job.source), list(storage.keys(job.source, region))
+    assert source is not None
+    with attempting(
+        "writing", job.target, region, lambda _: files.copy_files(source, _staged(job), keys)
+    ) as copy:
+        copy(region)
+        return _sealed(job, keys)
+
+
+def _write(job: Job, region: Box, x: Any) -> int:
+    def write(part: Box) -> None:
+        _staged(job)
+        inside = tuple(
+            slice(p.start - r.start, p.stop - r.start) for p, r in zip(part, region, strict=True)
+        )
+        storage.write(job.target, part, x[index(inside)], job.plan.gulp)
+
+    with attempting("writing", job.target, region, write) as written:
+        written(region)
+        return _sealed(job, storage.keys(job.target, region))
+
+
+def _staged(job: Job) -> Path:
+    """The folder to write to; a task that outlived its run must not make it again."""
+    folder = Path(job.staged or "")
+    if not os.path.isdir(folder):
+        raise StorageError(f"the run that wrote to {folder} has ended; run again")
+    return folder
+
+
+def _sealed(job: Job, keys: Iterable[str]) -> int:
+    """Digest of files, once they are on disk."""
+    digest = files.digest_files(_staged(job), keys)
+    files.sync(_staged(job))
+    return digest
+
+
+def _read_same(job: Job, region: Box, expected: int) -> Any:
+    """Read a second time what was read before."""
+    x = _read(job, region)
+    if files.digest(x) != expected:
+        key = storage.last_changed(job.source, region)
+        raise SourceChangedError(
+            f"block {shown_region(region)} of {storage.location(job.source)} (chunk {key}) changed "
+            "between the passes; let nothing write to it and run again"
+        )
+    return x
+
+
+def _read_first(job: Job, region: Box) -> Any:
     """Read for the first time: the second pass has nothing left to refuse."""
     x = _read(job, region)
     if job.nonfinite == "raise" and job.clip_norm != math.inf:
@@ -158,21 +281,13 @@ def _read_checked(job: Job, region: Box) -> Any:
     return x
 
 
-@contextmanager
-def _named(doing: str, region: Box, array: Any) -> Iterator[None]:
-    """Say which block of which array an error of the storage is about."""
-    return_freed_memory()
-    try:
-        yield
-    except DaskClipError:
-        raise
-    except Exception as error:
-        storage.wait_until_idle()
-        block = ", ".join(f"{s.start}:{s.stop}" for s in region)
-        raise StorageError(
-            f"{doing} block [{block}] of {storage.location(array)} failed: "
-            f"{type(error).__name__}: {reason(error)}; mend the cause and run again"
-        ) from error
+def _read(job: Job, region: Box) -> Any:
+    with attempting("reading", job.source, region, _reader(job, job.source)) as read:
+        return read(region)
+
+
+def _reader(job: Job, array: Any) -> Callable[[Box], Any]:
+    return lambda region: storage.read(array, region, job.plan.gulp, job.missing)
 
 
 @cache

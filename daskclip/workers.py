@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -12,6 +14,8 @@ import dask
 from dask import config
 from dask.base import get_scheduler
 from dask.system import CPU_COUNT
+
+from daskclip.errors import DaskClipError, StorageError, TemporaryError, reason
 
 
 def _client() -> Any:
@@ -46,35 +50,71 @@ def _own_pool() -> bool:
 
 
 @contextmanager
-def running(threads: int, wait: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def running(threads: int, end: Callable[[], None]) -> Iterator[dict[str, Any]]:
     """Arguments of ``dask.compute``; no block is under way any more when the context ends.
 
-    When one block fails, Dask goes on with those that it began before; they would write after the
-    clean-up. ``wait`` returns once its process has ended them. A pool of our own has ``threads``.
+    When one block fails, Dask goes on with those that it began before. ``end`` lets no block begin
+    in its process and returns once none is under way. A pool of our own has ``threads``.
     """
-    client = _client()
-    if client is not None:
-        try:
+    try:
+        if _own_pool():
+            with ThreadPoolExecutor(threads) as pool:
+                try:
+                    yield {"pool": pool}
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        else:
             yield {}
-        except BaseException:
-            ends = [client.submit(wait, workers=[w], pure=False) for w in client.nthreads()]
-            for end in ends:
-                with suppress(Exception):  # the first error is the one to tell
-                    end.result(timeout=60)
-            raise
-    elif _own_pool():
-        with ThreadPoolExecutor(threads) as pool:
-            yield {"pool": pool}
-    else:
-        yield {}
+    except BaseException:
+        client = _client()
+        if client is None:
+            end()
+        else:
+            with suppress(Exception):  # the first error is the one to tell
+                _everywhere(client, end, 60)
+        raise
+
+
+@contextmanager
+def surviving(block_of: Callable[[Any], str]) -> Iterator[None]:
+    """Tell the loss of workers or of the cluster on one line; ``block_of`` names a task."""
+    try:
+        yield
+    except DaskClipError:
+        raise
+    except (Exception, CancelledError) as error:
+        kind = type(error)
+        if kind.__name__ == "KilledWorker":
+            raise StorageError(
+                f"workers died over and over while {block_of(getattr(error, 'task', None))} was "
+                "running; look into their logs and run the same command again to resume"
+            ) from error
+        lost = isinstance(error, OSError | CancelledError | TimeoutError)
+        if lost or kind.__module__.startswith("distributed"):
+            raise TemporaryError(
+                f"the cluster was lost ({kind.__name__}: {reason(error)}); "
+                "run the same command again to resume"
+            ) from error
+        raise
 
 
 def memory_used() -> dict[Any, tuple[int, int]]:
     """Bytes of every process that runs blocks, now and at the highest."""
     client = _client()
     if client is not None:
-        return dict(client.run(_own_memory))
+        return _everywhere(client, _own_memory, 10)
     return {os.getpid(): _own_memory()}
+
+
+def _everywhere(client: Any, function: Callable[[], Any], seconds: float) -> dict[str, Any]:
+    """Result of ``function`` on every worker that answers in time."""
+    until = time.monotonic() + seconds
+    calls = {w: client.submit(function, workers=[w], pure=False) for w in client.nthreads()}
+    results = {}
+    for worker, call in calls.items():
+        with suppress(Exception, CancelledError):
+            results[worker] = call.result(timeout=max(0.01, until - time.monotonic()))
+    return results
 
 
 def _own_memory() -> tuple[int, int]:

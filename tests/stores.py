@@ -42,10 +42,19 @@ def read(path):
 
 
 def stored(folder):
-    """Bytes of every file below a folder, by relative path; folders end with a slash."""
+    """Bytes of every file below a folder, by relative path; folders end with a slash.
+
+    The record of the run that made an array is left out: no two are the same.
+    """
     return {
         f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}": (
             path.read_bytes() if path.is_file() else None
         )
         for path in sorted(folder.rglob("*"))
+        if path.name != ".daskclip"
     }
+
+
+def finished(folder):
+    """`stored` without what an unfinished run keeps for the next one."""
+    return {k: v for k, v in stored(folder).items() if not k.split("/")[0].endswith(".daskclip")}

@@ -24,7 +24,7 @@ import zarr
 from click.testing import CliRunner
 from numpy.exceptions import AxisError
 from reference import bits
-from stores import create, read, some, stored
+from stores import create, finished, read, some, stored
 from zarr.codecs.numcodecs import Quantize
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr
@@ -592,8 +592,8 @@ def test_a_chunk_that_cannot_be_read_is_a_storage_failure(tmp_path, source):
     (source / "c/1/0").write_bytes(b"broken")
     before = stored(tmp_path)
     done = shell("run", source, tmp_path / "y", "--clip-norm", 1)
-    refused(done, 1, "reading block", str(source), "run again")
-    assert stored(tmp_path) == before
+    refused(done, 1, "reading block", str(source), "again to resume")
+    assert finished(tmp_path) == before
 
 
 def test_a_chunk_that_cannot_be_written_is_a_storage_failure(tmp_path):
@@ -602,26 +602,28 @@ def test_a_chunk_that_cannot_be_written_is_a_storage_failure(tmp_path):
     limit = resource.RLIMIT_FSIZE
     code = f"import resource; resource.setrlimit({limit}, (4096, 4096))"
     done = shell("run", source, tmp_path / "y", "--clip-norm", 1, code=code)
-    refused(done, 1, "writing block", "run again")
-    assert stored(tmp_path) == before
+    refused(done, 1, "writing block", "again to resume")
+    assert finished(tmp_path) == before
 
 
-def test_a_failure_among_many_chunks_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_failure_among_many_chunks_is_one_line(tmp_path):
     # zarr goes on with the other chunks of a call when one fails
     source = create(tmp_path / "x", some((3000, 2), "f4"), (1, 2))
     (source / "c/0/0").write_bytes(b"broken")
     before = stored(tmp_path)
     done = shell("run", source, tmp_path / "y", "--clip-norm", 1, "--progress", "none")
-    refused(done, 1, "reading block", "run again")
-    assert stored(tmp_path) == before
+    refused(done, 1, "reading block", "again to resume")
+    assert finished(tmp_path) == before
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(public):
+def test_a_full_disk_is_one_line_and_can_be_discarded(public):
     source = create(public / "many", some((3000, 2), "f4"), (1, 2))
     with mounted(public, "size=2m") as point:
         done = shell("run", source, point / "y", "--clip-norm", 1, "--progress", "none")
+        assert not finished(point)
+        assert shell("discard", point / "y").stdout == "discarded\n"
         assert not stored(point)
-    refused(done, 1, "writing block", "No space left", "run again")
+    refused(done, 1, "writing block", "No space left", "at chunk", "again to resume")
 
 
 def test_nan_under_raise(tmp_path):
@@ -646,11 +648,11 @@ def test_a_failure_on_workers_is_one_line(tmp_path, source):
     (source / "c/1/0").write_bytes(b"broken")
     before = stored(tmp_path)
     done = shell("run", source, tmp_path / "y", "--clip-norm", 1, "--workers", 1)
-    refused(done, 1, "reading block", str(source), "run again")
-    assert stored(tmp_path) == before
+    refused(done, 1, "reading block", str(source), "again to resume")
+    assert finished(tmp_path) == before
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path):
+def test_an_interrupted_run_can_be_resumed(tmp_path):
     # chunks that are not stored: as many windows as it takes, without data to make first
     zarr.create_array(tmp_path / "x", shape=(10**6, 4), chunks=(1, 4), dtype="f4", fill_value=1.0)
     before = stored(tmp_path)
@@ -669,4 +671,4 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
     assert (child.returncode, out) == (75, "")
     assert "interrupted" in err.splitlines()[-1]
     assert all(json.loads(line) for line in err.splitlines()[:-1])
-    assert stored(tmp_path) == before
+    assert finished(tmp_path) == before

@@ -1,0 +1,266 @@
+"""The passes over an array, window by window; what the journal holds is not done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import dask
+import dask.array as da
+import numpy as np
+
+from daskclip import storage, tasks
+from daskclip.factor import Scale, finalize
+from daskclip.journal import Entry, Journal
+from daskclip.norms import no_block, tree
+from daskclip.partials import combine
+from daskclip.progress import State
+from daskclip.publish import JOURNAL
+from daskclip.recipes import Constant
+from daskclip.report import ClipReport
+from daskclip.resume import record
+from daskclip.retries import shown_region
+from daskclip.tasks import Job, Tally
+from daskclip.workers import memory_used, running, surviving
+
+Row = Sequence[tuple[int, int]]  # slab and number in it, of some blocks
+
+
+@dataclass(slots=True)
+class Passes:
+    """The passes of a run, and what they have come to."""
+
+    job: Job
+    how: dict[str, Any]
+    """Arguments of ``dask.compute``."""
+    journal: Journal
+    report: Callable[[int, int], None]
+    """Told the bytes done and the pass, after each window."""
+    total: Tally = tasks.NONE
+    """Of all slices."""
+    done: int = 0
+    """Bytes of blocks, over all passes."""
+    read: int = 0
+    """Those that this attempt read."""
+    written: int = 0
+    """Bytes of blocks that this attempt wrote."""
+
+    def __post_init__(self) -> None:
+        plan = self.job.plan
+        if not plan.blocks and plan.slices:
+            self.total = Tally(plan.slices, 0, 0, 0.0, 0.0)
+
+    def clip(self) -> bool:
+        """Write the clipped array; returns whether there is one: in place there may be no need."""
+        plan, in_place = self.job.plan, self.job.in_place
+        outputs = self._one_pass() if plan.passes == 1 else self._two_passes(tasks.rescale_block)
+        waiting = bytearray(b"\1") * (plan.blocks if in_place else 0)
+        for entry in outputs:
+            for number in entry["target"] if in_place else ():
+                waiting[int(number)] = 0
+        if in_place and all(waiting):
+            return False
+        for slabs, windows in plan.windows() if any(waiting) else ():
+            for blocks in windows:
+                cells = [cell for row in _rows(slabs, blocks) for cell in row]
+                cells = [c for c in cells if waiting[plan.number(*c)]]
+                if cells:
+                    self._window(0, [cells], partial(self._copy, cells))
+        return True
+
+    def _two_passes(self, second: Any) -> Iterator[Entry]:
+        """Sum the blocks of some slabs, then do with each what ``second`` does, if anything."""
+        seen = np.zeros(self.job.plan.blocks, np.uint32)
+        for slabs, windows in self.job.plan.windows():
+            name = ""
+            for blocks in windows:
+                rows = _rows(slabs, blocks)
+                entry = self._window(1, rows, partial(self._sum, rows, name))
+                self.journal.forget(name)
+                name = entry["sums"]
+                for number, digest in entry["source"].items():
+                    seen[int(number)] = digest
+            scales = Scales(self.job, self.journal, name)
+            if second is None:
+                self.total = tasks.add(self.total, scales.tally())
+            for blocks in windows if second else ():
+                rows = _rows(slabs, blocks)
+                yield self._window(2, rows, partial(self._second, second, rows, scales, seen))
+            self.journal.forget(name)
+
+    def measure(self) -> None:
+        """Count all slices by their norms."""
+        for _ in self._two_passes(None):
+            pass
+
+    def compare(self) -> None:
+        """Clip once more, and compare with what is there."""
+        for _ in self._two_passes(tasks.compare_block):
+            pass
+
+    def check(self, digests: Any) -> None:
+        """Compare the files of all blocks with their digests."""
+        for slabs, windows in self.job.plan.windows():
+            for blocks in windows:
+                self._compute(tasks.check_block, _rows(slabs, blocks), digests=digests)
+
+    def _one_pass(self) -> Iterator[Entry]:
+        for slabs, windows in self.job.plan.windows():
+            for blocks in windows:
+                rows = _rows(slabs, blocks)
+                yield self._window(1, rows, partial(self._clip, rows))
+
+    def _window(self, pass_: int, rows: list[Row], make: Callable[[], Entry]) -> Entry:
+        """Next entry of the journal; made if there is none."""
+        plan = self.job.plan
+        entry = self.journal.replay()
+        size = {plan.number(*c): plan.nbytes_of(*c) for row in rows for c in row}
+        if pass_:
+            self.done += sum(size.values())
+        if entry is None:
+            entry = make()
+            self.journal.append(entry)
+            self.read += sum(size.values()) if pass_ else 0
+            self.written += sum(size[n] for n in entry.get("target", ()))
+        if "tally" in entry:
+            self.total = tasks.add(self.total, Tally(*entry["tally"]))
+        self.report(self.done, pass_ or plan.passes)
+        return entry
+
+    def _clip(self, rows: list[Row]) -> Entry:
+        results = self._compute(tasks.clip_slab, rows)
+        return {
+            "tally": reduce(tasks.add, [tally for tally, _ in results]),
+            "target": self._numbered(rows, [digest for _, digest in results]),
+        }
+
+    def _sum(self, rows: list[Row], before: str) -> Entry:
+        found = self._compute(tasks.sum_block, rows, combined=True)
+        sums = [f.partial for f in found]
+        if before:
+            sums = [combine(pair) for pair in zip(self.journal.load(before), sums, strict=True)]
+        name = f"sums-{rows[0][0][0]}-{rows[0][0][1]}.npz"
+        self.journal.save(name, sums)
+        return {"sums": name, "source": {n: d for f in found for n, d in f.digests.items()}}
+
+    def _second(self, function: Any, rows: list[Row], scales: Scales, seen: Any) -> Entry:
+        plan = self.job.plan
+        results = self._compute(function, rows, scales.load(), seen)
+        entry: Entry = {"target": self._numbered(rows, results)}
+        if rows[0][0][1] == 0:
+            entry["tally"] = scales.tally()
+        if plan.number(*rows[0][-1]) + 1 < plan.number(rows[0][0][0] + 1, 0):
+            entry["sums"] = scales.name  # there is more to do that needs them
+        return entry
+
+    def _copy(self, cells: Row) -> Entry:
+        return {"target": self._numbered([cells], self._compute(tasks.copy_block, [cells]))}
+
+    def _numbered(self, rows: list[Row], digests: list[Any]) -> dict[int, int]:
+        """Digests by the number of their block, of those that were written."""
+        numbers = [self.job.plan.number(*cell) for row in rows for cell in row]
+        return {n: d for n, d in zip(numbers, digests, strict=True) if d is not None}
+
+    def _compute(
+        self,
+        function: Any,
+        rows: list[Row],
+        scales: Sequence[Scale] = (),
+        digests: Any = None,
+        combined: bool = False,
+    ) -> list[Any]:
+        """``function`` of every block as one graph; combined to one result a row."""
+        name = f"{function.__name__}-{uuid4().hex}"
+        graph: dict[Any, Any] = {f"job-{name}": (Constant(self.job),)}
+        for i, row in enumerate(rows):
+            if scales:
+                graph[f"scale-{i}-{name}"] = (Constant(scales[i]),)
+            for j, cell in enumerate(row):
+                more: tuple[Any, ...] = (f"scale-{i}-{name}",) if scales else ()
+                more += (int(digests[self.job.plan.number(*cell)]),) if digests is not None else ()
+                graph[(name, i, j)] = (function, f"job-{name}", *cell, *more)
+        chunks = ((1,) * len(rows), (1,) * len(rows[0]))
+        results = da.Array(graph, name, chunks, meta=no_block(2))
+        if combined:
+            results = tree(results, (1,), tasks.add_sums)
+
+        def block_of(key: Any) -> str:
+            region = self.job.plan.region(*rows[key[1]][key[2]])
+            return f"block {shown_region(region)} of {storage.location(self.job.source)}"
+
+        with surviving(block_of):
+            return list(dask.compute(*results.to_delayed().ravel(), **self.how))
+
+
+@dataclass(slots=True)
+class Scales:
+    """What the slices of some slabs are multiplied by; made from their sums when it is needed."""
+
+    job: Job
+    journal: Journal
+    name: str
+    """Of their sums in the journal."""
+    _made: list[Scale] = field(default_factory=list)
+
+    def load(self) -> list[Scale]:
+        if not self._made:
+            limit, dtype = self.job.clip_norm, self.job.source.dtype
+            self._made = [finalize(p, limit, dtype) for p in self.journal.load(self.name)]
+        return self._made
+
+    def tally(self) -> Tally:
+        return reduce(tasks.add, map(tasks.count, self.load()))
+
+
+def clip_passes(
+    job: Job, path: Path, work: Path, display: Callable[[State], None], started: float
+) -> ClipReport:
+    """All passes, up to the end of the journal."""
+    plan = job.plan
+    before = memory_used()
+
+    def progress(done: int, at: int) -> None:
+        seconds = time.monotonic() - started
+        total = plan.bytes_read
+        display(State(done=done, total=total, pass_=at, passes=plan.passes, seconds=seconds))
+
+    with (
+        Journal(work / JOURNAL) as entries,
+        running(plan.threads, partial(tasks.end, job.run)) as how,
+    ):
+        passes = Passes(job, how, entries, progress)
+        written = passes.clip()
+        after = memory_used()
+        total = passes.total
+        report = ClipReport(
+            status="clipped" if written else "nothing to clip",
+            source=storage.location(job.source),
+            target=str(path),
+            clip_norm=job.clip_norm,
+            axes=plan.axes,
+            slices=total.slices,
+            clipped=total.clipped,
+            nonfinite=total.nonfinite,
+            smallest_norm=total.smallest if total.slices > total.nonfinite else None,
+            largest_norm=total.largest if total.slices > total.nonfinite else None,
+            bytes_read=passes.read,
+            bytes_written=passes.written,
+            passes=plan.passes,
+            blocks=plan.blocks,
+            seconds=time.monotonic() - started,
+            peak_memory=max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0),
+            projected_memory=plan.projected_memory,
+        )
+        if written:
+            record(entries, Path(job.staged or ""), report)
+    return report
+
+
+def _rows(slabs: range, blocks: range) -> list[Row]:
+    """A row of blocks for each slab."""
+    return [[(slab, block) for block in blocks] for slab in slabs]

@@ -1,0 +1,178 @@
+"""An array that was written, held against the record of its run and against its source."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from daskclip import files, journal, storage, tasks
+from daskclip.blocks import grid
+from daskclip.errors import SourceNotFoundError, VerificationError, failing
+from daskclip.guard import guarded
+from daskclip.journal import Entry, Journal
+from daskclip.passes import Passes
+from daskclip.plan import ClipPlan
+from daskclip.publish import JOURNAL, RECORD, local_target
+from daskclip.report import VerifyReport
+from daskclip.resume import VERSION, plan_of, planned
+from daskclip.tasks import Job
+from daskclip.workers import running
+
+
+def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyReport:
+    """Verify an array that `clip_zarr` wrote.
+
+    Parameters
+    ----------
+    target : str or path
+        Array of any shape, with the record of its run.
+    source : str, path or zarr.Array, optional
+        What it was made from, to derive each block again and compare it bit for bit.
+
+    Returns
+    -------
+    VerifyReport
+        What was found right.
+
+    Raises
+    ------
+    VerificationError
+        A ValueError that names the first block, chunk or file that is not what the run wrote, a
+        norm above the limit, or a record that is missing or damaged.
+    DaskClipError
+        Another of its kinds, as by `clip_zarr`: target or source cannot be read.
+
+    See Also
+    --------
+    clip_zarr : Writes the array and its record.
+
+    Notes
+    -----
+    Checks that exactly the files of chunks are there, the digest of the files of each block, and
+    the norm of each slice. Reads the target twice, and with a source three times and the source
+    twice, within the memory of the run that is verified.
+
+    References
+    ----------
+    `tf.clip_by_norm <https://www.tensorflow.org/api_docs/python/tf/clip_by_norm>`_
+
+    Examples
+    --------
+    >>> import tempfile, zarr
+    >>> from daskclip import clip_zarr
+    >>> folder = tempfile.mkdtemp()
+    >>> x = zarr.create_array(f"{folder}/x", shape=(2, 2), chunks=(1, 2), dtype="float32")
+    >>> x[:] = [[3, 4], [0.3, 0.4]]
+    >>> report = clip_zarr(f"{folder}/x", f"{folder}/y", 1.0, axes=1)
+    >>> verify_zarr(f"{folder}/y", source=f"{folder}/x").slices
+    2
+    """
+    started = time.monotonic()
+    path = local_target(target)
+    if not path.exists():
+        raise SourceNotFoundError(f"target {path} does not exist; check the path")
+    with failing(f"verifying {path}"):
+        run, made, digests = _record(path)
+        array = storage.open_source(path)
+        _check_keys(array, path, made, plan_of(run))
+        parameters = run["parameters"]
+        job = Job(
+            run=uuid4().hex,
+            plan=planned(run, plan_of(run).memory),
+            source=guarded(array),
+            target=None,
+            staged=None,
+            in_place=False,
+            clip_norm=float(parameters["clip_norm"]),
+            nonfinite="omit" if parameters["nonfinite"] == "omit" else "propagate",
+            missing="fill",
+        )
+        again = None if source is None else storage.open_source(source)
+        if again is not None and (again.shape, again.dtype) != (array.shape, array.dtype):
+            raise VerificationError(
+                f"source {storage.location(again)} is {again.dtype} of shape {again.shape}, target "
+                f"{path} {array.dtype} of {array.shape}; give the source that it was made from"
+            )
+        with running(job.plan.threads, partial(tasks.end, job.run)) as how:
+            with _passes(job, how) as norms:
+                norms.check(digests)
+                norms.measure()
+            total = norms.total
+            if total.clipped:
+                raise VerificationError(
+                    f"{total.clipped} slices of {path} have a norm above {job.clip_norm:g}, up to "
+                    f"{total.largest:.17g}; clip it again"
+                )
+            if again is not None:
+                job = replace(
+                    job,
+                    source=guarded(again),
+                    target=guarded(array),
+                    missing=parameters["missing"],
+                )
+                with _passes(job, how) as comparison:
+                    comparison.compare()
+    return VerifyReport(
+        target=str(path),
+        source=None if again is None else storage.location(again),
+        run=run["run"],
+        clip_norm=job.clip_norm,
+        blocks=job.plan.blocks,
+        slices=total.slices,
+        nonfinite=total.nonfinite,
+        largest_norm=total.largest if total.slices > total.nonfinite else None,
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextmanager
+def _passes(job: Job, how: dict[str, Any]) -> Iterator[Passes]:
+    """Passes whose journal is not kept."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / JOURNAL
+        journal.begin(path, {})
+        with Journal(path) as entries:
+            yield Passes(job, how, entries, lambda done, pass_: None)
+
+
+def _record(path: Path) -> tuple[Entry, Entry, Any]:
+    """What the record says of the run, of the files it made, and their digests by block."""
+    run = journal.header(path / RECORD)
+    if run is None or run.get("version") != VERSION:
+        raise VerificationError(
+            f"target {path} has no record of a run that this daskclip can read; clip it again"
+        )
+    digests = np.zeros(plan_of(run).blocks, np.uint32)
+    made = None
+    for entry, _ in journal.entries(path / RECORD):
+        made = entry.get("made")
+        for number, digest in entry.get("target", {}).items():
+            digests[int(number)] = digest
+    if made is None:
+        raise VerificationError(f"the record {path / RECORD} is damaged; clip it again")
+    return run, made, digests
+
+
+def _check_keys(array: Any, path: Path, made: Entry, plan: ClipPlan) -> None:
+    """Require the metadata that was written, and no file but those of chunks."""
+    if storage.fingerprint(array, changes=False)["metadata"] != made["metadata"]:
+        raise VerificationError(f"the metadata of {path} is not what was written; clip it again")
+    cells = grid(array.shape, plan.unit)
+    for key, _ in files.scan(path, storage.depth(array)):
+        if key in storage.METADATA:
+            continue
+        cell = [int(i) for i in re.findall(r"\d+", key)][-array.ndim :] if array.ndim else []
+        inside = len(cell) == array.ndim and all(i < n for i, n in zip(cell, cells, strict=True))
+        if not files.CHUNK.fullmatch(key) or not inside:
+            raise VerificationError(f"{path / key} is no chunk of the array; remove it")
