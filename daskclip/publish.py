@@ -144,7 +144,7 @@ def locked(target: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the run before may have ended, and removed what was just opened
             mine = os.fstat(lock.fileno()).st_ino == (work / "lock").stat().st_ino
-        except OSError:
+        except (BlockingIOError, FileNotFoundError):
             mine = False
         if not mine:
             raise TargetExistsError(taken)
