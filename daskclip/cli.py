@@ -183,6 +183,8 @@ def _workers(scheduler: str | None, workers: int | None) -> Iterator[None]:
     # only here: distributed takes a second to import
     from distributed import Client, LocalCluster
 
+    # what it and asyncio log of a lost cluster is told on one line here
+    logging.disable(logging.CRITICAL)
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=10)
@@ -194,15 +196,18 @@ def _workers(scheduler: str | None, workers: int | None) -> Iterator[None]:
         with client:
             yield
         return
-    with (
-        LocalCluster(
+    # a terminal sends Ctrl-C to the workers too
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             dashboard_address=None,
             silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster),
-    ):
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with cluster, Client(cluster):
         yield
 
 

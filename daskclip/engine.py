@@ -280,7 +280,9 @@ def _prepare(
 
 def _place(target: Any, array: Any, overwrite: bool, in_place: bool) -> Path:
     if in_place and (overwrite or target is not None):
-        raise InvalidValueError("in_place excludes a target and overwrite; give one of them")
+        raise InvalidValueError(
+            "in place there is no target and nothing else to overwrite; leave them out"
+        )
     if target is None and not in_place:
-        raise InvalidValueError("target is None; give a path, or in_place=True")
+        raise InvalidValueError("there is no target; give its path, or clip in place")
     return check_target(target, storage.local_path(array), overwrite)

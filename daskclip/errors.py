@@ -124,5 +124,6 @@ def failing(doing: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(
-            f"{doing} failed: {reason(error)}; mend the cause and run the same command again to resume"
+            f"{doing} failed: {reason(error)}; mend the cause and run the same command again to "
+            "resume"
         ) from error

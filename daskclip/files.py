@@ -18,7 +18,7 @@ import numpy as np
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h
 CHUNK = re.compile(r"c|(c[./])?\d+([./]\d+)*")  # key of a chunk in any of zarr's encodings
-PIECE = 1 << 24  # bytes that are digested at a time
+PIECE = 1 << 20  # bytes of a file that are held at a time
 
 
 @cache
@@ -61,9 +61,9 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def digest(data: Any, before: int = 0) -> int:
-    """CRC-32C of an array's elements in C order, or of bytes, after those of ``before``."""
+    """CRC-32C of an array's elements as they lie in memory, or of bytes, after ``before``."""
     if isinstance(data, np.ndarray):
-        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        data = data.ravel(order="K").view(np.uint8)
     for start in range(0, len(data), PIECE):
         before = google_crc32c.extend(before, data[start : start + PIECE])
     return before

@@ -24,6 +24,7 @@ STREAMS: dict[str, Callable[[], Any]] = {
     "bz2": bz2.BZ2Decompressor,
     "lzma": lzma.LZMADecompressor,
 }
+ZSTD_BLOCK = 1 << 17  # bytes, at most, of a block in a frame that does not say its size
 
 
 def guarded(array: zarr.Array[Any]) -> zarr.Array[Any]:
@@ -138,7 +139,7 @@ def _check(codec: str, data: Any, limit: int) -> None:
     elif codec == "lz4":
         _require(_integer(data[:4]), limit)
     elif codec == "zstd":
-        _require(_zstd_size(bytes(data[:18])), limit)
+        _require(_zstd_size(data), limit + ZSTD_BLOCK)
 
 
 def _require(size: int, limit: int) -> None:
@@ -150,12 +151,27 @@ def _integer(data: Any) -> int:
     return int.from_bytes(bytes(data), "little")
 
 
-def _zstd_size(head: bytes) -> int:
-    """Decoded bytes by a frame's header (RFC 8878, section 3.1.1); 0 if it does not say."""
-    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
-        return 0
-    single, width = head[4] >> 5 & 1, (0, 2, 4, 8)[head[4] >> 6]
-    start = 5 + (1 - single) + (0, 1, 2, 4)[head[4] & 3]
-    if not width:
-        return head[start] if single else 0
-    return _integer(head[start : start + width]) + (256 if width == 2 else 0)
+def _zstd_size(data: Any) -> int:
+    """Bytes that frames decode to at most (RFC 8878, section 3.1); not all say their size."""
+    total = at = 0
+    while at < len(data):
+        magic, flags = _integer(data[at : at + 4]), _integer(data[at + 4 : at + 5])
+        if magic & ~15 == 0x184D2A50:  # a frame to be skipped
+            at += 8 + _integer(data[at + 4 : at + 8])
+            continue
+        if magic != 0xFD2FB528:
+            raise ValueError("it is not a zstd frame")
+        single = flags >> 5 & 1
+        width = (single, 2, 4, 8)[flags >> 6]
+        at += 6 - single + (0, 1, 2, 4)[flags & 3]
+        declared = _integer(data[at : at + width]) + (256 if width == 2 else 0)
+        at += width
+        last = blocks = 0
+        while not last and at < len(data):
+            header = _integer(data[at : at + 3])
+            last, kind, size = header & 1, header >> 1 & 3, header >> 3
+            at += 3 + (1 if kind == 1 else size)
+            blocks += 1
+        total += declared if width else blocks * ZSTD_BLOCK
+        at += 4 * (flags >> 2 & 1)
+    return total

@@ -48,6 +48,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._folder = path.parent
+        self._last: tuple[str, Sequence[Partial]] = "", ()
         ends = [(end, entry.get("sums")) for entry, end in entries(path)]
         while ends[-1][1] and not self._readable(ends[-1][1]):
             ends.pop()
@@ -55,7 +56,6 @@ class Journal:
         self._old = entries(path)
         next(self._old)
         self._file = path.open("ab")
-        self._last: tuple[str, Sequence[Partial]] = "", ()
 
     def __enter__(self) -> Journal:
         return self

@@ -190,7 +190,8 @@ class Passes:
             results = tree(results, (1,), tasks.add_sums)
 
         def block_of(key: Any) -> str:
-            region = self.job.plan.region(*rows[key[1]][key[2]])
+            row, place = key[1:] if isinstance(key, tuple) else (0, 0)
+            region = self.job.plan.region(*rows[row][place])
             return f"block {shown_region(region)} of {storage.location(self.job.source)}"
 
         with surviving(block_of):

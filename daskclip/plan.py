@@ -27,7 +27,7 @@ from daskclip.errors import MemoryBudgetError
 MIB = 2**20
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 GULP = 4 * MIB  # bytes of small chunks that are read or written by one call
-CALL = 1024  # units that are read or written by one call: zarr holds some 2 kB for each
+CALL = 1024  # units of a call or a block: zarr holds some 2 kB for each, and takes a millisecond
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
 SCRATCH = 8 * MIB  # numerics, per thread
 WINDOW = 16  # blocks of a window per thread
@@ -175,7 +175,8 @@ def make_plan(
         If blocks of one unit do not fit the fewest threads.
     """
     unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
-    most = min(GULP // itemsize, CALL * math.prod(unit))
+    units = CALL * math.prod(unit)
+    most = min(GULP // itemsize, units)
     gulp = _grown(unit, shape, reversed(range(len(shape))), most)
 
     def projected(block: tuple[int, ...], threads: int) -> tuple[int, int]:
@@ -215,7 +216,7 @@ def make_plan(
             f"for blocks of one chunk or shard {unit}; "
             f"give memory='{ceil_div(need, MIB)}MiB'{fewer}"
         )
-    block = _grown(block, shape, [*reduced, *kept], BLOCK // itemsize, fits)
+    block = _grown(block, shape, [*reduced, *kept], min(BLOCK // itemsize, units), fits)
     need, window = projected(block, threads)
     return ClipPlan(
         shape=shape,

@@ -144,7 +144,9 @@ def status(target: Any) -> dict[str, str]:
     for name, place in (("made by", path / RECORD), ("unfinished", work / JOURNAL)):
         run = journal.header(place)
         if run is not None:
-            rows |= {name: f"run {run['run']}"} | {k: str(v) for k, v in run["parameters"].items()}
+            rows |= {name: f"run {run['run']}"} | {
+                k: str(v) for k, v in run["parameters"].items() if k != "target"
+            }
     if (work / JOURNAL).exists():
         windows = sum(1 for _ in journal.entries(work / JOURNAL)) - 1
         rows["journal"] = f"{windows} windows done, {'running' if busy(work) else 'not running'}"

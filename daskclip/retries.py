@@ -66,7 +66,7 @@ def shown_region(region: Box) -> str:
 
 def retrying(function: Callable[[], T]) -> T:
     """Result of ``function``, called again after transient failures, each later than the last."""
-    for attempt in range(1, ATTEMPTS):
+    for attempt in range(ATTEMPTS - 1):
         try:
             return function()
         except Exception as error:

@@ -20,7 +20,7 @@ from zarr.storage import LocalStore
 
 from daskclip import files
 from daskclip.blocks import Box, box, box_shape, boxes, grid, index, shift
-from daskclip.errors import DTypeError, SourceError, SourceNotFoundError, reason
+from daskclip.errors import DTypeError, SourceError, SourceNotFoundError, StorageError, reason
 from daskclip.guard import codec_name
 from daskclip.parameters import check_dtype
 
@@ -90,10 +90,9 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> z
             f"{where} has shape {array.shape} in chunks of {array.chunks}; "
             "store it with chunks of at least one element"
         )
-    units = math.prod(grid(array.shape, unit))
-    if units > UNITS:
+    if math.prod(grid(array.shape, unit)) > UNITS:
         raise SourceError(
-            f"{where} has {units:.3g} chunks or shards, above the {UNITS:.0e} that can be stored; "
+            f"{where} has more than the {UNITS:.0e} chunks or shards that can be stored; "
             "check its metadata"
         )
     return array
@@ -132,6 +131,8 @@ def _check_files(folder: Path) -> None:
     for path in (folder / name for name in METADATA):
         if path.is_symlink():
             raise SourceError(f"{path} is a symbolic link; copy what it leads to")
+        if path.exists() and not path.is_file():
+            raise SourceError(f"{path} is not a regular file; move it away")
         if path.is_file() and path.stat().st_size > METADATA_SIZE:
             raise SourceError(
                 f"{path} has {path.stat().st_size} bytes, above the {METADATA_SIZE} of metadata "
@@ -144,12 +145,13 @@ def fingerprint(array: zarr.Array[Any], *, changes: bool) -> dict[str, Any]:
 
     With ``changes``, by times that a copy does not keep.
     """
-    buffers = array.metadata.to_buffer_dict(default_buffer_prototype())
-    metadata = b"".join(buffers[key].to_bytes() for key in sorted(buffers))
-    found = {"metadata": files.digest(metadata)}
     folder = local_path(array)
     if folder is None:
-        return found
+        buffers = array.metadata.to_buffer_dict(default_buffer_prototype())
+        return {
+            "metadata": files.digest(b"".join(b.to_bytes() for _, b in sorted(buffers.items())))
+        }
+    found = {"metadata": files.digest_files(folder, METADATA)}
     try:
         return found | files.fingerprint(folder, depth(array), changes=changes)
     except ValueError as error:
@@ -190,7 +192,12 @@ def _codecs(array: zarr.Array[Any]) -> list[str]:
 
 def open_made(folder: Path) -> zarr.Array[Any]:
     """An array of ours, for reading and writing."""
-    return zarr.open_array(folder, mode="r+")
+    try:
+        return zarr.open_array(folder, mode="r+")
+    except Exception as error:  # broken metadata makes zarr raise anything
+        raise StorageError(
+            f"{folder} cannot be opened any more ({reason(error)}); discard the run and begin again"
+        ) from error
 
 
 def create_like(array: zarr.Array[Any], folder: Path) -> None:
@@ -205,13 +212,12 @@ def create_like(array: zarr.Array[Any], folder: Path) -> None:
 
 def last_changed(array: zarr.Array[Any], region: Box) -> str:
     """Key of the chunk of a region that was written last, as far as a local file system tells."""
-    folder = local_path(array) or Path()
-    times = {}
+    folder, times = local_path(array) or Path(), {}
     for key in keys(array, region):
-        try:
-            times[key] = (folder / key).stat().st_ctime_ns
-        except OSError:
-            times[key] = 0
+        path = folder / key
+        while not os.path.lexists(path):  # its folder tells when it was removed
+            path = path.parent
+        times[key] = path.lstat().st_ctime_ns, path == folder / key
     return max(times, key=lambda key: times[key])
 
 

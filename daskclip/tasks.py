@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -241,9 +241,12 @@ def _write(job: Job, region: Box, x: Any) -> int:
 
 
 def _staged(job: Job) -> Path:
-    """The folder to write to; a task that outlived its run must not make it again."""
+    """The folder to write to, unless zarr has made it again for a task that outlived its run."""
     folder = Path(job.staged or "")
-    if not os.path.isdir(folder):
+    if not any((folder / name).exists() for name in storage.METADATA):
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()
         raise StorageError(f"the run that wrote to {folder} has ended; run again")
     return folder
 

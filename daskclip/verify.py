@@ -18,7 +18,7 @@ import numpy as np
 
 from daskclip import files, journal, storage, tasks
 from daskclip.blocks import grid
-from daskclip.errors import SourceNotFoundError, VerificationError, failing
+from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError, failing
 from daskclip.guard import guarded
 from daskclip.journal import Entry, Journal
 from daskclip.passes import Passes
@@ -84,8 +84,11 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         raise SourceNotFoundError(f"target {path} does not exist; check the path")
     with failing(f"verifying {path}"):
         run, made, digests = _record(path)
-        array = storage.open_source(path)
-        _check_keys(array, path, made, plan_of(run))
+        try:
+            array = storage.open_source(path)
+            _check_keys(array, path, made, plan_of(run))
+        except DaskClipError as error:
+            raise VerificationError(str(error)) from error
         parameters = run["parameters"]
         job = Job(
             run=uuid4().hex,
@@ -174,5 +177,5 @@ def _check_keys(array: Any, path: Path, made: Entry, plan: ClipPlan) -> None:
             continue
         cell = [int(i) for i in re.findall(r"\d+", key)][-array.ndim :] if array.ndim else []
         inside = len(cell) == array.ndim and all(i < n for i, n in zip(cell, cells, strict=True))
-        if not files.CHUNK.fullmatch(key) or not inside:
+        if not inside or key != array.metadata.encode_chunk_key(tuple(cell)):
             raise VerificationError(f"{path / key} is no chunk of the array; remove it")

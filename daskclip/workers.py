@@ -29,7 +29,8 @@ def workers() -> tuple[int, int, int]:
     """Processes that will run blocks, threads of the largest of them, and the fewest it may use."""
     client = _client()
     if client is not None:
-        threads = list(client.nthreads().values())
+        with surviving(str):
+            threads = list(client.nthreads().values())
         most = max(threads, default=1)
         return max(1, len(threads)), most, most
     get = get_scheduler()
@@ -86,8 +87,10 @@ def surviving(block_of: Callable[[Any], str]) -> Iterator[None]:
         kind = type(error)
         if kind.__name__ == "KilledWorker":
             raise StorageError(
-                f"workers died over and over while {block_of(getattr(error, 'task', None))} was "
-                "running; look into their logs and run the same command again to resume"
+                # Dask blames all that a worker had, not only what it was running
+                f"workers died over and over while {block_of(getattr(error, 'task', None))} or one "
+                "of its window was running; look into their logs and run the same command again "
+                "to resume"
             ) from error
         lost = isinstance(error, OSError | CancelledError | TimeoutError)
         if lost or kind.__module__.startswith("distributed"):
@@ -102,7 +105,8 @@ def memory_used() -> dict[Any, tuple[int, int]]:
     """Bytes of every process that runs blocks, now and at the highest."""
     client = _client()
     if client is not None:
-        return _everywhere(client, _own_memory, 10)
+        with surviving(str):
+            return _everywhere(client, _own_memory, 10)
     return {os.getpid(): _own_memory()}
 
 
@@ -113,7 +117,10 @@ def _everywhere(client: Any, function: Callable[[], Any], seconds: float) -> dic
     results = {}
     for worker, call in calls.items():
         with suppress(Exception, CancelledError):
-            results[worker] = call.result(timeout=max(0.01, until - time.monotonic()))
+            # one that is gone never answers
+            while not call.done() and time.monotonic() < until and worker in client.nthreads():
+                time.sleep(0.01)
+            results[worker] = call.result(timeout=0.01)
     return results
 
 

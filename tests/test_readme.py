@@ -89,7 +89,7 @@ def test_exit_codes_are_those_of_the_command_line():
 def test_table_is_the_one_the_benchmark_writes():
     nbytes = 2**16
     made = exact_sum.table(exact_sum.measure(nbytes, repeat=1), nbytes)
-    shown = TEXT.split(exact_sum.BEGIN)[1].split("\n\n")[0]
+    shown = TEXT.split("<!-- begin: exact_sum -->\n")[1].split("\n\n")[0]
     # everything but the rates
     heads = [[line.split("|")[1:3] for line in t.splitlines()] for t in (made, shown)]
     assert heads[0] == heads[1]

@@ -4,23 +4,18 @@ One core, arrays in memory. Every repetition runs all cases, one after the other
 spell of the machine hits them alike. With `--write` the table replaces the one in README.
 """
 
-import datetime
 import os
-import platform
-import re
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-import daskclip
 from daskclip.exact import partial_norm
 from daskclip.factor import finalize
 
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- begin: exact_sum -->\n", "<!-- end -->"
+from .tables import machine, write
+
 NBYTES = 2**26
 REPEAT = 7
 DTYPES = ("float32", "float64", "float16")
@@ -93,17 +88,8 @@ def context(nbytes, repeat, load):
         "`partial_norm` and `finalize`; NumPy is `sqrt(square(x, dtype=float64).sum(axes))`, "
         "neither exact nor safe from overflow; copy is `copyto`. The machine is shared and noisy: "
         "ratios count. The last column is the median ratio of runs next to each other.\n\n"
-        f"{cpu()}, {os.cpu_count()} cores; Python {platform.python_version()}, NumPy "
-        f"{np.__version__}, daskclip {daskclip.__version__}; {datetime.date.today().isoformat()}; "
-        f"load average {load:.1f} before the run."
+        f"{machine('numpy')}; load average {load:.1f} before the run."
     )
-
-
-def cpu():
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
-    except (OSError, AttributeError):
-        return platform.processor() or platform.machine()
 
 
 def main(arguments):
@@ -115,8 +101,7 @@ def main(arguments):
     text = f"{table(measure(), NBYTES)}\n\n{context(NBYTES, REPEAT, load)}\n"
     print(text)
     if "--write" in arguments:
-        before, rest = README.read_text().split(BEGIN)
-        README.write_text(before + BEGIN + text + END + rest.split(END, 1)[1])
+        write("exact_sum", text)
 
 
 if __name__ == "__main__":
