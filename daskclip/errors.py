@@ -122,7 +122,7 @@ def failing(doing: str) -> Iterator[None]:
         yield
     except DaskClipError:
         raise
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise StorageError(
             f"{doing} failed: {reason(error)}; mend the cause and run the same command again to "
             "resume"

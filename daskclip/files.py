@@ -122,8 +122,10 @@ def scan(folder: Path, depth: int, prefix: str = "") -> Iterator[tuple[str, os.s
                 raise ValueError(f"{key} is not a regular file")
 
 
-def fingerprint(folder: Path, depth: int, *, changes: bool) -> dict[str, Any]:
+def fingerprint(folder: Path, depth: int, largest: int, *, changes: bool) -> dict[str, Any]:
     """What tells one state of the chunks from another: names, sizes and times of all files.
+
+    Files of more than ``largest`` bytes are refused.
 
     With ``changes``, also those that no program can set; a copy does not keep them.
     """
@@ -131,6 +133,8 @@ def fingerprint(folder: Path, depth: int, *, changes: bool) -> dict[str, Any]:
     for key, status in scan(folder, depth):
         if not CHUNK.fullmatch(key):
             continue
+        if status.st_size > largest:
+            raise ValueError(f"{key} has {status.st_size} bytes, which no chunk there takes")
         text = f"{key} {status.st_size} {status.st_mtime_ns}"
         if changes:
             text += f" {status.st_ctime_ns} {status.st_ino}"

@@ -174,6 +174,7 @@ def make_plan(
     MemoryBudgetError
         If blocks of one unit do not fit the fewest threads.
     """
+    stored = math.prod(unit) * itemsize  # a chunk is decoded whole, beyond the shape too
     unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
     units = CALL * math.prod(unit)
     most = min(GULP // itemsize, units)
@@ -182,7 +183,7 @@ def make_plan(
     def projected(block: tuple[int, ...], threads: int) -> tuple[int, int]:
         """Bytes of one process, and blocks of a window."""
         size = math.prod(block) * itemsize
-        call = min(math.prod(gulp) * itemsize, size)
+        call = max(min(math.prod(gulp) * itemsize, size), stored)
         # a chunk on its way is there encoded, decoded, and once more where codecs are chained
         thread = size + 3 * call + SCRATCH
         window = WINDOW * threads

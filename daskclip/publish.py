@@ -62,8 +62,10 @@ def local_target(target: Any) -> Path:
         raise TargetError(f"target {shown(target)} is not a path; give one on a local file system")
     if fcntl is None:
         raise TargetError("this system has no flock; use clip_by_norm, which needs none")
-    folder, name = os.path.split(os.path.abspath(target))
-    return Path(os.path.realpath(folder), name)
+    path = Path(target)
+    if path.name in ("", ".."):
+        path = path.resolve()
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def refuse_existing(path: Path) -> None:

@@ -55,6 +55,7 @@ def _culprit(
         try:
             operation(part)
         except Exception as own:
+            storage.wait_until_idle()
             return f" at chunk {key}", own
     return "", error
 
