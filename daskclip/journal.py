@@ -86,7 +86,8 @@ class Journal:
     def load(self, name: str) -> Sequence[Partial]:
         """The sums of that name."""
         if self._last[0] != name:
-            with np.load(self._folder / name) as stored:
+            # numpy leaves open what it opened itself, if it is torn
+            with (self._folder / name).open("rb") as file, np.load(file) as stored:
                 sums = [
                     Partial(stored[f"limbs{i}"], int(low), stored[f"flags{i}"], int(terms))
                     for i in range(len(stored.files) // 3)

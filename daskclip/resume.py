@@ -79,9 +79,21 @@ def resumed(work: Path, run: Entry, memory: int) -> Entry | None:
             f"source {is_['source']} (chunk {run['source'].get('newest')}) changed since the "
             f"unfinished run in {work} began; {DISCARD}"
         )
-    if not (work / old["run"]).is_dir():
+    if not _complete(work, work / old["run"]):
         raise TargetExistsError(f"the unfinished run in {work} has lost its files; {DISCARD}")
     return old | {"plan": asdict(planned(old, memory))}
+
+
+def _complete(work: Path, staged: Path) -> bool:
+    """Whether what was staged is there, and not what it was exchanged for."""
+    if not staged.is_dir():
+        return False
+    *_, (last, _) = journal.entries(work / JOURNAL)
+    if "made" not in last:
+        return True
+    with suppress(Exception):  # zarr raises anything for what is no array any more
+        return bool(last["made"] == storage.fingerprint(storage.open_made(staged), changes=False))
+    return False
 
 
 def planned(run: Entry, memory: int) -> ClipPlan:
@@ -148,7 +160,7 @@ def status(target: Any) -> dict[str, str]:
                 k: str(v) for k, v in run["parameters"].items() if k != "target"
             }
     if (work / JOURNAL).exists():
-        windows = sum(1 for _ in journal.entries(work / JOURNAL)) - 1
+        windows = max(0, sum(1 for _ in journal.entries(work / JOURNAL)) - 1)
         rows["journal"] = f"{windows} windows done, {'running' if busy(work) else 'not running'}"
     return rows
 
