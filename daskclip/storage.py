@@ -153,7 +153,7 @@ def fingerprint(array: zarr.Array[Any], *, changes: bool) -> dict[str, Any]:
         }
     found = {"metadata": files.digest_files(folder, METADATA)}
     try:
-        largest = 2 * math.prod(write_unit(array)) * array.dtype.itemsize + (1 << 20)
+        largest = 2 * math.prod(write_unit(array)) * array.dtype.itemsize + (1 << 24)
         return found | files.fingerprint(folder, depth(array), largest, changes=changes)
     except ValueError as error:
         raise SourceError(f"{reason(error)} in {folder}; store regular files there") from error

@@ -17,8 +17,8 @@ from daskclip.exact import partial_norm
 from daskclip.factor import finalize
 from daskclip.numerics import rescale
 from daskclip.partials import combine
-from daskclip.publish import staging
-from daskclip.storage import create_like, read, write
+from daskclip.publish import locked
+from daskclip.storage import create_like, open_made, read, write
 
 
 def main(tmp):
@@ -43,13 +43,15 @@ def main(tmp):
     scale = finalize(total, clip_norm, source.dtype)
     assert (scale.norm[0], scale.factor[1]) == (5.0, 1.0)
 
-    # second pass: read again, rescale, write beside the target; leaving the block renames it
-    with staging(folder / "y.zarr") as staged:
-        target = create_like(source, staged)
+    # second pass: read again, rescale, write beside the target, then let it appear in one step
+    with locked(folder / "y.zarr") as work:
+        create_like(source, work / "staged")
+        target = open_made(work / "staged")
         for region in regions:
             chunk = rescale(read(source, region, source.chunks, "fill"), scale)
             write(target, region, chunk, source.chunks)
         assert not (folder / "y.zarr").exists()
+        (work / "staged").rename(folder / "y.zarr")
 
     clipped = zarr.open_array(folder / "y.zarr", mode="r")[:]
     assert clipped.tobytes() == clip_by_norm(source[:], clip_norm, axes).tobytes()

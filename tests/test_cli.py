@@ -606,6 +606,7 @@ def test_a_chunk_that_cannot_be_written_is_a_storage_failure(tmp_path):
     assert finished(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_failure_among_many_chunks_is_one_line(tmp_path):
     # zarr goes on with the other chunks of a call when one fails
     source = create(tmp_path / "x", some((3000, 2), "f4"), (1, 2))
@@ -616,6 +617,7 @@ def test_a_failure_among_many_chunks_is_one_line(tmp_path):
     assert finished(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_can_be_discarded(public):
     source = create(public / "many", some((3000, 2), "f4"), (1, 2))
     with mounted(public, "size=2m") as point:

@@ -186,7 +186,7 @@ def outcomes(chain, folder, situation, number):
 @pytest.mark.parametrize(
     ("chain", "number"),
     [
-        *((chain, SOME) for chain in ("raw", "blosc lz4", "shards")),
+        *((chain, SOME) for chain in ("blosc lz4", "shards")),
         *(pytest.param(chain, MUTATIONS, marks=pytest.mark.slow) for chain in CHAINS),
     ],
 )
@@ -202,7 +202,7 @@ def test_damage_before_the_run_is_refused_or_read_as_zarr_reads_it(tmp_path, cha
 @pytest.mark.parametrize(
     ("chain", "number"),
     [
-        *((chain, 8) for chain in ("raw", "format 2 blosc")),
+        ("format 2 blosc", 8),
         *(pytest.param(chain, MUTATIONS, marks=pytest.mark.slow) for chain in CHAINS),
     ],
 )

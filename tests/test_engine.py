@@ -187,15 +187,16 @@ def test_results_are_those_of_numpy_on_two_processes(tmp_path, layout, axes):
     assert clipped(x, tmp_path / "y", axes, memory=memory).passes == planned.passes
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.usefixtures("small", "four")
 @pytest.mark.parametrize(
     ("layout", "budget"),
     [
         ("shards", "ample"),
-        pytest.param("format 3", "ample", marks=pytest.mark.slow),
-        pytest.param("shards", "tight", marks=pytest.mark.slow),
-        pytest.param("format 3", "tight", marks=pytest.mark.slow),
+        ("format 3", "ample"),
+        ("shards", "tight"),
+        ("format 3", "tight"),
     ],
 )
 def test_four_workers_give_numpys_result_20_times_of_20(tmp_path, monkeypatch, layout, budget):

@@ -22,7 +22,7 @@ def without_syncing():
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power loss"])
 def test_some_kills(case, power):
     sweep = Sweep(case)
-    sweep.kills(range(1, sweep.operations + 1, 20), power)
+    sweep.kills(range(7, sweep.operations + 1, 40), power)
     assert not sweep.violations
 
 
@@ -48,7 +48,7 @@ def test_a_power_loss_at_every_file_operation(case):
 @case
 def test_the_power_loss_model_sees_what_is_not_synced(case):
     sweep = Sweep(case, without_syncing)
-    sweep.kills(range(3, sweep.operations + 1, 9), power=True)
+    sweep.kills(range(3, sweep.operations + 1, 12), power=True)
     assert sweep.lost
     assert sweep.violations
 

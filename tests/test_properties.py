@@ -168,6 +168,7 @@ def cluster():
         yield client
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @settings(many, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())

@@ -273,7 +273,9 @@ JOBS = {
 
 
 @pytest.mark.usefixtures("small", "interruptible")
-@pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
+@pytest.mark.parametrize(
+    "scheduler", [pytest.param("synchronous", marks=pytest.mark.slow), "threads"]
+)
 @pytest.mark.parametrize("job", JOBS)
 def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
     tmp_path, monkeypatch, job, scheduler
