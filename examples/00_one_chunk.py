@@ -8,11 +8,10 @@ needed. `daskclip.engine` does the same with many blocks, `daskclip.lazy` with D
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import zarr
 
 from daskclip import clip_by_norm
-from daskclip.blocks import box, grid
+from daskclip.blocks import boxes
 from daskclip.exact import partial_norm
 from daskclip.factor import finalize
 from daskclip.numerics import rescale
@@ -27,8 +26,7 @@ def main(tmp):
     source[:] = [[3, 0, 0, 0, 0, 0, 0, 4], [0.3, 0, 0, 0, 0, 0, 0, 0.4]]
 
     # regions of the source: whole chunks, so that one task is the only writer of a stored object
-    indices = np.ndindex(*grid(source.shape, source.chunks))
-    regions = [box(index, source.chunks, source.shape) for index in indices]
+    regions = list(boxes(source.shape, source.chunks))
     assert regions == [(slice(0, 2), slice(0, 4)), (slice(0, 2), slice(4, 8))]
 
     # first pass: the exact sum of squares of each row of each chunk; the chunk is let go
