@@ -10,6 +10,8 @@ from daskclip import files
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT]
 case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# together they go through all that the others do
+three = pytest.mark.parametrize("case", [CASES[0], *CASES[2:4]], ids=lambda case: case.name)
 
 
 def without_syncing():
@@ -27,16 +29,16 @@ def test_some_kills(case, power):
 
 
 @pytest.mark.slow
-@case
+@three
 def test_a_kill_at_every_file_operation(case):
     sweep = Sweep(case)
     sweep.kills(range(1, sweep.operations + 1))
-    assert sweep.points > 1.9 * sweep.operations > 110
+    assert sweep.points > 1.9 * sweep.operations > 150
     assert not sweep.violations
 
 
 @pytest.mark.slow
-@case
+@three
 def test_a_power_loss_at_every_file_operation(case):
     sweep = Sweep(case)
     sweep.kills(range(1, sweep.operations + 1), power=True)
