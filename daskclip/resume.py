@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,10 +51,16 @@ def finished(path: Path, run: Entry) -> ClipReport | None:
     if run["parameters"]["source"] != str(path) and old["source"] != run["source"]:
         return None
     *_, (last, _) = journal.entries(path / RECORD)
-    with suppress(Exception):  # zarr raises anything for what is no array any more
-        if last["made"] == storage.fingerprint(storage.open_made(path), changes=False):
-            return ClipReport(**last["report"] | {"axes": tuple(last["report"]["axes"])})
+    if _is_what_was_made(path, last):
+        return ClipReport(**last["report"] | {"axes": tuple(last["report"]["axes"])})
     return None
+
+
+def _is_what_was_made(folder: Path, last: Entry) -> bool:
+    """Whether a folder holds what the last entry of its journal says."""
+    with suppress(Exception):  # zarr raises anything for what is no array any more
+        return bool(last["made"] == storage.fingerprint(storage.open_made(folder), changes=False))
+    return False
 
 
 def resumed(work: Path, run: Entry, memory: int) -> Entry | None:
@@ -89,11 +94,7 @@ def _complete(work: Path, staged: Path) -> bool:
     if not staged.is_dir():
         return False
     *_, (last, _) = journal.entries(work / JOURNAL)
-    if "made" not in last:
-        return True
-    with suppress(Exception):  # zarr raises anything for what is no array any more
-        return bool(last["made"] == storage.fingerprint(storage.open_made(staged), changes=False))
-    return False
+    return "made" not in last or _is_what_was_made(staged, last)
 
 
 def planned(run: Entry, memory: int) -> ClipPlan:
@@ -120,11 +121,7 @@ def plan_of(run: Entry) -> ClipPlan:
 
 def begun(work: Path, array: Any, run: Entry, plan: ClipPlan, replacing: Path | None) -> Entry:
     """A new run, with an array without chunks in staging."""
-    for path in work.iterdir():  # of a run that was stopped before it had a journal
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
+    clear(work)  # of a run that was stopped before it had a journal
     if replacing is not None:
         require_exchange(work)
         if str(replacing) == run["parameters"]["source"]:
