@@ -8,6 +8,7 @@ blocks         grid arithmetic
 files          local files: durable, exchanged, listed, digested
 digits         sums of squares of a matrix as integers
 partials       exact sums as integers, and adding them up
+kernels        the same sums and rescaling in compiled loops, where numba is installed
 exact          exact sums of squares of NumPy blocks
 factor         from a sum to the norm and the factor
 numerics       rescaled blocks
@@ -20,7 +21,8 @@ norms          the Dask tree that combines sums
 recipes        chunks that are made again instead of held
 journal        what is done, a line for each window
 guard          encoded chunks that must not be decoded
-storage        Zarr arrays: with guard the only file that imports zarr
+chunks         chunks as they are stored, to values and back
+storage        Zarr arrays: with chunks the only file that imports zarr
 retries        what passes is tried again, what stays is told by the chunk
 publish        the target's place, its lock and its renaming
 arrays         what may be given as an array or a list

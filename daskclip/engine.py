@@ -17,7 +17,6 @@ from daskclip.errors import (
     failing,
     shown,
 )
-from daskclip.guard import guarded
 from daskclip.parameters import (
     NonFinite,
     check_nonfinite,
@@ -159,7 +158,7 @@ def clip_zarr(
         job = Job(
             run=f"{run['run']}-{uuid4().hex}",
             plan=plan_of(run),
-            source=guarded(array),
+            source=array,
             target=storage.open_made(staged),
             staged=str(staged),
             in_place=in_place,

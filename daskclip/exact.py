@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from daskclip import kernels
 from daskclip.blocks import Box, box_shape, boxes, index, tile_shape, tiles
 from daskclip.digits import PANEL, Magnitudes, Squares
 from daskclip.partials import INF, LIMB, MASK, NAN, Partial, canonical, combine
@@ -51,6 +52,9 @@ def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> 
     >>> partial_norm(np.float32([[3, 4]]), (1,)).limbs.tolist()
     [[[25]]]
     """
+    compiled = kernels.partial_norm(x, axes, omit_nan)
+    if compiled is not None:
+        return compiled
     if x.dtype.kind == "c":
         if omit_nan and np.isnan(x).any():
             x = np.where(np.isnan(x), 0, x)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import google_crc32c
 import numpy as np
+import numpy.typing as npt
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h
 CHUNK = re.compile(r"c|(c[./])?\d+([./]\d+)*")  # key of a chunk in any of zarr's encodings
@@ -69,34 +70,72 @@ def digest(data: Any, before: int = 0) -> int:
     return before
 
 
+def digest_file(key: str, data: Any, before: int) -> int:
+    """CRC-32C of the name and the bytes of a file, after those of others."""
+    return digest(data, digest(key.encode(), before))
+
+
 def digest_files(folder: Path, keys: Iterable[str]) -> int:
     """CRC-32C of the names and the bytes of those of the files that are there."""
     total = 0
     for key in keys:
-        try:
-            with (folder / key).open("rb") as file:
-                total = digest(key.encode(), total)
-                while data := file.read(PIECE):
-                    total = digest(data, total)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+        with _opened(folder / key) as file:
+            total = digest(key.encode(), total) if file else total
+            while file and (data := file.read(PIECE)):
+                total = digest(data, total)
     return total
 
 
-def copy_files(source: Path, target: Path, keys: Iterable[str]) -> None:
-    """Copy those of the files that are there; each appears whole."""
+def copy_files(source: Path, target: Path, keys: Iterable[str]) -> int:
+    """Copy those of the files that are there; each appears whole. Returns their digest."""
+    total = 0
     for key in keys:
-        try:
-            file = (source / key).open("rb")
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        path = target / key
-        part = path.with_name(f"{path.name}.{uuid4().hex}.partial")
-        with file:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as out:
-                shutil.copyfileobj(file, out, PIECE)
-        os.replace(part, path)
+        with _opened(source / key) as file:
+            if file:
+                total = digest(key.encode(), total)
+                with _appearing(target, key) as out:
+                    while data := file.read(PIECE):
+                        total = digest(data, total)
+                        out.write(data)
+    return total
+
+
+def read(path: Path) -> npt.NDArray[np.uint8] | None:
+    """Bytes of a file, or None if there is none."""
+    try:
+        return np.fromfile(path, np.uint8)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write(folder: Path, key: str, data: Any) -> None:
+    """Make or replace a file in a folder that is there; it appears whole."""
+    with _appearing(folder, key) as file:
+        file.write(data)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        file = path.open("rb", buffering=0)
+    except (FileNotFoundError, NotADirectoryError):
+        yield None
+        return
+    with file:
+        yield file
+
+
+@contextmanager
+def _appearing(folder: Path, key: str) -> Iterator[Any]:
+    path = f"{folder}/{key}"
+    part = f"{path}.{uuid4().hex}.partial"
+    if not os.path.isdir(os.path.dirname(path)):
+        # not the folder itself: a task may have outlived its run
+        for parent in [*Path(key).parents][-2::-1]:
+            (folder / parent).mkdir(exist_ok=True)
+    with open(part, "wb") as file:
+        yield file
+    os.replace(part, path)
 
 
 def scan(folder: Path, depth: int, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from daskclip import kernels
 from daskclip.blocks import boxes, index, tile_shape, tiles
 from daskclip.errors import NonFiniteError
 from daskclip.exact import partial_norm
@@ -58,7 +59,7 @@ def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
                 out[...] = x
         elif x.dtype.itemsize == 8:
             _rescale_double(x, scale, out)
-        else:
+        elif scale.toward_zero or not kernels.rescale(x, scale.factor, out):
             _rescale_tiles(x, scale, out)
     return out
 

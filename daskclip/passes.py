@@ -88,7 +88,8 @@ class Passes:
             scales = Scales(self.job, self.journal, name)
             if second is None:
                 self.total = tasks.add(self.total, scales.tally())
-            for blocks in windows if second else ():
+            # what was read last may still be in memory
+            for blocks in reversed(windows) if second else ():
                 rows = _rows(slabs, blocks)
                 yield self._window(2, rows, partial(self._second, second, rows, scales, seen))
             self.journal.forget(name)
@@ -152,9 +153,9 @@ class Passes:
         plan = self.job.plan
         results = self._compute(function, rows, scales.load(), seen)
         entry: Entry = {"target": self._numbered(rows, results)}
-        if rows[0][0][1] == 0:
+        if plan.number(*rows[0][-1]) + 1 == plan.number(rows[0][0][0] + 1, 0):
             entry["tally"] = scales.tally()
-        if plan.number(*rows[0][-1]) + 1 < plan.number(rows[0][0][0] + 1, 0):
+        if rows[0][0][1]:
             entry["sums"] = scales.name  # there is more to do that needs them
         return entry
 

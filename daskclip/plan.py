@@ -26,8 +26,7 @@ from daskclip.errors import MemoryBudgetError
 
 MIB = 2**20
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
-GULP = 4 * MIB  # bytes of small chunks that are read or written by one call
-CALL = 1024  # units of a call or a block: zarr holds some 2 kB for each, and takes a millisecond
+CALL = 1024  # units of a block
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
 SCRATCH = 8 * MIB  # numerics, per thread
 WINDOW = 16  # blocks of a window per thread
@@ -41,7 +40,13 @@ class Spans:
     step: int
 
     def __iter__(self) -> Iterator[range]:
-        return (range(i, min(i + self.step, self.n)) for i in range(0, self.n, self.step))
+        return map(self._range, range(0, self.n, self.step))
+
+    def __reversed__(self) -> Iterator[range]:
+        return map(self._range, reversed(range(0, self.n, self.step)))
+
+    def _range(self, start: int) -> range:
+        return range(start, min(start + self.step, self.n))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +63,6 @@ class ClipPlan:
     """Bytes of an element."""
     block: tuple[int, ...]
     """Shape of a block."""
-    gulp: tuple[int, ...]
-    """Shape of what one call reads or writes."""
     window: int
     """Blocks of a window, at most."""
     passes: int
@@ -177,15 +180,12 @@ def make_plan(
     stored = math.prod(unit) * itemsize  # a chunk is decoded whole, beyond the shape too
     unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
     units = CALL * math.prod(unit)
-    most = min(GULP // itemsize, units)
-    gulp = _grown(unit, shape, reversed(range(len(shape))), most)
 
     def projected(block: tuple[int, ...], threads: int) -> tuple[int, int]:
         """Bytes of one process, and blocks of a window."""
         size = math.prod(block) * itemsize
-        call = max(min(math.prod(gulp) * itemsize, size), stored)
         # a chunk on its way is there encoded, decoded, and once more where codecs are chained
-        thread = size + 3 * call + SCRATCH
+        thread = size + 3 * stored + SCRATCH
         window = WINDOW * threads
         if all(block[a] >= shape[a] for a in axes):
             return FIXED + threads * thread, window * processes
@@ -199,6 +199,7 @@ def make_plan(
     def fits(block: tuple[int, ...]) -> bool:
         return projected(block, threads)[0] <= memory
 
+    at_once = processes * threads
     while threads > fewest and not fits(unit):
         threads -= 1
 
@@ -207,7 +208,10 @@ def make_plan(
     whole = tuple(
         max(1, n) if a in axes else u for a, (n, u) in enumerate(zip(shape, unit, strict=True))
     )
-    block = whole if fits(whole) else unit
+    # a slab that a single thread would read for long is faster in two passes of all threads
+    few = math.prod(grid(shape, whole)) < at_once
+    small = math.prod(whole) * itemsize <= BLOCK
+    block = whole if fits(whole) and (small or not few) else unit
     if not fits(block):
         need = projected(block, threads)[0]
         run = "1 thread needs" if threads == 1 else f"{threads} threads need"
@@ -225,7 +229,6 @@ def make_plan(
         unit=unit,
         itemsize=itemsize,
         block=block,
-        gulp=tuple(min(g, b) for g, b in zip(gulp, block, strict=True)),
         window=window,
         passes=1 if all(block[a] >= shape[a] for a in axes) else 2,
         processes=processes,

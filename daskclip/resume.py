@@ -27,7 +27,7 @@ from daskclip.publish import (
 from daskclip.report import ClipReport
 from daskclip.workers import workers
 
-VERSION = 1
+VERSION = 2
 """Of what a journal says; another one can neither be resumed nor verified."""
 DISCARD = "discard it with: daskclip discard TARGET"
 

@@ -34,7 +34,6 @@ def attempting(
     except DaskClipError:
         raise
     except Exception as error:
-        storage.wait_until_idle()
         chunk, cause = _culprit(array, region, operation, error)
         kind, mend = (
             (TemporaryError, "") if transient(cause) else (StorageError, "mend the cause and ")
@@ -55,7 +54,6 @@ def _culprit(
         try:
             operation(part)
         except Exception as own:
-            storage.wait_until_idle()
             return f" at chunk {key}", own
     return "", error
 

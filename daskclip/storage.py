@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,10 +18,10 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from daskclip import files
-from daskclip.blocks import Box, box, box_shape, boxes, grid, index, shift
+from daskclip import chunks, files
+from daskclip.blocks import Box, box_shape, boxes, grid, index, shift
+from daskclip.chunks import codec_name
 from daskclip.errors import DTypeError, SourceError, SourceNotFoundError, StorageError, reason
-from daskclip.guard import codec_name
 from daskclip.parameters import check_dtype
 
 Array = npt.NDArray[Any]
@@ -35,6 +35,7 @@ LOSSLESS = {
 METADATA = ("zarr.json", ".zarray", ".zattrs")
 METADATA_SIZE = 1 << 24  # bytes of JSON: what decodes it takes many times as much
 UNITS = 10**10  # more than any file system holds
+GETS = 1 << 22  # bytes of chunks that are fetched together
 
 
 def is_array(x: Any) -> TypeGuard[zarr.Array[Any]]:
@@ -166,13 +167,15 @@ def depth(array: zarr.Array[Any]) -> int:
 
 def keys(array: zarr.Array[Any], region: Box) -> Iterator[str]:
     """Keys of all that is stored as one object in a region of whole units, there or not."""
+    return (key for key, _ in _units(array, region))
+
+
+def _units(array: zarr.Array[Any], region: Box) -> Iterator[tuple[str, Box]]:
+    """Key and place in the region of all that is stored as one object."""
     unit = write_unit(array)
-    cells = boxes(box_shape(region), unit)
-    for inside in cells:
-        start = shift(inside, region)
-        yield array.metadata.encode_chunk_key(
-            tuple(s.start // u for s, u in zip(start, unit, strict=True))
-        )
+    for inside in boxes(box_shape(region), unit):
+        cell = [s.start // u for s, u in zip(shift(inside, region), unit, strict=True)]
+        yield array.metadata.encode_chunk_key(tuple(cell)), inside
 
 
 def _codecs(array: zarr.Array[Any]) -> list[str]:
@@ -222,82 +225,67 @@ def last_changed(array: zarr.Array[Any], region: Box) -> str:
     return max(times, key=lambda key: times[key])
 
 
-def read(array: zarr.Array[Any], region: Box, gulp: tuple[int, ...], missing: str) -> Array:
-    """Values of a region, read ``gulp`` by ``gulp`` so that few chunks are held encoded."""
-    if missing == "error":
-        _require_stored(array, region)
-    shape = box_shape(region)
-    if all(n <= g for n, g in zip(shape, gulp, strict=True)):
-        return np.asarray(array[region])
-    values = np.empty(shape, array.dtype)
-    for inside, part in _parts(region, gulp):
-        values[inside] = array[part]
-    return values
-
-
-def write(array: zarr.Array[Any], region: Box, values: Array, gulp: tuple[int, ...]) -> None:
-    """Write a region of whole units; chunks that are the fill value to the bit stay absent.
-
-    zarr drops chunks that equal the fill value by number, so that -0.0 or a NaN with other bits
-    would be lost: those are written once more by an array that keeps them.
-    """
-    for inside, part in _parts(region, gulp):
-        piece = values[index(inside)]
-        array[part] = piece
-        lost = _lost_chunks(array, piece)
-        if lost:
-            keeping = array.with_config({"write_empty_chunks": True})
-            for chunk in lost:
-                keeping[shift(chunk, part)] = piece[index(chunk)]
-
-
-def wait_until_idle() -> None:
-    """Return once zarr is done with what is under way in this process.
-
-    When one chunk fails, zarr raises and goes on with the others of the call.
-    """
-    sync(_others())
-
-
-async def _others() -> None:
-    me = asyncio.current_task()
-    if me is not None:
-        me.set_name(_others.__name__)  # two that wait must not wait for each other
-    others = [t for t in asyncio.all_tasks() if t.get_name() != _others.__name__]
-    await asyncio.gather(*others, return_exceptions=True)
-
-
-def _lost_chunks(array: zarr.Array[Any], piece: Array) -> list[Box]:
-    """Chunks of ``piece`` that equal the fill value by number but not by bits."""
-    fill = np.zeros((), piece.dtype)
-    if array.fill_value is not None:
-        fill[()] = array.fill_value
-
-    def alike(x: Array) -> Array:
-        equal: Array = (x == fill) | (np.isnan(x) & np.isnan(fill))
-        return equal
-
-    if not piece.size:
-        return []
-    # a chunk can only be alike if its first element is
-    corners = np.argwhere(alike(piece[tuple(slice(None, None, c) for c in array.chunks)]))
-    chunks = [box([int(i) for i in cell], array.chunks, piece.shape) for cell in corners]
-    return [
-        c
-        for c in chunks
-        if alike(x := piece[index(c)]).all() and x.tobytes() != fill.tobytes() * x.size
-    ]
-
-
-def _parts(region: Box, gulp: tuple[int, ...]) -> list[tuple[Box, Box]]:
-    """Gulps of a region, relative to the region and to the array."""
-    return [(inside, shift(inside, region)) for inside in boxes(box_shape(region), gulp)]
-
-
-def _require_stored(array: zarr.Array[Any], region: Box) -> None:
-    for key in keys(array, region):
-        if not sync(array.store.exists(f"{array.path}/{key}".lstrip("/"))):
+def read(array: zarr.Array[Any], region: Box, missing: str) -> Array:
+    """Values of a region of whole units, decoded one after the other."""
+    how = chunks.chain(array)
+    units = list(_units(array, region))
+    values = np.empty(box_shape(region), array.dtype)
+    for (key, inside), data in zip(units, _stored(array, [k for k, _ in units]), strict=True):
+        if data is not None:
+            values[index(inside)] = chunks.decode(how, data)[index(_at_start(inside))]
+        elif missing == "error":
             raise SourceError(
                 f"chunk {key} of {location(array)} is missing; restore it, or use missing='fill' "
                 "to take it for the fill value"
             )
+        else:
+            values[index(inside)] = how.fill
+    return values
+
+
+def write(array: zarr.Array[Any], region: Box, values: Array) -> int:
+    """Write a region of whole units, and return the digest of its files.
+
+    Chunks that are the fill value to the bit stay absent.
+    """
+    folder, how, digest = local_path(array), chunks.chain(array), 0
+    assert folder is not None
+    for key, inside in _units(array, region):
+        data = chunks.encode(how, values[index(inside)])
+        if data is not None:
+            files.write(folder, key, data)
+            digest = files.digest_file(key, data, digest)
+    return digest
+
+
+def is_empty(array: zarr.Array[Any], region: Box) -> bool:
+    """Whether a region is known to be all zeros because none of its chunks is stored."""
+    folder = local_path(array)
+    return (
+        folder is not None
+        and not array.fill_value
+        and not any((folder / key).exists() for key in keys(array, region))
+    )
+
+
+def _at_start(region: Box) -> Box:
+    """The region moved to the start of its array."""
+    return tuple(slice(n) for n in box_shape(region))
+
+
+def _stored(array: zarr.Array[Any], names: list[str]) -> Iterator[Any]:
+    """Bytes of what is stored under each key, or None; some at a time where that saves waiting."""
+    folder = local_path(array)
+    if folder is not None:
+        yield from (files.read(folder / key) for key in names)
+        return
+    together = max(1, GETS // (math.prod(write_unit(array)) * array.dtype.itemsize))
+    for i in range(0, len(names), together):
+        for found in sync(_get_all(array, names[i : i + together])):
+            yield None if found is None else found.as_numpy_array()
+
+
+async def _get_all(array: zarr.Array[Any], names: Iterable[str]) -> list[Any]:
+    prototype = default_buffer_prototype()
+    places = (f"{array.path}/{key}".lstrip("/") for key in names)
+    return await asyncio.gather(*(array.store.get(place, prototype) for place in places))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -14,11 +13,13 @@ from pathlib import Path
 from threading import Condition
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from daskclip import files, storage
 from daskclip.blocks import Box, box_shape, boxes, index, shift
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
 from daskclip.exact import partial_norm
-from daskclip.factor import Scale
+from daskclip.factor import Scale, finalize
 from daskclip.numerics import clip_block, require_finite, rescale
 from daskclip.partials import Partial, combine
 from daskclip.plan import ClipPlan
@@ -66,6 +67,7 @@ class Tally(NamedTuple):
     """Largest finite norm."""
 
 
+EMPTY = 0  # digest of a block of which nothing is stored
 NONE = Tally(0, 0, 0, math.inf, -math.inf)
 
 
@@ -143,7 +145,10 @@ def end(run: str) -> None:
 @_counted
 def sum_block(job: Job, slab: int, block: int) -> Sums:
     """First pass: read a block, return its exact sums."""
-    x = _read_first(job, job.plan.region(slab, block))
+    region = job.plan.region(slab, block)
+    if _is_empty(job, region):
+        return Sums(_no_sums(job, region), {job.plan.number(slab, block): EMPTY})
+    x = _read_first(job, region)
     partial = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
     return Sums(partial, {job.plan.number(slab, block): files.digest(x)})
 
@@ -152,7 +157,7 @@ def sum_block(job: Job, slab: int, block: int) -> Sums:
 def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) -> int | None:
     """Second pass: read a block again, write it rescaled; returns the digest of its files."""
     region = job.plan.region(slab, block)
-    if _untouched(job, scale):
+    if _untouched(job, region, scale):
         return _keep(job, region)
     x = _read_same(job, region, expected)
     rescale(x, scale, x)
@@ -163,9 +168,17 @@ def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
 def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, block)
-    x = _read_first(job, region)
-    x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=job.nonfinite == "omit", out=x)
-    return count(scale), _keep(job, region) if _untouched(job, scale) else _write(job, region, x)
+    if _is_empty(job, region):
+        x, scale = None, finalize(_no_sums(job, region), job.clip_norm, job.source.dtype)
+    else:
+        x = _read_first(job, region)
+        omit = job.nonfinite == "omit"
+        x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=omit, out=x)
+    if _untouched(job, region, scale):
+        return count(scale), _keep(job, region)
+    if x is None:
+        x = rescale(_read_first(job, region), scale)
+    return count(scale), _write(job, region, x)
 
 
 @_counted
@@ -196,7 +209,7 @@ def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
     region = job.plan.region(slab, block)
     x = _read_same(job, region, expected)
     rescale(x, scale, x)
-    for inside in boxes(box_shape(region), job.plan.gulp):
+    for inside in boxes(box_shape(region), job.plan.unit):
         part = shift(inside, region)
         with attempting("reading", job.target, part, _reader(job, job.target)) as read:
             same = read(part).tobytes() == x[index(inside)].tobytes()
@@ -207,61 +220,71 @@ def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
             )
 
 
-def _untouched(job: Job, scale: Scale) -> bool:
+def _is_empty(job: Job, region: Box) -> bool:
+    """Whether a block is all zeros because nothing is stored."""
+    return job.missing == "fill" and storage.is_empty(job.source, region)
+
+
+def _no_sums(job: Job, region: Box) -> Partial:
+    """The exact sums of zeros."""
+    shape = box_shape(region)
+    kept = tuple(1 if k in job.plan.axes else n for k, n in enumerate(shape))
+    terms = math.prod(shape) // math.prod(kept) * (2 if job.source.dtype.kind == "c" else 1)
+    return Partial(np.zeros((0, *kept), np.uint32), 0, np.zeros(kept, np.uint8), terms)
+
+
+def _untouched(job: Job, region: Box, scale: Scale) -> bool:
     """Whether the files of a block may stay as they are."""
-    return storage.local_path(job.source) is not None and bool((scale.factor == 1.0).all())
+    if storage.local_path(job.source) is None:
+        return False
+    if (scale.factor == 1.0).all():
+        return True
+    return bool(np.isfinite(scale.factor).all()) and _is_empty(job, region)
 
 
 def _keep(job: Job, region: Box) -> int | None:
     """Copy a block; in place only once it is known that there is something to clip."""
-    return None if job.in_place else _copy(job, region)
+    if job.in_place:
+        return None
+    return EMPTY if _is_empty(job, region) else _copy(job, region)
 
 
 def _copy(job: Job, region: Box) -> int:
     source, keys = storage.local_path(job.source), list(storage.keys(job.source, region))
     assert source is not None
-    with attempting(
-        "writing", job.target, region, lambda _: files.copy_files(source, _staged(job), keys)
-    ) as copy:
-        copy(region)
-        return _sealed(job, keys)
+    return _synced(job, region, lambda _: files.copy_files(source, _staged(job), keys))
 
 
 def _write(job: Job, region: Box, x: Any) -> int:
-    def write(part: Box) -> None:
+    def write(part: Box) -> int:
         _staged(job)
-        inside = tuple(
-            slice(p.start - r.start, p.stop - r.start) for p, r in zip(part, region, strict=True)
-        )
-        storage.write(job.target, part, x[index(inside)], job.plan.gulp)
+        inside = shift(part, tuple(slice(-s.start, None) for s in region))
+        return storage.write(job.target, part, x[index(inside)])
 
+    return _synced(job, region, write)
+
+
+def _synced(job: Job, region: Box, write: Callable[[Box], int]) -> int:
+    """Digest of the files that ``write`` makes, once they are on disk."""
     with attempting("writing", job.target, region, write) as written:
-        written(region)
-        return _sealed(job, storage.keys(job.target, region))
+        digest: int = written(region)
+        files.sync(_staged(job))
+        return digest
 
 
 def _staged(job: Job) -> Path:
-    """The folder to write to, unless zarr has made it again for a task that outlived its run."""
+    """The folder to write to."""
     folder = Path(job.staged or "")
-    if not any((folder / name).exists() for name in storage.METADATA):
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            folder.parent.rmdir()
+    if not folder.exists():
         raise StorageError(f"the run that wrote to {folder} has ended; run again")
     return folder
-
-
-def _sealed(job: Job, keys: Iterable[str]) -> int:
-    """Digest of files, once they are on disk."""
-    digest = files.digest_files(_staged(job), keys)
-    files.sync(_staged(job))
-    return digest
 
 
 def _read_same(job: Job, region: Box, expected: int) -> Any:
     """Read a second time what was read before."""
     x = _read(job, region)
-    if files.digest(x) != expected:
+    empty = expected == EMPTY and _is_empty(job, region)
+    if not empty and files.digest(x) != expected:
         key = storage.last_changed(job.source, region)
         raise SourceChangedError(
             f"block {shown_region(region)} of {storage.location(job.source)} (chunk {key}) changed "
@@ -290,7 +313,7 @@ def _read(job: Job, region: Box) -> Any:
 
 
 def _reader(job: Job, array: Any) -> Callable[[Box], Any]:
-    return lambda region: storage.read(array, region, job.plan.gulp, job.missing)
+    return lambda region: storage.read(array, region, job.missing)
 
 
 @cache

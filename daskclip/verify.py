@@ -19,7 +19,6 @@ import numpy as np
 from daskclip import files, journal, storage, tasks
 from daskclip.blocks import grid
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError, failing
-from daskclip.guard import guarded
 from daskclip.journal import Entry, Journal
 from daskclip.passes import Passes
 from daskclip.plan import ClipPlan
@@ -93,7 +92,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         job = Job(
             run=uuid4().hex,
             plan=planned(run, plan_of(run).memory),
-            source=guarded(array),
+            source=array,
             target=None,
             staged=None,
             in_place=False,
@@ -120,8 +119,8 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
             if again is not None:
                 job = replace(
                     job,
-                    source=guarded(again),
-                    target=guarded(array),
+                    source=again,
+                    target=array,
                     missing=parameters["missing"],
                 )
                 with _passes(job, how) as comparison:

@@ -21,7 +21,7 @@ from daskclip.journal import Journal
 pytestmark = pytest.mark.distributed
 
 SHAPE, CHUNKS = (32, 32), (2, 8)
-SIZES = {"BLOCK": 256, "GULP": 128, "FIXED": 0, "SCRATCH": 0, "WINDOW": 1}
+SIZES = {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "WINDOW": 1}
 STATE = {2: 1, 4: 1, 8: 1}
 # over columns: 64 blocks of one chunk in four slabs; over rows: 16 blocks, each a slab
 MEMORY = {0: 296, 1: 4096}

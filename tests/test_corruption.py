@@ -4,6 +4,7 @@ Damaged chunks are decoded by a process of their own, which is this file run as 
 that reads outside of its memory must not take the other tests with it.
 """
 
+import asyncio
 import bz2
 import json
 import lzma
@@ -27,6 +28,7 @@ from reference import bits
 from stores import FORMATS, create, read, some, stored
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.codecs import numcodecs as bundled
+from zarr.core.sync import sync
 
 from daskclip import clip_by_norm, clip_zarr, engine, journal, plan, storage, verify_zarr
 from daskclip.errors import (
@@ -37,7 +39,7 @@ from daskclip.errors import (
 )
 from daskclip.resume import discard, plan_of
 
-SIZES = {"BLOCK": 2048, "GULP": 1024, "FIXED": 0, "SCRATCH": 0, "WINDOW": 1}
+SIZES = {"BLOCK": 2048, "FIXED": 0, "SCRATCH": 0, "WINDOW": 1}
 # sums that weigh less than the elements, as those of large chunks do
 STATE = {2: 1, 4: 1, 8: 1}
 TWO_PASSES = 12 * 1024
@@ -101,6 +103,11 @@ def refused(source, target, key, clip_norm):
     return True
 
 
+async def others():
+    """Wait for what zarr has under way."""
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+
 def before_the_run(source, key, data, n):
     """What a run does with a source with a damaged chunk."""
     values, target = read(source), source.with_name("y")
@@ -116,9 +123,10 @@ def before_the_run(source, key, data, n):
             try:
                 decoded = read(source)
             except Exception:
-                storage.wait_until_idle()  # it goes on with the other chunks
+                sync(others())  # it goes on with the other chunks
                 return "refused"
-            assert bits(decoded) == bits(values), "refused, and zarr reads other values"
+            # zarr takes an empty shard for one that is not stored
+            assert bits(decoded) == bits(values) or not data, "refused, and zarr reads other values"
         return "refused"
     x = read(source)  # what did not kill the run does not kill this
     assert bits(read(target)) == bits(clip_by_norm(x, limit))

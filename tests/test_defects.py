@@ -182,7 +182,7 @@ def kills_while_discarding(defect):
 
 def journal_before_data():
     write, append, waiting = storage.write, Journal.append, []
-    storage.write = lambda *args: waiting.append(args)
+    storage.write = lambda *args: waiting.append(args) or 0
 
     def early(self, entry):
         append(self, entry)
@@ -193,8 +193,7 @@ def journal_before_data():
 
 
 def no_digest_of_what_is_read():
-    digest = files.digest
-    files.digest = lambda data, before=0: 0 if hasattr(data, "dtype") else digest(data, before)
+    tasks._read_same = lambda job, region, expected: tasks._read(job, region)
 
 
 def no_look_at_the_source_before_publishing():

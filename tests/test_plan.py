@@ -98,14 +98,6 @@ def test_blocks_are_whole_units(plan):
 
 @many
 @given(plans())
-def test_what_one_call_reads_is_whole_units_of_a_block(plan):
-    for gulp, block, unit, n in zip(plan.gulp, plan.block, plan.unit, plan.shape, strict=True):
-        assert gulp <= block
-        assert gulp % unit == 0 or gulp == n
-
-
-@many
-@given(plans())
 def test_blocks_of_a_slab_share_their_slices(plan):
     kept = {}
     for slab, block in pieces(plan):
@@ -156,7 +148,13 @@ def test_more_memory_never_means_more_passes_step_by_step(request_):
     found = [planned(request_, memory=m * MIB) for m in (20, 24, 32, 48, 64, 100, 200, 2**20)]
     passes = [3 if plan is None else plan.passes for plan in found]
     assert all(a >= b for a, b in pairwise(passes))
-    assert passes[-1] == 1
+    slabs = math.prod(
+        -(-n // u)
+        for a, (n, u) in enumerate(zip(request_["shape"], request_["unit"], strict=True))
+        if a not in request_["axes"]
+    )
+    if slabs >= request_["processes"] * request_["threads"]:
+        assert passes[-1] == 1
 
 
 @many
@@ -181,7 +179,7 @@ def test_64_threads_fit_the_default_memory():
     ("axes", "memory", "passes", "slabs"),
     [
         ((0,), 2**29, 2, 1),
-        ((0,), 2**40, 1, 1),
+        ((0,), 2**40, 2, 1),
         ((1,), 2**29, 1, 245),
         ((0, 1), 2**29, 2, 1),
         ((), 2**29, 1, 245),

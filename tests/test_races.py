@@ -18,13 +18,12 @@ import zarr
 from click.testing import CliRunner
 from reference import bits
 from stores import create, read, some, stored
-from zarr.storage import LocalStore
 
-from daskclip import clip_by_norm, clip_zarr, engine, plan, publish, storage, tasks
+from daskclip import clip_by_norm, clip_zarr, engine, files, plan, publish, storage, tasks
 from daskclip.cli import main
 from daskclip.journal import Journal, entries
 
-SIZES = {"BLOCK": 128, "GULP": 128, "FIXED": 0, "SCRATCH": 0, "WINDOW": 2}
+SIZES = {"BLOCK": 128, "FIXED": 0, "SCRATCH": 0, "WINDOW": 2}
 STATE = {2: 1, 4: 1, 8: 1}
 SHAPE, CHUNKS = (16, 32), (2, 8)
 TIGHT = 400  # windows of two blocks of a chunk, in two passes over columns
@@ -320,25 +319,18 @@ def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
 
 
 def touched(monkeypatch):
-    """What zarr's store reads and writes of chunks, and what the engine does."""
+    """What is read and written of chunks, by file and by block."""
     seen = []
-    for name in ("get", "set"):
-        original = getattr(LocalStore, name)
+    for module in (files, storage):
+        for name in ("read", "write"):
+            original = getattr(module, name)
+            what = f"{module.__name__.rpartition('.')[2]}.{name}"
 
-        async def telling(self, key, *args, original=original, name=name, **kwargs):
-            if not key.rpartition("/")[2].startswith((".z", "zarr.json")):
-                seen.append((name, key))
-            return await original(self, key, *args, **kwargs)
+            def counting(*args, original=original, what=what):
+                seen.append((what, args[1:2]))
+                return original(*args)
 
-        monkeypatch.setattr(LocalStore, name, telling)
-    for name in ("read", "write"):
-        original = getattr(storage, name)
-
-        def counting(*args, original=original, name=name):
-            seen.append((name, args[1]))
-            return original(*args)
-
-        monkeypatch.setattr(storage, name, counting)
+            monkeypatch.setattr(module, name, counting)
     return seen
 
 
@@ -375,7 +367,8 @@ def test_an_identical_run_is_up_to_date(tmp_path, monkeypatch, x, option):
     assert names(tmp_path) == ["x", *(["y"] if target else [])]
     # what counts is not blind
     run("run", x, tmp_path / "z", "--clip-norm", 1)
-    assert {name for name, _ in seen} == {"get", "set", "read", "write"}
+    wanted = {"files.read", "files.write", "storage.read", "storage.write"}
+    assert {name for name, _ in seen} == wanted
 
 
 def stop_after(monkeypatch, lines, call):

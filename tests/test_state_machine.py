@@ -40,7 +40,7 @@ from daskclip.resume import discard, status
 
 SHAPE, CHUNKS = (12, 8), (2, 4)
 # plans of several slabs, windows and passes for an array of 384 bytes
-SIZES = {"BLOCK": 64, "GULP": 32, "FIXED": 0, "SCRATCH": 0, "WINDOW": 2}
+SIZES = {"BLOCK": 64, "FIXED": 0, "SCRATCH": 0, "WINDOW": 2}
 AMPLE = 2**30
 # exit code and text, remedy included, of every refusal that there may be
 REFUSALS = {
@@ -49,7 +49,7 @@ REFUSALS = {
     "other parameters": (5, r"has .* and not .*; finish it, or discard it with: "),
     "source changed": (5, r"changed since the unfinished run in .* began; discard it with: "),
     "staging lost": (5, r"has lost its files; discard it with: "),
-    "other version": (5, r"has version 2 and not 1; finish it .*, or discard it with: "),
+    "other version": (5, r"has version 3 and not 2; finish it .*, or discard it with: "),
     "memory": (3, r"memory .* holds less than .*; give memory='.*', or discard it with: "),
     "missing": (3, r"chunk \S+ of .* is missing; restore it, or use missing='fill'"),
     "absent": (3, r"target .* does not exist; check the path"),
@@ -842,7 +842,7 @@ def test_a_journal_of_another_version_is_refused(tmp_path, way):
     wanted = source_of(tmp_path, way)
     assert killed_while_publishing(call, tmp_path, 1)
     path = tmp_path / f".{call.place}.daskclip" / "journal"
-    journal.begin(path, journal.header(path) | {"version": 2})
+    journal.begin(path, journal.header(path) | {"version": 3})
     before = tree(tmp_path)
     assert outcome(call.start, tmp_path) == "other version"
     assert tree(tmp_path) == before

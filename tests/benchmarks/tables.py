@@ -1,11 +1,14 @@
 """The tables of README and what they were measured on."""
 
+import argparse
 import datetime
 import os
 import platform
 import re
 from importlib.metadata import version
 from pathlib import Path
+
+from daskclip.parameters import parse_memory
 
 README = Path(__file__).parents[2] / "README.md"
 END = "<!-- end -->"
@@ -32,3 +35,25 @@ def cpu():
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
     except (OSError, AttributeError):
         return platform.processor() or platform.machine()
+
+
+def options(text, arguments, **defaults):
+    """The arguments that all modules take, and those with the defaults given."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="replace the table of README")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="parts of the names of cases, or contenders"
+    )
+    parser.add_argument("--folder", help="for temporary files")
+    parser.add_argument(
+        "--python", action="append", default=[], metavar="NAME=PATH",
+        help="interpreter of a contender, such as cubed=/path/to/python",
+    )  # fmt: skip
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default)
+    chosen = parser.parse_args(arguments)
+    chosen.python = dict(item.split("=", 1) for item in chosen.python)
+    if "size" in defaults:
+        chosen.size = parse_memory(chosen.size)
+    return chosen
