@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 from zarr.abc.codec import ArrayArrayCodec, BytesBytesCodec
-from zarr.codecs import ShardingCodec
+from zarr.codecs import BytesCodec, ShardingCodec
 from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.dtype import UInt64
@@ -31,8 +31,9 @@ ABSENT = 2**64 - 1  # offset and length of an inner chunk that a shard does not 
 class Codec(Protocol):
     """One step from values to bytes, and back."""
 
-    def encode(self, x: Array) -> Any: ...
-    def decode(self, x: Any) -> Any: ...
+    def encode(self, x: Any) -> Any: ...
+    def decode(self, x: Any, out: Array | None) -> Any:
+        """Returns ``out`` if that could be filled on the way."""
 
 
 class Chain(NamedTuple):
@@ -55,8 +56,8 @@ def chain(array: Any) -> Chain:
     if metadata.zarr_format == 2:
         limit = _limit(array.chunks, array.dtype)
         used = [*(metadata.filters or ()), metadata.compressor]
-        codecs = [_Elements(array.chunks, array.dtype, metadata.order)]
-        return Chain(array.chunks, fill, (*codecs, *(_Plain(c, limit) for c in used if c)))
+        elements = _Elements(array.chunks, array.dtype, metadata.order)
+        return Chain(array.chunks, fill, (elements, *(_Plain(c, limit) for c in used if c)))
     spec = ArraySpec(
         shape=array.shards or array.chunks,
         dtype=metadata.data_type,
@@ -73,6 +74,9 @@ def _chain(codecs: Any, spec: Any, fill: Array) -> Chain:
     for codec in codecs:
         if isinstance(codec, ShardingCodec):
             steps.append(_shards(codec, spec, fill))
+        elif isinstance(codec, BytesCodec):
+            order: Any = getattr(codec.endian, "value", codec.endian) or "little"
+            steps.append(_Elements(spec.shape, fill.dtype.newbyteorder(order), "C"))
         else:
             evolved: Any = codec.evolve_from_array_spec(spec)
             steps.append(_Zarr(evolved, spec, limit))
@@ -97,12 +101,17 @@ def _through(codecs: tuple[Codec, ...], x: Any) -> Any:
     return x
 
 
-def decode(chain: Chain, data: Any) -> Array:
-    """Values of a whole chunk, which may lie in the memory of ``data``."""
-    x = np.frombuffer(data, np.uint8)
-    for codec in reversed(chain.codecs):
-        x = codec.decode(x)
-    return x
+def decode(chain: Chain, data: Any, out: Array) -> None:
+    """Put the values of a chunk into ``out``, which may be cut off at the edge of its array."""
+    whole = out if out.shape == chain.shape else None
+    x = data
+    for i, codec in reversed([*enumerate(chain.codecs)]):
+        # of bytes that are the elements as they lie in memory
+        direct = i == 0 or (i == 1 and whole is not None and _are_elements(chain.codecs[0], whole))
+        x = codec.decode(x, whole if direct else None)
+        if x is out:
+            return
+    out[...] = x[index(tuple(slice(n) for n in out.shape))]
 
 
 def codec_name(name: str) -> str:
@@ -127,17 +136,26 @@ def _is_fill(values: Array, fill: Array) -> bool:
 
 @dataclass(frozen=True)
 class _Elements:
-    """Values as bytes, for format 2."""
+    """Values as bytes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     order: Any
 
     def encode(self, x: Array) -> Array:
-        return np.asarray(x, self.dtype).ravel(self.order)
+        return np.asarray(x, self.dtype).ravel(self.order).view(np.uint8)
 
-    def decode(self, x: Any) -> Array:
+    def decode(self, x: Any, out: Array | None) -> Array:
         return np.frombuffer(x, self.dtype).reshape(self.shape, order=self.order)
+
+
+def _are_elements(codec: Codec, x: Array) -> bool:
+    return (
+        isinstance(codec, _Elements)
+        and codec.order == "C"
+        and codec.dtype == x.dtype
+        and x.flags.c_contiguous
+    )
 
 
 @dataclass(frozen=True)
@@ -150,8 +168,9 @@ class _Plain:
     def encode(self, x: Any) -> Any:
         return self.codec.encode(x)
 
-    def decode(self, x: Any) -> Any:
-        return decoded(self.codec.codec_id, memoryview(x).cast("B"), self.limit, self.codec.decode)
+    def decode(self, x: Any, out: Array | None) -> Any:
+        data = memoryview(x).cast("B")
+        return decoded(self.codec.codec_id, data, self.limit, self.codec.decode, out)
 
 
 @dataclass(frozen=True)
@@ -165,12 +184,15 @@ class _Zarr:
     def encode(self, x: Array) -> Array:
         return self._run(self.codec._encode_single, not isinstance(self.codec, BytesBytesCodec), x)
 
-    def decode(self, x: Array) -> Array:
-        run = partial(self._run, self.codec._decode_single, isinstance(self.codec, ArrayArrayCodec))
+    def decode(self, x: Any, out: Array | None) -> Any:
+        if isinstance(self.codec, ArrayArrayCodec):
+            return self._run(self.codec._decode_single, True, x)
+        run = partial(self._run, self.codec._decode_single, False)
+        data = np.frombuffer(x, np.uint8)
         if not isinstance(self.codec, BytesBytesCodec):
-            return run(x)
+            return run(data)
         name = codec_name(str(self.codec.to_dict()["name"]))
-        return np.frombuffer(decoded(name, x.data, self.limit, run), np.uint8)
+        return decoded(name, data.data, self.limit, run, out)
 
     def _run(self, function: Any, values: bool, x: Any) -> Array:
         prototype = self.spec.prototype
@@ -203,16 +225,19 @@ class _Shards:
         parts.insert(0 if self.index_first else len(parts), _through(self.index.codecs, where))
         return np.frombuffer(b"".join(parts), np.uint8)
 
-    def decode(self, x: Array) -> Array:
+    def decode(self, x: Any, out: Array | None) -> Array:
+        x = memoryview(x).cast("B")
         at = slice(self.index_size) if self.index_first else slice(-self.index_size, None)
-        where = decode(self.index, x[at]).reshape(-1, 2).tolist()
-        values = np.full(self.shape, self.inner.fill)
-        for (start, size), inside in zip(where, self._cells(), strict=True):
+        where = np.empty(self.index.shape, np.uint64)
+        decode(self.index, x[at], where)
+        values = np.empty(self.shape, self.inner.fill.dtype) if out is None else out
+        for (start, size), inside in zip(where.reshape(-1, 2).tolist(), self._cells(), strict=True):
             if (start, size) == (ABSENT, ABSENT):
-                continue
-            if start + size > len(x):
+                values[index(inside)] = self.inner.fill
+            elif start + size > len(x):
                 raise ValueError(f"its index leads beyond its {len(x)} bytes")
-            values[index(inside)] = decode(self.inner, x[start : start + size])
+            else:
+                decode(self.inner, x[start : start + size], values[index(inside)])
         return values
 
     def _cells(self) -> Any:

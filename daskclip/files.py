@@ -6,7 +6,7 @@ import ctypes
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +16,8 @@ from uuid import uuid4
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h
 CHUNK = re.compile(r"c|(c[./])?\d+([./]\d+)*")  # key of a chunk in any of zarr's encodings
@@ -100,12 +102,18 @@ def copy_files(source: Path, target: Path, keys: Iterable[str]) -> int:
     return total
 
 
-def read(path: Path) -> npt.NDArray[np.uint8] | None:
-    """Bytes of a file, or None if there is none."""
-    try:
-        return np.fromfile(path, np.uint8)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+def read(path: str, room: Bytes) -> tuple[Bytes | None, Bytes]:
+    """Bytes of a file, or None if there is none, in ``room``; and that, larger if need be."""
+    with _opened(path) as file:
+        if file is None:
+            return None, room
+        size = os.fstat(file.fileno()).st_size
+        if size > len(room):
+            room = np.empty(size, np.uint8)
+        at = 0
+        while at < size and (n := file.readinto(room[at:size])):
+            at += n
+        return room[:at], room
 
 
 def write(folder: Path, key: str, data: Any) -> None:
@@ -114,15 +122,12 @@ def write(folder: Path, key: str, data: Any) -> None:
         file.write(data)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: str | Path) -> Any:
+    """A context that gives the file, or None if there is none."""
     try:
-        file = path.open("rb", buffering=0)
+        return open(path, "rb", buffering=0)
     except (FileNotFoundError, NotADirectoryError):
-        yield None
-        return
-    with file:
-        yield file
+        return nullcontext()
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import numcodecs
+
 # decoders of the standard library take a limit; the others say first how much they will write
 STREAMS: dict[str, Callable[[], Any]] = {
     "gzip": lambda: zlib.decompressobj(31),
@@ -15,15 +17,23 @@ STREAMS: dict[str, Callable[[], Any]] = {
     "bz2": bz2.BZ2Decompressor,
     "lzma": lzma.LZMADecompressor,
 }
+# those of numcodecs that can put what they decode where it is wanted
+INTO = {"blosc": numcodecs.Blosc(), "zstd": numcodecs.Zstd()}
 ZSTD_BLOCK = 1 << 17  # bytes, at most, of a block in a frame that does not say its size
 
 
-def decoded(codec: str, data: Any, limit: int, decode: Callable[[Any], Any]) -> Any:
-    """``decode(data)``, refused if it would be more than ``limit`` bytes or kill the process."""
+def decoded(codec: str, data: Any, limit: int, decode: Callable[..., Any], out: Any) -> Any:
+    """What ``decode`` gives; refused if it would be more than ``limit`` bytes or kill the process.
+
+    It is put into ``out`` and returned as such, where it is known to fill ``out``.
+    """
     if codec in STREAMS:
         return _stream(codec, data, limit)
-    _check(codec, data, limit)
-    return decode(data)
+    size = _size(codec, data, limit)
+    if out is None or size != out.nbytes or codec not in INTO:
+        return decode(data)
+    INTO[codec].decode(data, out)
+    return out
 
 
 def _stream(codec: str, data: Any, limit: int) -> bytes:
@@ -36,17 +46,23 @@ def _stream(codec: str, data: Any, limit: int) -> bytes:
     return decoded
 
 
-def _check(codec: str, data: Any, limit: int) -> None:
-    """Refuse what says that it would be larger, or would make the decoder leave its memory."""
+def _size(codec: str, data: Any, limit: int) -> int | None:
+    """Bytes that ``data`` decodes to, where it says so.
+
+    Refuses what would be larger, or would make the decoder leave its memory.
+    """
+    size, most = None, 0
     if codec == "blosc":
         # a length that is wrong makes it read beyond the end, which kills the process
         if len(data) < 16 or _integer(data[12:16]) != len(data):
             raise ValueError(f"its blosc header does not fit its {len(data)} bytes")
-        _require(_integer(data[4:8]), limit)
+        size = most = _integer(data[4:8])
     elif codec == "lz4":
-        _require(_integer(data[:4]), limit)
+        size = most = _integer(data[:4])
     elif codec == "zstd":
-        _require(_zstd_size(data), limit + ZSTD_BLOCK)
+        size, most = _zstd_size(data)
+    _require(most, limit + ZSTD_BLOCK)
+    return size
 
 
 def _require(size: int, limit: int) -> None:
@@ -58,9 +74,10 @@ def _integer(data: Any) -> int:
     return int.from_bytes(bytes(data), "little")
 
 
-def _zstd_size(data: Any) -> int:
-    """Bytes that frames decode to at most (RFC 8878, section 3.1); not all say their size."""
+def _zstd_size(data: Any) -> tuple[int | None, int]:
+    """Bytes that frames decode to (RFC 8878, section 3.1), if all say so, and at most."""
     total = at = 0
+    said = True
     while at < len(data):
         magic, flags = _integer(data[at : at + 4]), _integer(data[at + 4 : at + 5])
         if magic & ~15 == 0x184D2A50:  # a frame to be skipped
@@ -80,5 +97,6 @@ def _zstd_size(data: Any) -> int:
             at += 3 + (1 if kind == 1 else size)
             blocks += 1
         total += declared if width else blocks * ZSTD_BLOCK
+        said = said and width > 0
         at += 4 * (flags >> 2 & 1)
-    return total
+    return (total if said else None), total

@@ -225,14 +225,14 @@ def last_changed(array: zarr.Array[Any], region: Box) -> str:
     return max(times, key=lambda key: times[key])
 
 
-def read(array: zarr.Array[Any], region: Box, missing: str) -> Array:
-    """Values of a region of whole units, decoded one after the other."""
+def read(array: zarr.Array[Any], region: Box, missing: str, out: Array | None = None) -> Array:
+    """Values of a region of whole units, decoded one after the other, into ``out`` if given."""
     how = chunks.chain(array)
     units = list(_units(array, region))
-    values = np.empty(box_shape(region), array.dtype)
+    values = np.empty(box_shape(region), array.dtype) if out is None else out
     for (key, inside), data in zip(units, _stored(array, [k for k, _ in units]), strict=True):
         if data is not None:
-            values[index(inside)] = chunks.decode(how, data)[index(_at_start(inside))]
+            chunks.decode(how, data, values[index(inside)])
         elif missing == "error":
             raise SourceError(
                 f"chunk {key} of {location(array)} is missing; restore it, or use missing='fill' "
@@ -268,16 +268,17 @@ def is_empty(array: zarr.Array[Any], region: Box) -> bool:
     )
 
 
-def _at_start(region: Box) -> Box:
-    """The region moved to the start of its array."""
-    return tuple(slice(n) for n in box_shape(region))
-
-
 def _stored(array: zarr.Array[Any], names: list[str]) -> Iterator[Any]:
-    """Bytes of what is stored under each key, or None; some at a time where that saves waiting."""
+    """Bytes of what is stored under each key, or None; they are good until the next ones.
+
+    Some are fetched at a time where that saves waiting.
+    """
     folder = local_path(array)
     if folder is not None:
-        yield from (files.read(folder / key) for key in names)
+        room = np.empty(0, np.uint8)
+        for key in names:
+            data, room = files.read(f"{folder}/{key}", room)
+            yield data
         return
     together = max(1, GETS // (math.prod(write_unit(array)) * array.dtype.itemsize))
     for i in range(0, len(names), together):

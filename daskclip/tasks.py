@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import partial, wraps
 from pathlib import Path
-from threading import Condition
+from threading import Condition, get_ident
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -25,10 +24,8 @@ from daskclip.partials import Partial, combine
 from daskclip.plan import ClipPlan
 from daskclip.retries import attempting, shown_region
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Job:
     """What all blocks of a run have in common."""
 
@@ -110,6 +107,7 @@ def add_sums(parts: list[Sums]) -> Sums:
     return Sums(combine([p.partial for p in parts]), digests)
 
 
+_rooms: WeakKeyDictionary[Job, dict[int, Any]] = WeakKeyDictionary()
 _blocks: Counter[str] = Counter()
 _ended: set[str] = set()
 _changed = Condition()
@@ -120,7 +118,6 @@ def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def counted(job: Job, *args: Any) -> Any:
-        return_freed_memory()
         with _changed:
             if job.run in _ended:
                 raise StorageError("the run was stopped")
@@ -211,8 +208,9 @@ def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
     rescale(x, scale, x)
     for inside in boxes(box_shape(region), job.plan.unit):
         part = shift(inside, region)
-        with attempting("reading", job.target, part, _reader(job, job.target)) as read:
-            same = read(part).tobytes() == x[index(inside)].tobytes()
+        read = partial(storage.read, job.target, missing="fill")
+        with attempting("reading", job.target, part, read) as reading:
+            same = reading(part).tobytes() == x[index(inside)].tobytes()
         if not same:
             raise VerificationError(
                 f"{shown_region(part)} of {storage.location(job.target)} is not what clipping "
@@ -308,20 +306,15 @@ def _read_first(job: Job, region: Box) -> Any:
 
 
 def _read(job: Job, region: Box) -> Any:
-    with attempting("reading", job.source, region, _reader(job, job.source)) as read:
-        return read(region)
+    """Values of a block, in memory that the next block of this thread takes."""
+    rooms, me = _rooms.setdefault(job, {}), get_ident()
+    if me not in rooms:
+        rooms[me] = np.empty(math.prod(job.plan.block), job.source.dtype)
+    room = rooms[me]
 
+    def read(part: Box) -> Any:
+        values = room[: math.prod(box_shape(part))].reshape(box_shape(part))
+        return storage.read(job.source, part, job.missing, values)
 
-def _reader(job: Job, array: Any) -> Callable[[Box], Any]:
-    return lambda region: storage.read(array, region, job.missing)
-
-
-@cache
-def return_freed_memory() -> None:
-    """Let the allocator give large buffers back to the system once they are freed.
-
-    By default glibc raises its threshold after the first of them and keeps what the decoding
-    threads free in their heaps, so that a run grows with its length.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
+    with attempting("reading", job.source, region, read) as reading:
+        return reading(region)

@@ -8,6 +8,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+from daskclip import __version__
 from daskclip.parameters import parse_memory
 
 README = Path(__file__).parents[2] / "README.md"
@@ -23,10 +24,10 @@ def write(name, text):
 
 def machine(*packages):
     """Processor, cores, versions and date."""
-    versions = ", ".join(f"{name} {version(name)}" for name in (*packages, "daskclip"))
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return (
-        f"{cpu()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; "
-        f"{datetime.date.today().isoformat()}"
+        f"{cpu()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}, "
+        f"daskclip {__version__}; {datetime.date.today().isoformat()}"
     )
 
 
@@ -51,7 +52,8 @@ def options(text, arguments, **defaults):
         help="interpreter of a contender, such as cubed=/path/to/python",
     )  # fmt: skip
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", default=default)
+        many = {"nargs": "*", "type": float} if isinstance(default, list) else {}
+        parser.add_argument(f"--{name}", default=default, **many)
     chosen = parser.parse_args(arguments)
     chosen.python = dict(item.split("=", 1) for item in chosen.python)
     if "size" in defaults:
