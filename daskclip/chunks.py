@@ -114,6 +114,14 @@ def decode(chain: Chain, data: Any, out: Array) -> None:
     out[...] = x[index(tuple(slice(n) for n in out.shape))]
 
 
+def elements(chain: Chain, x: Array) -> Array | None:
+    """The memory of ``x`` as bytes, if they are what is stored for it."""
+    only = len(chain.codecs) == 1 and x.shape == chain.shape
+    if only and x.size and _are_elements(chain.codecs[0], x):
+        return x.reshape(-1).view(np.uint8)
+    return None
+
+
 def codec_name(name: str) -> str:
     """A codec's name without the prefix of its library."""
     return name.removeprefix("numcodecs.")

@@ -113,7 +113,7 @@ def read(path: str, room: Bytes) -> tuple[Bytes | None, Bytes]:
         at = 0
         while at < size and (n := file.readinto(room[at:size])):
             at += n
-        return room[:at], room
+        return (room if at == len(room) else room[:at]), room
 
 
 def write(folder: Path, key: str, data: Any) -> None:

@@ -203,8 +203,9 @@ def make_plan(
     while threads > fewest and not fits(unit):
         threads -= 1
 
-    reduced = [a for a in reversed(range(len(shape))) if a in axes]
-    kept = [a for a in reversed(range(len(shape))) if a not in axes]
+    # along the first axes first: the chunks of a block lie in its memory one after the other
+    reduced = [a for a in range(len(shape)) if a in axes]
+    kept = [a for a in range(len(shape)) if a not in axes]
     whole = tuple(
         max(1, n) if a in axes else u for a, (n, u) in enumerate(zip(shape, unit, strict=True))
     )

@@ -230,16 +230,20 @@ def read(array: zarr.Array[Any], region: Box, missing: str, out: Array | None = 
     how = chunks.chain(array)
     units = list(_units(array, region))
     values = np.empty(box_shape(region), array.dtype) if out is None else out
-    for (key, inside), data in zip(units, _stored(array, [k for k, _ in units]), strict=True):
+    parts = [values[index(inside)] for _, inside in units]
+    rooms = [chunks.elements(how, part) for part in parts]
+    stored = _stored(array, [key for key, _ in units], rooms)
+    for (key, _), part, room, data in zip(units, parts, rooms, stored, strict=True):
         if data is not None:
-            chunks.decode(how, data, values[index(inside)])
+            if room is None or data is not room:
+                chunks.decode(how, data, part)
         elif missing == "error":
             raise SourceError(
                 f"chunk {key} of {location(array)} is missing; restore it, or use missing='fill' "
                 "to take it for the fill value"
             )
         else:
-            values[index(inside)] = how.fill
+            part[...] = how.fill
     return values
 
 
@@ -268,16 +272,18 @@ def is_empty(array: zarr.Array[Any], region: Box) -> bool:
     )
 
 
-def _stored(array: zarr.Array[Any], names: list[str]) -> Iterator[Any]:
+def _stored(array: zarr.Array[Any], names: list[str], rooms: list[Any]) -> Iterator[Any]:
     """Bytes of what is stored under each key, or None; they are good until the next ones.
 
-    Some are fetched at a time where that saves waiting.
+    They are the room for the key, if there is one and they fill it. Some are fetched at a time
+    where that saves waiting.
     """
     folder = local_path(array)
     if folder is not None:
-        room = np.empty(0, np.uint8)
-        for key in names:
-            data, room = files.read(f"{folder}/{key}", room)
+        spare = np.empty(0, np.uint8)
+        for key, room in zip(names, rooms, strict=True):
+            data, larger = files.read(f"{folder}/{key}", spare if room is None else room)
+            spare = larger if room is None else spare
             yield data
         return
     together = max(1, GETS // (math.prod(write_unit(array)) * array.dtype.itemsize))
