@@ -8,7 +8,8 @@ blocks         grid arithmetic
 files          local files: durable, exchanged, listed, digested
 digits         sums of squares of a matrix as integers
 partials       exact sums as integers, and adding them up
-kernels        the same sums and rescaling in compiled loops, where numba is installed
+loops          sums and products that numba compiles
+kernels        exact sums and rescaled blocks by those loops, where numba is installed
 exact          exact sums of squares of NumPy blocks
 factor         from a sum to the norm and the factor
 numerics       rescaled blocks

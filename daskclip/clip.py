@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
+from dask.system import CPU_COUNT
 
 from daskclip import lazy
 from daskclip.arrays import as_array, as_limit, check_name
 from daskclip.exact import partial_norm
 from daskclip.factor import finalize
 from daskclip.indexed import IndexedSlices, is_indexed
-from daskclip.numerics import clip_block, require_finite
+from daskclip.numerics import clip_array, require_finite
 from daskclip.parameters import NonFinite, check_nonfinite, parse_axes
 
 
@@ -114,7 +116,9 @@ def clip_by_norm(
     else:
         if nonfinite == "raise" and limit != math.inf:
             require_finite(x, over)
-        clipped, scale = clip_block(x, limit, over, omit_nan=nonfinite == "omit")
+        threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
+        omit = nonfinite == "omit"
+        clipped, scale = clip_array(x, limit, over, omit_nan=omit, threads=threads)
         norms = scale.norm.squeeze(over)[()]
         if x.ndim == 0 and not isinstance(t, np.ndarray):
             clipped = clipped[()]

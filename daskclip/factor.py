@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from daskclip.blocks import index, tiles
 from daskclip.exact import partial_norm
+from daskclip.loops import two_product
 from daskclip.partials import INF, LIMB, NAN, SLICES, Partial
 
 Array = npt.NDArray[Any]
@@ -166,17 +167,6 @@ def _greater(a: _Leading, b: _Leading) -> Array:
     return greater
 
 
-def _two_product(a: Array, b: Array) -> tuple[Array, Array]:
-    """A · b as the rounded product and its error (Dekker, Veltkamp)."""
-    p = a * b
-    split = 134217729.0  # 2**27 + 1
-    a1, b1 = a * split, b * split
-    a1 -= a1 - a
-    b1 -= b1 - b
-    a2, b2 = a - a1, b - b1
-    return p, ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2
-
-
 def _root(lead: _Leading) -> tuple[Array, Array, Array]:
     """Square root to some 100 bits: (root + low_part) · 2**half, root in [2**26, 2**27]."""
     a = (lead.high >> np.uint64(11)).astype(np.float64)
@@ -186,7 +176,7 @@ def _root(lead: _Leading) -> tuple[Array, Array, Array]:
     odd = (exponent & 1) * 1.0 + 1.0
     a, b = a * odd, b * odd
     first = np.sqrt(a)
-    square, error = _two_product(first, first)
+    square, error = two_product(first, first)
     delta = np.where(a == 0, 0.0, (((a - square) - error) + b) / (2.0 * first))
     root = first + delta
     return root, (first - root) + delta, ((exponent - (exponent & 1)) // 2).astype(np.int32)
@@ -228,7 +218,7 @@ def _factor(
     """Factor clip_norm / norm, lowered as the module says: mantissa · 2**exponent."""
     c, c_exponent = math.frexp(clip_norm)
     q = c / root
-    product, error = _two_product(q, root)
+    product, error = two_product(q, root)
     correction = (((c - product) - error) - q * low_part) / root
     # float64: half a unit for the product, half for this sum, and some for subnormal results
     slack = 2.0625 * 2.0**-53 if bits == 53 else 2.0**-FACTOR_BITS

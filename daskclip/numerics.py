@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from daskclip import kernels
-from daskclip.blocks import boxes, index, tile_shape, tiles
+from daskclip.blocks import boxes, ceil_div, index, tile_shape, tiles
 from daskclip.errors import NonFiniteError
 from daskclip.exact import partial_norm
 from daskclip.factor import PRECISION, Scale, finalize
-from daskclip.partials import SLICES
+from daskclip.partials import SLICES, combine
 
 Array = npt.NDArray[Any]
+LARGE = 1 << 23  # bytes from which several threads pay
+PARTS = 4  # a thread
 TILE = 1 << 14  # elements that are rescaled at a time: they stay in the cache
 
 
@@ -106,7 +109,20 @@ def clip_block(
     if out is None:
         out = np.empty_like(x, subok=False)
     shape = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
-    done = Scale(np.empty(shape), None, False, np.empty(shape), np.empty(shape, np.uint8))
+    done = Scale(np.empty(shape), None, False, np.empty(shape), np.zeros(shape, np.uint8))
+    rows = kernels.clip_rows(x, clip_norm, axes, out)
+    if rows is not None:
+        done.factor.reshape(-1)[:], done.norm.reshape(-1)[:], left = rows
+        source, target = x.reshape(len(left), -1), out.reshape(len(left), -1)
+        found = np.flatnonzero(left)
+        step = ceil_div(kernels.LONGEST, source.shape[1])
+        for at in (found[i : i + step] for i in range(0, len(found), step)):
+            some = source[at]
+            scale = finalize(partial_norm(some, (1,), omit_nan=omit_nan), clip_norm, x.dtype)
+            target[at] = rescale(some, scale, some)
+            for field in ("factor", "norm", "flags"):
+                getattr(done, field).reshape(-1)[at] = getattr(scale, field)[:, 0]
+        return out, done
     for kept in boxes(shape, tile_shape(shape, SLICES)):
         region = index(tuple(slice(None) if k in axes else s for k, s in enumerate(kept)))
         part = x[region]
@@ -114,6 +130,35 @@ def clip_block(
         rescale(part, scale, out[region])
         done.factor[kept], done.norm[kept], done.flags[kept] = scale.factor, scale.norm, scale.flags
     return out, done
+
+
+def clip_array(
+    x: Array, clip_norm: float, axes: tuple[int, ...], *, omit_nan: bool, threads: int
+) -> tuple[Array, Scale]:
+    """`clip_block`, a large one in parts along the axis that memory runs along slowest."""
+    if x.nbytes < LARGE or threads < 2:
+        return clip_block(x, clip_norm, axes, omit_nan=omit_nan)
+    out = np.empty_like(x, subok=False)
+    axis = max(range(x.ndim), key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
+    step = ceil_div(x.shape[axis], PARTS * threads)
+    parts = [(slice(None),) * axis + (slice(i, i + step),) for i in range(0, x.shape[axis], step)]
+
+    def clip(part: Any) -> Scale:
+        return clip_block(x[part], clip_norm, axes, omit_nan=omit_nan, out=out[part])[1]
+
+    with ThreadPoolExecutor(threads) as pool:
+        if axis not in axes:
+            scales = list(pool.map(clip, parts))
+            joined = (
+                np.concatenate(part, axis)
+                for part in zip(*((s.factor, s.norm, s.flags) for s in scales), strict=True)
+            )
+            factor, norm, flags = joined
+            return out, Scale(factor, None, False, norm, flags)
+        partials = pool.map(lambda part: partial_norm(x[part], axes, omit_nan=omit_nan), parts)
+        scale = finalize(combine(list(partials)), clip_norm, x.dtype)
+        list(pool.map(lambda part: rescale(x[part], scale, out[part]), parts))
+    return out, scale
 
 
 def require_finite(

@@ -13,6 +13,7 @@ import numpy as np
 
 from daskclip.exact import partial_norm
 from daskclip.factor import finalize
+from daskclip.loops import compiled
 
 from .tables import machine, write
 
@@ -49,6 +50,7 @@ def measure(nbytes=NBYTES, repeat=REPEAT):
     for dtype in DTYPES:
         x = random.standard_normal(nbytes // np.dtype(dtype).itemsize).astype(dtype)
         arrays[dtype] = x, np.empty_like(x)
+        exact(x, (0,), None)  # compiles the loops, where numba is installed
     seconds = {}
     for _ in range(repeat):
         for dtype, (flat, spare) in arrays.items():
@@ -82,13 +84,14 @@ def rate(best, median, nbytes):
 
 
 def context(nbytes, repeat, load):
+    numba = ["numba"] if compiled() else []
     return (
         f"GB/s of input on one core, best of {repeat} interleaved repetitions (median in "
         f"brackets); standard normal values, {nbytes / 2**20:.0f} MiB in memory. Exact is "
         "`partial_norm` and `finalize`; NumPy is `sqrt(square(x, dtype=float64).sum(axes))`, "
         "neither exact nor safe from overflow; copy is `copyto`. The machine is shared and noisy: "
         "ratios count. The last column is the median ratio of runs next to each other.\n\n"
-        f"{machine('numpy')}; load average {load:.1f} before the run."
+        f"{machine('numpy', *numba)}; load average {load:.1f} before the run."
     )
 
 
