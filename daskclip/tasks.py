@@ -309,7 +309,8 @@ def _read(job: Job, region: Box) -> Any:
     """Values of a block, in memory that the next block of this thread takes."""
     rooms, me = _rooms.setdefault(job, {}), get_ident()
     if me not in rooms:
-        rooms[me] = np.empty(math.prod(job.plan.block), job.source.dtype)
+        size = math.prod(job.plan.block) * job.source.dtype.itemsize
+        rooms[me] = np.frombuffer(files.memory(size), job.source.dtype)
     room = rooms[me]
 
     def read(part: Box) -> Any:

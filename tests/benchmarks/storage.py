@@ -259,7 +259,7 @@ def main(arguments):
     lines = [HEAD]
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
         runs = Runs(Path(folder), chosen.python, chosen.repeat, chosen.memory)
-        make(Case("one", SMALL), runs.folder / "one", SMALL)
+        make(Case("one", CHUNK), runs.folder / "one", CHUNK)
         for case in chosen.cases:
             found = runs.case(case, chosen.size, [n for n in case.contenders if n in names])
             made = list(rows(case, found))
