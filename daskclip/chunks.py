@@ -103,12 +103,13 @@ def _through(codecs: tuple[Codec, ...], x: Any) -> Any:
 
 def decode(chain: Chain, data: Any, out: Array) -> None:
     """Put the values of a chunk into ``out``, which may be cut off at the edge of its array."""
-    whole = out if out.shape == chain.shape else None
-    x = data
+    x: Any = data
     for i, codec in reversed([*enumerate(chain.codecs)]):
-        # of bytes that are the elements as they lie in memory
-        direct = i == 0 or (i == 1 and whole is not None and _are_elements(chain.codecs[0], whole))
-        x = codec.decode(x, whole if direct else None)
+        room = out if out.shape == chain.shape else None
+        first = chain.codecs[0]
+        if i == 1 and isinstance(first, _Elements):  # of bytes as they lie in memory
+            room = first.room(room)
+        x = codec.decode(x, room if i < 2 else None)
         if x is out:
             return
     out[...] = x[index(tuple(slice(n) for n in out.shape))]
@@ -116,10 +117,10 @@ def decode(chain: Chain, data: Any, out: Array) -> None:
 
 def elements(chain: Chain, x: Array) -> Array | None:
     """The memory of ``x`` as bytes, if they are what is stored for it."""
-    only = len(chain.codecs) == 1 and x.shape == chain.shape
-    if only and x.size and _are_elements(chain.codecs[0], x):
-        return x.reshape(-1).view(np.uint8)
-    return None
+    first, *rest = chain.codecs
+    if not isinstance(first, _Elements) or rest or x.shape != chain.shape or not x.size:
+        return None
+    return x.reshape(-1).view(np.uint8) if first.room(x) is x else None
 
 
 def codec_name(name: str) -> str:
@@ -156,14 +157,11 @@ class _Elements:
     def decode(self, x: Any, out: Array | None) -> Array:
         return np.frombuffer(x, self.dtype).reshape(self.shape, order=self.order)
 
-
-def _are_elements(codec: Codec, x: Array) -> bool:
-    return (
-        isinstance(codec, _Elements)
-        and codec.order == "C"
-        and codec.dtype == x.dtype
-        and x.flags.c_contiguous
-    )
+    def room(self, x: Array | None) -> Array:
+        """Memory for the bytes of a chunk; that of ``x`` if they would lie there as values."""
+        if x is not None and (self.order, self.dtype) == ("C", x.dtype) and x.flags.c_contiguous:
+            return x
+        return np.empty(self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -190,23 +188,29 @@ class _Zarr:
     limit: int
 
     def encode(self, x: Array) -> Array:
-        return self._run(self.codec._encode_single, not isinstance(self.codec, BytesBytesCodec), x)
+        return self._run("_encode", not isinstance(self.codec, BytesBytesCodec), x)
 
     def decode(self, x: Any, out: Array | None) -> Any:
         if isinstance(self.codec, ArrayArrayCodec):
-            return self._run(self.codec._decode_single, True, x)
-        run = partial(self._run, self.codec._decode_single, False)
+            return self._run("_decode", True, x)
+        run = partial(self._run, "_decode", False)
         data = np.frombuffer(x, np.uint8)
         if not isinstance(self.codec, BytesBytesCodec):
             return run(data)
         name = codec_name(str(self.codec.to_dict()["name"]))
         return decoded(name, data.data, self.limit, run, out)
 
-    def _run(self, function: Any, values: bool, x: Any) -> Array:
+    def _run(self, name: str, values: bool, x: Any) -> Array:
         prototype = self.spec.prototype
         buffer = prototype.nd_buffer if values else prototype.buffer
         wrapped = buffer.from_ndarray_like(x) if values else buffer.from_array_like(np.asarray(x))
-        array: Array = _now(function(wrapped, self.spec)).as_numpy_array()
+        at_once = getattr(self.codec, f"{name}_sync", None)  # newer codecs have it
+        made = (
+            at_once(wrapped, self.spec)
+            if at_once
+            else _now(getattr(self.codec, f"{name}_single")(wrapped, self.spec))
+        )
+        array: Array = made.as_numpy_array()
         return array
 
 

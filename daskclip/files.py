@@ -97,12 +97,12 @@ def digest_files(folder: Path, keys: Iterable[str]) -> int:
 
 def copy_files(source: Path, target: Path, keys: Iterable[str]) -> int:
     """Copy those of the files that are there; each appears whole. Returns their digest."""
-    total = 0
+    total, token, room = 0, uuid4().hex, _aligned()
     for key in keys:
         with _opened(source / key) as file:
             if file:
-                total, room = digest(key.encode(), total), _aligned()
-                with _appearing(target, key) as out:
+                total = digest(key.encode(), total)
+                with _appearing(target, key, token) as out:
                     while n := file.readinto(room):
                         total = digest(room[:n], total)
                         _put(out, room[:n])
@@ -111,27 +111,37 @@ def copy_files(source: Path, target: Path, keys: Iterable[str]) -> int:
 
 def read(path: str, room: Bytes) -> tuple[Bytes | None, Bytes]:
     """Bytes of a file, or None if there is none, in ``room``; and that, larger if need be."""
-    with _opened(path) as file:
-        if file is None:
-            return None, room
-        size = os.fstat(file.fileno()).st_size
-        if size > len(room):
-            room = np.empty(size, np.uint8)
-        at = 0
-        while at < size and (n := file.readinto(room[at:size])):
-            at += n
-        return (room if at == len(room) else room[:at]), room
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None, room
+    try:
+        at = os.readv(file, [room.data]) if len(room) else 0
+        if at == len(room):  # there may be more
+            size = os.fstat(file).st_size
+            if size > at:
+                room = np.concatenate([room[:at], np.empty(size - at, np.uint8)])
+            while at < size and (n := os.readv(file, [room[at:size].data])):
+                at += n
+    finally:
+        os.close(file)
+    return (room if at == len(room) else room[:at]), room
 
 
-def write(folder: Path, key: str, data: Any) -> None:
-    """Make or replace a file in a folder that is there; it appears whole."""
-    with _appearing(folder, key) as file:
+def write(folder: Path, key: str, data: Any, token: str) -> None:
+    """Make or replace a file in a folder that is there; it appears whole.
+
+    ``token`` is in no other name that is written meanwhile.
+    """
+    # few calls: each lets other threads of Python go first
+    with _appearing(folder, key, token) as file:
         _put(file, np.frombuffer(data, np.uint8))
 
 
-def _put(file: Any, data: Bytes) -> None:
-    at = _put_pages(file.fileno(), data) if len(data) >= DIRECT else 0
-    file.write(data[at:])
+def _put(file: int, data: Bytes) -> None:
+    at = _put_pages(file, data) if len(data) >= DIRECT else 0
+    while at < len(data):
+        at += os.write(file, data[at:].data)
 
 
 def _put_pages(file: int, data: Bytes) -> int:
@@ -145,7 +155,7 @@ def _put_pages(file: int, data: Bytes) -> int:
             piece = data[at:end] if aligned else room[: min(len(room), end - at)]
             if not aligned:
                 piece[:] = data[at : at + len(piece)]
-            at += os.write(file, piece)
+            at += os.write(file, piece.data)
             aligned = aligned and at % mmap.PAGESIZE == 0
     except OSError as error:
         if error.errno != errno.EINVAL:  # else not on this file system, or not from there
@@ -179,15 +189,20 @@ def _opened(path: str | Path) -> Any:
 
 
 @contextmanager
-def _appearing(folder: Path, key: str) -> Iterator[Any]:
+def _appearing(folder: Path, key: str, token: str) -> Iterator[int]:
     path = f"{folder}/{key}"
-    part = f"{path}.{uuid4().hex}.partial"
-    if not os.path.isdir(os.path.dirname(path)):
+    part, flags = f"{path}.{token}.partial", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        file = os.open(part, flags)
+    except FileNotFoundError:
         # not the folder itself: a task may have outlived its run
         for parent in [*Path(key).parents][-2::-1]:
             (folder / parent).mkdir(exist_ok=True)
-    with open(part, "wb") as file:
+        file = os.open(part, flags)
+    try:
         yield file
+    finally:
+        os.close(file)
     os.replace(part, path)
 
 

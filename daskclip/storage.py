@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
+from uuid import uuid4
 
 import dask.array as da
 import numpy as np
@@ -252,12 +253,12 @@ def write(array: zarr.Array[Any], region: Box, values: Array) -> int:
 
     Chunks that are the fill value to the bit stay absent.
     """
-    folder, how, digest = local_path(array), chunks.chain(array), 0
+    folder, how, digest, token = local_path(array), chunks.chain(array), 0, uuid4().hex
     assert folder is not None
     for key, inside in _units(array, region):
         data = chunks.encode(how, values[index(inside)])
         if data is not None:
-            files.write(folder, key, data)
+            files.write(folder, key, data, token)
             digest = files.digest_file(key, data, digest)
     return digest
 

@@ -67,6 +67,8 @@ class Hooks:
             self.log = self.log.open("w")
         writes = lambda path, mode="r", *a, **k: not {*mode}.isdisjoint("wax+")  # noqa: E731
         io.open = builtins.open = self.wrapped(io.open, "open", writes)
+        creates = lambda path, flags, *a, **k: flags & (os.O_WRONLY | os.O_RDWR)  # noqa: E731
+        os.open = self.wrapped(os.open, "create", creates)
 
     def wrapped(self, function, name, counts=lambda *a, **k: True):
         def operation(*args, **kwargs):
@@ -105,9 +107,10 @@ class Hooks:
             return b + path[len(a) :] if path == a or path.startswith(f"{a}/") else path
 
         lengths = self.lengths
-        if name == "open":
+        if name in ("open", "create"):
             path, mode = place(args[0]), [*args, kwargs.get("mode")][1]
-            lengths[path] = lengths.get(path, os.path.getsize(path)) if "a" in mode else 0
+            adding = name == "open" and "a" in mode
+            lengths[path] = lengths.get(path, os.path.getsize(path)) if adding else 0
         elif name == "fsync":
             lengths[place(args[0])] = os.path.getsize(place(args[0]))
         elif name in ("replace", "rename"):

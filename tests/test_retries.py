@@ -177,12 +177,12 @@ def fail_writing(monkeypatch, error, times):
     """Let writing one chunk of any array fail so many times; gives the calls for it."""
     original, done = files.write, []
 
-    def failing(folder, key, data):
+    def failing(folder, key, *args):
         if key == CHUNK:
             done.append(key)
             if len(done) <= times:
                 raise error()
-        return original(folder, key, data)
+        return original(folder, key, *args)
 
     monkeypatch.setattr(files, "write", failing)
     return done
