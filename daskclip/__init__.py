@@ -13,6 +13,7 @@ kernels        exact sums and rescaled blocks by those loops, where numba is ins
 exact          exact sums of squares of NumPy blocks
 factor         from a sum to the norm and the factor
 numerics       rescaled blocks
+tally          counts over slices
 parameters     the arguments of the operation
 indexed        IndexedSlices
 plan           what a run will do, in integers

@@ -14,10 +14,11 @@ import dask
 import dask.array as da
 import numpy as np
 
-from daskclip import storage, tasks
+from daskclip import storage, tally, tasks
 from daskclip.factor import Scale, finalize
 from daskclip.journal import Entry, Journal
 from daskclip.norms import no_block, tree
+from daskclip.numerics import warm_up
 from daskclip.partials import combine
 from daskclip.progress import State
 from daskclip.publish import JOURNAL
@@ -25,7 +26,8 @@ from daskclip.recipes import Constant
 from daskclip.report import ClipReport
 from daskclip.resume import record
 from daskclip.retries import shown_region
-from daskclip.tasks import Job, Tally
+from daskclip.tally import Tally
+from daskclip.tasks import Job
 from daskclip.workers import memory_used, running, surviving
 
 Row = Sequence[tuple[int, int]]  # slab and number in it, of some blocks
@@ -41,7 +43,7 @@ class Passes:
     journal: Journal
     report: Callable[[int, int], None]
     """Told the bytes done and the pass, after each window."""
-    total: Tally = tasks.NONE
+    total: Tally = tally.NONE
     """Of all slices."""
     done: int = 0
     """Bytes of blocks, over all passes."""
@@ -87,7 +89,7 @@ class Passes:
                     seen[int(number)] = digest
             scales = Scales(self.job, self.journal, name)
             if second is None:
-                self.total = tasks.add(self.total, scales.tally())
+                self.total = tally.add(self.total, scales.tally())
             # what was read last may still be in memory
             for blocks in reversed(windows) if second else ():
                 rows = _rows(slabs, blocks)
@@ -129,14 +131,14 @@ class Passes:
             self.read += sum(size.values()) if pass_ else 0
             self.written += sum(size[n] for n in entry.get("target", ()))
         if "tally" in entry:
-            self.total = tasks.add(self.total, Tally(*entry["tally"]))
+            self.total = tally.add(self.total, Tally(*entry["tally"]))
         self.report(self.done, pass_ or plan.passes)
         return entry
 
     def _clip(self, rows: list[Row]) -> Entry:
         results = self._compute(tasks.clip_slab, rows)
         return {
-            "tally": reduce(tasks.add, [tally for tally, _ in results]),
+            "tally": reduce(tally.add, [counted for counted, _ in results]),
             "target": self._numbered(rows, [digest for _, digest in results]),
         }
 
@@ -216,7 +218,7 @@ class Scales:
         return self._made
 
     def tally(self) -> Tally:
-        return reduce(tasks.add, map(tasks.count, self.load()))
+        return reduce(tally.add, map(tally.count, self.load()))
 
 
 def clip_passes(
@@ -224,7 +226,8 @@ def clip_passes(
 ) -> ClipReport:
     """All passes, up to the end of the journal."""
     plan = job.plan
-    before = memory_used()
+    size = plan.nbytes_of(0, 0) if plan.blocks else 0
+    before = memory_used(partial(warm_up, job.source.dtype, size))
 
     def progress(done: int, at: int) -> None:
         seconds = time.monotonic() - started

@@ -23,6 +23,9 @@ from daskclip.numerics import clip_block, require_finite, rescale
 from daskclip.partials import Partial, combine
 from daskclip.plan import ClipPlan
 from daskclip.retries import attempting, shown_region
+from daskclip.tally import Tally, count
+
+EMPTY = 0  # digest of a block of which nothing is stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -47,49 +50,6 @@ class Job:
     """Policy for NaN and infinity."""
     missing: str
     """Policy for chunks that are not stored."""
-
-
-class Tally(NamedTuple):
-    """Counts over slices."""
-
-    slices: int
-    """Slices seen."""
-    clipped: int
-    """Finite ones that were above the limit."""
-    nonfinite: int
-    """Those with NaN that counts, or infinity."""
-    smallest: float
-    """Smallest finite norm."""
-    largest: float
-    """Largest finite norm."""
-
-
-EMPTY = 0  # digest of a block of which nothing is stored
-NONE = Tally(0, 0, 0, math.inf, -math.inf)
-
-
-def count(scale: Scale) -> Tally:
-    """Tally of the slices of ``scale``."""
-    finite = scale.flags == 0
-    norm = scale.norm[finite]
-    return Tally(
-        scale.norm.size,
-        int((scale.factor[finite] != 1.0).sum()),
-        scale.norm.size - norm.size,
-        float(norm.min(initial=math.inf)),
-        float(norm.max(initial=-math.inf)),
-    )
-
-
-def add(a: Tally, b: Tally) -> Tally:
-    """Tally of disjoint sets of slices."""
-    return Tally(
-        a.slices + b.slices,
-        a.clipped + b.clipped,
-        a.nonfinite + b.nonfinite,
-        min(a.smallest, b.smallest),
-        max(a.largest, b.largest),
-    )
 
 
 class Sums(NamedTuple):

@@ -8,6 +8,7 @@ from asyncio import CancelledError
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import dask
@@ -101,13 +102,13 @@ def surviving(block_of: Callable[[Any], str]) -> Iterator[None]:
         raise
 
 
-def memory_used() -> dict[Any, tuple[int, int]]:
-    """Bytes of every process that runs blocks, now and at the highest."""
+def memory_used(first: Callable[[], Any] = bool) -> dict[Any, tuple[int, int]]:
+    """Bytes of every process that runs blocks, now and at the highest; after ``first`` there."""
     client = _client()
     if client is not None:
         with surviving(str):
-            return _everywhere(client, _own_memory, 10)
-    return {os.getpid(): _own_memory()}
+            return _everywhere(client, partial(_own_memory, first), 10)
+    return {os.getpid(): _own_memory(first)}
 
 
 def _everywhere(client: Any, function: Callable[[], Any], seconds: float) -> dict[str, Any]:
@@ -124,8 +125,9 @@ def _everywhere(client: Any, function: Callable[[], Any], seconds: float) -> dic
     return results
 
 
-def _own_memory() -> tuple[int, int]:
+def _own_memory(first: Callable[[], Any]) -> tuple[int, int]:
     """Resident bytes of this process, now and at its highest; 0 where /proc does not say."""
+    first()
     try:
         with open("/proc/self/status") as status:
             fields = dict(line.split(":", 1) for line in status)

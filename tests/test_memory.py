@@ -39,8 +39,9 @@ def peak(*command):
 
 @pytest.fixture(scope="module")
 def imports():
-    """Bytes of the imports alone."""
-    return peak(sys.executable, "-c", "import daskclip, zarr, dask.array, distributed")
+    """Bytes of the imports alone, and of compiled loops where there are some."""
+    code = "import daskclip, zarr, dask.array, distributed, numpy; from daskclip import numerics; "
+    return peak(sys.executable, "-c", f"{code} numerics.warm_up(numpy.dtype('f4'), 1 << 20)")
 
 
 def make(path, shape, chunks, codec, shards=None, dtype="f4"):
