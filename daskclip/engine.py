@@ -104,7 +104,8 @@ def clip_zarr(
     Notes
     -----
     Runs on the active distributed Client if there is one, else on Dask's scheduler for threads.
-    Each byte is read once if all blocks that share slices fit the budget together, else twice.
+    Each byte is read once if all blocks that share slices fit the budget together (and there are
+    as many such slabs as threads, or they are small), else twice.
     Each write unit (shard, else chunk) is written by one task only. The target appears by one
     renaming when it is complete and on disk.
 
