@@ -28,7 +28,7 @@ MIB = 2**20
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 CALL = 1024  # units of a block
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
-SCRATCH = 8 * MIB  # numerics, per thread
+SCRATCH = 12 * MIB  # numerics, pages to write from, and what the allocator keeps; per thread
 WINDOW = 16  # blocks of a window per thread
 
 
