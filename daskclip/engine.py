@@ -169,8 +169,9 @@ def clip_zarr(
         )
         try:
             report = clip_passes(job, path, work, display, started)
-            if storage.fingerprint(array, changes=True) != run["source"]:
-                key = storage.fingerprint(array, changes=True).get("newest")
+            now = storage.fingerprint(array, changes=True)
+            if now != run["source"]:
+                key = now.get("newest")
                 raise SourceChangedError(
                     f"source {storage.location(array)} (chunk {key}) changed during the run; "
                     "let nothing write to it and run again"
