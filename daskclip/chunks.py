@@ -74,13 +74,14 @@ def _chain(codecs: Any, spec: Any, fill: Array) -> Chain:
     for codec in codecs:
         if isinstance(codec, ShardingCodec):
             steps.append(_shards(codec, spec, fill))
-        elif isinstance(codec, BytesCodec):
-            order: Any = getattr(codec.endian, "value", codec.endian) or "little"
+            continue
+        codec = codec.evolve_from_array_spec(spec)
+        if isinstance(codec, BytesCodec):
+            order: Any = getattr(codec.endian, "value", codec.endian)
             steps.append(_Elements(spec.shape, fill.dtype.newbyteorder(order), "C"))
         else:
-            evolved: Any = codec.evolve_from_array_spec(spec)
-            steps.append(_Zarr(evolved, spec, limit))
-            spec = evolved.resolve_metadata(spec)
+            steps.append(_Zarr(codec, spec, limit))
+            spec = codec.resolve_metadata(spec)
     return Chain(shape, fill, tuple(steps))
 
 

@@ -97,6 +97,12 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> z
             f"{where} has more than the {UNITS:.0e} chunks or shards that can be stored; "
             "check its metadata"
         )
+    try:
+        chunks.chain(array)
+    except Exception as error:  # zarr looks at some codecs only when it reads
+        raise SourceError(
+            f"{where} has codecs that do not fit it ({reason(error)}); check its metadata"
+        ) from error
     return array
 
 
