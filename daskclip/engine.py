@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from daskclip import storage
+from daskclip.blocks import grid
 from daskclip.errors import (
     DaskClipError,
     InvalidValueError,
@@ -17,6 +19,7 @@ from daskclip.errors import (
     failing,
     shown,
 )
+from daskclip.journal import Entry
 from daskclip.parameters import (
     NonFinite,
     check_nonfinite,
@@ -168,7 +171,8 @@ def clip_zarr(
             missing=missing,
         )
         try:
-            report = clip_passes(job, path, work, display, started)
+            stored = _stored_blocks(array, run, job.plan)
+            report = clip_passes(job, path, work, display, started, stored)
             now = storage.fingerprint(array, changes=True)
             if now != run["source"]:
                 key = now.get("newest")
@@ -277,6 +281,14 @@ def _prepare(
         fewest=fewest,
     )
     return array, plan, limit
+
+
+def _stored_blocks(array: Any, run: Entry, plan: ClipPlan) -> Any:
+    """Whether anything of each block is stored; None if all of them have to be looked at."""
+    units = math.prod(grid(plan.shape, plan.unit))
+    if run["parameters"]["missing"] == "error" or run["source"].get("chunks", units) >= units:
+        return None
+    return storage.stored_blocks(array, plan.block, plan.weights, plan.blocks)
 
 
 def _place(target: Any, array: Any, overwrite: bool, in_place: bool) -> Path:

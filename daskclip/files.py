@@ -97,7 +97,7 @@ def digest_files(folder: Path, keys: Iterable[str]) -> int:
 
 def copy_files(source: Path, target: Path, keys: Iterable[str]) -> int:
     """Copy those of the files that are there; each appears whole. Returns their digest."""
-    total, token, room = 0, uuid4().hex, _aligned()
+    total, token, room = 0, uuid4().hex, _pages()
     for key in keys:
         with _opened(source / key) as file:
             if file:
@@ -109,23 +109,29 @@ def copy_files(source: Path, target: Path, keys: Iterable[str]) -> int:
     return total
 
 
-def read(path: str, room: Bytes) -> tuple[Bytes | None, Bytes]:
-    """Bytes of a file, or None if there is none, in ``room``; and that, larger if need be."""
+def read(path: str, room: Bytes | None = None) -> Bytes | None:
+    """Bytes of a file, or None if there is none.
+
+    They are in ``room`` if it holds them, else in memory that is good until the thread's next call.
+    """
     try:
         file = os.open(path, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
-        return None, room
+        return None
     try:
+        room = _pages() if room is None else room
         at = os.readv(file, [room.data]) if len(room) else 0
         if at == len(room):  # there may be more
             size = os.fstat(file).st_size
             if size > at:
-                room = np.concatenate([room[:at], np.empty(size - at, np.uint8)])
+                larger = _pages(size)
+                larger[:at] = room
+                room = larger
             while at < size and (n := os.readv(file, [room[at:size].data])):
                 at += n
     finally:
         os.close(file)
-    return (room if at == len(room) else room[:at]), room
+    return room if at == len(room) else room[:at]
 
 
 def write(folder: Path, key: str, data: Any, token: str) -> None:
@@ -146,17 +152,16 @@ def _put(file: int, data: Bytes) -> None:
 
 def _put_pages(file: int, data: Bytes) -> int:
     """Write whole pages past the page cache, which takes longer than the disk; returns bytes."""
-    flags, room, at = fcntl.fcntl(file, fcntl.F_GETFL), _aligned(), 0
+    flags, room, at = fcntl.fcntl(file, fcntl.F_GETFL), _pages(), 0
     end = len(data) // mmap.PAGESIZE * mmap.PAGESIZE
     try:
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
         aligned = data.ctypes.data % mmap.PAGESIZE == 0
-        while at < end:
+        while at < end and at % mmap.PAGESIZE == 0:
             piece = data[at:end] if aligned else room[: min(len(room), end - at)]
             if not aligned:
                 piece[:] = data[at : at + len(piece)]
             at += os.write(file, piece.data)
-            aligned = aligned and at % mmap.PAGESIZE == 0
     except OSError as error:
         if error.errno != errno.EINVAL:  # else not on this file system, or not from there
             raise
@@ -172,12 +177,12 @@ def memory(size: int) -> mmap.mmap:
     return made
 
 
-def _aligned() -> Bytes:
-    """Some pages of each thread."""
-    if not hasattr(_thread, "room"):
-        _thread.room = np.frombuffer(memory(2 * PIECE), np.uint8)
-    room: Bytes = _thread.room
-    return room
+def _pages(size: int = 2 * PIECE) -> Bytes:
+    """Memory of each thread for files on their way: fresh pages take longer than a copy."""
+    if len(getattr(_thread, "pages", b"")) < size:
+        _thread.pages = np.frombuffer(memory(size + size // 8), np.uint8)
+    pages: Bytes = _thread.pages
+    return pages
 
 
 def _opened(path: str | Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
@@ -43,6 +43,8 @@ class Passes:
     journal: Journal
     report: Callable[[int, int], None]
     """Told the bytes done and the pass, after each window."""
+    stored: Any = None
+    """Whether anything of each block is stored; None if all have to be looked at."""
     total: Tally = tally.NONE
     """Of all slices."""
     done: int = 0
@@ -54,20 +56,26 @@ class Passes:
 
     def __post_init__(self) -> None:
         plan = self.job.plan
-        if not plan.blocks and plan.slices:
-            self.total = Tally(plan.slices, 0, 0, 0.0, 0.0)
+        if self.stored is not None:
+            there = np.flatnonzero(self.stored)
+            each = plan.blocks // plan.slabs
+            looked_at = sum(plan.nbytes_of(*divmod(int(n), each)) for n in there)
+            self.done = plan.bytes_read - looked_at * plan.passes
 
     def clip(self) -> bool:
         """Write the clipped array; returns whether there is one: in place there may be no need."""
         plan, in_place = self.job.plan, self.job.in_place
         outputs = self._one_pass() if plan.passes == 1 else self._two_passes(tasks.rescale_block)
         waiting = bytearray(b"\1") * (plan.blocks if in_place else 0)
+        written = not in_place
         for entry in outputs:
             for number in entry["target"] if in_place else ():
                 waiting[int(number)] = 0
-        if in_place and all(waiting):
+                written = True
+        self._count_empty()
+        if not written:
             return False
-        for slabs, windows in plan.windows() if any(waiting) else ():
+        for slabs, windows, _ in plan.windows(self.stored) if any(waiting) else ():
             for blocks in windows:
                 cells = [cell for row in _rows(slabs, blocks) for cell in row]
                 cells = [c for c in cells if waiting[plan.number(*c)]]
@@ -75,10 +83,16 @@ class Passes:
                     self._window(0, [cells], partial(self._copy, cells))
         return True
 
+    def _count_empty(self) -> None:
+        """Count the slices of slabs that were not looked at, or have no elements."""
+        rest = self.job.plan.slices - self.total.slices
+        if rest:
+            self.total = tally.add(self.total, Tally(rest, 0, 0, 0.0, 0.0))
+
     def _two_passes(self, second: Any) -> Iterator[Entry]:
         """Sum the blocks of some slabs, then do with each what ``second`` does, if anything."""
         seen = np.zeros(self.job.plan.blocks, np.uint32)
-        for slabs, windows in self.job.plan.windows():
+        for slabs, windows, all_windows in self.job.plan.windows(self.stored):
             name = ""
             for blocks in windows:
                 rows = _rows(slabs, blocks)
@@ -90,16 +104,20 @@ class Passes:
             scales = Scales(self.job, self.journal, name)
             if second is None:
                 self.total = tally.add(self.total, scales.tally())
+            elif self.stored is not None and not scales.finite():
+                windows = all_windows  # what is not stored may become NaN
             # what was read last may still be in memory
-            for blocks in reversed(windows) if second else ():
-                rows = _rows(slabs, blocks)
-                yield self._window(2, rows, partial(self._second, second, rows, scales, seen))
+            for i, blocks in enumerate(reversed(windows) if second else ()):
+                rows, last = _rows(slabs, blocks), i + 1 == len(windows)
+                make = partial(self._second, second, rows, scales, seen, i == 0, last)
+                yield self._window(2, rows, make)
             self.journal.forget(name)
 
     def measure(self) -> None:
         """Count all slices by their norms."""
         for _ in self._two_passes(None):
             pass
+        self._count_empty()
 
     def compare(self) -> None:
         """Clip once more, and compare with what is there."""
@@ -108,12 +126,12 @@ class Passes:
 
     def check(self, digests: Any) -> None:
         """Compare the files of all blocks with their digests."""
-        for slabs, windows in self.job.plan.windows():
+        for slabs, windows, _ in self.job.plan.windows():
             for blocks in windows:
                 self._compute(tasks.check_block, _rows(slabs, blocks), digests=digests)
 
     def _one_pass(self) -> Iterator[Entry]:
-        for slabs, windows in self.job.plan.windows():
+        for slabs, windows, _ in self.job.plan.windows(self.stored):
             for blocks in windows:
                 rows = _rows(slabs, blocks)
                 yield self._window(1, rows, partial(self._clip, rows))
@@ -151,13 +169,14 @@ class Passes:
         self.journal.save(name, sums)
         return {"sums": name, "source": {n: d for f in found for n, d in f.digests.items()}}
 
-    def _second(self, function: Any, rows: list[Row], scales: Scales, seen: Any) -> Entry:
-        plan = self.job.plan
+    def _second(
+        self, function: Any, rows: list[Row], scales: Scales, seen: Any, first: bool, last: bool
+    ) -> Entry:
         results = self._compute(function, rows, scales.load(), seen)
         entry: Entry = {"target": self._numbered(rows, results)}
-        if plan.number(*rows[0][-1]) + 1 == plan.number(rows[0][0][0] + 1, 0):
+        if first:
             entry["tally"] = scales.tally()
-        if rows[0][0][1]:
+        if not last:
             entry["sums"] = scales.name  # there is more to do that needs them
         return entry
 
@@ -214,15 +233,25 @@ class Scales:
     def load(self) -> list[Scale]:
         if not self._made:
             limit, dtype = self.job.clip_norm, self.job.source.dtype
-            self._made = [finalize(p, limit, dtype) for p in self.journal.load(self.name)]
+            terms = tasks.terms(self.job, self.job.plan.shape)  # of what is not stored too
+            sums = (p._replace(terms=terms) for p in self.journal.load(self.name))
+            self._made = [finalize(p, limit, dtype) for p in sums]
         return self._made
+
+    def finite(self) -> bool:
+        return all(np.isfinite(s.factor).all() for s in self.load())
 
     def tally(self) -> Tally:
         return reduce(tally.add, map(tally.count, self.load()))
 
 
 def clip_passes(
-    job: Job, path: Path, work: Path, display: Callable[[State], None], started: float
+    job: Job,
+    path: Path,
+    work: Path,
+    display: Callable[[State], None],
+    started: float,
+    stored: Any,
 ) -> ClipReport:
     """All passes, up to the end of the journal."""
     plan = job.plan
@@ -232,13 +261,14 @@ def clip_passes(
     def progress(done: int, at: int) -> None:
         seconds = time.monotonic() - started
         total = plan.bytes_read
+        done = min(done, total)
         display(State(done=done, total=total, pass_=at, passes=plan.passes, seconds=seconds))
 
     with (
         Journal(work / JOURNAL) as entries,
         running(plan.threads, partial(tasks.end, job.run)) as how,
     ):
-        passes = Passes(job, how, entries, progress)
+        passes = Passes(job, how, entries, progress, stored)
         written = passes.clip()
         after = memory_used()
         total = passes.total
@@ -266,6 +296,6 @@ def clip_passes(
     return report
 
 
-def _rows(slabs: range, blocks: range) -> list[Row]:
+def _rows(slabs: Iterable[int], blocks: Iterable[int]) -> list[Row]:
     """A row of blocks for each slab."""
-    return [[(slab, block) for block in blocks] for slab in slabs]
+    return [[(int(slab), int(block)) for block in blocks] for slab in slabs]

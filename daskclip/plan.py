@@ -20,6 +20,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from daskclip.blocks import Box, box, box_shape, ceil_div, grid
 from daskclip.errors import MemoryBudgetError
@@ -38,6 +41,9 @@ class Spans:
 
     n: int
     step: int
+
+    def __len__(self) -> int:
+        return ceil_div(self.n, self.step)
 
     def __iter__(self) -> Iterator[range]:
         return map(self._range, range(0, self.n, self.step))
@@ -131,16 +137,40 @@ class ClipPlan:
         """Bytes of a block, decoded."""
         return math.prod(box_shape(self.region(slab, block))) * self.itemsize
 
-    def windows(self) -> Iterator[tuple[range, Spans]]:
-        """Slabs that are finished together, and the ranges of their blocks, a window each."""
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """What one block more along each axis adds to the number of a block."""
+        weights, inside, slab = [], 1, self.blocks // self.slabs
+        for a in reversed(range(len(self.shape))):
+            if a in self.axes:
+                weights.append(inside)
+                inside *= self.grid[a]
+            else:
+                weights.append(slab)
+                slab *= self.grid[a]
+        return tuple(weights[::-1])
+
+    def windows(self, stored: Any = None) -> Iterator[tuple[Any, Any, Spans]]:
+        """Slabs that are finished together, and their blocks, a window each; those, and all.
+
+        With ``stored``, those of the blocks where that is true; slabs without any are left out.
+        """
         if not self.blocks:
             return
         each = self.blocks // self.slabs
         together = max(1, self.window // each)
         step = min(each, max(1, self.window))
         ranges = Spans(each, step)
-        for first in range(0, self.slabs, together):
-            yield range(first, min(first + together, self.slabs)), ranges
+        if stored is None:
+            for first in range(0, self.slabs, together):
+                yield range(first, min(first + together, self.slabs)), ranges, ranges
+            return
+        stored = np.reshape(stored, (self.slabs, each))
+        slabs = np.flatnonzero(stored.any(axis=1))
+        for i in range(0, len(slabs), together):
+            some = slabs[i : i + together]
+            there = np.flatnonzero(stored[some[0]]) if together == 1 else np.arange(each)
+            yield some, [there[j : j + step] for j in range(0, len(there), step)], ranges
 
 
 def make_plan(
@@ -184,8 +214,8 @@ def make_plan(
     def projected(block: tuple[int, ...], threads: int) -> tuple[int, int]:
         """Bytes of one process, and blocks of a window."""
         size = math.prod(block) * itemsize
-        # a chunk on its way is there encoded, decoded, and once more where codecs are chained
-        thread = size + 3 * stored + SCRATCH
+        # a chunk on its way is there as read, decoded, encoded, and once more in the allocator
+        thread = size + 4 * stored + SCRATCH
         window = WINDOW * threads
         if all(block[a] >= shape[a] for a in axes):
             return FIXED + threads * thread, window * processes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -36,6 +37,7 @@ LOSSLESS = {
 METADATA = ("zarr.json", ".zarray", ".zattrs")
 METADATA_SIZE = 1 << 24  # bytes of JSON: what decodes it takes many times as much
 UNITS = 10**10  # more than any file system holds
+NUMBER = re.compile(r"\d+")
 GETS = 1 << 22  # bytes of chunks that are fetched together
 
 
@@ -269,6 +271,35 @@ def write(array: zarr.Array[Any], region: Box, values: Array) -> int:
     return digest
 
 
+def stored_blocks(
+    array: zarr.Array[Any], block: tuple[int, ...], weights: tuple[int, ...], blocks: int
+) -> Array | None:
+    """Whether anything of each block is stored; None if it is not zeros else, or not known.
+
+    ``weights`` times the place of a block in its grid is its number.
+    """
+    folder, unit = local_path(array), write_unit(array)
+    if folder is None or array.fill_value:
+        return None
+    found = np.zeros(blocks, bool)
+    for key, _ in files.scan(folder, depth(array)):
+        place = cell(array, key)
+        if place is not None:
+            steps = (i * u // n for i, u, n in zip(place, unit, block, strict=True))
+            found[sum(i * w for i, w in zip(steps, weights, strict=True))] = True
+    return found
+
+
+def cell(array: zarr.Array[Any], key: str) -> tuple[int, ...] | None:
+    """Place of a chunk or shard in the grid; None if ``key`` is not the one of any."""
+    numbers = [int(i) for i in NUMBER.findall(key)]
+    place = tuple(numbers[-array.ndim :] if array.ndim else ())
+    inside = len(place) == array.ndim and all(
+        i < n for i, n in zip(place, grid(array.shape, write_unit(array)), strict=True)
+    )
+    return place if inside and key == array.metadata.encode_chunk_key(place) else None
+
+
 def is_empty(array: zarr.Array[Any], region: Box) -> bool:
     """Whether a region is known to be all zeros because none of its chunks is stored."""
     folder = local_path(array)
@@ -287,11 +318,8 @@ def _stored(array: zarr.Array[Any], names: list[str], rooms: list[Any]) -> Itera
     """
     folder = local_path(array)
     if folder is not None:
-        spare = np.empty(0, np.uint8)
         for key, room in zip(names, rooms, strict=True):
-            data, larger = files.read(f"{folder}/{key}", spare if room is None else room)
-            spare = larger if room is None else spare
-            yield data
+            yield files.read(f"{folder}/{key}", room)
         return
     together = max(1, GETS // (math.prod(write_unit(array)) * array.dtype.itemsize))
     for i in range(0, len(names), together):

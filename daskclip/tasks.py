@@ -114,9 +114,10 @@ def sum_block(job: Job, slab: int, block: int) -> Sums:
 def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) -> int | None:
     """Second pass: read a block again, write it rescaled; returns the digest of its files."""
     region = job.plan.region(slab, block)
-    if _untouched(job, region, scale):
-        return _keep(job, region)
-    x = _read_same(job, region, expected)
+    empty = _stays_empty(job, region, expected)
+    if _untouched(job, scale, empty):
+        return _keep(job, region, empty)
+    x = _read_same(job, region, expected, empty)
     rescale(x, scale, x)
     return _write(job, region, x)
 
@@ -125,14 +126,15 @@ def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
 def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, block)
-    if _is_empty(job, region):
+    empty = _is_empty(job, region)
+    if empty:
         x, scale = None, finalize(_no_sums(job, region), job.clip_norm, job.source.dtype)
     else:
         x = _read_first(job, region)
         omit = job.nonfinite == "omit"
         x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=omit, out=x)
-    if _untouched(job, region, scale):
-        return count(scale), _keep(job, region)
+    if _untouched(job, scale, empty):
+        return count(scale), _keep(job, region, empty)
     if x is None:
         x = rescale(_read_first(job, region), scale)
     return count(scale), _write(job, region, x)
@@ -164,7 +166,7 @@ def check_block(job: Job, slab: int, block: int, expected: int) -> None:
 def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) -> None:
     """Second pass of a verification: rescale a block again and compare it with what is there."""
     region = job.plan.region(slab, block)
-    x = _read_same(job, region, expected)
+    x = _read_same(job, region, expected, _stays_empty(job, region, expected))
     rescale(x, scale, x)
     for inside in boxes(box_shape(region), job.plan.unit):
         part = shift(inside, region)
@@ -183,28 +185,37 @@ def _is_empty(job: Job, region: Box) -> bool:
     return job.missing == "fill" and storage.is_empty(job.source, region)
 
 
+def _stays_empty(job: Job, region: Box, expected: int) -> bool:
+    """Whether a block that was empty in the first pass is so still."""
+    return expected == EMPTY and _is_empty(job, region)
+
+
 def _no_sums(job: Job, region: Box) -> Partial:
     """The exact sums of zeros."""
     shape = box_shape(region)
     kept = tuple(1 if k in job.plan.axes else n for k, n in enumerate(shape))
-    terms = math.prod(shape) // math.prod(kept) * (2 if job.source.dtype.kind == "c" else 1)
-    return Partial(np.zeros((0, *kept), np.uint32), 0, np.zeros(kept, np.uint8), terms)
+    flags = np.zeros(kept, np.uint8)
+    return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(job, shape))
 
 
-def _untouched(job: Job, region: Box, scale: Scale) -> bool:
+def terms(job: Job, shape: tuple[int, ...]) -> int:
+    """Squares in the sum of each slice of a region."""
+    number = math.prod(shape[a] for a in job.plan.axes)
+    return number * (2 if job.source.dtype.kind == "c" else 1)
+
+
+def _untouched(job: Job, scale: Scale, empty: bool) -> bool:
     """Whether the files of a block may stay as they are."""
     if storage.local_path(job.source) is None:
         return False
-    if (scale.factor == 1.0).all():
-        return True
-    return bool(np.isfinite(scale.factor).all()) and _is_empty(job, region)
+    return bool((np.isfinite(scale.factor) if empty else scale.factor == 1.0).all())
 
 
-def _keep(job: Job, region: Box) -> int | None:
+def _keep(job: Job, region: Box, empty: bool) -> int | None:
     """Copy a block; in place only once it is known that there is something to clip."""
     if job.in_place:
         return None
-    return EMPTY if _is_empty(job, region) else _copy(job, region)
+    return EMPTY if empty else _copy(job, region)
 
 
 def _copy(job: Job, region: Box) -> int:
@@ -238,10 +249,9 @@ def _staged(job: Job) -> Path:
     return folder
 
 
-def _read_same(job: Job, region: Box, expected: int) -> Any:
+def _read_same(job: Job, region: Box, expected: int, empty: bool) -> Any:
     """Read a second time what was read before."""
     x = _read(job, region)
-    empty = expected == EMPTY and _is_empty(job, region)
     if not empty and files.digest(x) != expected:
         key = storage.last_changed(job.source, region)
         raise SourceChangedError(
@@ -271,6 +281,10 @@ def _read(job: Job, region: Box) -> Any:
     if me not in rooms:
         size = math.prod(job.plan.block) * job.source.dtype.itemsize
         rooms[me] = np.frombuffer(files.memory(size), job.source.dtype)
+        # glibc keeps for the next chunk what is as large as what it once had to take from the
+        # system; fresh pages for all that codecs return would cost a third of their time
+        stored = math.prod(storage.write_unit(job.source)) * job.source.dtype.itemsize
+        np.empty(2 * stored, np.uint8)
     room = rooms[me]
 
     def read(part: Box) -> Any:

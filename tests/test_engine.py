@@ -5,6 +5,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from pathlib import Path
 from threading import Barrier, Event, Lock
 
@@ -26,6 +27,8 @@ from daskclip import (
     plan_zarr,
     publish,
     storage,
+    tasks,
+    verify_zarr,
 )
 from daskclip.errors import (
     DaskClipError,
@@ -118,7 +121,7 @@ def test_results_are_those_of_numpy_with_little_memory(tmp_path, layout, axes):
     memory = tight(x, axes)
     planned = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert planned.passes == (1 if axes == () else 2)
-    assert len([blocks for _, windows in planned.windows() for blocks in windows]) > 1
+    assert len([blocks for _, windows, _ in planned.windows() for blocks in windows]) > 1
     report = clipped(x, tmp_path / "y", axes, memory=memory)
     assert (report.passes, report.blocks) == (planned.passes, planned.blocks)
 
@@ -147,7 +150,7 @@ def test_both_passes_take_several_slabs_and_windows(tmp_path):
     planned = plan_zarr(x, tmp_path / "z", 1.0, 0, memory=tight(x, 0))
     assert report.passes == 2
     assert planned.slabs > 1
-    assert all(len(list(windows)) > 1 for _, windows in planned.windows())
+    assert all(len(list(windows)) > 1 for _, windows, _ in planned.windows())
 
 
 SCHEDULERS = {
@@ -374,6 +377,58 @@ def test_a_missing_chunk_is_named_and_nothing_is_left(tmp_path, layout, budget):
     assert "\n" not in str(caught.value)
     assert stored(tmp_path) == before
     clipped(x, tmp_path / "y", 0, memory=memory, missing="fill")
+
+
+SPARSE = [(0, 0), (1, 1), (2, 0), (3, 1)]  # chunks, and not as many in every row or column
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Number of blocks that tasks were made for, by what they do."""
+    counts = Counter()
+
+    def counting(function):
+        def counted(*args):
+            counts[function.__name__] += 1
+            return function(*args)
+
+        return wraps(function)(counted)
+
+    for name in ("sum_block", "rescale_block", "clip_slab", "copy_block"):
+        monkeypatch.setattr(tasks, name, counting(getattr(tasks, name)))
+    return counts
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("budget", ["tight", "ample"])
+@pytest.mark.parametrize("axes", [None, 0, 1])
+@pytest.mark.parametrize("odd", [0.0, np.nan])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_what_is_stored_is_looked_at(tmp_path, looked_at, budget, axes, odd, in_place):
+    x = tmp_path / "x"
+    array = zarr.create_array(
+        x, shape=(30, 20), chunks=(2, 4), dtype="f4", zarr_format=2 + bool(odd)
+    )
+    for i, j in SPARSE:
+        array[8 * i : 8 * i + 2, 8 * j : 8 * j + 4] = some((2, 4), "f4", seed=i) + 1
+    array[8, 8] += odd
+    values, memory = read(x), memory_of(budget, x, axes)
+    y = x if in_place else tmp_path / "y"
+    with np.errstate(invalid="ignore"):
+        wanted = clip_by_norm(values, 1.0, axes)
+    report = clip_zarr(x, None if in_place else y, 1.0, axes, memory=memory, in_place=in_place)
+    norms = norm(values, axes).ravel()
+    assert bits(read(y)) == bits(wanted)
+    finite = norms[np.isfinite(norms)]
+    assert (report.slices, report.nonfinite) == (norms.size, norms.size - finite.size)
+    assert report.clipped == (finite > 1).sum()
+    if finite.size:
+        assert (report.smallest_norm, report.largest_norm) == (finite.min(), finite.max())
+    there = 7 * len(SPARSE)  # a slab of few blocks is looked at whole
+    assert 0 < looked_at["sum_block"] + looked_at["clip_slab"] <= there
+    if not odd:
+        assert looked_at["rescale_block"] <= there
+    assert verify_zarr(y).slices == norms.size
 
 
 def broken(folder, layout, damage):
