@@ -24,7 +24,8 @@ recipes        chunks that are made again instead of held
 journal        what is done, a line for each window
 guard          encoded chunks that must not be decoded
 chunks         chunks as they are stored, to values and back
-storage        Zarr arrays: with chunks the only file that imports zarr
+storage        Zarr arrays: made, read, written, told apart; imports zarr, as do two more
+sources        what is opened for reading, and what is refused
 retries        what passes is tried again, what stays is told by the chunk
 publish        the target's place, its lock and its renaming
 arrays         what may be given as an array or a list

@@ -33,6 +33,7 @@ from daskclip.progress import Mode, show
 from daskclip.publish import check_target, clear, locked, publish, refuse_existing
 from daskclip.report import ClipReport
 from daskclip.resume import begun, describe, finished, plan_of, resumed
+from daskclip.sources import open_source
 from daskclip.tasks import Job
 from daskclip.workers import workers
 
@@ -266,7 +267,7 @@ def _prepare(
     check_nonfinite(nonfinite)
     if missing not in ("fill", "error"):
         raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
-    array = storage.open_source(source, storage_options)
+    array = open_source(source, storage_options)
     processes, threads, fewest = workers()
     real = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
     plan = make_plan(

@@ -22,6 +22,7 @@ from daskclip.passes import Passes
 from daskclip.publish import JOURNAL, RECORD, local_target
 from daskclip.report import VerifyReport
 from daskclip.resume import VERSION, plan_of, planned
+from daskclip.sources import open_source
 from daskclip.tasks import Job
 from daskclip.workers import running
 
@@ -81,7 +82,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
     with failing(f"verifying {path}"):
         run, made, digests = _record(path)
         try:
-            array = storage.open_source(path)
+            array = open_source(path)
             _check_keys(array, path, made)
         except DaskClipError as error:
             raise VerificationError(str(error)) from error
@@ -97,7 +98,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
             nonfinite="omit" if parameters["nonfinite"] == "omit" else "propagate",
             missing="fill",
         )
-        again = None if source is None else storage.open_source(source)
+        again = None if source is None else open_source(source)
         if again is not None and (again.shape, again.dtype) != (array.shape, array.dtype):
             raise VerificationError(
                 f"source {storage.location(again)} is {again.dtype} of shape {again.shape}, target "

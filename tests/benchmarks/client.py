@@ -47,7 +47,7 @@ def clip_nothing(job, slab, block):
 
 
 def empty(path, chunks):
-    zarr.create_array(path, shape=(chunks, CHUNK), chunks=(1, CHUNK), dtype="float32")
+    zarr.create_array(path, shape=(chunks, CHUNK), chunks=(1, CHUNK), dtype="float32", fill_value=1)
     return path
 
 

@@ -1,0 +1,120 @@
+"""Sources: opened, and refused where clipping them could not be right; reads metadata only."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from daskclip import chunks
+from daskclip.blocks import grid
+from daskclip.chunks import codec_name
+from daskclip.errors import DTypeError, SourceError, SourceNotFoundError, reason
+from daskclip.parameters import check_dtype
+from daskclip.storage import METADATA, is_array, location, write_unit
+
+# codecs that give back every bit; a lossy one could lift a clipped slice above the limit again
+LOSSLESS = {
+    "bytes", "endian", "transpose", "sharding_indexed", "crc32c",
+    "blosc", "gzip", "zstd", "zlib", "lz4", "bz2", "lzma", "shuffle", "pcodec",
+    "crc32", "adler32", "fletcher32", "jenkins_lookup3",
+}  # fmt: skip
+METADATA_SIZE = 1 << 24  # bytes of JSON: what decodes it takes many times as much
+UNITS = 10**10  # more than any file system holds
+
+
+def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> zarr.Array[Any]:
+    """Open an array for reading, or say why it is none; reads metadata only."""
+    array = source if is_array(source) else _open(source, storage_options)
+    check_dtype(array.dtype)
+    where = f"source {location(array)}"
+    try:
+        unit = write_unit(array)
+    except NotImplementedError as error:
+        raise SourceError(
+            f"{where} has chunks of uneven sizes; store it with a regular grid"
+        ) from error
+    for codec in _codecs(array):
+        if codec not in LOSSLESS:
+            raise SourceError(
+                f"{where} is stored with {codec}, which is not known to be "
+                "lossless, so that the bound could not hold; store it with another codec"
+            )
+    if min((*array.shape, 0)) < 0 or min((*unit, *array.chunks, 1)) < 1:
+        raise SourceError(
+            f"{where} has shape {array.shape} in chunks of {array.chunks}; "
+            "store it with chunks of at least one element"
+        )
+    if math.prod(grid(array.shape, unit)) > UNITS:
+        raise SourceError(
+            f"{where} has more than the {UNITS:.0e} chunks or shards that can be stored; "
+            "check its metadata"
+        )
+    try:
+        chunks.chain(array)
+    except Exception as error:  # zarr looks at some codecs only when it reads
+        raise SourceError(
+            f"{where} has codecs that do not fit it ({reason(error)}); check its metadata"
+        ) from error
+    return array
+
+
+def _open(source: Any, storage_options: dict[str, Any] | None) -> zarr.Array[Any]:
+    if not isinstance(source, str | os.PathLike):
+        raise SourceError(
+            f"source is a {type(source).__name__}; give a path, a URL or a zarr array"
+        )
+    name = os.fspath(source)
+    if "://" not in name:
+        if not os.path.exists(name):
+            raise SourceNotFoundError(f"source {name} does not exist; check the path")
+        name = os.path.realpath(name)
+        _check_files(Path(name))
+    try:
+        opened = zarr.open(name, mode="r", storage_options=storage_options)
+    except Exception as error:  # broken metadata makes zarr raise anything
+        if "data type" in str(error):
+            raise DTypeError(
+                f"source {name} has a dtype that cannot be clipped ({reason(error)}); store it "
+                "as floating point or complex"
+            ) from error
+        raise SourceError(
+            f"source {name} is not a zarr array ({reason(error)}); give the path of one"
+        ) from error
+    if isinstance(opened, zarr.Group):
+        arrays = ", ".join(sorted(opened.array_keys())[:5]) or "none"
+        raise SourceError(f"source {name} is a group; give one of its arrays ({arrays})")
+    return opened
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse metadata that leads elsewhere, or that is too large to be taken in."""
+    for path in (folder / name for name in METADATA):
+        if path.is_symlink():
+            raise SourceError(f"{path} is a symbolic link; copy what it leads to")
+        if path.exists() and not path.is_file():
+            raise SourceError(f"{path} is not a regular file; move it away")
+        if path.is_file() and path.stat().st_size > METADATA_SIZE:
+            raise SourceError(
+                f"{path} has {path.stat().st_size} bytes, above the {METADATA_SIZE} of metadata "
+                "that are read; move large attributes elsewhere"
+            )
+
+
+def _codecs(array: zarr.Array[Any]) -> list[str]:
+    """Names of all codecs, those inside shards too, without the prefix of their library."""
+    document: dict[str, Any] = dict(array.metadata.to_dict())
+    if document["zarr_format"] == 2:
+        used = [*(document.get("filters") or ()), document.get("compressor")]
+        return [codec["id"] for codec in used if codec]
+    names = []
+    queue: list[Any] = list(document["codecs"])
+    while queue:
+        codec = queue.pop()
+        names.append(codec_name(codec["name"]))
+        configuration = codec.get("configuration", {})
+        queue += [*configuration.get("codecs", ()), *configuration.get("index_codecs", ())]
+    return names
