@@ -216,7 +216,8 @@ class Passes:
             region = self.job.plan.region(*rows[row][place])
             return f"block {shown_region(region)} of {storage.location(self.job.source)}"
 
-        with surviving(block_of):
+        # nothing to fuse; and Dask remembers the names of what it looked at for that
+        with surviving(block_of), dask.config.set({"optimization.fuse.active": False}):
             return list(dask.compute(*results.to_delayed().ravel(), **self.how))
 
 

@@ -213,11 +213,11 @@ class Case:
 
 
 CASES = [
-    Case("copy in two passes", 0, memory=280),
+    Case("copy in two passes", 0, memory=312),
     Case("copy in one pass", 1),
-    Case("overwrite in two passes", None, memory=540, mode="overwrite"),
+    Case("overwrite in two passes", None, memory=572, mode="overwrite"),
     Case("in place in one pass", 1, mode="in_place"),
-    Case("in place in two passes", 0, memory=280, mode="in_place"),
+    Case("in place in two passes", 0, memory=312, mode="in_place"),
 ]
 
 

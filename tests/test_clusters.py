@@ -24,7 +24,7 @@ SHAPE, CHUNKS = (32, 32), (2, 8)
 SIZES = {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "WINDOW": 1}
 STATE = {2: 1, 4: 1, 8: 1}
 # over columns: 64 blocks of one chunk in four slabs; over rows: 16 blocks, each a slab
-MEMORY = {0: 296, 1: 4096}
+MEMORY = {0: 360, 1: 4096}
 PASSES = {0: 2, 1: 1}
 CLIP_NORM = 100.0
 SMALL = (
