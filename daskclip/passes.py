@@ -75,7 +75,7 @@ class Passes:
         self._count_empty()
         if not written:
             return False
-        for slabs, windows, _ in plan.windows(self.stored) if any(waiting) else ():
+        for slabs, windows in plan.windows(self.stored) if any(waiting) else ():
             for blocks in windows:
                 cells = [cell for row in _rows(slabs, blocks) for cell in row]
                 cells = [c for c in cells if waiting[plan.number(*c)]]
@@ -92,7 +92,7 @@ class Passes:
     def _two_passes(self, second: Any) -> Iterator[Entry]:
         """Sum the blocks of some slabs, then do with each what ``second`` does, if anything."""
         seen = np.zeros(self.job.plan.blocks, np.uint32)
-        for slabs, windows, all_windows in self.job.plan.windows(self.stored):
+        for slabs, windows in self.job.plan.windows(self.stored):
             name = ""
             for blocks in windows:
                 rows = _rows(slabs, blocks)
@@ -105,7 +105,7 @@ class Passes:
             if second is None:
                 self.total = tally.add(self.total, scales.tally())
             elif self.stored is not None and not scales.finite():
-                windows = all_windows  # what is not stored may become NaN
+                windows = self.job.plan.spans  # what is not stored may become NaN
             # what was read last may still be in memory
             for i, blocks in enumerate(reversed(windows) if second else ()):
                 rows, last = _rows(slabs, blocks), i + 1 == len(windows)
@@ -126,12 +126,12 @@ class Passes:
 
     def check(self, digests: Any) -> None:
         """Compare the files of all blocks with their digests."""
-        for slabs, windows, _ in self.job.plan.windows():
+        for slabs, windows in self.job.plan.windows():
             for blocks in windows:
                 self._compute(tasks.check_block, _rows(slabs, blocks), digests=digests)
 
     def _one_pass(self) -> Iterator[Entry]:
-        for slabs, windows, _ in self.job.plan.windows(self.stored):
+        for slabs, windows in self.job.plan.windows(self.stored):
             for blocks in windows:
                 rows = _rows(slabs, blocks)
                 yield self._window(1, rows, partial(self._clip, rows))

@@ -150,27 +150,35 @@ class ClipPlan:
                 slab *= self.grid[a]
         return tuple(weights[::-1])
 
-    def windows(self, stored: Any = None) -> Iterator[tuple[Any, Any, Spans]]:
-        """Slabs that are finished together, and their blocks, a window each; those, and all.
+    @property
+    def spans(self) -> Spans:
+        """Ranges of all blocks of a slab, a window each."""
+        each = self.blocks // self.slabs
+        return Spans(each, min(each, max(1, self.window)))
+
+    def windows(self, stored: Any = None) -> Iterator[tuple[Any, Any]]:
+        """Slabs that are finished together, and their blocks, a window each.
 
         With ``stored``, those of the blocks where that is true; slabs without any are left out.
         """
         if not self.blocks:
             return
-        each = self.blocks // self.slabs
+        spans = self.spans
+        each, step = spans.n, spans.step
         together = max(1, self.window // each)
-        step = min(each, max(1, self.window))
-        ranges = Spans(each, step)
         if stored is None:
             for first in range(0, self.slabs, together):
-                yield range(first, min(first + together, self.slabs)), ranges, ranges
+                yield range(first, min(first + together, self.slabs)), spans
             return
         stored = np.reshape(stored, (self.slabs, each))
         slabs = np.flatnonzero(stored.any(axis=1))
         for i in range(0, len(slabs), together):
             some = slabs[i : i + together]
-            there = np.flatnonzero(stored[some[0]]) if together == 1 else np.arange(each)
-            yield some, [there[j : j + step] for j in range(0, len(there), step)], ranges
+            if together > 1:
+                yield some, spans
+            else:
+                there = np.flatnonzero(stored[some[0]])
+                yield some, [there[j : j + step] for j in range(0, len(there), step)]
 
 
 def make_plan(

@@ -41,6 +41,11 @@ def write_unit(array: zarr.Array[Any]) -> tuple[int, ...]:
     return array.shards or array.chunks
 
 
+def unit_nbytes(array: zarr.Array[Any]) -> int:
+    """Bytes of what is stored as one object, decoded."""
+    return math.prod(write_unit(array)) * array.dtype.itemsize
+
+
 def as_dask(array: zarr.Array[Any]) -> da.Array:
     """Lazy array with one chunk for each stored object."""
     token = tokenize(
@@ -75,7 +80,7 @@ def fingerprint(array: zarr.Array[Any], *, changes: bool) -> dict[str, Any]:
         }
     found = {"metadata": files.digest_files(folder, METADATA)}
     try:
-        largest = 2 * math.prod(write_unit(array)) * array.dtype.itemsize + (1 << 24)
+        largest = 2 * unit_nbytes(array) + (1 << 24)
         return found | files.fingerprint(folder, depth(array), largest, changes=changes)
     except ValueError as error:
         raise SourceError(f"{reason(error)} in {folder}; store regular files there") from error
@@ -174,26 +179,25 @@ def stored_blocks(
 
     ``weights`` times the place of a block in its grid is its number.
     """
-    folder, unit = local_path(array), write_unit(array)
-    if folder is None or array.fill_value:
+    unit = write_unit(array)
+    if local_path(array) is None or array.fill_value:
         return None
     found = np.zeros(blocks, bool)
-    for key, _ in files.scan(folder, depth(array)):
-        place = cell(array, key)
-        if place is not None:
-            steps = (i * u // n for i, u, n in zip(place, unit, block, strict=True))
+    for _, cell in cells(array):
+        if cell is not None:
+            steps = (i * u // n for i, u, n in zip(cell, unit, block, strict=True))
             found[sum(i * w for i, w in zip(steps, weights, strict=True))] = True
     return found
 
 
-def cell(array: zarr.Array[Any], key: str) -> tuple[int, ...] | None:
-    """Place of a chunk or shard in the grid; None if ``key`` is not the one of any."""
-    numbers = [int(i) for i in NUMBER.findall(key)]
-    place = tuple(numbers[-array.ndim :] if array.ndim else ())
-    inside = len(place) == array.ndim and all(
-        i < n for i, n in zip(place, grid(array.shape, write_unit(array)), strict=True)
-    )
-    return place if inside and key == array.metadata.encode_chunk_key(place) else None
+def cells(array: zarr.Array[Any]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """Key of every file of a local array, and its place in the grid of what is stored, if any."""
+    ndim, ends = array.ndim, grid(array.shape, write_unit(array))
+    for key, _ in files.scan(Path(location(array)), depth(array)):
+        numbers = [int(i) for i in NUMBER.findall(key)]
+        cell = tuple(numbers[-ndim:] if ndim else ())
+        inside = len(cell) == ndim and all(i < n for i, n in zip(cell, ends, strict=True))
+        yield key, cell if inside and key == array.metadata.encode_chunk_key(cell) else None
 
 
 def is_empty(array: zarr.Array[Any], region: Box) -> bool:
@@ -217,7 +221,7 @@ def _stored(array: zarr.Array[Any], names: list[str], rooms: list[Any]) -> Itera
         for key, room in zip(names, rooms, strict=True):
             yield files.read(f"{folder}/{key}", room)
         return
-    together = max(1, GETS // (math.prod(write_unit(array)) * array.dtype.itemsize))
+    together = max(1, GETS // unit_nbytes(array))
     for i in range(0, len(names), together):
         for found in sync(_get_all(array, names[i : i + together])):
             yield None if found is None else found.as_numpy_array()

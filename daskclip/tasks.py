@@ -283,8 +283,7 @@ def _read(job: Job, region: Box) -> Any:
         rooms[me] = np.frombuffer(files.memory(size), job.source.dtype)
         # glibc keeps for the next chunk what is as large as what it once had to take from the
         # system; fresh pages for all that codecs return would cost a third of their time
-        stored = math.prod(storage.write_unit(job.source)) * job.source.dtype.itemsize
-        np.empty(2 * stored, np.uint8)
+        np.empty(2 * storage.unit_nbytes(job.source), np.uint8)
     room = rooms[me]
 
     def read(part: Box) -> Any:

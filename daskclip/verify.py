@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from daskclip import files, journal, storage, tasks
+from daskclip import journal, storage, tasks
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError, failing
 from daskclip.journal import Entry, Journal
 from daskclip.passes import Passes
@@ -168,6 +168,6 @@ def _check_keys(array: Any, path: Path, made: Entry) -> None:
     """Require the metadata that was written, and no file but those of chunks."""
     if storage.fingerprint(array, changes=False)["metadata"] != made["metadata"]:
         raise VerificationError(f"the metadata of {path} is not what was written; clip it again")
-    for key, _ in files.scan(path, storage.depth(array)):
-        if key not in storage.METADATA and storage.cell(array, key) is None:
+    for key, cell in storage.cells(array):
+        if cell is None and key not in storage.METADATA:
             raise VerificationError(f"{path / key} is no chunk of the array; remove it")

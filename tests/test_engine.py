@@ -121,7 +121,7 @@ def test_results_are_those_of_numpy_with_little_memory(tmp_path, layout, axes):
     memory = tight(x, axes)
     planned = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert planned.passes == (1 if axes == () else 2)
-    assert len([blocks for _, windows, _ in planned.windows() for blocks in windows]) > 1
+    assert len([blocks for _, windows in planned.windows() for blocks in windows]) > 1
     report = clipped(x, tmp_path / "y", axes, memory=memory)
     assert (report.passes, report.blocks) == (planned.passes, planned.blocks)
 
@@ -150,7 +150,7 @@ def test_both_passes_take_several_slabs_and_windows(tmp_path):
     planned = plan_zarr(x, tmp_path / "z", 1.0, 0, memory=tight(x, 0))
     assert report.passes == 2
     assert planned.slabs > 1
-    assert all(len(list(windows)) > 1 for _, windows, _ in planned.windows())
+    assert all(len(list(windows)) > 1 for _, windows in planned.windows())
 
 
 SCHEDULERS = {

@@ -56,7 +56,7 @@ def plans(draw):
 
 def pieces(plan):
     """Every (slab, block) in the order of a pass."""
-    for slabs, windows, _ in plan.windows():
+    for slabs, windows in plan.windows():
         for blocks in windows:
             yield from ((slab, block) for slab in slabs for block in blocks)
 
@@ -82,7 +82,7 @@ def test_windows_cover_every_block_of_every_slab_once(plan):
 @many
 @given(plans())
 def test_a_window_holds_no_more_blocks_than_planned(plan):
-    for slabs, windows, _ in plan.windows():
+    for slabs, windows in plan.windows():
         assert all(0 < len(slabs) * len(blocks) <= plan.window for blocks in windows)
         assert len(slabs) == 1 or len(list(windows)) == 1
 
@@ -205,7 +205,7 @@ def test_a_petabyte_is_planned_in_the_memory_of_a_gigabyte(axes):
     tracemalloc.start()
     try:
         plan = make_plan(axes=axes, **TALL, **HOST)
-        slabs, windows, _ = next(plan.windows())
+        slabs, windows = next(plan.windows())
         blocks = next(iter(windows))
         last = plan.region(plan.slabs - 1, plan.blocks // plan.slabs - 1)
         highest = tracemalloc.get_traced_memory()[1]
