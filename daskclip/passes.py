@@ -28,7 +28,7 @@ from daskclip.resume import record
 from daskclip.retries import shown_region
 from daskclip.tally import Tally
 from daskclip.tasks import Job
-from daskclip.workers import memory_used, running, surviving
+from daskclip.workers import gathered, memory_used, running, surviving
 
 Row = Sequence[tuple[int, int]]  # slab and number in it, of some blocks
 
@@ -218,7 +218,7 @@ class Passes:
 
         # nothing to fuse; and Dask remembers the names of what it looked at for that
         with surviving(block_of), dask.config.set({"optimization.fuse.active": False}):
-            return list(dask.compute(*results.to_delayed().ravel(), **self.how))
+            return gathered(results.to_delayed().ravel(), self.how)
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from asyncio import CancelledError
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -94,12 +94,28 @@ def surviving(block_of: Callable[[Any], str]) -> Iterator[None]:
                 "to resume"
             ) from error
         lost = isinstance(error, OSError | CancelledError | TimeoutError)
+        lost |= isinstance(error, UnboundLocalError) and _client() is not None
         if lost or kind.__module__.startswith("distributed"):
             raise TemporaryError(
                 f"the cluster was lost ({kind.__name__}: {reason(error)}); "
                 "run the same command again to resume"
             ) from error
         raise
+
+
+def gathered(tasks: Iterable[Any], how: dict[str, Any]) -> list[Any]:
+    """Results of tasks; done again, once, if only their way back was cancelled.
+
+    That happens now and then without a reason, and distributed, by its issue 8514, then raises an
+    UnboundLocalError.
+    """
+    tasks = list(tasks)
+    try:
+        return list(dask.compute(*tasks, **how))
+    except UnboundLocalError:
+        if _client() is None:
+            raise
+        return list(dask.compute(*tasks, **how))
 
 
 def memory_used(first: Callable[[], Any] = bool) -> dict[Any, tuple[int, int]]:

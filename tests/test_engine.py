@@ -1,5 +1,6 @@
 """From storage to storage: NumPy's bits for any plan, nothing half done after a failure."""
 
+import asyncio
 import json
 import math
 from bisect import bisect_left
@@ -37,6 +38,7 @@ from daskclip.errors import (
     SourceError,
     StorageError,
     TargetExistsError,
+    TemporaryError,
 )
 
 # neither chunks nor shards divide the shape
@@ -198,6 +200,28 @@ def test_results_are_those_of_numpy_on_two_processes(tmp_path, layout, axes):
     planned = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert (planned.processes, planned.threads) == (2, 1)
     assert clipped(x, tmp_path / "y", axes, memory=memory).passes == planned.passes
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("times", [1, 2])
+def test_results_whose_way_back_is_cancelled(tmp_path, client, monkeypatch, times):
+    # as happens in distributed by chance
+    x = source_of(tmp_path)
+    gather, calls = client._gather_remote, []
+
+    async def cancelled(*args):
+        calls.append(None)
+        if 4 <= len(calls) < 4 + times:  # the first ones ask for the memory of two workers
+            asyncio.current_task().cancel()
+        return await gather(*args)
+
+    monkeypatch.setattr(client, "_gather_remote", cancelled)
+    if times == 2:
+        with pytest.raises(TemporaryError, match="the cluster was lost"):
+            clip_zarr(x, tmp_path / "y", 1.0, 0, memory=tight(x, 0))
+    clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+    assert len(calls) > 5
 
 
 @pytest.mark.slow
