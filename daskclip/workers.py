@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from asyncio import CancelledError
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -94,8 +95,7 @@ def surviving(block_of: Callable[[Any], str]) -> Iterator[None]:
                 "to resume"
             ) from error
         lost = isinstance(error, OSError | CancelledError | TimeoutError)
-        lost |= isinstance(error, UnboundLocalError) and _client() is not None
-        if lost or kind.__module__.startswith("distributed"):
+        if lost or _way_back_cancelled(error) or kind.__module__.startswith("distributed"):
             raise TemporaryError(
                 f"the cluster was lost ({kind.__name__}: {reason(error)}); "
                 "run the same command again to resume"
@@ -103,19 +103,28 @@ def surviving(block_of: Callable[[Any], str]) -> Iterator[None]:
         raise
 
 
-def gathered(tasks: Iterable[Any], how: dict[str, Any]) -> list[Any]:
+def gathered(tasks: Sequence[Any], how: dict[str, Any]) -> list[Any]:
     """Results of tasks; done again, once, if only their way back was cancelled.
 
-    That happens now and then without a reason, and distributed, by its issue 8514, then raises an
-    UnboundLocalError.
+    That happens now and then without a reason.
     """
-    tasks = list(tasks)
     try:
         return list(dask.compute(*tasks, **how))
-    except UnboundLocalError:
-        if _client() is None:
+    except UnboundLocalError as error:
+        if not _way_back_cancelled(error):
             raise
-        return list(dask.compute(*tasks, **how))
+    return list(dask.compute(*tasks, **how))
+
+
+def _way_back_cancelled(error: BaseException) -> bool:
+    """Whether what waits for results was cancelled, which distributed tells so (its issue 8514).
+
+    A task may raise the same, but elsewhere.
+    """
+    if not isinstance(error, UnboundLocalError):
+        return False
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return bool(last.f_globals["__name__"] == "distributed.utils")
 
 
 def memory_used(first: Callable[[], Any] = bool) -> dict[Any, tuple[int, int]]:

@@ -30,6 +30,7 @@ from daskclip import (
     storage,
     tasks,
     verify_zarr,
+    workers,
 )
 from daskclip.errors import (
     DaskClipError,
@@ -222,6 +223,21 @@ def test_results_whose_way_back_is_cancelled(tmp_path, client, monkeypatch, time
             clip_zarr(x, tmp_path / "y", 1.0, 0, memory=tight(x, 0))
     clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
     assert len(calls) > 5
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("client")
+def test_a_task_that_raises_the_same_is_not_done_again(tmp_path):
+    def wrong():
+        with (tmp_path / "done").open("a") as file:
+            file.write("once")
+        if tmp_path is None:
+            value = 1
+        return value
+
+    with pytest.raises(UnboundLocalError, match="value"), workers.surviving(str):
+        workers.gathered([dask.delayed(wrong)()], {})
+    assert (tmp_path / "done").read_text() == "once"
 
 
 @pytest.mark.slow
