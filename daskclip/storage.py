@@ -192,8 +192,9 @@ def stored_blocks(
 
 def cells(array: zarr.Array[Any]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
     """Key of every file of a local array, and its place in the grid of what is stored, if any."""
-    ndim, ends = array.ndim, grid(array.shape, write_unit(array))
-    for key, _ in files.scan(Path(location(array)), depth(array)):
+    folder, ndim, ends = local_path(array), array.ndim, grid(array.shape, write_unit(array))
+    assert folder is not None
+    for key, _ in files.scan(folder, depth(array)):
         numbers = [int(i) for i in NUMBER.findall(key)]
         cell = tuple(numbers[-ndim:] if ndim else ())
         inside = len(cell) == ndim and all(i < n for i, n in zip(cell, ends, strict=True))
