@@ -94,12 +94,14 @@ def test_256_mib_in_128_mib(arrays, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_peak_does_not_grow_with_the_array(arrays, tmp_path):
-    # one run in ten or so holds two chunks more, whatever its size: of three the lowest counts
     held = [
-        min(grown(arrays(n), tmp_path / f"{n}-{i}", 128 * MIB) for i in range(3))
+        [grown(arrays(n), tmp_path / f"{n}-{i}", 128 * MIB) for i in range(3)]
         for n in (256, 1024, 2048)
     ]
-    assert max(held) <= 1.1 * min(held)
+    # one run in ten or so holds two chunks more, whatever its size: the lowest ones are compared
+    lowest = [min(runs) for runs in held]
+    assert max(lowest) <= 1.1 * min(lowest)
+    assert max(map(max, held)) <= 1.1 * min(lowest) + 8 * MIB
 
 
 @pytest.fixture(scope="module")
