@@ -35,6 +35,7 @@ clip_list      the operation on a list
 workers        the processes that run blocks
 resume         a run on disk: begun, resumed, recognised
 tasks          what a worker does with one block
+scales         what slices are multiplied by
 passes         windows of blocks, and which of them are done
 engine         from storage to storage
 verify         what was written, against its record and its source

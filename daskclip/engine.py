@@ -12,13 +12,7 @@ from uuid import uuid4
 
 from daskclip import storage
 from daskclip.blocks import grid
-from daskclip.errors import (
-    DaskClipError,
-    InvalidValueError,
-    SourceChangedError,
-    failing,
-    shown,
-)
+from daskclip.errors import DaskClipError, InvalidValueError, SourceChangedError, failing, shown
 from daskclip.journal import Entry
 from daskclip.parameters import (
     NonFinite,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import dask.array as da
 import numpy as np
 
 from daskclip import storage, tally, tasks
-from daskclip.factor import Scale, finalize
+from daskclip.factor import Scale
 from daskclip.journal import Entry, Journal
 from daskclip.norms import no_block, tree
 from daskclip.numerics import warm_up
@@ -26,6 +26,7 @@ from daskclip.recipes import Constant
 from daskclip.report import ClipReport
 from daskclip.resume import record
 from daskclip.retries import shown_region
+from daskclip.scales import Scales
 from daskclip.tally import Tally
 from daskclip.tasks import Job
 from daskclip.workers import gathered, memory_used, running, surviving
@@ -219,31 +220,6 @@ class Passes:
         # nothing to fuse; and Dask remembers the names of what it looked at for that
         with surviving(block_of), dask.config.set({"optimization.fuse.active": False}):
             return gathered(results.to_delayed().ravel(), self.how)
-
-
-@dataclass(slots=True)
-class Scales:
-    """What the slices of some slabs are multiplied by; made from their sums when it is needed."""
-
-    job: Job
-    journal: Journal
-    name: str
-    """Of their sums in the journal."""
-    _made: list[Scale] = field(default_factory=list)
-
-    def load(self) -> list[Scale]:
-        if not self._made:
-            limit, dtype = self.job.clip_norm, self.job.source.dtype
-            terms = tasks.terms(self.job, self.job.plan.shape)  # of what is not stored too
-            sums = (p._replace(terms=terms) for p in self.journal.load(self.name))
-            self._made = [finalize(p, limit, dtype) for p in sums]
-        return self._made
-
-    def finite(self) -> bool:
-        return all(np.isfinite(s.factor).all() for s in self.load())
-
-    def tally(self) -> Tally:
-        return reduce(tally.add, map(tally.count, self.load()))
 
 
 def clip_passes(
