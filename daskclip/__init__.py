@@ -4,6 +4,7 @@ The map of the package, from the bottom up; imports go down only.
 
 =============  ====================================================================
 errors         every error, with its exit code
+retries        which errors pass, what is tried again
 blocks         grid arithmetic
 files          local files: durable, exchanged, listed, digested
 digits         sums of squares of a matrix as integers
@@ -24,10 +25,15 @@ recipes        chunks that are made again instead of held
 journal        what is done, a line for each window
 guard          encoded chunks that must not be decoded
 chunks         chunks as they are stored, to values and back
-storage        Zarr arrays: made, read, written, told apart; imports zarr, as do two more
+objects        objects under a Zarr store: fetched, listed, made once
+storage        Zarr arrays: opened, made, told apart; imports zarr, as do four more
+regions        regions of them: read, written, copied
+attempts       blocks tried again, or told by the chunk
 sources        what is opened for reading, and what is refused
-retries        what passes is tried again, what stays is told by the chunk
-publish        the target's place, its lock and its renaming
+publish        a target in a folder: its lock and its renaming
+leases         objects of a target, and a lock among them
+prefixes       a target in an object store: metadata last
+targets        where a target is, by what it was named
 arrays         what may be given as an array or a list
 lazy           the operation as Dask graphs
 clip           the operation on an array: start reading here

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import dask
 
 from daskclip import resume
 from daskclip.engine import clip_zarr, plan_zarr
@@ -26,6 +29,7 @@ Exit codes: 0 done or up to date, 1 storage failure or bug (run again to resume)
 4 verification failed, 5 the target exists, is being written or has an unfinished
 run with other parameters, 75 interrupted or temporarily failed: run again."""
 INTERRUPTED = 75
+CONFIGURED = ("memory", "nonfinite", "missing", "progress")
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
@@ -57,7 +61,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             help="What NaN and infinity do to their slice.",
         ),
         click.option("--workers", type=click.IntRange(min=1), help="Start N local processes."),
-        click.option("--scheduler", help="Address of a Dask scheduler."),
+        click.option("--scheduler", help="Address, or scheduler file, of a Dask cluster."),
         click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
         click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
         click.option("--clip-norm", type=float, required=True, help="The limit."),
@@ -72,12 +76,27 @@ class _Group(click.Group):
     """Says what it did not understand on one line, as it does for everything else."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _failing_in_one_line():
+            defaults = _defaults()
         with _understood():
+            extra["default_map"] = {"run": defaults, "plan": defaults}
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         with _understood():
             return super().invoke(ctx)
+
+
+def _defaults() -> dict[str, Any]:
+    """Defaults of options in Dask's configuration, from its files and the environment."""
+    defaults = dask.config.get("daskclip", None) or {}
+    for name in defaults:
+        if name not in CONFIGURED:
+            raise InvalidValueError(
+                f"dask's configuration has daskclip.{name}, which is unknown; use one of "
+                f"{', '.join(CONFIGURED)}"
+            )
+    return {name: str(value) for name, value in defaults.items()}
 
 
 @contextmanager
@@ -155,7 +174,7 @@ def _call(
     axes: str | None,
     **options: Any,
 ) -> None:
-    with _failing_in_one_line(), _workers(scheduler, workers):
+    with _failing_in_one_line(), _workers(scheduler, workers, options["progress"]):
         folder = report.absolute().parent if report else None
         if folder is not None and not folder.is_dir():
             raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
@@ -173,7 +192,7 @@ def _axes(axes: str | None) -> list[int] | None:
 
 
 @contextmanager
-def _workers(scheduler: str | None, workers: int | None) -> Iterator[None]:
+def _workers(scheduler: str | None, workers: int | None, progress: str) -> Iterator[None]:
     """A cluster to run on, if one was asked for."""
     if scheduler is None and workers is None:
         yield
@@ -183,17 +202,21 @@ def _workers(scheduler: str | None, workers: int | None) -> Iterator[None]:
     # only here: distributed takes a second to import
     from distributed import Client, LocalCluster
 
-    # what it and asyncio log of a lost cluster is told on one line here
-    logging.disable(logging.CRITICAL)
+    # what they log of a lost cluster is told on one line here
+    noisy = [n for n in logging.root.manager.loggerDict if n.startswith("distributed")]
+    for name in (*noisy, "asyncio", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     if scheduler is not None:
+        where = {"scheduler_file" if os.path.isfile(scheduler) else "address": scheduler}
         try:
-            client = Client(scheduler, timeout=10)
+            client = Client(**where, timeout=10)
         except (OSError, ValueError) as error:
             raise InvalidValueError(
                 f"no Dask scheduler answers at {scheduler} ({type(error).__name__}); "
                 "check the address"
             ) from error
         with client:
+            _tell_dashboard(client, progress)
             yield
         return
     # a terminal sends Ctrl-C to the workers too
@@ -202,13 +225,21 @@ def _workers(scheduler: str | None, workers: int | None) -> Iterator[None]:
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         )
     finally:
         signal.signal(signal.SIGINT, before)
-    with cluster, Client(cluster):
+    with cluster, Client(cluster) as client:
+        _tell_dashboard(client, progress)
         yield
+
+
+def _tell_dashboard(client: Any, progress: str) -> None:
+    link = client.dashboard_link
+    if link and progress != "none":
+        as_json = json.dumps({"dashboard": link})
+        click.echo(as_json if progress == "json" else f"daskclip: dashboard at {link}", err=True)
 
 
 @contextmanager

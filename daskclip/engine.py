@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
 from daskclip import storage
 from daskclip.blocks import grid
-from daskclip.errors import DaskClipError, InvalidValueError, SourceChangedError, failing, shown
+from daskclip.errors import DaskClipError, InvalidValueError, SourceChangedError, shown
 from daskclip.journal import Entry
 from daskclip.parameters import (
     NonFinite,
@@ -24,13 +24,16 @@ from daskclip.parameters import (
 from daskclip.passes import clip_passes
 from daskclip.plan import ClipPlan, make_plan
 from daskclip.progress import Mode, show
-from daskclip.publish import check_target, clear, locked, publish, refuse_existing
+from daskclip.publish import refuse_existing
 from daskclip.report import ClipReport
 from daskclip.resume import begun, describe, finished, plan_of, resumed
+from daskclip.retries import failing
 from daskclip.sources import open_source
+from daskclip.targets import open_target
 from daskclip.tasks import Job
-from daskclip.workers import workers
+from daskclip.workers import require_alike, workers
 
+log = logging.getLogger("daskclip")
 # bytes that the exact sum of a slice may take; float64 data that spans more than 10**80 takes more
 STATE = {2: 24, 4: 80, 8: 80}
 
@@ -133,33 +136,36 @@ def clip_zarr(
         array, plan, limit = _prepare(
             source, clip_norm, axes, memory, nonfinite, missing, storage_options
         )
-        path = _place(target, array, overwrite, in_place)
+        place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
         run = describe(
             array,
-            path,
+            place,
             clip_norm=str(limit),
             axes=list(plan.axes),
             nonfinite=nonfinite,
             missing=missing,
         )
-    with failing(f"writing {path}"), locked(path) as work:
-        report = finished(path, run)
+    with failing(f"writing {place}"), place.locked() as work:
+        report = finished(work, run)
         if report is not None:
             seconds = time.monotonic() - started
             return replace(
                 report, status="up to date", bytes_read=0, bytes_written=0, seconds=seconds
             )
         if not (overwrite or in_place):
-            refuse_existing(path)
-        replacing = path if path.exists() else None
-        run = resumed(work, run, plan.memory) or begun(work, array, run, plan, replacing)
-        staged = work / run["run"]
+            refuse_existing(place)
+        require_alike([*work.files, *storage.local_paths(array)])
+        old = resumed(work, array, run, plan.memory)
+        run = old or begun(work, array, run, plan)
+        doing = "resuming" if old else "beginning"
+        log.info("%s run %s, %s to %s", doing, run["run"], storage.location(array), place)
+        staged, folder = work.staging(array, run["run"])
         job = Job(
             run=f"{run['run']}-{uuid4().hex}",
             plan=plan_of(run),
             source=array,
-            target=storage.open_made(staged),
-            staged=str(staged),
+            target=staged,
+            staged=folder,
             in_place=in_place,
             clip_norm=limit,
             nonfinite=nonfinite,
@@ -167,7 +173,7 @@ def clip_zarr(
         )
         try:
             stored = _stored_blocks(array, run, job.plan)
-            report = clip_passes(job, path, work, display, started, stored)
+            report = clip_passes(job, work, display, started, stored, run)
             now = storage.fingerprint(array, changes=True)
             if now != run["source"]:
                 key = now.get("newest")
@@ -177,12 +183,13 @@ def clip_zarr(
                 )
         except DaskClipError as error:
             if error.exit_code == 3:  # the source will not do: there is nothing to resume
-                clear(work)
+                work.clear()
             raise
         if report.status == "clipped":
-            publish(work, staged, path, overwrite or in_place)
+            work.publish(array, staged, overwrite or in_place)
         else:
-            clear(work)
+            work.clear()
+    log.info("%s: %d of %d slices clipped", report.status, report.clipped, report.slices)
     return report
 
 
@@ -241,9 +248,9 @@ def plan_zarr(
         array, plan, _ = _prepare(
             source, clip_norm, axes, memory, nonfinite, missing, storage_options
         )
-        path = _place(target, array, overwrite, in_place)
+        place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
         if not (overwrite or in_place):
-            refuse_existing(path)
+            refuse_existing(place)
     return plan
 
 
@@ -281,16 +288,8 @@ def _prepare(
 def _stored_blocks(array: Any, run: Entry, plan: ClipPlan) -> Any:
     """Whether anything of each block is stored; None if all of them have to be looked at."""
     units = math.prod(grid(plan.shape, plan.unit))
-    if run["parameters"]["missing"] == "error" or run["source"].get("chunks", units) >= units:
+    parameters = run["parameters"]
+    everything = parameters["missing"] == "error" or parameters["clip_norm"] == "nan"
+    if everything or run["source"].get("chunks", units) >= units:
         return None
     return storage.stored_blocks(array, plan.block, plan.weights, plan.blocks)
-
-
-def _place(target: Any, array: Any, overwrite: bool, in_place: bool) -> Path:
-    if in_place and (overwrite or target is not None):
-        raise InvalidValueError(
-            "in place there is no target and nothing else to overwrite; leave them out"
-        )
-    if target is None and not in_place:
-        raise InvalidValueError("there is no target; give its path, or clip in place")
-    return check_target(target, storage.local_path(array), overwrite)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from numpy.exceptions import AxisError
 
 __all__ = [
     "AxesError",
+    "ClusterError",
     "DTypeError",
     "DaskClipError",
     "InvalidTypeError",
@@ -80,6 +79,10 @@ class TargetPermissionError(DaskClipError, PermissionError):
     """The target's folder cannot be written."""
 
 
+class ClusterError(DaskClipError, RuntimeError):
+    """A worker has other versions than the client, or does not see the same files."""
+
+
 class TargetExistsError(DaskClipError, FileExistsError):
     """There is something at the target's path already, or a run is under way or unfinished."""
 
@@ -111,19 +114,6 @@ def shown(value: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Text of an error of another library, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def failing(doing: str) -> Iterator[None]:
-    """Say on one line what an error of the file system is about."""
-    try:
-        yield
-    except DaskClipError:
-        raise
-    except (OSError, MemoryError) as error:
-        raise StorageError(
-            f"{doing} failed: {reason(error)}; mend the cause and run the same command again to "
-            "resume"
-        ) from error
+    """Text of an error of another library, on one line and without what it has for programs."""
+    text = str(error).partition("Debug source")[0].partition("<?xml")[0]
+    return " ".join(text.split()) or type(error).__name__

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import google_crc32c
@@ -26,6 +26,7 @@ Bytes = npt.NDArray[np.uint8]
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h
 CHUNK = re.compile(r"c|(c[./])?\d+([./]\d+)*")  # key of a chunk in any of zarr's encodings
 PIECE = 1 << 20  # bytes of a file that are held at a time
+DIGESTS = 1 << 64  # digests of files are below
 DIRECT = 1 << 20  # bytes from which on a file is written past the page cache
 
 _thread = threading.local()
@@ -79,20 +80,22 @@ def digest(data: Any, before: int = 0) -> int:
     return before
 
 
-def digest_file(key: str, data: Any, before: int) -> int:
-    """CRC-32C of the name and the bytes of a file, after those of others."""
-    return digest(data, digest(key.encode(), before))
+def digest_file(key: str, content: int) -> int:
+    """Digest of a file with a name and a CRC-32C; those of several files are added up."""
+    text = f"{key} {content:08x}".encode()
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
 
 
 def digest_files(folder: Path, keys: Iterable[str]) -> int:
-    """CRC-32C of the names and the bytes of those of the files that are there."""
+    """Digest of those of the files that are there."""
     total = 0
     for key in keys:
         with _opened(folder / key) as file:
-            total = digest(key.encode(), total) if file else total
+            content = 0
             while file and (data := file.read(PIECE)):
-                total = digest(data, total)
-    return total
+                content = digest(data, content)
+            total += digest_file(key, content) if file else 0
+    return total % DIGESTS
 
 
 def copy_files(source: Path, target: Path, keys: Iterable[str]) -> int:
@@ -101,12 +104,13 @@ def copy_files(source: Path, target: Path, keys: Iterable[str]) -> int:
     for key in keys:
         with _opened(source / key) as file:
             if file:
-                total = digest(key.encode(), total)
+                content = 0
                 with _appearing(target, key, token) as out:
                     while n := file.readinto(room):
-                        total = digest(room[:n], total)
+                        content = digest(room[:n], content)
                         _put(out, room[:n])
-    return total
+                total += digest_file(key, content)
+    return total % DIGESTS
 
 
 def read(path: str, room: Bytes | None = None) -> Bytes | None:
@@ -211,11 +215,24 @@ def _appearing(folder: Path, key: str, token: str) -> Iterator[int]:
     os.replace(part, path)
 
 
-def scan(folder: Path, depth: int, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
-    """Key and status of everything in the folder of an array but hidden files, in no order.
+class Stored(NamedTuple):
+    """What a listing tells of a file or an object."""
+
+    key: str
+    size: int
+    version: str
+    """Differs when the content does: the times of a file, the ETag of an object."""
+    changed: int = 0
+    """When it was written, in nanoseconds; 0 where that is not told."""
+
+
+def listed(folder: Path, depth: int, *, changes: bool, prefix: str = "") -> Iterator[Stored]:
+    """Everything in the folder of an array but hidden files, in no order.
 
     ``depth`` is the number of names in a chunk's key. Links, and folders in the place of chunks,
     are refused: zarr would read some of them as the fill value.
+
+    With ``changes``, versions tell what no program can set; a copy does not keep it.
     """
     with os.scandir(folder / prefix) as entries:
         for entry in entries:
@@ -227,32 +244,34 @@ def scan(folder: Path, depth: int, prefix: str = "") -> Iterator[tuple[str, os.s
             if entry.is_dir():
                 if depth == 1 and CHUNK.fullmatch(key):
                     raise ValueError(f"{key} is a folder and not a chunk")
-                yield from scan(folder, max(1, depth - 1), f"{key}/")
+                inside = max(1, depth - 1)
+                yield from listed(folder, inside, changes=changes, prefix=f"{key}/")
             elif entry.is_file():
-                yield key, entry.stat()
+                status = entry.stat()
+                version = str(status.st_mtime_ns)
+                if changes:
+                    version += f" {status.st_ctime_ns} {status.st_ino}"
+                changed = status.st_ctime_ns if changes else 0
+                yield Stored(key, status.st_size, version, changed)
             else:
                 raise ValueError(f"{key} is not a regular file")
 
 
-def fingerprint(folder: Path, depth: int, largest: int, *, changes: bool) -> dict[str, Any]:
-    """What tells one state of the chunks from another: names, sizes and times of all files.
+def fingerprint(found: Iterable[Stored], largest: int) -> dict[str, Any]:
+    """What tells one state of the chunks from another; those above ``largest`` bytes are refused.
 
-    Files of more than ``largest`` bytes are refused.
-
-    With ``changes``, also those that no program can set; a copy does not keep them.
+    Anything else that is found does not count.
     """
-    chunks, total, newest, last = 0, 0, -1, None
-    for key, status in scan(folder, depth):
+    chunks, total, newest, last = 0, 0, 0, None
+    for key, size, version, changed in found:
         if not CHUNK.fullmatch(key):
             continue
-        if status.st_size > largest:
-            raise ValueError(f"{key} has {status.st_size} bytes, which no chunk there takes")
-        text = f"{key} {status.st_size} {status.st_mtime_ns}"
-        if changes:
-            text += f" {status.st_ctime_ns} {status.st_ino}"
+        if size > largest:
+            raise ValueError(f"{key} has {size} bytes, which no chunk there takes")
+        text = f"{key} {size} {version}"
         # a sum needs no order, and so no list of a billion names
         total += int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "big")
         chunks += 1
-        if status.st_ctime_ns > newest:
-            newest, last = status.st_ctime_ns, key
-    return {"chunks": chunks, "hash": f"{total % 2**128:032x}", "newest": last if changes else None}
+        if changed > newest:
+            newest, last = changed, key
+    return {"chunks": chunks, "hash": f"{total % 2**128:032x}", "newest": last}

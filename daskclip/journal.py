@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,18 @@ def entries(path: Path) -> Iterator[tuple[Entry, int]]:
 class Journal:
     """The entries of earlier attempts at a run, one after the other, then new ones.
 
-    An entry may name a file of sums beside the journal, in ``sums``.
+    An entry may name a file of sums beside the journal, in ``sums``. ``mirror`` gives what is told
+    of each line and file, if anything.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mirror: Callable[[], Any] = bool) -> None:
         self._folder = path.parent
         self._last: tuple[str, Sequence[Partial]] = "", ()
         ends = [(end, entry.get("sums")) for entry, end in entries(path)]
         while ends[-1][1] and not self._readable(ends[-1][1]):
             ends.pop()
         os.truncate(path, ends[-1][0])
+        self._mirror = mirror()
         self._old = entries(path)
         next(self._old)
         self._file = path.open("ab")
@@ -69,9 +71,12 @@ class Journal:
 
     def append(self, entry: Entry) -> None:
         """Add an entry; it is on disk when this returns."""
-        self._file.write(_line(entry))
+        line = _line(entry)
+        self._file.write(line)
         self._file.flush()
         os.fsync(self._file.fileno())
+        if self._mirror:
+            self._mirror.append(line)
 
     def save(self, name: str, sums: Sequence[Partial]) -> None:
         """Keep sums in a file of that name."""
@@ -81,6 +86,8 @@ class Journal:
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         write_durably(self._folder / name, buffer.getvalue())
+        if self._mirror:
+            self._mirror.save(name, buffer.getvalue())
         self._last = name, sums
 
     def load(self, name: str) -> Sequence[Partial]:
@@ -100,6 +107,8 @@ class Journal:
         """Remove the sums of that name, if there are any."""
         if name:
             (self._folder / name).unlink(missing_ok=True)
+            if self._mirror:
+                self._mirror.forget(name)
 
     def _readable(self, name: str) -> bool:
         try:

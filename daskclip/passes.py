@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -15,21 +14,22 @@ import dask.array as da
 import numpy as np
 
 from daskclip import storage, tally, tasks
+from daskclip.attempts import shown_region
 from daskclip.factor import Scale
+from daskclip.files import DIGESTS
 from daskclip.journal import Entry, Journal
 from daskclip.norms import no_block, tree
 from daskclip.numerics import warm_up
-from daskclip.partials import combine
+from daskclip.partials import NAN, combine
 from daskclip.progress import State
 from daskclip.publish import JOURNAL
 from daskclip.recipes import Constant
 from daskclip.report import ClipReport
-from daskclip.resume import record
-from daskclip.retries import shown_region
+from daskclip.resume import Work, record
 from daskclip.scales import Scales
 from daskclip.tally import Tally
 from daskclip.tasks import Job
-from daskclip.workers import gathered, memory_used, running, surviving
+from daskclip.workers import gathered, memory_used, running, surviving, versions
 
 Row = Sequence[tuple[int, int]]  # slab and number in it, of some blocks
 
@@ -42,18 +42,22 @@ class Passes:
     how: dict[str, Any]
     """Arguments of ``dask.compute``."""
     journal: Journal
-    report: Callable[[int, int], None]
-    """Told the bytes done and the pass, after each window."""
+    report: Callable[[int, int, int], None]
+    """Told the bytes done, those skipped, and the pass, after each window."""
     stored: Any = None
     """Whether anything of each block is stored; None if all have to be looked at."""
     total: Tally = tally.NONE
     """Of all slices."""
     done: int = 0
     """Bytes of blocks, over all passes."""
+    skipped: int = 0
+    """Those that this attempt had nothing to do for: not stored, or done before."""
     read: int = 0
     """Those that this attempt read."""
     written: int = 0
     """Bytes of blocks that this attempt wrote."""
+    digest: int = 0
+    """Of all that is stored for the target, over all attempts."""
 
     def __post_init__(self) -> None:
         plan = self.job.plan
@@ -61,7 +65,7 @@ class Passes:
             there = np.flatnonzero(self.stored)
             each = plan.blocks // plan.slabs
             looked_at = sum(plan.nbytes_of(*divmod(int(n), each)) for n in there)
-            self.done = plan.bytes_read - looked_at * plan.passes
+            self.done = self.skipped = plan.bytes_read - looked_at * plan.passes
 
     def clip(self) -> bool:
         """Write the clipped array; returns whether there is one: in place there may be no need."""
@@ -94,19 +98,19 @@ class Passes:
         """Sum the blocks of some slabs, then do with each what ``second`` does, if anything."""
         seen = np.zeros(self.job.plan.blocks, np.uint32)
         for slabs, windows in self.job.plan.windows(self.stored):
-            name = ""
+            name, spoilt = "", False
             for blocks in windows:
                 rows = _rows(slabs, blocks)
                 entry = self._window(1, rows, partial(self._sum, rows, name))
                 self.journal.forget(name)
-                name = entry["sums"]
+                name, spoilt = entry["sums"], entry["nan"]
                 for number, digest in entry["source"].items():
                     seen[int(number)] = digest
             scales = Scales(self.job, self.journal, name)
             if second is None:
                 self.total = tally.add(self.total, scales.tally())
-            elif self.stored is not None and not scales.finite():
-                windows = self.job.plan.spans  # what is not stored may become NaN
+            elif self.stored is not None and spoilt:
+                windows = self.job.plan.spans  # what is not stored becomes NaN
             # what was read last may still be in memory
             for i, blocks in enumerate(reversed(windows) if second else ()):
                 rows, last = _rows(slabs, blocks), i + 1 == len(windows)
@@ -142,16 +146,19 @@ class Passes:
         plan = self.job.plan
         entry = self.journal.replay()
         size = {plan.number(*c): plan.nbytes_of(*c) for row in rows for c in row}
-        if pass_:
-            self.done += sum(size.values())
-        if entry is None:
+        looked_at = sum(size.values()) if pass_ else 0
+        self.done += looked_at
+        if entry is not None:
+            self.skipped += looked_at
+        else:
             entry = make()
             self.journal.append(entry)
-            self.read += sum(size.values()) if pass_ else 0
+            self.read += looked_at
             self.written += sum(size[n] for n in entry.get("target", ()))
+        self.digest += sum(entry.get("target", {}).values())
         if "tally" in entry:
             self.total = tally.add(self.total, Tally(*entry["tally"]))
-        self.report(self.done, pass_ or plan.passes)
+        self.report(self.done, self.skipped, pass_ or plan.passes)
         return entry
 
     def _clip(self, rows: list[Row]) -> Entry:
@@ -168,7 +175,9 @@ class Passes:
             sums = [combine(pair) for pair in zip(self.journal.load(before), sums, strict=True)]
         name = f"sums-{rows[0][0][0]}-{rows[0][0][1]}.npz"
         self.journal.save(name, sums)
-        return {"sums": name, "source": {n: d for f in found for n, d in f.digests.items()}}
+        digests = {n: d for f in found for n, d in f.digests.items()}
+        nan = any(bool((p.flags & NAN).any()) for p in sums)
+        return {"sums": name, "nan": nan, "source": digests}
 
     def _second(
         self, function: Any, rows: list[Row], scales: Scales, seen: Any, first: bool, last: bool
@@ -224,35 +233,40 @@ class Passes:
 
 def clip_passes(
     job: Job,
-    path: Path,
-    work: Path,
+    work: Work,
     display: Callable[[State], None],
     started: float,
     stored: Any,
+    run: Entry,
 ) -> ClipReport:
     """All passes, up to the end of the journal."""
     plan = job.plan
     size = plan.nbytes_of(0, 0) if plan.blocks else 0
     before = memory_used(partial(warm_up, job.source.dtype, size))
 
-    def progress(done: int, at: int) -> None:
-        seconds = time.monotonic() - started
-        total = plan.bytes_read
+    def progress(done: int, skipped: int, at: int) -> None:
+        seconds, total = time.monotonic() - started, plan.bytes_read
         done = min(done, total)
-        display(State(done=done, total=total, pass_=at, passes=plan.passes, seconds=seconds))
+        state = State(
+            done=done, skipped=skipped, total=total, pass_=at, passes=plan.passes, seconds=seconds
+        )
+        display(state)
 
     with (
-        Journal(work / JOURNAL) as entries,
+        Journal(work.folder / JOURNAL, work.mirror) as entries,
         running(plan.threads, partial(tasks.end, job.run)) as how,
     ):
         passes = Passes(job, how, entries, progress, stored)
         written = passes.clip()
         after = memory_used()
         total = passes.total
+        made = work.made(job.source, job.target) if written else {}
+        digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
+        policies = {k: run["parameters"][k] for k in ("nonfinite", "missing")}
         report = ClipReport(
             status="clipped" if written else "nothing to clip",
             source=storage.location(job.source),
-            target=str(path),
+            target=str(work.target),
             clip_norm=job.clip_norm,
             axes=plan.axes,
             slices=total.slices,
@@ -267,9 +281,15 @@ def clip_passes(
             seconds=time.monotonic() - started,
             peak_memory=max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0),
             projected_memory=plan.projected_memory,
+            run=run["run"],
+            began=run["began"],
+            parameters=policies | {"memory": plan.memory},
+            versions=versions(),
+            source_fingerprint=run["source"].get("hash", "unknown"),
+            digest=f"{digest:016x}" if written else None,
         )
         if written:
-            record(entries, Path(job.staged or ""), report)
+            record(entries, made, report)
     return report
 
 

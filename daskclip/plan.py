@@ -32,6 +32,7 @@ BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 CALL = 1024  # units of a block
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
 SCRATCH = 12 * MIB  # numerics, pages to write from, and what the allocator keeps; per thread
+SLICE = 48  # norm, factor and flags of a slice of a block on its way, and what counts them
 WINDOW = 16  # blocks of a window per thread
 
 
@@ -225,9 +226,10 @@ def make_plan(
         # a chunk on its way is there as read, decoded, encoded, and once more in the allocator
         thread = size + 4 * stored + SCRATCH
         window = WINDOW * threads
+        slices = math.prod(n for a, n in enumerate(block) if a not in axes)
         if all(block[a] >= shape[a] for a in axes):
-            return FIXED + threads * thread, window * processes
-        sums = state * math.prod(n for a, n in enumerate(block) if a not in axes)
+            return FIXED + threads * (thread + SLICE * slices), window * processes
+        sums = state * slices
         # a thread sums in integers twice as wide before it has its result
         base = FIXED + threads * (thread + 3 * sums)
         room = (memory - base) // max(1, sums) - 1

@@ -22,6 +22,8 @@ class State:
 
     done: int
     """Bytes done, over all passes."""
+    skipped: int
+    """Those that this call had nothing to do for."""
     total: int
     """Bytes to do, over all passes."""
     pass_: int
@@ -32,9 +34,14 @@ class State:
     """Since the start."""
 
     @property
+    def rate(self) -> float:
+        """Bytes a second of this call."""
+        return (self.done - self.skipped) / max(self.seconds, 1e-9)
+
+    @property
     def left(self) -> float:
-        """Seconds that the rest takes at the rate so far."""
-        return self.seconds * (self.total - self.done) / self.done if self.done else 0.0
+        """Seconds that the rest takes at that rate."""
+        return (self.total - self.done) / self.rate if self.rate else 0.0
 
 
 Show = Callable[[State], None]
@@ -59,10 +66,9 @@ def show(progress: Any) -> Show:
 
 def _text(state: State) -> str:
     gb, total = state.done / 1e9, state.total / 1e9
-    rate = state.done / max(state.seconds, 1e-9) / 1e6
     return (
         f"{gb:.2f}/{total:.2f} GB  pass {state.pass_}/{state.passes}  "
-        f"{rate:.0f} MB/s  {state.left:.0f} s left"
+        f"{state.rate / 1e6:.0f} MB/s  {state.left:.0f} s left"
     )
 
 
@@ -73,7 +79,7 @@ def _nothing(state: State) -> None:
 def _json(state: State) -> None:
     fields = {
         "done": state.done, "total": state.total, "pass": state.pass_, "passes": state.passes,
-        "seconds": round(state.seconds, 3), "left": round(state.left, 3),
+        "seconds": round(state.seconds, 3), "rate": round(state.rate), "left": round(state.left, 3),
     }  # fmt: skip
     sys.stderr.write(json.dumps(fields) + "\n")
     sys.stderr.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from daskclip.plan import MIB, ClipPlan
 
@@ -48,6 +49,19 @@ class ClipReport:
     needed if that process had been larger before."""
     projected_memory: int
     """Bytes that the plan foresaw for it."""
+    run: str
+    """Id of the run, over all calls that it took."""
+    began: str
+    """When its first call began, in UTC."""
+    parameters: dict[str, Any]
+    """The other arguments: nonfinite, missing, memory in bytes."""
+    versions: dict[str, str]
+    """Of Python and of the packages that read, clip and write."""
+    source_fingerprint: str
+    """Hash of the names, sizes and times or ETags of all that was stored for the source."""
+    digest: str | None
+    """Sum of digests of all that is stored for the target, metadata too; it does not depend on
+    where that is or on how it got there. None if nothing was written."""
 
     def __str__(self) -> str:
         return as_text(self)
@@ -124,6 +138,7 @@ def _report(done: ClipReport) -> dict[str, str]:
         "read": f"{_size(done.bytes_read)} in {passes}",
         "written": _size(done.bytes_written),
         "blocks": f"{done.blocks:,}",
+        "digest": done.digest or "none",
         "time": f"{done.seconds:.2f} s",
         "peak memory": f"{_size(done.peak_memory)} of {_size(done.projected_memory)} projected",
     }

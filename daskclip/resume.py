@@ -1,40 +1,34 @@
-"""A run on disk: begun, taken up again, recorded, and recognised when it is done."""
+"""A run that is stored: begun, taken up again, recorded, and recognised when it is done."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from daskclip import files, journal, storage
+from daskclip import journal, storage
 from daskclip.blocks import ceil_div
-from daskclip.errors import MemoryBudgetError, TargetExistsError, failing
+from daskclip.errors import MemoryBudgetError, TargetExistsError
 from daskclip.journal import Entry, Journal
 from daskclip.plan import MIB, ClipPlan
-from daskclip.publish import (
-    JOURNAL,
-    RECORD,
-    busy,
-    clear,
-    local_target,
-    locked,
-    refuse_strangers,
-    require_exchange,
-    work_of,
-)
+from daskclip.prefixes import PrefixWork
+from daskclip.publish import JOURNAL, FolderWork, is_made
 from daskclip.report import ClipReport
+from daskclip.retries import failing
+from daskclip.targets import Target, find_target
 from daskclip.workers import workers
 
-VERSION = 2
+Work = FolderWork | PrefixWork
+
+VERSION = 3
 """Of what a journal says; another one can neither be resumed nor verified."""
 DISCARD = "discard it with: daskclip discard TARGET"
 
 
-def describe(array: Any, path: Path, **parameters: Any) -> Entry:
+def describe(array: Any, target: Target, **parameters: Any) -> Entry:
     """What makes two runs the same one."""
-    places = {"source": storage.location(array), "target": str(path)}
+    places = {"source": storage.location(array), "target": str(target)}
     return {
         "version": VERSION,
         "parameters": places | parameters,
@@ -42,59 +36,46 @@ def describe(array: Any, path: Path, **parameters: Any) -> Entry:
     }
 
 
-def finished(path: Path, run: Entry) -> ClipReport | None:
-    """Report of the run that made what is at ``path``, if it is the same one."""
-    old = journal.header(path / RECORD)
+def finished(work: Work, run: Entry) -> ClipReport | None:
+    """Report of the run that made what is at the target, if it is the same one."""
+    path = work.record  # in an object store, asking for it takes a request
+    old = journal.header(path)
     if old is None or any(old.get(k) != run[k] for k in ("version", "parameters")):
         return None
     # in place, what is there is the result and not the source any more
-    if run["parameters"]["source"] != str(path) and old["source"] != run["source"]:
+    parameters = run["parameters"]
+    if parameters["source"] != parameters["target"] and old["source"] != run["source"]:
         return None
-    *_, (last, _) = journal.entries(path / RECORD)
-    if _is_what_was_made(path, last):
+    *_, (last, _) = journal.entries(path)
+    if is_made(work.target.open, last):
         return ClipReport(**last["report"] | {"axes": tuple(last["report"]["axes"])})
     return None
 
 
-def _is_what_was_made(folder: Path, last: Entry) -> bool:
-    """Whether a folder holds what the last entry of its journal says."""
-    with suppress(Exception):  # zarr raises anything for what is no array any more
-        return bool(last["made"] == storage.fingerprint(storage.open_made(folder), changes=False))
-    return False
-
-
-def resumed(work: Path, run: Entry, memory: int) -> Entry | None:
+def resumed(work: Work, source: Any, run: Entry, memory: int) -> Entry | None:
     """The unfinished run in ``work``, if there is one; refused if it is another one."""
-    old = journal.header(work / JOURNAL)
+    old = journal.header(work.folder / JOURNAL)
     if old is None:
         return None
+    where = f"the unfinished run to {work.target}"
     if old.get("version") != VERSION:
         raise TargetExistsError(
-            f"the unfinished run in {work} has version {old.get('version')} and not {VERSION}; "
+            f"{where} has version {old.get('version')} and not {VERSION}; "
             f"finish it with the daskclip that began it, or {DISCARD}"
         )
     was, is_ = old["parameters"], run["parameters"]
     differences = [f"{k} {was[k]} and not {is_[k]}" for k in was if was[k] != is_[k]]
     if differences:
-        raise TargetExistsError(
-            f"the unfinished run in {work} has {', '.join(differences)}; finish it, or {DISCARD}"
-        )
+        raise TargetExistsError(f"{where} has {', '.join(differences)}; finish it, or {DISCARD}")
     if old["source"] != run["source"]:
         raise TargetExistsError(
-            f"source {is_['source']} (chunk {run['source'].get('newest')}) changed since the "
-            f"unfinished run in {work} began; {DISCARD}"
+            f"source {is_['source']} (chunk {run['source'].get('newest')}) changed since "
+            f"{where} began; {DISCARD}"
         )
-    if not _complete(work, work / old["run"]):
-        raise TargetExistsError(f"the unfinished run in {work} has lost its files; {DISCARD}")
+    *_, (last, _) = journal.entries(work.folder / JOURNAL)
+    if not work.complete(source, old["run"], last):
+        raise TargetExistsError(f"{where} has lost its files; {DISCARD}")
     return old | {"plan": asdict(planned(old, memory))}
-
-
-def _complete(work: Path, staged: Path) -> bool:
-    """Whether what was staged is there, and not what it was exchanged for."""
-    if not staged.is_dir():
-        return False
-    *_, (last, _) = journal.entries(work / JOURNAL)
-    return "made" not in last or _is_what_was_made(staged, last)
 
 
 def planned(run: Entry, memory: int) -> ClipPlan:
@@ -119,54 +100,45 @@ def plan_of(run: Entry) -> ClipPlan:
     return ClipPlan(**fields)
 
 
-def begun(work: Path, array: Any, run: Entry, plan: ClipPlan, replacing: Path | None) -> Entry:
-    """A new run, with an array without chunks in staging."""
-    clear(work)  # of a run that was stopped before it had a journal
-    if replacing is not None:
-        require_exchange(work)
-        if str(replacing) == run["parameters"]["source"]:
-            refuse_strangers(replacing, storage.METADATA)
-    run |= {"run": uuid4().hex, "plan": asdict(plan)}
-    storage.create_like(array, work / run["run"])
-    files.sync(work)
-    journal.begin(work / JOURNAL, run)
+def begun(work: Work, source: Any, run: Entry, plan: ClipPlan) -> Entry:
+    """A new run, of which nothing is done."""
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    run |= {"run": uuid4().hex, "began": began, "plan": asdict(plan)}
+    work.begin(source, run["run"])
+    journal.begin(work.folder / JOURNAL, run)
     return run
 
 
-def record(entries: Journal, staged: Path, report: ClipReport) -> None:
-    """End the journal, over exactly the files that are to be published."""
-    if entries.replay() is not None:
-        return
-    made = storage.open_made(staged)
-    for key, _ in files.scan(staged, storage.depth(made)):
-        if not files.CHUNK.fullmatch(key) and key not in storage.METADATA:
-            (staged / key).unlink()
-    made_now = storage.fingerprint(made, changes=False)
-    entries.append({"report": asdict(report), "made": made_now})
+def record(entries: Journal, made: Entry, report: ClipReport) -> None:
+    """End the journal."""
+    if entries.replay() is None:
+        entries.append({"report": asdict(report), "made": made})
 
 
 def status(target: Any) -> dict[str, str]:
     """What there is at ``target`` and beside it, for people."""
-    path = local_target(target)
-    work = work_of(path)
-    rows = {"target": f"{path} {'exists' if path.exists() else 'does not exist'}"}
-    for name, place in (("made by", path / RECORD), ("unfinished", work / JOURNAL)):
-        run = journal.header(place)
-        if run is not None:
-            rows |= {name: f"run {run['run']}"} | {
-                k: str(v) for k, v in run["parameters"].items() if k != "target"
-            }
-    if (work / JOURNAL).exists():
-        windows = max(0, sum(1 for _ in journal.entries(work / JOURNAL)) - 1)
-        rows["journal"] = f"{windows} windows done, {'running' if busy(work) else 'not running'}"
+    place = find_target(target)
+    rows = {"target": f"{place} {'exists' if place.exists() else 'does not exist'}"}
+    with failing(f"looking at {place}"), place.journals() as (made, unfinished):
+        for name, path in (("made by", made), ("unfinished", unfinished)):
+            run = journal.header(path)
+            if run is not None:
+                rows |= {name: f"run {run['run']}"} | {
+                    k: str(v) for k, v in run["parameters"].items() if k != "target"
+                }
+        if unfinished.exists():
+            windows = max(0, sum(1 for _ in journal.entries(unfinished)) - 1)
+            running = "running" if place.busy() else "not running"
+            rows["journal"] = f"{windows} windows done, {running}"
     return rows
 
 
 def discard(target: Any) -> bool:
     """Remove an unfinished run; returns whether there was one."""
-    path = local_target(target)
-    found = work_of(path).exists()
-    if found:
-        with failing(f"discarding the run for {path}"), locked(path) as work:
-            clear(work)
+    place = find_target(target)
+    with failing(f"discarding the run for {place}"):
+        found = place.unfinished()
+        if found:
+            with place.locked() as work:
+                work.clear()
     return found

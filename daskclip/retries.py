@@ -1,19 +1,21 @@
-"""Operations on a block whose storage may fail: tried again, or told by the chunk."""
+"""Errors of file systems and stores: which of them pass, what is tried again."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from daskclip import storage
-from daskclip.blocks import Box, box_shape, boxes, shift
 from daskclip.errors import DaskClipError, StorageError, TemporaryError, reason
 
 T = TypeVar("T")
+
+log = logging.getLogger("daskclip")
 
 ATTEMPTS = 5
 FIRST, LONGEST = 0.2, 5.0  # seconds, at most, before the second try and before any
@@ -22,45 +24,30 @@ ERRNOS = {
     errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET,
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO,
 }  # fmt: skip
+# of libraries for object stores, where a connection was lost; they are not imported for it
+LOST = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteReadError"}
+LOST |= {"ConnectionError", "TransportError", "GenericError"}
+STATUS = re.compile(r"status code: (\d+)")
 
 
 @contextmanager
-def attempting(
-    doing: str, array: Any, region: Box, operation: Callable[[Box], Any]
-) -> Iterator[Callable[[Box], Any]]:
-    """Try an operation on a block again where that helps, else say which chunk it fails for."""
+def failing(doing: str) -> Iterator[None]:
+    """Say on one line what an error of a file system or a store is about."""
     try:
-        yield lambda part: retrying(lambda: operation(part))
+        yield
     except DaskClipError:
         raise
     except Exception as error:
-        chunk, cause = _culprit(array, region, operation, error)
-        kind, mend = (
-            (TemporaryError, "") if transient(cause) else (StorageError, "mend the cause and ")
-        )
-        raise kind(
-            f"{doing} block {shown_region(region)} of {storage.location(array)} failed{chunk}: "
-            f"{type(cause).__name__}: {reason(cause)}; {mend}run the same command again to resume"
+        if transient(error):
+            raise TemporaryError(
+                f"{doing} failed: {reason(error)}; run the same command again to resume"
+            ) from error
+        if not (isinstance(error, OSError | MemoryError) or refused(error)):
+            raise
+        raise StorageError(
+            f"{doing} failed: {reason(error)}; mend the cause and run the same command again to "
+            "resume"
         ) from error
-
-
-def _culprit(
-    array: Any, region: Box, operation: Callable[[Box], Any], error: Exception
-) -> tuple[str, Exception]:
-    """The first chunk of a block that the operation fails for alone."""
-    for inside in boxes(box_shape(region), storage.write_unit(array)):
-        part = shift(inside, region)
-        key = next(storage.keys(array, part))
-        try:
-            operation(part)
-        except Exception as own:
-            return f" at chunk {key}", own
-    return "", error
-
-
-def shown_region(region: Box) -> str:
-    """A region as it is written in Python."""
-    return f"[{', '.join(f'{s.start}:{s.stop}' for s in region)}]"
 
 
 def retrying(function: Callable[[], T]) -> T:
@@ -71,8 +58,10 @@ def retrying(function: Callable[[], T]) -> T:
         except Exception as error:
             if not transient(error):
                 raise
-        # at random, so that a thousand workers do not come back at once
-        time.sleep(random.uniform(0, min(LONGEST, FIRST * 2**attempt)))
+            # at random, so that a thousand workers do not come back at once
+            seconds = random.uniform(0, min(LONGEST, FIRST * 2**attempt))
+            log.warning("%s: %s; again in %.1f s", type(error).__name__, reason(error), seconds)
+        time.sleep(seconds)
     return function()
 
 
@@ -81,19 +70,34 @@ def transient(error: BaseException) -> bool:
     return any(_transient(e) for e in _chain(error))
 
 
+def refused(error: BaseException) -> bool:
+    """Whether credentials are wrong, or allow too little."""
+    return any(
+        isinstance(e, PermissionError)
+        or _status(e) in (401, 403)
+        or type(e).__name__ in ("NoCredentialsError", "PermissionDeniedError")
+        for e in _chain(error)
+    )
+
+
 def _transient(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and error.errno != errno.EINVAL:
         return error.errno in ERRNOS
     status = _status(error)
-    return status == 429 or 500 <= status < 600 or isinstance(error, TimeoutError | ConnectionError)
+    if status:
+        return status == 429 or 500 <= status < 600
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & LOST) or isinstance(error, TimeoutError | ConnectionError)
 
 
 def _status(error: BaseException) -> int:
-    """HTTP status of an error of botocore, aiohttp, requests or httpx; 0 if there is none."""
+    """HTTP status of an error of botocore, aiohttp, requests, httpx or obstore; 0 if none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     found = [getattr(e, k, None) for e in (error, response) for k in ("status", "status_code")]
+    told = STATUS.search(str(error)) if type(error).__module__.startswith("obstore") else None
+    found += [int(told[1])] if told else []
     return next((status for status in found if isinstance(status, int)), 0)
 
 

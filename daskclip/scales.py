@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import reduce
 
-import numpy as np
-
 from daskclip import tally, tasks
 from daskclip.factor import Scale, finalize
 from daskclip.journal import Journal
@@ -31,9 +29,6 @@ class Scales:
             sums = (p._replace(terms=terms) for p in self.journal.load(self.name))
             self._made = [finalize(p, limit, dtype) for p in sums]
         return self._made
-
-    def finite(self) -> bool:
-        return all(np.isfinite(s.factor).all() for s in self.load())
 
     def tally(self) -> Tally:
         return reduce(tally.add, map(tally.count, self.load()))

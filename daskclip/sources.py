@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import zarr
+from zarr.storage import StorePath
 
 from daskclip import chunks
 from daskclip.blocks import grid
 from daskclip.chunks import codec_name
-from daskclip.errors import DTypeError, SourceError, SourceNotFoundError, reason
+from daskclip.errors import (
+    DaskClipError,
+    DTypeError,
+    SourceError,
+    SourceNotFoundError,
+    TemporaryError,
+    reason,
+    shown,
+)
 from daskclip.parameters import check_dtype
-from daskclip.storage import METADATA, is_array, location, write_unit
+from daskclip.retries import refused, transient
+from daskclip.storage import METADATA, is_array, location, place, write_unit
 
 # codecs that give back every bit; a lossy one could lift a clipped slice above the limit again
 LOSSLESS = {
@@ -63,27 +73,35 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> z
 
 
 def _open(source: Any, storage_options: dict[str, Any] | None) -> zarr.Array[Any]:
-    if not isinstance(source, str | os.PathLike):
-        raise SourceError(
-            f"source is a {type(source).__name__}; give a path, a URL or a zarr array"
-        )
-    name = os.fspath(source)
-    if "://" not in name:
-        if not os.path.exists(name):
-            raise SourceNotFoundError(f"source {name} does not exist; check the path")
-        name = os.path.realpath(name)
-        _check_files(Path(name))
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else shown(source)
     try:
-        opened = zarr.open(name, mode="r", storage_options=storage_options)
+        found = place(source, storage_options)
+        if found is None:
+            raise SourceError(
+                f"source is a {type(source).__name__}; give a path, a URL, a zarr array or store"
+            )
+        if isinstance(found, str):
+            if not os.path.exists(found):
+                raise SourceNotFoundError(f"source {name} does not exist; check the path")
+            found = os.path.realpath(found)
+            _check_files(Path(found))
+        opened = zarr.open(found if isinstance(found, str) else StorePath(*found), mode="r")
+    except DaskClipError:
+        raise
     except Exception as error:  # broken metadata makes zarr raise anything
+        where, why = f"source {name}", reason(error)
         if "data type" in str(error):
             raise DTypeError(
-                f"source {name} has a dtype that cannot be clipped ({reason(error)}); store it "
-                "as floating point or complex"
+                f"{where} has a dtype that cannot be clipped ({why}); store it as floating point "
+                "or complex"
             ) from error
-        raise SourceError(
-            f"source {name} is not a zarr array ({reason(error)}); give the path of one"
-        ) from error
+        if refused(error):
+            raise SourceError(
+                f"{where} cannot be read ({why}); check credentials and rights"
+            ) from error
+        if transient(error):
+            raise TemporaryError(f"{where} cannot be reached ({why}); run again") from error
+        raise SourceError(f"{where} is not a zarr array ({why}); give the path of one") from error
     if isinstance(opened, zarr.Group):
         arrays = ", ".join(sorted(opened.array_keys())[:5]) or "none"
         raise SourceError(f"source {name} is a group; give one of its arrays ({arrays})")

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
-from uuid import uuid4
 
 import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import zarr
 from dask.base import tokenize
+from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, StorePath
 
-from daskclip import chunks, files
-from daskclip.blocks import Box, box_shape, boxes, grid, index, shift
+from daskclip import files, objects
+from daskclip.blocks import grid
 from daskclip.errors import SourceError, StorageError, reason
+from daskclip.retries import refused, retrying
 
 Array = npt.NDArray[Any]
 
 METADATA = ("zarr.json", ".zarray", ".zattrs")
 NUMBER = re.compile(r"\d+")
-GETS = 1 << 22  # bytes of chunks that are fetched together
 
 
 def is_array(x: Any) -> TypeGuard[zarr.Array[Any]]:
@@ -57,7 +55,7 @@ def as_dask(array: zarr.Array[Any]) -> da.Array:
 
 def location(array: zarr.Array[Any]) -> str:
     """Where an array is, for people."""
-    return str(local_path(array) or array.store_path)
+    return str(local_path(array) or objects.url(array.store, array.path))
 
 
 def local_path(array: zarr.Array[Any]) -> Path | None:
@@ -67,23 +65,52 @@ def local_path(array: zarr.Array[Any]) -> Path | None:
     return (array.store.root / array.path).absolute()
 
 
+def local_paths(array: zarr.Array[Any]) -> list[str]:
+    """Files that whoever reads the array must see."""
+    folder = local_path(array)
+    return [] if folder is None else [str(p) for p in map(folder.joinpath, METADATA) if p.exists()]
+
+
 def fingerprint(array: zarr.Array[Any], *, changes: bool) -> dict[str, Any]:
     """What tells one state of an array from another, without reading a chunk.
 
     With ``changes``, by times that a copy does not keep.
     """
-    folder = local_path(array)
-    if folder is None:
-        buffers = array.metadata.to_buffer_dict(default_buffer_prototype())
-        return {
-            "metadata": files.digest(b"".join(b.to_bytes() for _, b in sorted(buffers.items())))
-        }
-    found = {"metadata": files.digest_files(folder, METADATA)}
+    largest = 2 * unit_nbytes(array) + (1 << 24)
+    found = {"metadata": digest_stored(array, METADATA)}
     try:
-        largest = 2 * unit_nbytes(array) + (1 << 24)
-        return found | files.fingerprint(folder, depth(array), largest, changes=changes)
+        return found | retrying(lambda: files.fingerprint(listed(array, changes=changes), largest))
     except ValueError as error:
-        raise SourceError(f"{reason(error)} in {folder}; store regular files there") from error
+        where = location(array)
+        raise SourceError(f"{reason(error)} in {where}; store regular files there") from error
+    except Exception as error:
+        # by a store that cannot list, or may not
+        if local_path(array) is None and (isinstance(error, NotImplementedError) or refused(error)):
+            return found
+        raise
+
+
+def listed(array: zarr.Array[Any], *, changes: bool = False) -> Iterator[files.Stored]:
+    """All that is stored for an array, but what is hidden."""
+    folder = local_path(array)
+    if folder is not None:
+        return files.listed(folder, depth(array), changes=changes)
+    found = objects.listed(array.store, array.path)
+    return (stored for stored in found if "/." not in f"/{stored.key}")
+
+
+def digest_stored(array: zarr.Array[Any], names: Iterable[str]) -> int:
+    """Digest of what is stored under those of the keys that there are."""
+    folder = local_path(array)
+    if folder is not None:
+        return files.digest_files(folder, names)
+    found = ((key, _get(array, key)) for key in names)
+    return digest_of((key, data) for key, data in found if data is not None)
+
+
+def digest_of(stored: Iterable[tuple[str, Any]]) -> int:
+    """Digest of what is, or will be, stored under some keys."""
+    return sum(files.digest_file(key, files.digest(data)) for key, data in stored) % files.DIGESTS
 
 
 def depth(array: zarr.Array[Any]) -> int:
@@ -91,17 +118,22 @@ def depth(array: zarr.Array[Any]) -> int:
     return array.metadata.encode_chunk_key((0,) * array.ndim).count("/") + 1
 
 
-def keys(array: zarr.Array[Any], region: Box) -> Iterator[str]:
-    """Keys of all that is stored as one object in a region of whole units, there or not."""
-    return (key for key, _ in _units(array, region))
+def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] | None:
+    """Path of a folder, or store and key, that something means; None if nothing."""
+    if is_array(target):
+        target = target.store_path
+    if isinstance(target, str | os.PathLike):
+        name = os.fspath(target).removeprefix("file://")
+        return objects.at(name, options) if "://" in name else name
+    store, path = (target.store, target.path) if isinstance(target, StorePath) else (target, "")
+    if isinstance(store, LocalStore):
+        return str(store.root / path)
+    return (store, path) if isinstance(store, Store) else None
 
 
-def _units(array: zarr.Array[Any], region: Box) -> Iterator[tuple[str, Box]]:
-    """Key and place in the region of all that is stored as one object."""
-    unit = write_unit(array)
-    for inside in boxes(box_shape(region), unit):
-        cell = [s.start // u for s, u in zip(shift(inside, region), unit, strict=True)]
-        yield array.metadata.encode_chunk_key(tuple(cell)), inside
+def open_at(store: Any, path: str) -> zarr.Array[Any]:
+    """An array of ours in an object store, for reading."""
+    return zarr.open_array(StorePath(store, path), mode="r")
 
 
 def open_made(folder: Path) -> zarr.Array[Any]:
@@ -114,62 +146,35 @@ def open_made(folder: Path) -> zarr.Array[Any]:
         ) from error
 
 
+def documents(array: zarr.Array[Any]) -> dict[str, bytes]:
+    """Metadata as it is stored, to the byte; the last one makes an array of what is there."""
+    folder, found = local_path(array), {}
+    made = array.metadata.to_buffer_dict(default_buffer_prototype())
+    for key in sorted(made, reverse=True):
+        if folder is None:
+            stored = _get(array, key)
+            data = None if stored is None else stored.tobytes()
+        else:
+            data = (folder / key).read_bytes() if (folder / key).is_file() else None
+        found[key] = made[key].to_bytes() if data is None else data
+    return found
+
+
+def _get(array: zarr.Array[Any], key: str) -> Any:
+    (data,) = retrying(lambda: objects.get(array.store, [full_key(array, key)]))
+    return data
+
+
 def create_like(array: zarr.Array[Any], folder: Path) -> None:
     """Array without chunks in ``folder``, with the metadata of ``array`` to the byte."""
     folder.mkdir()
-    origin = local_path(array)
-    for key, buffer in array.metadata.to_buffer_dict(default_buffer_prototype()).items():
-        stored = origin / key if origin else None
-        data = stored.read_bytes() if stored and stored.is_file() else buffer.to_bytes()
+    for key, data in documents(array).items():
         (folder / key).write_bytes(data)
 
 
-def last_changed(array: zarr.Array[Any], region: Box) -> str:
-    """Key of the chunk of a region that was written last, as far as a local file system tells."""
-    folder, times = local_path(array) or Path(), {}
-    for key in keys(array, region):
-        path = folder / key
-        while not os.path.lexists(path):  # its folder tells when it was removed
-            path = path.parent
-        times[key] = path.lstat().st_ctime_ns, path == folder / key
-    return max(times, key=lambda key: times[key])
-
-
-def read(array: zarr.Array[Any], region: Box, missing: str, out: Array | None = None) -> Array:
-    """Values of a region of whole units, decoded one after the other, into ``out`` if given."""
-    how = chunks.chain(array)
-    units = list(_units(array, region))
-    values = np.empty(box_shape(region), array.dtype) if out is None else out
-    parts = [values[index(inside)] for _, inside in units]
-    rooms = [chunks.elements(how, part) for part in parts]
-    stored = _stored(array, [key for key, _ in units], rooms)
-    for (key, _), part, room, data in zip(units, parts, rooms, stored, strict=True):
-        if data is not None:
-            if room is None or data is not room:
-                chunks.decode(how, data, part)
-        elif missing == "error":
-            raise SourceError(
-                f"chunk {key} of {location(array)} is missing; restore it, or use missing='fill' "
-                "to take it for the fill value"
-            )
-        else:
-            part[...] = how.fill
-    return values
-
-
-def write(array: zarr.Array[Any], region: Box, values: Array) -> int:
-    """Write a region of whole units, and return the digest of its files.
-
-    Chunks that are the fill value to the bit stay absent.
-    """
-    folder, how, digest, token = local_path(array), chunks.chain(array), 0, uuid4().hex
-    assert folder is not None
-    for key, inside in _units(array, region):
-        data = chunks.encode(how, values[index(inside)])
-        if data is not None:
-            files.write(folder, key, data, token)
-            digest = files.digest_file(key, data, digest)
-    return digest
+def like(array: zarr.Array[Any], store: Any, path: str) -> zarr.Array[Any]:
+    """Array with the metadata of ``array`` in another place, where nothing is stored yet."""
+    return zarr.Array.from_dict(StorePath(store, path), array.metadata.to_dict())
 
 
 def stored_blocks(
@@ -180,7 +185,7 @@ def stored_blocks(
     ``weights`` times the place of a block in its grid is its number.
     """
     unit = write_unit(array)
-    if local_path(array) is None or array.fill_value:
+    if array.fill_value:
         return None
     found = np.zeros(blocks, bool)
     for _, cell in cells(array):
@@ -191,44 +196,15 @@ def stored_blocks(
 
 
 def cells(array: zarr.Array[Any]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """Key of every file of a local array, and its place in the grid of what is stored, if any."""
-    folder, ndim, ends = local_path(array), array.ndim, grid(array.shape, write_unit(array))
-    assert folder is not None
-    for key, _ in files.scan(folder, depth(array)):
+    """Key of all that is stored, and its place in the grid of chunks or shards, if any."""
+    ndim, ends = array.ndim, grid(array.shape, write_unit(array))
+    for key, *_ in listed(array):
         numbers = [int(i) for i in NUMBER.findall(key)]
         cell = tuple(numbers[-ndim:] if ndim else ())
         inside = len(cell) == ndim and all(i < n for i, n in zip(cell, ends, strict=True))
         yield key, cell if inside and key == array.metadata.encode_chunk_key(cell) else None
 
 
-def is_empty(array: zarr.Array[Any], region: Box) -> bool:
-    """Whether a region is known to be all zeros because none of its chunks is stored."""
-    folder = local_path(array)
-    return (
-        folder is not None
-        and not array.fill_value
-        and not any((folder / key).exists() for key in keys(array, region))
-    )
-
-
-def _stored(array: zarr.Array[Any], names: list[str], rooms: list[Any]) -> Iterator[Any]:
-    """Bytes of what is stored under each key, or None; they are good until the next ones.
-
-    They are the room for the key, if there is one and they fill it. Some are fetched at a time
-    where that saves waiting.
-    """
-    folder = local_path(array)
-    if folder is not None:
-        for key, room in zip(names, rooms, strict=True):
-            yield files.read(f"{folder}/{key}", room)
-        return
-    together = max(1, GETS // unit_nbytes(array))
-    for i in range(0, len(names), together):
-        for found in sync(_get_all(array, names[i : i + together])):
-            yield None if found is None else found.as_numpy_array()
-
-
-async def _get_all(array: zarr.Array[Any], names: Iterable[str]) -> list[Any]:
-    prototype = default_buffer_prototype()
-    places = (f"{array.path}/{key}".lstrip("/") for key in names)
-    return await asyncio.gather(*(array.store.get(place, prototype) for place in places))
+def full_key(array: zarr.Array[Any], key: str) -> str:
+    """Key in the store."""
+    return f"{array.path}/{key}".lstrip("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from daskclip import files, storage
+from daskclip import files, regions, storage
+from daskclip.attempts import attempting, shown_region
 from daskclip.blocks import Box, box_shape, boxes, index, shift
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
 from daskclip.exact import partial_norm
@@ -22,7 +24,6 @@ from daskclip.factor import Scale, finalize
 from daskclip.numerics import clip_block, require_finite, rescale
 from daskclip.partials import Partial, combine
 from daskclip.plan import ClipPlan
-from daskclip.retries import attempting, shown_region
 from daskclip.tally import Tally, count
 
 EMPTY = 0  # digest of a block of which nothing is stored
@@ -41,7 +42,7 @@ class Job:
     target: Any
     """Zarr array to write, or to compare with; None if only norms are wanted."""
     staged: str | None
-    """Folder of the target, for a run that writes."""
+    """Folder of the target, for a run that writes to files."""
     in_place: bool
     """Whether blocks that stay as they are need not be written at once."""
     clip_norm: float
@@ -149,16 +150,17 @@ def copy_block(job: Job, slab: int, block: int) -> int:
 @_counted
 def check_block(job: Job, slab: int, block: int, expected: int) -> None:
     """Compare the files of a block with the digest they had when they were written."""
-    region, folder = job.plan.region(slab, block), Path(storage.location(job.source))
-    keys = list(storage.keys(job.source, region))
-    with attempting(
-        "reading", job.source, region, lambda _: files.digest_files(folder, keys)
-    ) as digest:
-        if digest(region) != expected:
-            key = storage.last_changed(job.source, region)
+    region = job.plan.region(slab, block)
+
+    def digest(part: Box) -> int:
+        return storage.digest_stored(job.source, regions.keys(job.source, part))
+
+    with attempting("reading", job.source, region, digest) as digested:
+        if digested(region) != expected:
+            key = regions.last_changed(job.source, region)
             raise VerificationError(
-                f"block {shown_region(region)} of {folder} (chunk {key}) is not what was written; "
-                "clip it again"
+                f"block {shown_region(region)} of {storage.location(job.source)} (chunk {key}) is "
+                "not what was written; clip it again"
             )
 
 
@@ -170,7 +172,7 @@ def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
     rescale(x, scale, x)
     for inside in boxes(box_shape(region), job.plan.unit):
         part = shift(inside, region)
-        read = partial(storage.read, job.target, missing="fill")
+        read = partial(regions.read, job.target, missing="fill")
         with attempting("reading", job.target, part, read) as reading:
             same = reading(part).tobytes() == x[index(inside)].tobytes()
         if not same:
@@ -182,7 +184,7 @@ def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
 
 def _is_empty(job: Job, region: Box) -> bool:
     """Whether a block is all zeros because nothing is stored."""
-    return job.missing == "fill" and storage.is_empty(job.source, region)
+    return job.missing == "fill" and regions.is_empty(job.source, region)
 
 
 def _stays_empty(job: Job, region: Box, expected: int) -> bool:
@@ -206,8 +208,6 @@ def terms(job: Job, shape: tuple[int, ...]) -> int:
 
 def _untouched(job: Job, scale: Scale, empty: bool) -> bool:
     """Whether the files of a block may stay as they are."""
-    if storage.local_path(job.source) is None:
-        return False
     return bool((np.isfinite(scale.factor) if empty else scale.factor == 1.0).all())
 
 
@@ -219,41 +219,37 @@ def _keep(job: Job, region: Box, empty: bool) -> int | None:
 
 
 def _copy(job: Job, region: Box) -> int:
-    source, keys = storage.local_path(job.source), list(storage.keys(job.source, region))
-    assert source is not None
-    return _synced(job, region, lambda _: files.copy_files(source, _staged(job), keys))
+    return _synced(job, region, lambda part: regions.copy(job.source, job.target, part))
 
 
 def _write(job: Job, region: Box, x: Any) -> int:
     def write(part: Box) -> int:
-        _staged(job)
         inside = shift(part, tuple(slice(-s.start, None) for s in region))
-        return storage.write(job.target, part, x[index(inside)])
+        return regions.write(job.target, part, x[index(inside)])
 
     return _synced(job, region, write)
 
 
 def _synced(job: Job, region: Box, write: Callable[[Box], int]) -> int:
-    """Digest of the files that ``write`` makes, once they are on disk."""
-    with attempting("writing", job.target, region, write) as written:
+    """Digest of what ``write`` stores, once it is there to stay."""
+
+    def checked(part: Box) -> int:
+        if job.staged and not os.path.exists(job.staged):
+            raise StorageError(f"the run that wrote to {job.staged} has ended; run again")
+        return write(part)
+
+    with attempting("writing", job.target, region, checked) as written:
         digest: int = written(region)
-        files.sync(_staged(job))
+        if job.staged:
+            files.sync(Path(job.staged))
         return digest
-
-
-def _staged(job: Job) -> Path:
-    """The folder to write to."""
-    folder = Path(job.staged or "")
-    if not folder.exists():
-        raise StorageError(f"the run that wrote to {folder} has ended; run again")
-    return folder
 
 
 def _read_same(job: Job, region: Box, expected: int, empty: bool) -> Any:
     """Read a second time what was read before."""
     x = _read(job, region)
     if not empty and files.digest(x) != expected:
-        key = storage.last_changed(job.source, region)
+        key = regions.last_changed(job.source, region)
         raise SourceChangedError(
             f"block {shown_region(region)} of {storage.location(job.source)} (chunk {key}) changed "
             "between the passes; let nothing write to it and run again"
@@ -288,7 +284,7 @@ def _read(job: Job, region: Box) -> Any:
 
     def read(part: Box) -> Any:
         values = room[: math.prod(box_shape(part))].reshape(box_shape(part))
-        return storage.read(job.source, part, job.missing, values)
+        return regions.read(job.source, part, job.missing, values)
 
     with attempting("reading", job.source, region, read) as reading:
         return reading(region)

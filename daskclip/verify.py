@@ -16,13 +16,15 @@ from uuid import uuid4
 import numpy as np
 
 from daskclip import journal, storage, tasks
-from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError, failing
+from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
 from daskclip.journal import Entry, Journal
 from daskclip.passes import Passes
-from daskclip.publish import JOURNAL, RECORD, local_target
+from daskclip.publish import JOURNAL, Folder
 from daskclip.report import VerifyReport
 from daskclip.resume import VERSION, plan_of, planned
+from daskclip.retries import failing
 from daskclip.sources import open_source
+from daskclip.targets import Target, find_target
 from daskclip.tasks import Job
 from daskclip.workers import running
 
@@ -76,14 +78,15 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
     2
     """
     started = time.monotonic()
-    path = local_target(target)
-    if not path.exists():
-        raise SourceNotFoundError(f"target {path} does not exist; check the path")
-    with failing(f"verifying {path}"):
-        run, made, digests = _record(path)
+    place = find_target(target)
+    with failing(f"verifying {place}"):
+        if not place.exists():
+            raise SourceNotFoundError(f"target {place} does not exist; check the path")
+        with place.journals() as (record, _):
+            run, made, digests = _record(place, record)
         try:
-            array = open_source(path)
-            _check_keys(array, path, made)
+            array = open_source(place.path if isinstance(place, Folder) else place.open())
+            _check_keys(array, place, made)
         except DaskClipError as error:
             raise VerificationError(str(error)) from error
         parameters = run["parameters"]
@@ -102,7 +105,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         if again is not None and (again.shape, again.dtype) != (array.shape, array.dtype):
             raise VerificationError(
                 f"source {storage.location(again)} is {again.dtype} of shape {again.shape}, target "
-                f"{path} {array.dtype} of {array.shape}; give the source that it was made from"
+                f"{place} {array.dtype} of {array.shape}; give the source that it was made from"
             )
         with running(job.plan.threads, partial(tasks.end, job.run)) as how:
             with _passes(job, how) as norms:
@@ -111,7 +114,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
             total = norms.total
             if total.clipped:
                 raise VerificationError(
-                    f"{total.clipped} slices of {path} have a norm above {job.clip_norm:g}, up to "
+                    f"{total.clipped} slices of {place} have a norm above {job.clip_norm:g}, up to "
                     f"{total.largest:.17g}; clip it again"
                 )
             if again is not None:
@@ -124,7 +127,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
                 with _passes(job, how) as comparison:
                     comparison.compare()
     return VerifyReport(
-        target=str(path),
+        target=str(place),
         source=None if again is None else storage.location(again),
         run=run["run"],
         clip_norm=job.clip_norm,
@@ -143,31 +146,31 @@ def _passes(job: Job, how: dict[str, Any]) -> Iterator[Passes]:
         path = Path(scratch) / JOURNAL
         journal.begin(path, {})
         with Journal(path) as entries:
-            yield Passes(job, how, entries, lambda done, pass_: None)
+            yield Passes(job, how, entries, lambda *_: None)
 
 
-def _record(path: Path) -> tuple[Entry, Entry, Any]:
+def _record(place: Target, path: Path) -> tuple[Entry, Entry, Any]:
     """What the record says of the run, of the files it made, and their digests by block."""
-    run = journal.header(path / RECORD)
+    run = journal.header(path)
     if run is None or run.get("version") != VERSION:
         raise VerificationError(
-            f"target {path} has no record of a run that this daskclip can read; clip it again"
+            f"target {place} has no record of a run that this daskclip can read; clip it again"
         )
-    digests = np.zeros(plan_of(run).blocks, np.uint32)
+    digests = np.zeros(plan_of(run).blocks, np.uint64)
     made = None
-    for entry, _ in journal.entries(path / RECORD):
+    for entry, _ in journal.entries(path):
         made = entry.get("made")
         for number, digest in entry.get("target", {}).items():
             digests[int(number)] = digest
     if made is None:
-        raise VerificationError(f"the record {path / RECORD} is damaged; clip it again")
+        raise VerificationError(f"the record of {place} is damaged; clip it again")
     return run, made, digests
 
 
-def _check_keys(array: Any, path: Path, made: Entry) -> None:
+def _check_keys(array: Any, place: Target, made: Entry) -> None:
     """Require the metadata that was written, and no file but those of chunks."""
     if storage.fingerprint(array, changes=False)["metadata"] != made["metadata"]:
-        raise VerificationError(f"the metadata of {path} is not what was written; clip it again")
+        raise VerificationError(f"the metadata of {place} is not what was written; clip it again")
     for key, cell in storage.cells(array):
         if cell is None and key not in storage.METADATA:
-            raise VerificationError(f"{path / key} is no chunk of the array; remove it")
+            raise VerificationError(f"{place}/{key} is no chunk of the array; remove it")

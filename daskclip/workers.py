@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 import traceback
 from asyncio import CancelledError
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import dask
@@ -17,7 +19,10 @@ from dask import config
 from dask.base import get_scheduler
 from dask.system import CPU_COUNT
 
-from daskclip.errors import DaskClipError, StorageError, TemporaryError, reason
+from daskclip.errors import ClusterError, DaskClipError, StorageError, TemporaryError, reason
+
+WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored depend on
+PACKAGES = (*WRITING, "numpy", "dask", "distributed")
 
 
 def _client() -> Any:
@@ -32,6 +37,8 @@ def workers() -> tuple[int, int, int]:
     client = _client()
     if client is not None:
         with surviving(str):
+            if not client.nthreads():
+                client.wait_for_workers(1, timeout=60)
             threads = list(client.nthreads().values())
         most = max(threads, default=1)
         return max(1, len(threads)), most, most
@@ -45,6 +52,51 @@ def workers() -> tuple[int, int, int]:
         return 1, number, 1
     number = getattr(config.get("pool"), "_max_workers", number)
     return 1, number, number
+
+
+def versions() -> dict[str, str]:
+    """Versions of what reads, clips and writes here."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def require_alike(paths: list[str]) -> None:
+    """Refuse a cluster with a worker of other versions, or that does not see the same files."""
+    client = _client()
+    if client is None:
+        return
+    names = WRITING
+
+    # goes to workers as it is, where there may be another daskclip, or none
+    def look() -> dict[str, str]:
+        import os
+        from importlib import metadata, util
+
+        found = {name: metadata.version(name) if util.find_spec(name) else "none" for name in names}
+        return found | {path: "" if os.path.exists(path) else "no" for path in paths}
+
+    with surviving(str):
+        before = client.nthreads().keys()
+        seen = _everywhere(client, look, 60)
+        silent = (before & client.nthreads().keys()) - seen.keys()
+    if silent:
+        raise TemporaryError(
+            f"worker {min(silent)} did not say in 60 s which versions it has; it may be busy: run "
+            "again, or look at its log"
+        )
+    here = look()
+    for worker, there in seen.items():
+        for name in here:
+            if there[name] == here[name]:
+                continue
+            if name in paths:
+                raise ClusterError(
+                    f"worker {worker} does not see {name}; give it the same file system, or use "
+                    "an object store"
+                )
+            raise ClusterError(
+                f"worker {worker} has {name} {there[name]} and not {here[name]}; install there "
+                "what is here"
+            )
 
 
 def _own_pool() -> bool:
@@ -139,14 +191,15 @@ def memory_used(first: Callable[[], Any] = bool) -> dict[Any, tuple[int, int]]:
 def _everywhere(client: Any, function: Callable[[], Any], seconds: float) -> dict[str, Any]:
     """Result of ``function`` on every worker that answers in time."""
     until = time.monotonic() + seconds
-    calls = {w: client.submit(function, workers=[w], pure=False) for w in client.nthreads()}
+    how = {"pure": False, "priority": 1000}  # before what else they have to do
+    calls = {w: client.submit(function, workers=[w], **how) for w in client.nthreads()}
     results = {}
     for worker, call in calls.items():
         with suppress(Exception, CancelledError):
             # one that is gone never answers
             while not call.done() and time.monotonic() < until and worker in client.nthreads():
                 time.sleep(0.01)
-            results[worker] = call.result(timeout=0.01)
+            results[worker] = call.result(timeout=10 if call.done() else 0.01)
     return results
 
 

@@ -16,8 +16,8 @@ from daskclip.exact import partial_norm
 from daskclip.factor import finalize
 from daskclip.numerics import rescale
 from daskclip.partials import combine
-from daskclip.publish import locked
-from daskclip.storage import create_like, open_made, read, write
+from daskclip.publish import Folder
+from daskclip.regions import read, write
 
 
 def main(tmp):
@@ -42,14 +42,14 @@ def main(tmp):
     assert (scale.norm[0], scale.factor[1]) == (5.0, 1.0)
 
     # second pass: read again, rescale, write beside the target, then let it appear in one step
-    with locked(folder / "y.zarr") as work:
-        create_like(source, work / "staged")
-        target = open_made(work / "staged")
+    with Folder(folder / "y.zarr").locked() as work:
+        work.begin(source, "staged")
+        target, staged = work.staging(source, "staged")
         for region in regions:
             chunk = rescale(read(source, region, "fill"), scale)
             write(target, region, chunk)
         assert not (folder / "y.zarr").exists()
-        (work / "staged").rename(folder / "y.zarr")
+        Path(staged).rename(folder / "y.zarr")
 
     clipped = zarr.open_array(folder / "y.zarr", mode="r")[:]
     assert clipped.tobytes() == clip_by_norm(source[:], clip_norm, axes).tobytes()

@@ -30,7 +30,7 @@ from daskclip.errors import DaskClipError
 
 OPERATIONS = ("fsync", "replace", "rename", "remove", "unlink", "rmdir", "mkdir", "truncate")
 REMOVING = ("remove", "unlink", "rmdir")
-SIZES = {"BLOCK": 128, "FIXED": 0, "SCRATCH": 0, "WINDOW": 2}
+SIZES = {"BLOCK": 128, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
 
 
 @contextmanager

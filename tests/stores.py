@@ -58,3 +58,9 @@ def stored(folder):
 def finished(folder):
     """`stored` without what an unfinished run keeps for the next one."""
     return {k: v for k, v in stored(folder).items() if not k.split("/")[0].endswith(".daskclip")}
+
+
+def files_of(folder):
+    """Bytes of the files of an array but the journal, by key."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != ".daskclip"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import pty
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 import zarr
@@ -142,7 +144,8 @@ def test_progress_as_json_lines(tmp_path):
     done = run(*two_passes(tmp_path), "--progress", "json", "--json")
     states = [json.loads(line) for line in done.stderr.splitlines()]
     figures = json.loads(done.stdout)
-    assert all(s.keys() == {"done", "total", "pass", "passes", "seconds", "left"} for s in states)
+    names = {"done", "total", "pass", "passes", "seconds", "rate", "left"}
+    assert all(s.keys() == names for s in states)
     assert {s["total"] for s in states} == {figures["bytes_read"]}
     assert [s["done"] for s in states] == sorted({s["done"] for s in states})
     assert [s["pass"] for s in states] == sorted(s["pass"] for s in states)
@@ -200,9 +203,11 @@ def test_it_is_a_command_of_dask(source, tmp_path):
 
 @pytest.mark.distributed
 def test_workers(source, tmp_path):
-    options = ["--workers", 2, "--json", "--progress", "none"]
+    options = ["--workers", 2, "--json", "--progress", "json"]
     done = shell("run", source, tmp_path / "y", "--clip-norm", 1, *options)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    first = json.loads(done.stderr.splitlines()[0])
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/status", first["dashboard"])
     assert json.loads(done.stdout)["slices"] == 1
     assert bits(read(tmp_path / "y")) == wanted(source)
 
@@ -238,7 +243,10 @@ def test_scheduler(source, tmp_path):
         with started(*worker, until="Registered to:"):
             options = ["--clip-norm", 1, "--json", "--progress", "none"]
             done = shell("run", source, tmp_path / "y", "--scheduler", address, *options)
+            told = shell("plan", source, tmp_path / "z", "--scheduler", address, *options[:3])
     assert (done.returncode, done.stderr) == (0, "")
+    line = r"daskclip: dashboard at http://127\.0\.0\.1:\d+/status\n"
+    assert re.fullmatch(line, told.stderr)
     assert json.loads(done.stdout)["slices"] == 1
     assert bits(read(tmp_path / "y")) == wanted(source)
 
@@ -442,7 +450,7 @@ def test_arguments_that_python_refuses(everything, kind, word, arguments):
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [(np.ones(3), "y"), (3, "y"), ("x", 3), ("x", None), ("x", "s3://b/y")]
+    ("source", "target"), [(np.ones(3), "y"), (3, "y"), ("x", 3), ("x", None), ("x", "no://b/y")]
 )
 def test_things_that_are_no_paths_are_refused(everything, source, target):
     before = stored(everything)
@@ -649,7 +657,8 @@ def test_a_missing_chunk_under_error(tmp_path, source):
 def test_a_failure_on_workers_is_one_line(tmp_path, source):
     (source / "c/1/0").write_bytes(b"broken")
     before = stored(tmp_path)
-    done = shell("run", source, tmp_path / "y", "--clip-norm", 1, "--workers", 1)
+    options = ["--clip-norm", 1, "--workers", 1, "--progress", "none"]
+    done = shell("run", source, tmp_path / "y", *options)
     refused(done, 1, "reading block", str(source), "again to resume")
     assert finished(tmp_path) == before
 
@@ -674,3 +683,66 @@ def test_an_interrupted_run_can_be_resumed(tmp_path):
     assert "interrupted" in err.splitlines()[-1]
     assert all(json.loads(line) for line in err.splitlines()[:-1])
     assert finished(tmp_path) == before
+
+
+# --- for operators -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["environment", "file"])
+def test_defaults_come_from_dasks_configuration(source, tmp_path, how):
+    environment = {"DASK_DASKCLIP__MEMORY": "40MiB", "DASK_DASKCLIP__PROGRESS": "json"}
+    if how == "file":
+        (tmp_path / "daskclip.yaml").write_text("daskclip: {memory: 40MiB, progress: json}")
+        environment = {"DASK_CONFIG": str(tmp_path)}
+    environment |= os.environ
+    command = [source, tmp_path / "y", "--clip-norm", 1, "--json"]
+    planned = json.loads(shell("plan", *command, env=environment).stdout)
+    assert planned["memory"] == 40 * 2**20
+    chosen = shell("plan", *command, "--memory", "50MiB", env=environment)
+    assert json.loads(chosen.stdout)["memory"] == 50 * 2**20
+    done = shell("run", *command, env=environment)
+    assert json.loads(done.stdout)["parameters"]["memory"] == 40 * 2**20
+    assert all("rate" in json.loads(line) for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mem": "1GiB"}, ["daskclip.mem", "memory, nonfinite, missing, progress"]),
+        ({"memory": "much"}, ["memory", "'much'"]),
+        ({"progress": "loud"}, ["progress", "loud"]),
+    ],
+)
+def test_settings_that_make_no_sense(source, tmp_path, settings, words):
+    with dask.config.set(daskclip=settings):
+        done = run("run", source, tmp_path / "y", "--clip-norm", 1)
+    assert done.exit_code in (2, 3)
+    (line,) = done.stderr.splitlines()
+    assert all(word in line for word in words)
+    assert not (tmp_path / "y").exists()
+
+
+def test_what_happens_is_logged(source, tmp_path, caplog):
+    caplog.set_level("INFO", "daskclip")
+    report = clip_zarr(source, tmp_path / "y", 1.0)
+    assert [r.name for r in caplog.records] == ["daskclip"] * 2
+    begun, done = caplog.messages
+    assert begun == f"beginning run {report.run}, {source} to {tmp_path / 'y'}"
+    assert done == "clipped: 1 of 1 slices clipped"
+
+
+def test_the_report_tells_where_the_data_came_from(source, tmp_path):
+    report = clip_zarr(source, tmp_path / "y", 1.0, missing="error")
+    assert report.parameters == {"nonfinite": "propagate", "missing": "error", "memory": 2**29}
+    assert report.versions["zarr"] == zarr.__version__
+    assert set(report.versions) > {"python", "daskclip", "dask", "numpy"}
+    again = clip_zarr(source, tmp_path / "y", 1.0, missing="error")
+    assert (again.status, again.run, again.began) == ("up to date", report.run, report.began)
+    # the digest is that of the files, whatever the blocks
+    other = clip_zarr(source, tmp_path / "z", 1.0, memory="1GiB")
+    assert (other.digest, other.source_fingerprint) == (report.digest, report.source_fingerprint)
+    assert clip_zarr(source, tmp_path / "less", 0.5).digest != report.digest
+    place = clip_zarr(tmp_path / "z", None, 1.0, in_place=True)
+    assert (place.status, place.digest) == ("nothing to clip", None)
+    changed = clip_zarr(tmp_path / "z", None, 0.5, in_place=True)
+    assert changed.digest == clip_zarr(tmp_path / "y", tmp_path / "w", 0.5).digest

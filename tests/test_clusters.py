@@ -14,14 +14,14 @@ from distributed import Client
 from reference import bits
 from stores import create, finished, read, some, stored
 
-from daskclip import clip_by_norm, clip_zarr, engine, plan
-from daskclip.errors import StorageError
+from daskclip import clip_by_norm, clip_zarr, engine, plan, workers
+from daskclip.errors import StorageError, TemporaryError
 from daskclip.journal import Journal
 
 pytestmark = pytest.mark.distributed
 
 SHAPE, CHUNKS = (32, 32), (2, 8)
-SIZES = {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "WINDOW": 1}
+SIZES = {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 1}
 STATE = {2: 1, 4: 1, 8: 1}
 # over columns: 64 blocks of one chunk in four slabs; over rows: 16 blocks, each a slab
 MEMORY = {0: 360, 1: 4096}
@@ -48,20 +48,20 @@ Journal.append = gated
 # kills its process at one block, each time
 DEADLY = """
 import os, signal
-from daskclip import storage
-def deadly(array, region, *args, original=storage.{0}):
+from daskclip import regions
+def deadly(array, region, *args, original=regions.{0}):
     if [s.start for s in region] == {1}:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(array, region, *args)
-storage.{0} = deadly
+regions.{0} = deadly
 """
 # stops its process once, between the look at the staging folder and the writing into it
 FREEZING = """
 import os, signal, threading
 from pathlib import Path
-from daskclip import storage
+from daskclip import regions
 frozen, woken = Path({!r}), Path({!r})
-def freezing(*args, original=storage.write):
+def freezing(*args, original=regions.write):
     try:
         os.close(os.open(frozen, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
@@ -72,7 +72,7 @@ def freezing(*args, original=storage.write):
         return original(*args)
     finally:
         woken.touch()
-storage.write = freezing
+regions.write = freezing
 """
 
 
@@ -414,3 +414,79 @@ def test_a_block_that_kills_its_workers_is_named(folder, tmp_path, function, pla
     report = clip_zarr(folder / "x", folder / "y", CLIP_NORM, 0, memory=MEMORY[0])
     assert report.status == "clipped"
     run.check()
+
+
+# --- workers that will not do --------------------------------------------------------------------
+
+
+@contextmanager
+def worker(cluster, *before, **environment):
+    """One worker, whose command begins with ``before``."""
+    command = ["-m", "distributed.cli.dask_worker", cluster.address, "--no-nanny", "--nthreads"]
+    process = subprocess.Popen(
+        [*before, sys.executable, *command, "1", "--host", "127.0.0.1", "--no-dashboard"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=cluster.environment | environment,
+    )
+    try:
+        with Client(cluster.address, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=120)
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def refused(cluster, folder):
+    """The line that a run ends with, with nothing left."""
+    x = create(folder / "x", some((4, 4), "f4"), (2, 4))
+    before = stored(folder)
+    command = [sys.executable, "-c", "from daskclip.cli import main; main()", "run", x]
+    command += [folder / "y", "--clip-norm", 1]
+    done = subprocess.run(
+        [*map(str, command), "--scheduler", cluster.address],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, stored(folder)) == (3, before)
+    with Client(cluster.address), pytest.raises(RuntimeError) as caught:
+        clip_zarr(x, folder / "y", 1.0)
+    _, line = done.stderr.splitlines()  # the first one names the dashboard
+    assert line == f"daskclip: {caught.value}"
+    assert stored(folder) == before
+    return line
+
+
+@pytest.mark.parametrize("package", ["daskclip", "zarr"])
+def test_workers_of_another_version_are_refused(tmp_path, package):
+    # what is found first counts, as with a second installation
+    (tmp_path / "data").mkdir()
+    info = tmp_path / "path" / f"{package}-0.0.9.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0.9\n")
+    with cluster_in(tmp_path / "logs") as cluster, worker(cluster, PYTHONPATH=str(info.parent)):
+        assert f" has {package} 0.0.9 and not " in refused(cluster, tmp_path / "data")
+
+
+def test_workers_that_do_not_see_the_files_are_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"']
+    if subprocess.run([*hidden, tmp_path, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is refused here")
+    with cluster_in(tmp_path / "logs") as cluster, worker(cluster, *hidden, str(tmp_path / "data")):
+        assert " does not see " in refused(cluster, tmp_path / "data")
+
+
+def test_a_worker_that_does_not_answer_is_no_reason_to_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_everywhere", lambda *_: {})
+    x = create(tmp_path / "x", some((4, 4), "f4"), (2, 4))
+    with (
+        cluster_in(tmp_path / "logs") as cluster,
+        worker(cluster),
+        Client(cluster.address),
+        pytest.raises(TemporaryError, match="did not say in 60 s"),
+    ):
+        clip_zarr(x, tmp_path / "y", 1.0)
+    assert not (tmp_path / "y").exists()

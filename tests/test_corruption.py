@@ -30,7 +30,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.codecs import numcodecs as bundled
 from zarr.core.sync import sync
 
-from daskclip import clip_by_norm, clip_zarr, engine, journal, plan, storage, verify_zarr
+from daskclip import clip_by_norm, clip_zarr, engine, journal, plan, regions, storage, verify_zarr
 from daskclip.errors import (
     DaskClipError,
     StorageError,
@@ -39,7 +39,7 @@ from daskclip.errors import (
 )
 from daskclip.resume import discard, plan_of
 
-SIZES = {"BLOCK": 2048, "FIXED": 0, "SCRATCH": 0, "WINDOW": 1}
+SIZES = {"BLOCK": 2048, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 1}
 # sums that weigh less than the elements, as those of large chunks do
 STATE = {2: 1, 4: 1, 8: 1}
 TWO_PASSES = 12 * 1024
@@ -299,7 +299,7 @@ def stopped(folder, monkeypatch, axes, lines):
     array, blocks = storage.open_made(staged), plan_of(run)
     each = blocks.blocks // blocks.slabs
     cells = [divmod(int(number), each) for entry in done for number in entry]
-    keys = [key for cell in cells for key in storage.keys(array, blocks.region(*cell))]
+    keys = [key for cell in cells for key in regions.keys(array, blocks.region(*cell))]
     return staged, keys
 
 

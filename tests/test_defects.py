@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from faults import CASES, Hooks, Sweep, contents, in_child, warm
 
-from daskclip import engine, files, journal, publish, resume, storage, tasks, verify_zarr
+from daskclip import engine, files, journal, publish, regions, resume, storage, tasks, verify_zarr
 from daskclip.errors import DaskClipError
 from daskclip.journal import Journal
 
@@ -181,8 +181,8 @@ def kills_while_discarding(defect):
 
 
 def journal_before_data():
-    write, append, waiting = storage.write, Journal.append, []
-    storage.write = lambda *args: waiting.append(args) or 0
+    write, append, waiting = regions.write, Journal.append, []
+    regions.write = lambda *args: waiting.append(args) or 0
 
     def early(self, entry):
         append(self, entry)
@@ -201,13 +201,14 @@ def no_look_at_the_source_before_publishing():
 
 
 def rename_before_sync():
-    def unsynced(work, staged, target, replace):
-        shutil.copyfile(work / "journal", staged / ".daskclip")
-        (files.exchange if target.exists() else os.rename)(staged, target)
+    def unsynced(work, source, staged, replace):
+        folder, target = storage.local_path(staged), work.target.path
+        shutil.copyfile(work.folder / "journal", folder / ".daskclip")
+        (files.exchange if target.exists() else os.rename)(folder, target)
         files.sync(target.parent)
-        publish.clear(work)
+        work.clear()
 
-    engine.publish = unsynced
+    publish.FolderWork.publish = unsynced
 
 
 def one_staging_folder_for_all_runs():
@@ -224,20 +225,20 @@ def blocks_are_not_synced():
 
 def journal_removed_last():
     def clear(work):
-        for path in [p for p in work.iterdir() if p.is_dir()]:
+        for path in [p for p in work.folder.iterdir() if p.is_dir()]:
             shutil.rmtree(path)
-        for path in [p for p in work.iterdir() if p.name != "lock"]:
+        for path in [p for p in work.folder.iterdir() if p.name != "lock"]:
             path.unlink()
 
-    publish.clear = resume.clear = engine.clear = clear
+    publish.FolderWork.clear = clear
 
 
 def parameters_are_not_compared():
     compared = resume.resumed
 
-    def resumed(work, run, memory):
-        old = journal.header(work / "journal") or run
-        return compared(work, run | {"parameters": old["parameters"]}, memory)
+    def resumed(work, source, run, memory):
+        old = journal.header(work.folder / "journal") or run
+        return compared(work, source, run | {"parameters": old["parameters"]}, memory)
 
     engine.resumed = resumed
 
@@ -257,15 +258,16 @@ def strays_are_published():
 
 
 def old_array_removed_first():
-    def publishing(work, staged, target, replace):
-        shutil.copyfile(work / "journal", staged / ".daskclip")
-        files.sync(staged)
+    def publishing(work, source, staged, replace):
+        folder, target = storage.local_path(staged), work.target.path
+        shutil.copyfile(work.folder / "journal", folder / ".daskclip")
+        files.sync(folder)
         shutil.rmtree(target, ignore_errors=True)
-        os.rename(staged, target)
+        os.rename(folder, target)
         files.sync(target.parent)
-        publish.clear(work)
+        work.clear()
 
-    engine.publish = publishing
+    publish.FolderWork.publish = publishing
 
 
 DEFECTS = [

@@ -27,7 +27,7 @@ from daskclip import (
     plan,
     plan_zarr,
     publish,
-    storage,
+    regions,
     tasks,
     verify_zarr,
     workers,
@@ -41,6 +41,7 @@ from daskclip.errors import (
     TargetExistsError,
     TemporaryError,
 )
+from daskclip.journal import Journal
 
 # neither chunks nor shards divide the shape
 SHAPE, CHUNKS, SHARDS = (9, 7, 7), (2, 4, 3), (4, 4, 3)
@@ -52,7 +53,7 @@ LAYOUTS = {**FORMATS, "shards": {"zarr_format": 3, "shards": SHARDS}}
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
-    for name, size in {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "WINDOW": 2}.items():
+    for name, size in {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}.items():
         monkeypatch.setattr(plan, name, size)
     # sums that weigh less than the elements, as those of large chunks do
     monkeypatch.setattr(engine, "STATE", {2: 1, 4: 1, 8: 1})
@@ -212,9 +213,10 @@ def test_results_whose_way_back_is_cancelled(tmp_path, client, monkeypatch, time
     gather, calls = client._gather_remote, []
 
     async def cancelled(*args):
-        calls.append(None)
-        if 4 <= len(calls) < 4 + times:  # the first ones ask for the memory of two workers
-            asyncio.current_task().cancel()
+        if "rescale_block" in str(client._gather_keys):
+            calls.append(None)
+            if len(calls) <= times:
+                asyncio.current_task().cancel()
         return await gather(*args)
 
     monkeypatch.setattr(client, "_gather_remote", cancelled)
@@ -222,7 +224,7 @@ def test_results_whose_way_back_is_cancelled(tmp_path, client, monkeypatch, time
         with pytest.raises(TemporaryError, match="the cluster was lost"):
             clip_zarr(x, tmp_path / "y", 1.0, 0, memory=tight(x, 0))
     clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
-    assert len(calls) > 5
+    assert len(calls) > times
 
 
 @pytest.mark.distributed
@@ -471,6 +473,49 @@ def test_only_what_is_stored_is_looked_at(tmp_path, looked_at, budget, axes, odd
     assert verify_zarr(y).slices == norms.size
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("odd", [0.0, np.nan])
+def test_missing_chunks_and_a_run_that_is_stopped_anywhere(tmp_path, monkeypatch, odd):
+    x = tmp_path / "x"
+    array = zarr.create_array(x, shape=(30, 20), chunks=(2, 4), dtype="f4")
+    for i, j in SPARSE:
+        array[8 * i : 8 * i + 2, 8 * j : 8 * j + 4] = some((2, 4), "f4", seed=i) + 1
+    array[8, 8] += odd
+    append, lines = Journal.append, []
+
+    def stopping(self, entry):
+        append(self, entry)
+        lines.append(entry)
+        if len(lines) == stop:
+            raise KeyboardInterrupt
+
+    stop = 0
+    with dask.config.set(scheduler="synchronous"):
+        memory = tight(x, 0)
+        monkeypatch.setattr(Journal, "append", stopping)
+        with np.errstate(invalid="ignore"):
+            clipped(x, tmp_path / "wanted", 0, memory=memory)
+        number = len(lines)
+        for stop in range(1, number):
+            lines.clear()
+            with pytest.raises(KeyboardInterrupt):
+                clip_zarr(x, tmp_path / f"y{stop}", 1.0, 0, memory=memory)
+            clip_zarr(x, tmp_path / f"y{stop}", 1.0, 0, memory=memory)
+            assert stored(tmp_path / f"y{stop}") == stored(tmp_path / "wanted")
+            assert len(lines) == number
+    assert number > 8
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("budget", ["tight", "ample"])
+@pytest.mark.parametrize("axes", [None, 0])
+def test_a_limit_of_nan_where_nothing_is_stored(tmp_path, budget, axes):
+    x = tmp_path / "x"
+    zarr.create_array(x, shape=(30, 20), chunks=(2, 4), dtype="f4")[0, 0] = 1.0
+    clip_zarr(x, tmp_path / "y", math.nan, axes, memory=memory_of(budget, x, axes))
+    assert np.isnan(read(tmp_path / "y")).all()
+
+
 def broken(folder, layout, damage):
     """A source with one chunk that cannot be decoded."""
     x = source_of(folder, layout)
@@ -505,7 +550,7 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
     (x / "c/0/0").write_bytes(b"broken")
     before = stored(tmp_path)
     failed = Event()
-    original = storage.read
+    original = regions.read
 
     def one_after_the_other(array, region, *args):
         if region[0].start:
@@ -516,7 +561,7 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
             failed.set()
             raise
 
-    monkeypatch.setattr(storage, "read", one_after_the_other)
+    monkeypatch.setattr(regions, "read", one_after_the_other)
     monkeypatch.setattr(plan, "BLOCK", 32)
     with pytest.raises(StorageError), dask.config.set(scheduler="threads", num_workers=2):
         clip_zarr(x, tmp_path / "y", 1.0, 1)
@@ -547,7 +592,7 @@ def test_a_failure_on_workers_makes_no_target(tmp_path, monkeypatch, client, kin
 
 def test_a_second_run_on_the_same_target_is_refused(tmp_path, monkeypatch):
     x = source_of(tmp_path)
-    original, seen = storage.read, []
+    original, seen = regions.read, []
 
     def run_again(*args):
         if not seen:
@@ -557,7 +602,7 @@ def test_a_second_run_on_the_same_target_is_refused(tmp_path, monkeypatch):
             seen.append(caught.value.exit_code)
         return original(*args)
 
-    monkeypatch.setattr(storage, "read", run_again)
+    monkeypatch.setattr(regions, "read", run_again)
     clipped(x, tmp_path / "y")
     assert seen == [None, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
@@ -586,13 +631,13 @@ def test_a_run_that_starts_while_another_one_ends_is_refused(tmp_path, monkeypat
 
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
     x = source_of(tmp_path)
-    original = storage.read
+    original = regions.read
 
     def make_target(*args):
         (tmp_path / "y").mkdir(exist_ok=True)
         return original(*args)
 
-    monkeypatch.setattr(storage, "read", make_target)
+    monkeypatch.setattr(regions, "read", make_target)
     with pytest.raises(TargetExistsError, match="meanwhile"):
         clip_zarr(x, tmp_path / "y", 1.0)
     assert not stored(tmp_path / "y")

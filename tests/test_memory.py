@@ -141,6 +141,15 @@ def test_many_small_chunks(tmp_path):
     grown(source, tmp_path / "y", 64 * MIB)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("axes", ["1", ""])
+@pytest.mark.parametrize("memory", [64, 128])
+def test_slices_of_few_elements(tmp_path, memory, axes):
+    source = make(tmp_path / "x", (1 << 23, 2), (1 << 18, 2), FAST)
+    grown(source, tmp_path / "y", memory * MIB, "--axes", axes)
+
+
 LAYOUTS = {
     "uncompressed": {"chunks": (1024, 1024), "codec": None},
     "blosc": {"chunks": (1024, 1024), "codec": BloscCodec(cname="zstd", clevel=1)},

@@ -34,22 +34,32 @@ from hypothesis.stateful import (
 from reference import bits
 from stores import FORMATS, create, read, some
 
-from daskclip import clip_by_norm, clip_zarr, engine, files, journal, plan, plan_zarr, verify_zarr
+from daskclip import (
+    clip_by_norm,
+    clip_zarr,
+    engine,
+    files,
+    journal,
+    plan,
+    plan_zarr,
+    publish,
+    verify_zarr,
+)
 from daskclip.errors import DaskClipError, MemoryBudgetError
 from daskclip.resume import discard, status
 
 SHAPE, CHUNKS = (12, 8), (2, 4)
 # plans of several slabs, windows and passes for an array of 384 bytes
-SIZES = {"BLOCK": 64, "FIXED": 0, "SCRATCH": 0, "WINDOW": 2}
+SIZES = {"BLOCK": 64, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
 AMPLE = 2**30
 # exit code and text, remedy included, of every refusal that there may be
 REFUSALS = {
     "exists": (5, r"target .* exists; remove it or choose another path, or overwrite it"),
     "locked": (5, r"target .* is being written by another run; wait for it or stop it"),
     "other parameters": (5, r"has .* and not .*; finish it, or discard it with: "),
-    "source changed": (5, r"changed since the unfinished run in .* began; discard it with: "),
+    "source changed": (5, r"changed since the unfinished run to .* began; discard it with: "),
     "staging lost": (5, r"has lost its files; discard it with: "),
-    "other version": (5, r"has version 3 and not 2; finish it .*, or discard it with: "),
+    "other version": (5, r"has version \d+ and not \d+; finish it .*, or discard it with: "),
     "memory": (3, r"memory .* holds less than .*; give memory='.*', or discard it with: "),
     "missing": (3, r"chunk \S+ of .* is missing; restore it, or use missing='fill'"),
     "absent": (3, r"target .* does not exist; check the path"),
@@ -212,7 +222,7 @@ class Child:
         if since == "lock":
             begin(fcntl, "flock", after=True)
         if since == "publish":
-            begin(engine, "publish", after=False)
+            begin(publish.FolderWork, "publish", after=False)
         counted(reached)
 
 
@@ -842,7 +852,8 @@ def test_a_journal_of_another_version_is_refused(tmp_path, way):
     wanted = source_of(tmp_path, way)
     assert killed_while_publishing(call, tmp_path, 1)
     path = tmp_path / f".{call.place}.daskclip" / "journal"
-    journal.begin(path, journal.header(path) | {"version": 3})
+    run = journal.header(path)
+    journal.begin(path, run | {"version": run["version"] + 1})
     before = tree(tmp_path)
     assert outcome(call.start, tmp_path) == "other version"
     assert tree(tmp_path) == before

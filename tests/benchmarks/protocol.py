@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from daskclip import clip_zarr, engine, files, journal, passes, publish, storage, tasks
+from daskclip import clip_zarr, files, journal, passes, publish, storage, tasks
 
 from .tables import machine, write
 
@@ -56,11 +56,11 @@ def unprotected():
     passes.Journal = NoJournal
     passes.record = lambda *_: None
 
-    def rename(work, staged, target, replace):
-        os.rename(staged, target)
-        publish.clear(work)
+    def rename(work, source, staged, replace):
+        os.rename(storage.local_path(staged), work.target.path)
+        work.clear()
 
-    engine.publish = rename
+    publish.FolderWork.publish = rename
 
 
 def run(variant, source, target, axes):

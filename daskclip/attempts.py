@@ -1,0 +1,51 @@
+"""Operations on a block whose storage may fail: tried again, or told by the chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from daskclip import regions, storage
+from daskclip.blocks import Box, box_shape, boxes, shift
+from daskclip.errors import DaskClipError, StorageError, TemporaryError, reason
+from daskclip.retries import retrying, transient
+
+
+@contextmanager
+def attempting(
+    doing: str, array: Any, region: Box, operation: Callable[[Box], Any]
+) -> Iterator[Callable[[Box], Any]]:
+    """Try an operation on a block again where that helps, else say which chunk it fails for."""
+    try:
+        yield lambda part: retrying(lambda: operation(part))
+    except DaskClipError:
+        raise
+    except Exception as error:
+        chunk, cause = _culprit(array, region, operation, error)
+        kind, mend = (
+            (TemporaryError, "") if transient(cause) else (StorageError, "mend the cause and ")
+        )
+        raise kind(
+            f"{doing} block {shown_region(region)} of {storage.location(array)} failed{chunk}: "
+            f"{type(cause).__name__}: {reason(cause)}; {mend}run the same command again to resume"
+        ) from error
+
+
+def _culprit(
+    array: Any, region: Box, operation: Callable[[Box], Any], error: Exception
+) -> tuple[str, Exception]:
+    """The first chunk of a block that the operation fails for alone."""
+    for inside in boxes(box_shape(region), storage.write_unit(array)):
+        part = shift(inside, region)
+        key = next(regions.keys(array, part))
+        try:
+            operation(part)
+        except Exception as own:
+            return f" at chunk {key}", own
+    return "", error
+
+
+def shown_region(region: Box) -> str:
+    """A region as it is written in Python."""
+    return f"[{', '.join(f'{s.start}:{s.stop}' for s in region)}]"
