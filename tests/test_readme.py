@@ -27,7 +27,8 @@ def commands():
 
 
 def form(text):
-    """``text`` with every figure replaced, since times and memory differ."""
+    """``text`` with every figure replaced, since times, memory and encoded bytes differ."""
+    text = re.sub(r"\b[0-9a-f]{16}\b", "#", text)
     return re.sub(r"\d[\d.,]*", "#", text).strip()
 
 
