@@ -18,6 +18,7 @@ tally          counts over slices
 parameters     the arguments of the operation
 indexed        IndexedSlices
 plan           what a run will do, in integers
+group_plan     the same for several arrays
 report         figures as text and JSON
 progress       how far a run is
 norms          the Dask tree that combines sums
@@ -26,9 +27,11 @@ journal        what is done, a line for each window
 guard          encoded chunks that must not be decoded
 chunks         chunks as they are stored, to values and back
 objects        objects under a Zarr store: fetched, listed, made once
-storage        Zarr arrays: opened, made, told apart; imports zarr, as do four more
+storage        Zarr arrays: listed, digested; imports zarr, as do five more
 regions        regions of them: read, written, copied
 attempts       blocks tried again, or told by the chunk
+hierarchy      an array or a group: opened, told from other states, made elsewhere
+members        which arrays of a group are clipped
 sources        what is opened for reading, and what is refused
 publish        a target in a folder: its lock and its renaming
 leases         objects of a target, and a lock among them
@@ -41,8 +44,11 @@ clip_list      the operation on a list
 workers        the processes that run blocks
 resume         a run on disk: begun, resumed, recognised
 tasks          what a worker does with one block
+prepare        what is refused or planned before a chunk is read
+graphs         blocks as one Dask graph
 scales         what slices are multiplied by
 passes         windows of blocks, and which of them are done
+run            one attempt at a run
 engine         from storage to storage
 verify         what was written, against its record and its source
 cli            the command line

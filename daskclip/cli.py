@@ -19,6 +19,7 @@ import dask
 from daskclip import resume
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.errors import DaskClipError, InvalidValueError
+from daskclip.group_plan import GroupPlan
 from daskclip.plan import ClipPlan
 from daskclip.report import ClipReport, as_document, as_text
 from daskclip.verify import verify_zarr
@@ -47,6 +48,9 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
         click.option("--in-place", is_flag=True, help="Replace SOURCE; there is no TARGET."),
         click.option("--overwrite", is_flag=True, help="Replace an array at TARGET."),
+        click.option("--exclude", multiple=True, help="Arrays of a group that are not clipped."),
+        click.option("--include", multiple=True, help="Arrays of a group that are: 'layers/*'."),
+        click.option("--global", "global_norm", is_flag=True, help="One norm for all arrays."),
         click.option("--dry-run", is_flag=True, help="Check and plan only."),
         click.option(
             "--missing",
@@ -165,7 +169,7 @@ def discard(target: str) -> None:
 
 
 def _call(
-    function: Callable[..., ClipPlan | ClipReport],
+    function: Callable[..., ClipPlan | GroupPlan | ClipReport],
     *,
     report: Path | None,
     as_json: bool,

@@ -257,17 +257,10 @@ def listed(folder: Path, depth: int, *, changes: bool, prefix: str = "") -> Iter
                 raise ValueError(f"{key} is not a regular file")
 
 
-def fingerprint(found: Iterable[Stored], largest: int) -> dict[str, Any]:
-    """What tells one state of the chunks from another; those above ``largest`` bytes are refused.
-
-    Anything else that is found does not count.
-    """
+def fingerprint(found: Iterable[Stored]) -> dict[str, Any]:
+    """What tells one state of chunks from another."""
     chunks, total, newest, last = 0, 0, 0, None
     for key, size, version, changed in found:
-        if not CHUNK.fullmatch(key):
-            continue
-        if size > largest:
-            raise ValueError(f"{key} has {size} bytes, which no chunk there takes")
         text = f"{key} {size} {version}"
         # a sum needs no order, and so no list of a billion names
         total += int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "big")

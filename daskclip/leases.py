@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -56,9 +56,10 @@ class Objects:
         (made,) = self._do("writing", lambda: objects.create(self.store, [(self._key(name), data)]))
         return made
 
-    def put_once(self, name: str, data: bytes) -> None:
-        """Make an object; there may be the same one."""
-        self._do("writing", lambda: objects.put_once(self.store, [(self._key(name), data)]))
+    def put_once(self, named: Sequence[tuple[str, bytes]]) -> None:
+        """Make objects, in no order; there may be the same ones."""
+        keyed = [(self._key(name), data) for name, data in named]
+        self._do("writing", lambda: objects.put_once(self.store, keyed))
 
     def names(self, below: str = "") -> list[str]:
         """Names of all objects, or of those below a name, in order."""

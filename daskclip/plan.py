@@ -73,7 +73,7 @@ class ClipPlan:
     window: int
     """Blocks of a window, at most."""
     passes: int
-    """1 if a block holds its slices whole, else 2."""
+    """1 if a block holds its slices whole, else 2; 0 for an array that is copied as it is."""
     processes: int
     """Processes that run blocks."""
     threads: int
@@ -193,6 +193,7 @@ def make_plan(
     processes: int,
     threads: int,
     fewest: int,
+    shared: bool = False,
 ) -> ClipPlan:
     """Choose blocks that keep within ``memory``.
 
@@ -206,6 +207,8 @@ def make_plan(
         See `ClipPlan`.
     threads, fewest : int
         Threads of each process, and to how many of them the plan may go down.
+    shared : bool
+        Whether the one slice goes on in other arrays, so that no block holds it whole.
 
     Returns
     -------
@@ -220,6 +223,9 @@ def make_plan(
     unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
     units = CALL * math.prod(unit)
 
+    def is_whole(block: tuple[int, ...]) -> bool:
+        return not shared and all(block[a] >= shape[a] for a in axes)
+
     def projected(block: tuple[int, ...], threads: int) -> tuple[int, int]:
         """Bytes of one process, and blocks of a window."""
         size = math.prod(block) * itemsize
@@ -227,7 +233,7 @@ def make_plan(
         thread = size + 4 * stored + SCRATCH
         window = WINDOW * threads
         slices = math.prod(n for a, n in enumerate(block) if a not in axes)
-        if all(block[a] >= shape[a] for a in axes):
+        if is_whole(block):
             return FIXED + threads * (thread + SLICE * slices), window * processes
         sums = state * slices
         # a thread sums in integers twice as wide before it has its result
@@ -252,7 +258,7 @@ def make_plan(
     # a slab that a single thread would read for long is faster in two passes of all threads
     few = math.prod(grid(shape, whole)) < at_once
     small = math.prod(whole) * itemsize <= BLOCK
-    block = whole if fits(whole) and (small or not few) else unit
+    block = whole if fits(whole) and (small or not few) and not shared else unit
     if not fits(block):
         need = projected(block, threads)[0]
         run = "1 thread needs" if threads == 1 else f"{threads} threads need"
@@ -262,7 +268,7 @@ def make_plan(
             f"for blocks of one chunk or shard {unit}; "
             f"give memory='{ceil_div(need, MIB)}MiB'{fewer}"
         )
-    block = _grown(block, shape, [*reduced, *kept], min(BLOCK // itemsize, units), fits)
+    block = grown(block, shape, [*reduced, *kept], min(BLOCK // itemsize, units), fits)
     need, window = projected(block, threads)
     return ClipPlan(
         shape=shape,
@@ -271,7 +277,7 @@ def make_plan(
         itemsize=itemsize,
         block=block,
         window=window,
-        passes=1 if all(block[a] >= shape[a] for a in axes) else 2,
+        passes=1 if is_whole(block) else 2,
         processes=processes,
         threads=threads,
         memory=memory,
@@ -279,7 +285,7 @@ def make_plan(
     )
 
 
-def _grown(
+def grown(
     block: tuple[int, ...],
     shape: tuple[int, ...],
     order: Iterable[int],

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daskclip import objects, storage
+from daskclip import objects
 from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
+from daskclip.hierarchy import MADE_BY, Hierarchy, at_place
 from daskclip.journal import Entry
 from daskclip.leases import Lease, Objects
 from daskclip.publish import (
@@ -23,6 +24,7 @@ from daskclip.publish import (
 )
 
 LINES = 64  # of a journal, in one object: each window stores its object again
+TOGETHER = 64  # documents that are stored at a time
 LOCK, DISCARDED = f"{RECORD}/lock", f"{RECORD}/discarded"
 
 
@@ -42,13 +44,13 @@ class Prefix:
         return Objects(self.store, self.path)
 
     def exists(self) -> bool:
-        return any(found is not None for found in self.stored.get("zarr.json", ".zarray"))
+        return any(found is not None for found in self.stored.get(*MADE_BY))
 
-    def open(self) -> Any:
-        """The array that is there."""
-        return storage.open_at(self.store, self.path)
+    def open(self) -> Hierarchy:
+        """What is there."""
+        return at_place(self.store, self.path)
 
-    def check(self, source: Any, *, overwrite: bool, in_place: bool) -> None:
+    def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a place where the target of a source cannot be made; changes nothing."""
         if overwrite or in_place:
             raise TargetError(
@@ -64,7 +66,7 @@ class Prefix:
             raise TargetPermissionError(
                 f"the store of target {self} is read-only; open it to write"
             )
-        here, there = f"{storage.location(source)}/", f"{self}/"
+        here, there = f"{source}/", f"{self}/"
         if here.startswith(there) or there.startswith(here):
             raise TargetError(
                 f"target {there} and source {here} lie in each other; choose another target"
@@ -124,7 +126,7 @@ class PrefixWork:
         """Files that whoever writes must see."""
         return []
 
-    def begin(self, source: Any, name: str) -> None:
+    def begin(self, source: Hierarchy, name: str) -> None:
         """Require that nothing is there yet."""
         there = [n for n in self.target.stored.names() if not n.startswith(RECORD)]
         if there:
@@ -133,24 +135,25 @@ class PrefixWork:
                 "another target"
             )
 
-    def staging(self, source: Any, name: str) -> tuple[Any, None]:
-        """Array to write, whose chunks stay where they are put."""
-        return storage.like(source, self.target.store, self.target.path), None
+    def staging(self, source: Hierarchy, name: str) -> tuple[Hierarchy, None]:
+        """What to write, whose chunks stay where they are put."""
+        return source.at(self.target.store, self.target.path), None
 
-    def complete(self, source: Any, name: str, last: Entry) -> bool:
+    def complete(self, source: Hierarchy, name: str, last: Entry) -> bool:
         """Whether all chunks are there, if the end of the journal tells of them."""
         return "made" not in last or last["made"] == self.made(source, self.staging(source, "")[0])
 
-    def made(self, source: Any, staged: Any) -> Entry:
-        """What tells the array from another state, once its metadata is there."""
-        metadata = storage.digest_of(storage.documents(source).items())
-        return storage.fingerprint(staged, changes=False) | {"metadata": metadata}
+    def made(self, source: Hierarchy, staged: Hierarchy) -> Entry:
+        """What tells it from another state, once its metadata is there."""
+        return staged.fingerprint(changes=False) | {"metadata": source.digest()}
 
-    def publish(self, source: Any, staged: Any, replace: bool) -> None:
-        """Let the complete array appear by its metadata."""
+    def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
+        """Let what is complete appear by its metadata."""
         self.require()
-        for key, data in storage.documents(source).items():
-            self.target.stored.put_once(key, data)
+        documents = list(source.documents.items())
+        for i in range(0, len(documents) - 1, TOGETHER):
+            self.target.stored.put_once(documents[i : min(i + TOGETHER, len(documents) - 1)])
+        self.target.stored.put_once(documents[-1:])
         kept = self.target.stored.names(RECORD)
         self.target.stored.delete(
             [n for n in kept if not n.startswith((LOCK, f"{RECORD}/{JOURNAL}"))]

@@ -17,7 +17,8 @@ except ImportError:  # not POSIX: importing daskclip must work all the same
     fcntl = None  # type: ignore[assignment]
 
 from daskclip import files, storage
-from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
+from daskclip.errors import StorageError, TargetError, TargetExistsError, TargetPermissionError
+from daskclip.hierarchy import DOCUMENTS, Hierarchy, reopened
 from daskclip.journal import Entry, header
 
 CONSOLIDATED = ("zarr.json", ".zmetadata")
@@ -44,11 +45,11 @@ class Folder:
     def exists(self) -> bool:
         return os.path.lexists(self.path)
 
-    def open(self) -> Any:
-        """The array that is there."""
-        return storage.open_made(self.path)
+    def open(self) -> Hierarchy:
+        """What is there."""
+        return reopened(self.path)
 
-    def check(self, source: Any, *, overwrite: bool, in_place: bool) -> None:
+    def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a place where the target of a source cannot be made; changes nothing."""
         path, parent = self.path, self.path.parent
         if not (overwrite or in_place or (path / RECORD).exists()):
@@ -60,12 +61,14 @@ class Folder:
         if not parent.is_dir():
             raise TargetError(f"folder {parent} of the target does not exist; create it")
         if not in_place:
-            _check_nesting(path, storage.local_path(source))
+            _check_nesting(path, source.folder)
             for folder in (parent, *parent.parents):
                 _refuse_consolidated(folder, path)
-            if overwrite and path.exists() and not _is_array(path):
+            kind = _is_array if not source.is_group else _is_group
+            if overwrite and path.exists() and not kind(path):
                 raise TargetError(
-                    f"target {path} is no zarr array; remove it or choose another path"
+                    f"target {path} is no zarr {'group' if source.is_group else 'array'}; remove "
+                    "it or choose another path"
                 )
         if not os.access(parent, os.W_OK | os.X_OK):
             raise TargetPermissionError(
@@ -148,37 +151,43 @@ class FolderWork:
         """Files that whoever writes must see."""
         return [str(self.folder / "lock")]
 
-    def begin(self, source: Any, name: str) -> None:
-        """Make an array without chunks in staging, of that name."""
+    def begin(self, source: Hierarchy, name: str) -> None:
+        """Make the metadata without chunks in staging, of that name."""
         self.clear()  # of a run that was stopped before it had a journal
         if self.target.exists():
             _require_exchange(self.folder)
-            if self.target.path == storage.local_path(source):
-                _refuse_strangers(self.target.path)
-        storage.create_like(source, self.folder / name)
+            if self.target.path == source.folder:
+                _refuse_strangers(source)
+        source.make(self.folder / name)
         files.sync(self.folder)
 
-    def staging(self, source: Any, name: str) -> tuple[Any, str]:
-        """Array to write, and its folder."""
-        return storage.open_made(self.folder / name), str(self.folder / name)
+    def staging(self, source: Hierarchy, name: str) -> tuple[Hierarchy, str]:
+        """What to write, and its folder."""
+        staged = source.moved(self.folder / name)
+        with suppress(ValueError):  # of metadata that is no JSON any more
+            if staged.stored().documents == source.documents:
+                return staged, str(staged)
+        raise StorageError(
+            f"metadata in {staged} is not what it was; discard the run and begin again"
+        )
 
-    def complete(self, source: Any, name: str, last: Entry) -> bool:
+    def complete(self, source: Hierarchy, name: str, last: Entry) -> bool:
         """Whether what was staged is there, and not what it was exchanged for."""
         if not (self.folder / name).is_dir():
             return False
         return "made" not in last or is_made(lambda: self.staging(source, name)[0], last)
 
-    def made(self, source: Any, staged: Any) -> Entry:
+    def made(self, source: Hierarchy, staged: Hierarchy) -> Entry:
         """What tells what was staged from another state; of exactly the files to be published."""
-        folder = Path(storage.location(staged))
-        for key, *_ in storage.listed(staged):
-            if not files.CHUNK.fullmatch(key) and key not in storage.METADATA:
-                (folder / key).unlink()
-        return storage.fingerprint(staged, changes=False)
+        for array in staged.arrays.values():
+            for key, *_ in storage.listed(array):
+                if not files.CHUNK.fullmatch(key) and key not in DOCUMENTS:
+                    (Path(storage.location(array)) / key).unlink()
+        return staged.fingerprint(changes=False)
 
-    def publish(self, source: Any, staged: Any, replace: bool) -> None:
-        """Let the complete array appear in one step, then remove what it replaced."""
-        folder, path = Path(storage.location(staged)), self.target.path
+    def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
+        """Let what is complete appear in one step, then remove what it replaced."""
+        folder, path = Path(str(staged)), self.target.path
         if not replace and self.target.exists():
             raise TargetExistsError(
                 f"target {path} was made by something else meanwhile; remove it and run again"
@@ -211,7 +220,7 @@ def can_lock() -> bool:
 def is_made(opened: Callable[[], Any], last: Entry) -> bool:
     """Whether an array is what the last entry of its journal says."""
     with suppress(Exception):  # zarr raises anything for what is no array any more
-        return bool(last["made"] == storage.fingerprint(opened(), changes=False))
+        return bool(last["made"] == opened().fingerprint(changes=False))
     return False
 
 
@@ -260,6 +269,11 @@ def _is_array(folder: Path) -> bool:
     return document.get("node_type") == "array" or (folder / ".zarray").is_file()
 
 
+def _is_group(folder: Path) -> bool:
+    document = _document(folder / "zarr.json")
+    return document.get("node_type") == "group" or (folder / ".zgroup").is_file()
+
+
 def _document(path: Path) -> dict[str, Any]:
     try:
         return document(path.read_bytes())
@@ -276,12 +290,22 @@ def document(data: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _refuse_strangers(folder: Path) -> None:
-    """Refuse a folder with files that would be lost when another takes its place."""
-    for entry in os.scandir(folder):
-        part = files.CHUNK.fullmatch(entry.name) or entry.name in (*storage.METADATA, RECORD)
-        if not part:
-            raise TargetError(f"{entry.path} is no part of the array in its folder; move it away")
+def _refuse_strangers(source: Hierarchy) -> None:
+    """Refuse folders with files that would be lost when others take their place."""
+    for path in _strangers(source):
+        raise TargetError(f"{path} is no part of what is stored in {source}; move it away")
+
+
+def _strangers(there: Hierarchy) -> Iterator[str]:
+    """What is in the folders of arrays and groups, and is no part of them."""
+    nodes = {*there.groups, *there.arrays}
+    folder = there.folder or Path()
+    for name in nodes:
+        for entry in os.scandir(folder / name):
+            inside = f"{name}/{entry.name}".lstrip("/")
+            part = entry.name in DOCUMENTS or inside in nodes or (not name and entry.name == RECORD)
+            if not (part or (name in there.arrays and files.CHUNK.fullmatch(entry.name))):
+                yield entry.path
 
 
 def _require_exchange(work: Path) -> None:

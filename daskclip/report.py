@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from daskclip.group_plan import GroupPlan
 from daskclip.plan import MIB, ClipPlan
 
 
@@ -22,8 +23,12 @@ class ClipReport:
     """Where the clipped one is."""
     clip_norm: float
     """The limit."""
-    axes: tuple[int, ...]
-    """Axes the norms were taken over."""
+    axes: tuple[int, ...] | None
+    """Axes the norms were taken over; None for all axes of each array of a group."""
+    arrays: int
+    """Number of arrays that were clipped."""
+    copied: int
+    """Number of arrays of the group that were carried over as they are."""
     slices: int
     """Number of slices."""
     clipped: int
@@ -98,10 +103,10 @@ class VerifyReport:
         return as_text(self)
 
 
-def as_document(figures: ClipReport | ClipPlan) -> str:
+def as_document(figures: ClipReport | ClipPlan | GroupPlan) -> str:
     """One JSON document of all figures; JSON has no infinity, so it becomes a string."""
     fields = asdict(figures)
-    if isinstance(figures, ClipPlan):
+    if not isinstance(figures, ClipReport):
         derived = ("slices", "slabs", "blocks", "tasks", "bytes_read")
         fields |= {k: getattr(figures, k) for k in derived}
     plain = {
@@ -110,7 +115,7 @@ def as_document(figures: ClipReport | ClipPlan) -> str:
     return json.dumps(plain, indent=2, allow_nan=False)
 
 
-def as_text(figures: ClipReport | ClipPlan | VerifyReport) -> str:
+def as_text(figures: ClipReport | ClipPlan | GroupPlan | VerifyReport) -> str:
     """The figures for people, a line each."""
     if isinstance(figures, VerifyReport):
         rows = {k: str(v) for k, v in asdict(figures).items() if v is not None}
@@ -126,10 +131,12 @@ def _report(done: ClipReport) -> dict[str, str]:
     if done.largest_norm is not None:
         norms = f"{done.smallest_norm:.6g} to {done.largest_norm:.6g}"
     passes = "1 pass" if done.passes == 1 else f"{done.passes} passes"
+    copied = f", {done.copied:,} more are copied" if done.copied else ""
     return {
         "status": done.status,
         "source": done.source,
         "target": done.target,
+        "arrays": f"{done.arrays:,}{copied}",
         "clip_norm": f"{done.clip_norm:g} over axes {_axes(done.axes)}",
         "slices": f"{done.slices:,}",
         "clipped": f"{done.clipped:,} ({share:.1f} %)",
@@ -144,12 +151,17 @@ def _report(done: ClipReport) -> dict[str, str]:
     }
 
 
-def _plan(plan: ClipPlan) -> dict[str, str]:
-    return {
-        "array": f"{plan.shape}, {_size(plan.nbytes)}, axes {_axes(plan.axes)}",
-        "slices": f"{plan.slices:,}",
-        "units": f"{plan.unit} written as one object",
-        "blocks": f"{plan.blocks:,} of {plan.block}, {plan.slabs:,} slabs",
+def _plan(plan: ClipPlan | GroupPlan) -> dict[str, str]:
+    rows = {"slices": f"{plan.slices:,}"}
+    if isinstance(plan, GroupPlan):
+        copied = len(plan.plans) - len(plan.clipped)
+        rows["arrays"] = f"{len(plan.clipped):,}, {_size(plan.nbytes)}; {copied:,} more are copied"
+        rows["blocks"] = f"{plan.blocks:,}, {plan.slabs:,} slabs"
+    else:
+        rows["array"] = f"{plan.shape}, {_size(plan.nbytes)}, axes {_axes(plan.axes)}"
+        rows["units"] = f"{plan.unit} written as one object"
+        rows["blocks"] = f"{plan.blocks:,} of {plan.block}, {plan.slabs:,} slabs"
+    return rows | {
         "passes": str(plan.passes),
         "read": _size(plan.bytes_read),
         "written": _size(plan.nbytes),
@@ -159,8 +171,8 @@ def _plan(plan: ClipPlan) -> dict[str, str]:
     }
 
 
-def _axes(axes: tuple[int, ...]) -> str:
-    return ",".join(map(str, axes)) or "none"
+def _axes(axes: tuple[int, ...] | None) -> str:
+    return "all" if axes is None else ",".join(map(str, axes)) or "none"
 
 
 def _size(size: int) -> str:

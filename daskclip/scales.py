@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
 from daskclip import tally, tasks
-from daskclip.factor import Scale, finalize
+from daskclip.factor import Scale, finalize, nan_if_infinite
 from daskclip.journal import Journal
 from daskclip.tally import Tally
 from daskclip.tasks import Job
@@ -14,21 +15,32 @@ from daskclip.tasks import Job
 
 @dataclass(slots=True)
 class Scales:
-    """What the slices of some slabs are multiplied by; made from their sums when it is needed."""
+    """What the slices of some slabs are multiplied by; made from their sums when it is needed.
 
-    job: Job
+    The slabs are those of one array, or the only one that several arrays share.
+    """
+
+    jobs: Sequence[Job]
     journal: Journal
     name: str
     """Of their sums in the journal."""
-    _made: list[Scale] = field(default_factory=list)
+    shared: bool
+    """Whether the arrays share their one slice."""
+    _made: dict[tuple[int, str], Scale] = field(default_factory=dict)
 
-    def load(self) -> list[Scale]:
-        if not self._made:
-            limit, dtype = self.job.clip_norm, self.job.source.dtype
-            terms = tasks.terms(self.job, self.job.plan.shape)  # of what is not stored too
-            sums = (p._replace(terms=terms) for p in self.journal.load(self.name))
-            self._made = [finalize(p, limit, dtype) for p in sums]
-        return self._made
+    def of(self, row: int, job: Job) -> tuple[str, Scale]:
+        """Scale of the slices of a slab, with a name for it."""
+        kind = row, job.source.dtype.str
+        if kind not in self._made:
+            # of what is not stored too
+            terms = sum(tasks.terms(job, job.plan.shape) for job in self.jobs)
+            sums = self.journal.load(self.name)[row]._replace(terms=terms)
+            if self.shared:  # as clip_by_global_norm has it
+                sums = nan_if_infinite(sums)
+            self._made[kind] = finalize(sums, job.clip_norm, job.source.dtype)
+        return "-".join(map(str, kind)), self._made[kind]
 
     def tally(self) -> Tally:
-        return reduce(tally.add, map(tally.count, self.load()))
+        """Counts over all slices."""
+        rows = range(len(self.journal.load(self.name)))
+        return reduce(tally.add, (tally.count(self.of(i, self.jobs[0])[1]) for i in rows))

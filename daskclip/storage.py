@@ -15,17 +15,14 @@ import numpy.typing as npt
 import zarr
 from dask.base import tokenize
 from zarr.abc.store import Store
-from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, StorePath
 
 from daskclip import files, objects
 from daskclip.blocks import grid
-from daskclip.errors import SourceError, StorageError, reason
-from daskclip.retries import refused, retrying
+from daskclip.retries import retrying
 
 Array = npt.NDArray[Any]
 
-METADATA = ("zarr.json", ".zarray", ".zattrs")
 NUMBER = re.compile(r"\d+")
 
 
@@ -65,31 +62,6 @@ def local_path(array: zarr.Array[Any]) -> Path | None:
     return (array.store.root / array.path).absolute()
 
 
-def local_paths(array: zarr.Array[Any]) -> list[str]:
-    """Files that whoever reads the array must see."""
-    folder = local_path(array)
-    return [] if folder is None else [str(p) for p in map(folder.joinpath, METADATA) if p.exists()]
-
-
-def fingerprint(array: zarr.Array[Any], *, changes: bool) -> dict[str, Any]:
-    """What tells one state of an array from another, without reading a chunk.
-
-    With ``changes``, by times that a copy does not keep.
-    """
-    largest = 2 * unit_nbytes(array) + (1 << 24)
-    found = {"metadata": digest_stored(array, METADATA)}
-    try:
-        return found | retrying(lambda: files.fingerprint(listed(array, changes=changes), largest))
-    except ValueError as error:
-        where = location(array)
-        raise SourceError(f"{reason(error)} in {where}; store regular files there") from error
-    except Exception as error:
-        # by a store that cannot list, or may not
-        if local_path(array) is None and (isinstance(error, NotImplementedError) or refused(error)):
-            return found
-        raise
-
-
 def listed(array: zarr.Array[Any], *, changes: bool = False) -> Iterator[files.Stored]:
     """All that is stored for an array, but what is hidden."""
     folder = local_path(array)
@@ -120,7 +92,7 @@ def depth(array: zarr.Array[Any]) -> int:
 
 def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] | None:
     """Path of a folder, or store and key, that something means; None if nothing."""
-    if is_array(target):
+    if isinstance(target, zarr.Array | zarr.Group):
         target = target.store_path
     if isinstance(target, str | os.PathLike):
         name = os.fspath(target).removeprefix("file://")
@@ -131,50 +103,9 @@ def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] 
     return (store, path) if isinstance(store, Store) else None
 
 
-def open_at(store: Any, path: str) -> zarr.Array[Any]:
-    """An array of ours in an object store, for reading."""
-    return zarr.open_array(StorePath(store, path), mode="r")
-
-
-def open_made(folder: Path) -> zarr.Array[Any]:
-    """An array of ours, for reading and writing."""
-    try:
-        return zarr.open_array(folder, mode="r+")
-    except Exception as error:  # broken metadata makes zarr raise anything
-        raise StorageError(
-            f"{folder} cannot be opened any more ({reason(error)}); discard the run and begin again"
-        ) from error
-
-
-def documents(array: zarr.Array[Any]) -> dict[str, bytes]:
-    """Metadata as it is stored, to the byte; the last one makes an array of what is there."""
-    folder, found = local_path(array), {}
-    made = array.metadata.to_buffer_dict(default_buffer_prototype())
-    for key in sorted(made, reverse=True):
-        if folder is None:
-            stored = _get(array, key)
-            data = None if stored is None else stored.tobytes()
-        else:
-            data = (folder / key).read_bytes() if (folder / key).is_file() else None
-        found[key] = made[key].to_bytes() if data is None else data
-    return found
-
-
 def _get(array: zarr.Array[Any], key: str) -> Any:
     (data,) = retrying(lambda: objects.get(array.store, [full_key(array, key)]))
     return data
-
-
-def create_like(array: zarr.Array[Any], folder: Path) -> None:
-    """Array without chunks in ``folder``, with the metadata of ``array`` to the byte."""
-    folder.mkdir()
-    for key, data in documents(array).items():
-        (folder / key).write_bytes(data)
-
-
-def like(array: zarr.Array[Any], store: Any, path: str) -> zarr.Array[Any]:
-    """Array with the metadata of ``array`` in another place, where nothing is stored yet."""
-    return zarr.Array.from_dict(StorePath(store, path), array.metadata.to_dict())
 
 
 def stored_blocks(

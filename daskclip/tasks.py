@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from threading import Condition, get_ident
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -29,12 +28,16 @@ from daskclip.tally import Tally, count
 EMPTY = 0  # digest of a block of which nothing is stored
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
-    """What all blocks of a run have in common."""
+    """What all blocks of an array have in common in a run."""
 
     run: str
     """Name of this attempt at the run."""
+    number: int
+    """Of the array among all of a run."""
+    name: str
+    """Its path in its group; '' for one that is no part of a group."""
     plan: ClipPlan
     """Where the blocks are."""
     source: Any
@@ -42,7 +45,9 @@ class Job:
     target: Any
     """Zarr array to write, or to compare with; None if only norms are wanted."""
     staged: str | None
-    """Folder of the target, for a run that writes to files."""
+    """Folder of all that is written, for a run that writes to files."""
+    shared: bool
+    """Whether its only slice goes on in other arrays."""
     in_place: bool
     """Whether blocks that stay as they are need not be written at once."""
     clip_norm: float
@@ -58,8 +63,8 @@ class Sums(NamedTuple):
 
     partial: Partial
     """Their exact sums."""
-    digests: dict[int, int]
-    """Digests of what was read, by block."""
+    digests: dict[tuple[int, int, int], int]
+    """Digests of what was read, by number of the job, slab, and block in it."""
 
 
 def add_sums(parts: list[Sums]) -> Sums:
@@ -68,29 +73,46 @@ def add_sums(parts: list[Sums]) -> Sums:
     return Sums(combine([p.partial for p in parts]), digests)
 
 
-_rooms: WeakKeyDictionary[Job, dict[int, Any]] = WeakKeyDictionary()
+_rooms: dict[str, dict[int, Any]] = {}
 _blocks: Counter[str] = Counter()
 _ended: set[str] = set()
 _changed = Condition()
 
 
-def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Count the blocks under way in this process; none begins after the end of its run."""
+def each(
+    function: Callable[..., Any],
+    jobs: Sequence[Job],
+    cells: Sequence[tuple[int, ...]],
+    scales: Sequence[Scale],
+) -> list[Any]:
+    """``function`` of some blocks, one after the other; what they write is there to stay then.
 
-    @wraps(function)
-    def counted(job: Job, *args: Any) -> Any:
+    None begins in this process after the end of its run.
+    """
+    run, folder = jobs[0].run, jobs[0].staged
+    with _changed:
+        if run in _ended:
+            raise StorageError("the run was stopped")
+        _blocks[run] += 1
+    try:
+        more: list[tuple[Any, ...]] = [(scale,) for scale in scales] or [()] * len(jobs)
+        done = [
+            function(job, cell[0], cell[1], *scale, *cell[2:])
+            for job, cell, scale in zip(jobs, cells, more, strict=True)
+        ]
+        if folder and function is not sum_block and any(map(_is_written, done)):
+            region = jobs[0].plan.region(*cells[0][:2])
+            with attempting("writing", jobs[0].target, region, lambda _: None):
+                files.sync(Path(folder))
+        return done
+    finally:
         with _changed:
-            if job.run in _ended:
-                raise StorageError("the run was stopped")
-            _blocks[job.run] += 1
-        try:
-            return function(job, *args)
-        finally:
-            with _changed:
-                _blocks[job.run] -= 1
-                _changed.notify_all()
+            _blocks[run] -= 1
+            _changed.notify_all()
 
-    return counted
+
+def _is_written(result: Any) -> bool:
+    return (result[1] if isinstance(result, tuple) else result) is not None
 
 
 def end(run: str) -> None:
@@ -98,20 +120,23 @@ def end(run: str) -> None:
     with _changed:
         _ended.add(run)
         _changed.wait_for(lambda: not _blocks[run])
+    _rooms.pop(run, None)
 
 
-@_counted
 def sum_block(job: Job, slab: int, block: int) -> Sums:
     """First pass: read a block, return its exact sums."""
-    region = job.plan.region(slab, block)
+    region, place = job.plan.region(slab, block), (job.number, slab, block)
     if _is_empty(job, region):
-        return Sums(_no_sums(job, region), {job.plan.number(slab, block): EMPTY})
-    x = _read_first(job, region)
-    partial = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
-    return Sums(partial, {job.plan.number(slab, block): files.digest(x)})
+        sums, digest = _no_sums(job, region), EMPTY
+    else:
+        x = _read_first(job, region)
+        sums = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
+        digest = files.digest(x)
+    if job.shared:  # with arrays of other dimensions
+        sums = sums._replace(limbs=sums.limbs.reshape(-1), flags=sums.flags.reshape(()))
+    return Sums(sums, {place: digest})
 
 
-@_counted
 def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) -> int | None:
     """Second pass: read a block again, write it rescaled; returns the digest of its files."""
     region = job.plan.region(slab, block)
@@ -123,7 +148,6 @@ def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
     return _write(job, region, x)
 
 
-@_counted
 def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, block)
@@ -141,13 +165,11 @@ def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     return count(scale), _write(job, region, x)
 
 
-@_counted
 def copy_block(job: Job, slab: int, block: int) -> int:
     """Last pass, in place: copy the files of a block that stays as it is."""
     return _copy(job, job.plan.region(slab, block))
 
 
-@_counted
 def check_block(job: Job, slab: int, block: int, expected: int) -> None:
     """Compare the files of a block with the digest they had when they were written."""
     region = job.plan.region(slab, block)
@@ -164,7 +186,6 @@ def check_block(job: Job, slab: int, block: int, expected: int) -> None:
             )
 
 
-@_counted
 def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) -> None:
     """Second pass of a verification: rescale a block again and compare it with what is there."""
     region = job.plan.region(slab, block)
@@ -219,7 +240,7 @@ def _keep(job: Job, region: Box, empty: bool) -> int | None:
 
 
 def _copy(job: Job, region: Box) -> int:
-    return _synced(job, region, lambda part: regions.copy(job.source, job.target, part))
+    return _stored(job, region, lambda part: regions.copy(job.source, job.target, part))
 
 
 def _write(job: Job, region: Box, x: Any) -> int:
@@ -227,11 +248,11 @@ def _write(job: Job, region: Box, x: Any) -> int:
         inside = shift(part, tuple(slice(-s.start, None) for s in region))
         return regions.write(job.target, part, x[index(inside)])
 
-    return _synced(job, region, write)
+    return _stored(job, region, write)
 
 
-def _synced(job: Job, region: Box, write: Callable[[Box], int]) -> int:
-    """Digest of what ``write`` stores, once it is there to stay."""
+def _stored(job: Job, region: Box, write: Callable[[Box], int]) -> int:
+    """Digest of what ``write`` stores."""
 
     def checked(part: Box) -> int:
         if job.staged and not os.path.exists(job.staged):
@@ -240,8 +261,6 @@ def _synced(job: Job, region: Box, write: Callable[[Box], int]) -> int:
 
     with attempting("writing", job.target, region, checked) as written:
         digest: int = written(region)
-        if job.staged:
-            files.sync(Path(job.staged))
         return digest
 
 
@@ -273,14 +292,15 @@ def _read_first(job: Job, region: Box) -> Any:
 
 def _read(job: Job, region: Box) -> Any:
     """Values of a block, in memory that the next block of this thread takes."""
-    rooms, me = _rooms.setdefault(job, {}), get_ident()
-    if me not in rooms:
-        size = math.prod(job.plan.block) * job.source.dtype.itemsize
-        rooms[me] = np.frombuffer(files.memory(size), job.source.dtype)
+    rooms, me = _rooms.setdefault(job.run, {}), get_ident()
+    size = math.prod(job.plan.block) * job.source.dtype.itemsize
+    if len(rooms.get(me, b"")) < size:
+        rooms.pop(me, None)
+        rooms[me] = np.frombuffer(files.memory(size), np.uint8)
         # glibc keeps for the next chunk what is as large as what it once had to take from the
         # system; fresh pages for all that codecs return would cost a third of their time
         np.empty(2 * storage.unit_nbytes(job.source), np.uint8)
-    room = rooms[me]
+    room = rooms[me][:size].view(job.source.dtype)
 
     def read(part: Box) -> Any:
         values = room[: math.prod(box_shape(part))].reshape(box_shape(part))

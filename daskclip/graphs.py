@@ -1,0 +1,101 @@
+"""A window of blocks as one Dask graph, computed by whatever scheduler is active."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import dask
+import dask.array as da
+
+from daskclip import storage, tasks
+from daskclip.attempts import shown_region
+from daskclip.factor import Scale
+from daskclip.norms import no_block, tree
+from daskclip.recipes import Constant
+from daskclip.tasks import Job
+from daskclip.workers import gathered, surviving
+
+TOGETHER = 1 << 22  # bytes of small blocks that one task does, and syncs, together
+
+
+class Cell(NamedTuple):
+    """A block of one of the arrays of a run."""
+
+    job: int
+    slab: int
+    block: int
+
+
+Row = Sequence[Cell]
+
+
+def compute(
+    function: Callable[..., Any],
+    jobs: Sequence[Job],
+    rows: Sequence[Row],
+    how: dict[str, Any],
+    *,
+    scales: Callable[[int, Job], tuple[str, Scale]] | None = None,
+    expected: Callable[[Cell], int] | None = None,
+    combined: bool = False,
+) -> list[Any]:
+    """``function`` of every block; combined to one result a row.
+
+    ``scales`` gives the scale of a block from its row and job, with a name; ``expected`` a digest.
+    """
+    name = f"{function.__name__}-{uuid4().hex}"
+    graph: dict[Any, Any] = {}
+    spans = list(_together(jobs, rows[0]))
+    for i, row in enumerate(rows):
+        for k, span in enumerate(spans):
+            cells, given, args = row[span], [], []
+            for cell in cells:
+                job = jobs[cell.job]
+                graph[f"job-{cell.job}-{name}"] = (Constant(job),)
+                if scales is not None:
+                    which, scale = scales(i, job)
+                    graph[f"scale-{which}-{name}"] = (Constant(scale),)
+                    given.append(f"scale-{which}-{name}")
+                digest = () if expected is None else (expected(cell),)
+                args.append((cell.slab, cell.block, *digest))
+            keys = [f"job-{cell.job}-{name}" for cell in cells]
+            graph[(name, i, k)] = (_each, function, keys, Constant(args), given)
+    chunks = ((1,) * len(rows), (1,) * len(spans))
+    results = da.Array(graph, name, chunks, meta=no_block(2))
+    if combined:
+        results = tree(results, (1,), _added)
+
+    def block_of(key: Any) -> str:
+        row, place = key[1:] if isinstance(key, tuple) else (0, 0)
+        cell = rows[row][spans[place].start]
+        region = jobs[cell.job].plan.region(cell.slab, cell.block)
+        return f"block {shown_region(region)} of {storage.location(jobs[cell.job].source)}"
+
+    # nothing to fuse; and Dask remembers the names of what it looked at for that
+    with surviving(block_of), dask.config.set({"optimization.fuse.active": False}):
+        found = gathered(results.to_delayed().ravel(), how)
+    return [_added([one]) for one in found] if combined else list(chain.from_iterable(found))
+
+
+def _each(function: Any, jobs: Any, cells: Constant, scales: Any) -> list[Any]:
+    return tasks.each(function, jobs, cells.value, scales)
+
+
+def _added(parts: list[Any]) -> Any:
+    """Sums of all blocks: those of a task are a list."""
+    return tasks.add_sums([s for part in parts for s in (part if type(part) is list else [part])])
+
+
+def _together(jobs: Sequence[Job], row: Row) -> Iterator[slice]:
+    """Places in a row of the blocks of each task."""
+    start, size = 0, 0
+    for place, cell in enumerate(row):
+        more = jobs[cell.job].plan.nbytes_of(cell.slab, cell.block)
+        if place > start and size + more > TOGETHER:
+            yield slice(start, place)
+            start, size = place, 0
+        size += more
+    yield slice(start, len(row))

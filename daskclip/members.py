@@ -1,0 +1,96 @@
+"""What is in a group: the arrays to clip, and those that are carried over as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from daskclip.errors import InvalidTypeError, InvalidValueError, SourceError, shown
+from daskclip.hierarchy import Hierarchy
+from daskclip.parameters import DTYPES
+
+PACKING = {"scale_factor", "add_offset"}
+
+
+def members(
+    source: Hierarchy, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> list[str]:
+    """Names of the arrays of a source that are clipped; '' for one that is an array itself."""
+    chosen = patterns(include, "include"), patterns(exclude, "exclude")
+    if not source.is_group:
+        if any(chosen):
+            raise InvalidValueError(
+                f"source {source} is an array; include and exclude choose among those of a group"
+            )
+        return [""]
+    if not source.arrays:
+        raise SourceError(f"source {source} is an empty group; give one with arrays")
+    included, excluded = (_matching(source, wanted) for wanted in chosen)
+    found = [
+        name
+        for name in source.arrays
+        if name not in excluded and (name in included or not chosen[0])
+    ]
+    coordinates = _coordinates(source)
+    found = [name for name in found if name not in coordinates]
+    for name in found:
+        packed = PACKING & source.attributes(name).keys()
+        if packed and source.arrays[name].dtype.kind in "iu":
+            raise SourceError(
+                f"array {name} of source {source} holds integers packed by {min(packed)}, which "
+                "are not its values; decode it with xarray first, or exclude it"
+            )
+    clipped = [name for name in found if source.arrays[name].dtype.name in DTYPES]
+    if not clipped:
+        raise SourceError(
+            f"source {source} has no floating point or complex array to clip among "
+            f"{_some(source.arrays)}; check include and exclude"
+        )
+    return clipped
+
+
+def patterns(given: Any, what: str) -> list[str]:
+    """Names or patterns as a list."""
+    found = [given] if isinstance(given, str) else list(given or ())
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise InvalidTypeError(f"{what} {shown(pattern)} is no text; give names or patterns")
+    return found
+
+
+def _matching(source: Hierarchy, wanted: list[str]) -> set[str]:
+    """Names that match one of the patterns; each has to match something."""
+    found = set()
+    for pattern in wanted:
+        matching = {name for name in source.arrays if fnmatchcase(name, pattern)}
+        if not matching:
+            raise InvalidValueError(
+                f"pattern {pattern!r} matches no array of source {source}; it has "
+                f"{_some(source.arrays)}"
+            )
+        found |= matching
+    return found
+
+
+def _coordinates(source: Hierarchy) -> set[str]:
+    """Arrays that are named after their only dimension, or listed by another as coordinates."""
+    found = {n for n in source.arrays if dimension_names(source, n) == [n.rpartition("/")[2]]}
+    for node in (*source.groups, *source.arrays):
+        group = node.rpartition("/")[0] if node in source.arrays else node
+        listed = source.attributes(node).get("coordinates")
+        if isinstance(listed, str):
+            found |= {f"{group}/{name}".lstrip("/") for name in listed.split()}
+    return found
+
+
+def dimension_names(source: Hierarchy, name: str) -> list[str] | None:
+    """Names of the dimensions of an array, if it has them."""
+    names = getattr(source.arrays[name].metadata, "dimension_names", None)
+    names = names or source.attributes(name).get("_ARRAY_DIMENSIONS")
+    return list(names) if isinstance(names, list | tuple) else None
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

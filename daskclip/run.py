@@ -1,0 +1,138 @@
+"""One attempt at a run: its jobs, all passes, and the report at the end of the journal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+from daskclip import tasks
+from daskclip.blocks import grid
+from daskclip.files import DIGESTS
+from daskclip.group_plan import GroupPlan
+from daskclip.hierarchy import Hierarchy
+from daskclip.journal import Entry, Journal
+from daskclip.numerics import warm_up
+from daskclip.passes import Passes
+from daskclip.progress import State
+from daskclip.publish import JOURNAL
+from daskclip.report import ClipReport
+from daskclip.resume import Work, record
+from daskclip.storage import stored_blocks
+from daskclip.tasks import Job
+from daskclip.workers import memory_used, running, versions
+
+OTHERS = ("nonfinite", "missing", "include", "exclude", "global_norm")
+
+
+def jobs_of(
+    plan: GroupPlan, source: Hierarchy, target: Hierarchy | None, run: str, **common: Any
+) -> list[Job]:
+    """A job for each array of a plan."""
+    attempt = f"{run}-{uuid4().hex}"
+    return [
+        Job(
+            run=attempt,
+            number=i,
+            name=name,
+            plan=one,
+            source=source.arrays[name],
+            target=None if target is None else target.arrays[name],
+            shared=plan.global_norm,
+            **common,
+        )
+        for i, (name, one) in enumerate(plan.plans.items())
+    ]
+
+
+def clip_passes(
+    jobs: list[Job],
+    plan: GroupPlan,
+    source: Hierarchy,
+    staged: Hierarchy,
+    work: Work,
+    display: Callable[[State], None],
+    started: float,
+    run: Entry,
+) -> ClipReport:
+    """All passes, up to the end of the journal."""
+    first, parameters = jobs[0], run["parameters"]
+    before = memory_used(partial(_warm_up, [job for job in jobs if job.plan.passes]))
+
+    def progress(done: int, skipped: int, at: int) -> None:
+        seconds, total = time.monotonic() - started, plan.bytes_read
+        done = min(done, total)
+        state = State(
+            done=done, skipped=skipped, total=total, pass_=at, passes=plan.passes, seconds=seconds
+        )
+        display(state)
+
+    with (
+        Journal(work.folder / JOURNAL, work.mirror) as entries,
+        running(plan.threads, partial(tasks.end, first.run)) as how,
+    ):
+        passes = Passes(jobs, how, entries, progress, plan.window, _stored(jobs, run))
+        written = passes.clip()
+        after = memory_used()
+        total = passes.total
+        made = work.made(source, staged) if written else {}
+        digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
+        axes = parameters["axes"]
+        report = ClipReport(
+            status="clipped" if written else "nothing to clip",
+            source=str(source),
+            target=str(work.target),
+            clip_norm=first.clip_norm,
+            axes=None if axes is None else tuple(axes),
+            arrays=len(plan.clipped),
+            copied=len(plan.plans) - len(plan.clipped),
+            slices=total.slices,
+            clipped=total.clipped,
+            nonfinite=total.nonfinite,
+            smallest_norm=total.smallest if total.slices > total.nonfinite else None,
+            largest_norm=total.largest if total.slices > total.nonfinite else None,
+            bytes_read=passes.read,
+            bytes_written=passes.written,
+            passes=plan.passes,
+            blocks=plan.blocks,
+            seconds=time.monotonic() - started,
+            peak_memory=max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0),
+            projected_memory=plan.projected_memory,
+            run=run["run"],
+            began=run["began"],
+            parameters={k: parameters[k] for k in OTHERS} | {"memory": plan.memory},
+            versions=versions(),
+            source_fingerprint=run["source"].get("hash", "unknown"),
+            digest=f"{digest:016x}" if written else None,
+        )
+        if written:
+            record(entries, made, report)
+    return report
+
+
+def _warm_up(jobs: list[Job]) -> None:
+    """Load compiled loops for the largest block of each dtype."""
+    sizes: dict[Any, int] = {}
+    for job in jobs:
+        size = job.plan.nbytes_of(0, 0) if job.plan.blocks else 0
+        sizes[job.source.dtype] = max(size, sizes.get(job.source.dtype, 0))
+    for dtype, size in sizes.items():
+        warm_up(dtype, size)
+
+
+def _stored(jobs: list[Job], run: Entry) -> list[Any]:
+    """Whether anything of each block is stored; None for arrays that are looked at whole."""
+    parameters = run["parameters"]
+    everything = parameters["missing"] == "error" or parameters["clip_norm"] == "nan"
+    units = sum(math.prod(grid(job.plan.shape, job.plan.unit)) for job in jobs)
+    if run["source"].get("chunks", units) >= units:
+        return [None] * len(jobs)
+    return [
+        None
+        if (everything and job.plan.passes) or not job.plan.blocks
+        else stored_blocks(job.source, job.plan.block, job.plan.weights, job.plan.blocks)
+        for job in jobs
+    ]
