@@ -33,6 +33,7 @@ attempts       blocks tried again, or told by the chunk
 hierarchy      an array or a group: opened, told from other states, made elsewhere
 members        which arrays of a group are clipped
 sources        what is opened for reading, and what is refused
+preflight      what may not be at a target or around it
 publish        a target in a folder: its lock and its renaming
 leases         objects of a target, and a lock among them
 prefixes       a target in an object store: metadata last

@@ -14,14 +14,8 @@ from daskclip.errors import TargetError, TargetExistsError, TargetPermissionErro
 from daskclip.hierarchy import MADE_BY, Hierarchy, at_place
 from daskclip.journal import Entry
 from daskclip.leases import Lease, Objects
-from daskclip.publish import (
-    CONSOLIDATED,
-    JOURNAL,
-    RECORD,
-    consolidated,
-    document,
-    is_consolidated,
-)
+from daskclip.preflight import CONSOLIDATED, RECORD, consolidated, document, is_consolidated
+from daskclip.publish import JOURNAL
 
 LINES = 64  # of a journal, in one object: each window stores its object again
 TOGETHER = 64  # documents that are stored at a time

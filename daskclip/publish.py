@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,11 +19,17 @@ from daskclip import files, storage
 from daskclip.errors import StorageError, TargetError, TargetExistsError, TargetPermissionError
 from daskclip.hierarchy import DOCUMENTS, Hierarchy, reopened
 from daskclip.journal import Entry, header
+from daskclip.preflight import (
+    RECORD,
+    check_nesting,
+    is_array,
+    is_group,
+    refuse_consolidated,
+    refuse_strangers,
+    require_exchange,
+)
 
-CONSOLIDATED = ("zarr.json", ".zmetadata")
 JOURNAL = "journal"
-RECORD = ".daskclip"
-"""Journal of the run that made an array, in its folder; zarr takes no notice of it."""
 TAKEN = "is being written by another run; wait for it or stop it"
 
 
@@ -61,10 +66,10 @@ class Folder:
         if not parent.is_dir():
             raise TargetError(f"folder {parent} of the target does not exist; create it")
         if not in_place:
-            _check_nesting(path, source.folder)
+            check_nesting(path, source.folder)
             for folder in (parent, *parent.parents):
-                _refuse_consolidated(folder, path)
-            kind = _is_array if not source.is_group else _is_group
+                refuse_consolidated(folder, path)
+            kind = is_array if not source.is_group else is_group
             if overwrite and path.exists() and not kind(path):
                 raise TargetError(
                     f"target {path} is no zarr {'group' if source.is_group else 'array'}; remove "
@@ -155,9 +160,9 @@ class FolderWork:
         """Make the metadata without chunks in staging, of that name."""
         self.clear()  # of a run that was stopped before it had a journal
         if self.target.exists():
-            _require_exchange(self.folder)
+            require_exchange(self.folder)
             if self.target.path == source.folder:
-                _refuse_strangers(source)
+                refuse_strangers(source)
         source.make(self.folder / name)
         files.sync(self.folder)
 
@@ -230,96 +235,3 @@ def refuse_existing(target: Any) -> None:
         raise TargetExistsError(
             f"target {target} exists; remove it or choose another path, or overwrite it"
         )
-
-
-def _check_nesting(path: Path, source: Path | None) -> None:
-    if source is None:
-        return
-    source = source.resolve()
-    if path == source:
-        raise TargetError(f"target {path} is the source; clip it in place or choose another path")
-    if path.is_relative_to(source):
-        raise TargetError(f"target {path} lies inside the source {source}; choose another path")
-    if source.is_relative_to(path):
-        raise TargetError(f"source {source} lies inside the target {path}; choose another path")
-
-
-def _refuse_consolidated(folder: Path, target: Path) -> None:
-    """A group with consolidated metadata would not list what is added behind its back."""
-    for name in CONSOLIDATED:
-        if is_consolidated(name, _document(folder / name)):
-            raise consolidated(target, folder)
-
-
-def is_consolidated(name: str, document: dict[str, Any]) -> bool:
-    """Whether metadata of a group, in a file of that name, lists the arrays in it."""
-    return bool(document) and (name == ".zmetadata" or bool(document.get("consolidated_metadata")))
-
-
-def consolidated(target: Any, group: Any) -> TargetError:
-    """The reason not to make an array in a group."""
-    return TargetError(
-        f"target {target} lies in a group with consolidated metadata ({group}); write elsewhere, "
-        "or remove the consolidated metadata and make it again afterwards"
-    )
-
-
-def _is_array(folder: Path) -> bool:
-    document = _document(folder / "zarr.json")
-    return document.get("node_type") == "array" or (folder / ".zarray").is_file()
-
-
-def _is_group(folder: Path) -> bool:
-    document = _document(folder / "zarr.json")
-    return document.get("node_type") == "group" or (folder / ".zgroup").is_file()
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        return document(path.read_bytes())
-    except OSError:
-        return {}
-
-
-def document(data: bytes) -> dict[str, Any]:
-    """A JSON object; empty if it is none."""
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _refuse_strangers(source: Hierarchy) -> None:
-    """Refuse folders with files that would be lost when others take their place."""
-    for path in _strangers(source):
-        raise TargetError(f"{path} is no part of what is stored in {source}; move it away")
-
-
-def _strangers(there: Hierarchy) -> Iterator[str]:
-    """What is in the folders of arrays and groups, and is no part of them."""
-    nodes = {*there.groups, *there.arrays}
-    folder = there.folder or Path()
-    for name in nodes:
-        for entry in os.scandir(folder / name):
-            inside = f"{name}/{entry.name}".lstrip("/")
-            part = entry.name in DOCUMENTS or inside in nodes or (not name and entry.name == RECORD)
-            if not (part or (name in there.arrays and files.CHUNK.fullmatch(entry.name))):
-                yield entry.path
-
-
-def _require_exchange(work: Path) -> None:
-    """Refuse a file system on which two folders cannot change places."""
-    pair = work / "a", work / "b"
-    for path in pair:
-        path.mkdir(exist_ok=True)
-    try:
-        files.exchange(*pair)
-    except OSError as error:
-        raise TargetError(
-            f"the file system of {work.parent} cannot exchange folders ({error.strerror}), which "
-            "overwriting and clipping in place need; clip to a new target"
-        ) from error
-    finally:
-        for path in pair:
-            path.rmdir()

@@ -103,7 +103,8 @@ def clip_passes(
             projected_memory=plan.projected_memory,
             run=run["run"],
             began=run["began"],
-            parameters={k: parameters[k] for k in OTHERS} | {"memory": plan.memory},
+            parameters={k: parameters[k] for k in OTHERS if parameters[k]}
+            | {"memory": plan.memory},
             versions=versions(),
             source_fingerprint=run["source"].get("hash", "unknown"),
             digest=f"{digest:016x}" if written else None,

@@ -25,7 +25,7 @@ from pathlib import Path
 import dask
 from stores import create, some, stored
 
-from daskclip import clip_zarr, engine, files, plan
+from daskclip import clip_zarr, files, plan, prepare
 from daskclip.errors import DaskClipError
 
 OPERATIONS = ("fsync", "replace", "rename", "remove", "unlink", "rmdir", "mkdir", "truncate")
@@ -152,7 +152,7 @@ def in_child(function, hooks=None, defect=None):
             hooks = hooks or Hooks()
             for name, size in SIZES.items():
                 setattr(plan, name, size)
-            engine.STATE = {2: 1, 4: 1, 8: 1}
+            prepare.STATE = {2: 1, 4: 1, 8: 1}
             if defect:
                 defect()
             hooks.install()
