@@ -16,6 +16,7 @@ from daskclip.errors import DaskClipError, InvalidValueError, SourceChangedError
 from daskclip.journal import Entry
 from daskclip.parameters import (
     NonFinite,
+    axes_named,
     check_nonfinite,
     parse_axes,
     parse_clip_norm,
@@ -51,6 +52,7 @@ def clip_zarr(
     in_place: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
+    dim: Any = None,
 ) -> ClipReport:
     """Clip a Zarr array into a new one, in bounded memory.
 
@@ -81,6 +83,9 @@ def clip_zarr(
         For a source given as URL.
     progress : bool or {'auto', 'bar', 'lines', 'json', 'none'}
         What is shown on stderr; True is ``'auto'``.
+    dim : str or sequence of str, optional
+        Dimensions over which the norm is taken, by the names that are stored with the array;
+        instead of ``axes``.
 
     Returns
     -------
@@ -134,7 +139,7 @@ def clip_zarr(
     started = time.monotonic()
     with failing("looking at source and target"):
         array, plan, limit = _prepare(
-            source, clip_norm, axes, memory, nonfinite, missing, storage_options
+            source, clip_norm, axes, dim, memory, nonfinite, missing, storage_options
         )
         place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
         run = describe(
@@ -206,6 +211,7 @@ def plan_zarr(
     in_place: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
+    dim: Any = None,
 ) -> ClipPlan:
     """Plan what `clip_zarr` would do with the same arguments; reads metadata, writes nothing.
 
@@ -213,7 +219,7 @@ def plan_zarr(
     ----------
     source, target, clip_norm, axes, memory, nonfinite, missing
         See `clip_zarr`.
-    overwrite, in_place, storage_options, progress
+    overwrite, in_place, storage_options, progress, dim
         See `clip_zarr`.
 
     Returns
@@ -246,7 +252,7 @@ def plan_zarr(
     show(progress)
     with failing("looking at source and target"):
         array, plan, _ = _prepare(
-            source, clip_norm, axes, memory, nonfinite, missing, storage_options
+            source, clip_norm, axes, dim, memory, nonfinite, missing, storage_options
         )
         place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
         if not (overwrite or in_place):
@@ -258,6 +264,7 @@ def _prepare(
     source: Any,
     clip_norm: Any,
     axes: Any,
+    dim: Any,
     memory: Any,
     nonfinite: Any,
     missing: Any,
@@ -273,7 +280,7 @@ def _prepare(
     real = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
     plan = make_plan(
         shape=array.shape,
-        axes=parse_axes(axes, array.ndim),
+        axes=parse_axes(axes_named(dim, storage.dimension_names(array), axes), array.ndim),
         unit=storage.write_unit(array),
         itemsize=array.dtype.itemsize,
         state=STATE[real],

@@ -26,6 +26,7 @@ from daskclip.retries import refused, retrying
 Array = npt.NDArray[Any]
 
 METADATA = ("zarr.json", ".zarray", ".zattrs")
+V2_NAMES = "_ARRAY_DIMENSIONS"
 NUMBER = re.compile(r"\d+")
 
 
@@ -42,6 +43,12 @@ def write_unit(array: zarr.Array[Any]) -> tuple[int, ...]:
 def unit_nbytes(array: zarr.Array[Any]) -> int:
     """Bytes of what is stored as one object, decoded."""
     return math.prod(write_unit(array)) * array.dtype.itemsize
+
+
+def dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
+    """Names of the dimensions, in format 2 by xarray's attribute."""
+    names: Any = getattr(array.metadata, "dimension_names", None) or array.attrs.get(V2_NAMES)
+    return list(names) if isinstance(names, list | tuple) and len(names) == array.ndim else None
 
 
 def as_dask(array: zarr.Array[Any]) -> da.Array:
