@@ -59,7 +59,8 @@ def clip_zarr(
     Parameters
     ----------
     source : str, path or zarr.Array, of any shape
-        Floating point or complex array to read; Zarr format 2 or 3, sharded or not.
+        Floating point or complex array to read; Zarr format 2 or 3, sharded or not. Refused where
+        attributes say that its integers are packed or that numbers stand for missing values.
     target : str, path or None
         Where the clipped array will be, in an existing folder of a local file system; None with
         ``in_place``. Chunks, shards, codecs, fill value, attributes and dimension names are those

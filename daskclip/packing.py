@@ -8,6 +8,8 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from daskclip.errors import DTypeError, SourceError, shown
 
 SCALES = ("scale_factor", "add_offset")
@@ -41,12 +43,10 @@ def numbers(value: Any) -> Iterator[float]:
     >>> list(numbers([-999, "AAAAAAAA+H8="]))
     [-999.0, nan]
     """
-    for item in (
-        value if isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0 else [value]
-    ):
+    for item in np.asarray(value, object).ravel().tolist():
         try:
             yield float(item)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             try:
                 yield struct.unpack("<d", base64.b64decode(item))[0]
             except (TypeError, ValueError, struct.error):

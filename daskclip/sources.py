@@ -25,7 +25,7 @@ from daskclip.errors import (
 from daskclip.packing import check_decoded
 from daskclip.parameters import check_dtype
 from daskclip.retries import refused, transient
-from daskclip.storage import METADATA, V2_NAMES, is_array, location, place, write_unit
+from daskclip.storage import METADATA, V2_NAMES, attributes, is_array, location, place, write_unit
 
 # codecs that give back every bit; a lossy one could lift a clipped slice above the limit again
 LOSSLESS = {
@@ -41,10 +41,10 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> z
     """Open an array for reading, or say why it is none; reads metadata only."""
     array = source if is_array(source) else _open(source, storage_options)
     where = f"source {location(array)}"
-    attributes = array.attrs.asdict()
-    if V2_NAMES in attributes:  # then xarray takes what is not stored as missing
-        attributes.setdefault("_FillValue", array.fill_value)
-    check_decoded(array.dtype, attributes, where)
+    named = attributes(array)
+    if V2_NAMES in named:  # then xarray takes what is not stored as missing
+        named.setdefault("_FillValue", array.fill_value)
+    check_decoded(array.dtype, named, where)
     check_dtype(array.dtype)
     try:
         unit = write_unit(array)

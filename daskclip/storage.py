@@ -47,8 +47,14 @@ def unit_nbytes(array: zarr.Array[Any]) -> int:
 
 def dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
     """Names of the dimensions, in format 2 by xarray's attribute."""
-    names: Any = getattr(array.metadata, "dimension_names", None) or array.attrs.get(V2_NAMES)
+    names = getattr(array.metadata, "dimension_names", None) or attributes(array).get(V2_NAMES)
     return list(names) if isinstance(names, list | tuple) and len(names) == array.ndim else None
+
+
+def attributes(array: zarr.Array[Any]) -> dict[str, Any]:
+    """Attributes of an array; none where the document has something else."""
+    found: Any = array.metadata.attributes
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def as_dask(array: zarr.Array[Any]) -> da.Array:

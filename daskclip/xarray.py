@@ -91,7 +91,7 @@ def clip_by_norm(
     """
     policy = _nonfinite(skipna)
     limit = clip_norm.data if isinstance(clip_norm, xr.DataArray) else clip_norm
-    largest = math.inf if isinstance(limit, da.Array) else as_limit(limit)
+    largest = math.inf if isinstance(limit, da.Array) else max(as_limit(limit), 0.0)
     clipped: dict[Hashable, xr.DataArray] = {}
     for name, (x, dims) in _slices(obj, dim).items():
         axes = x.get_axis_num(dims)
@@ -143,9 +143,10 @@ def norm(obj: Labelled, dim: Any = None, *, skipna: bool | None = None) -> Label
     """
     policy = _nonfinite(skipna)
     sliced = _slices(obj, dim)
+    own = list(dict.fromkeys(d for _, dims in sliced.values() for d in dims))
     if isinstance(obj, xr.Dataset):
-        return obj[list(sliced)].reduce(_norm, dim, keep_attrs=True, nonfinite=policy)
-    return obj.reduce(_norm, dim, keep_attrs=True, nonfinite=policy)
+        obj = obj[list(sliced)]
+    return obj.reduce(_norm, own, keep_attrs=True, nonfinite=policy)
 
 
 @xr.register_dataset_accessor("daskclip")
