@@ -15,6 +15,7 @@ exact          exact sums of squares of NumPy blocks
 factor         from a sum to the norm and the factor
 numerics       rescaled blocks
 tally          counts over slices
+packing        values that are stored as others
 parameters     the arguments of the operation
 indexed        IndexedSlices
 plan           what a run will do, in integers
@@ -53,6 +54,7 @@ run            one attempt at a run
 engine         from storage to storage
 verify         what was written, against its record and its source
 cli            the command line
+xarray         the operation on labelled arrays
 =============  ====================================================================
 """
 

@@ -40,7 +40,7 @@ def as_array(t: Any) -> Any:
         if hasattr(t, "__dask_graph__"):
             raise InvalidTypeError(
                 f"{type(t).__module__}.{type(t).__name__} is not an array of numpy, dask or zarr; "
-                "pass its .data"
+                "pass its .data, or use daskclip.xarray"
             )
         blocks = type(t) if isinstance(t, np.ma.MaskedArray) else np.ndarray
     if not issubclass(blocks, np.ndarray) or issubclass(blocks, np.ma.MaskedArray):

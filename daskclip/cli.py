@@ -67,6 +67,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--workers", type=click.IntRange(min=1), help="Start N local processes."),
         click.option("--scheduler", help="Address, or scheduler file, of a Dask cluster."),
         click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
+        click.option("--dim", help="Or their stored names, such as time,lat."),
         click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
         click.option("--clip-norm", type=float, required=True, help="The limit."),
         click.argument("target", required=False),
@@ -176,13 +177,14 @@ def _call(
     scheduler: str | None,
     workers: int | None,
     axes: str | None,
+    dim: str | None,
     **options: Any,
 ) -> None:
     with _failing_in_one_line(), _workers(scheduler, workers, options["progress"]):
         folder = report.absolute().parent if report else None
         if folder is not None and not folder.is_dir():
             raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
-        result = function(axes=_axes(axes), **options)
+        result = function(axes=_axes(axes), dim=_names(dim), **options)
         if report is not None:
             report.write_text(as_document(result) + "\n")
         click.echo(as_document(result) if as_json else as_text(result))
@@ -193,6 +195,10 @@ def _axes(axes: str | None) -> list[int] | None:
         return None if axes is None else [int(a) for a in axes.split(",") if a.strip()]
     except ValueError:
         raise InvalidValueError(f"axes {axes!r} is not a list of integers; write 0,2") from None
+
+
+def _names(dim: str | None) -> list[str] | None:
+    return None if dim is None else [name.strip() for name in dim.split(",") if name.strip()]
 
 
 @contextmanager

@@ -42,6 +42,7 @@ def clip_zarr(
     global_norm: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
+    dim: Any = None,
 ) -> ClipReport:
     """Clip a Zarr array, or the arrays of a group, into a new one, in bounded memory.
 
@@ -50,7 +51,8 @@ def clip_zarr(
     source : str, path, zarr.Array or zarr.Group, of any shape
         Floating point or complex array to read; Zarr format 2 or 3, sharded or not. Of a group,
         every such array that is no coordinate is clipped by its own norms; all else that is in it
-        is carried over as it is, byte for byte.
+        is carried over as it is, byte for byte. Refused where attributes say that integers are
+        packed or that numbers stand for missing values.
     target : str, path or None
         Where the clipped array will be, in an existing folder of a local file system; None with
         ``in_place``. Chunks, shards, codecs, fill value, attributes and dimension names are those
@@ -80,6 +82,9 @@ def clip_zarr(
         For a source given as URL.
     progress : bool or {'auto', 'bar', 'lines', 'json', 'none'}
         What is shown on stderr; True is ``'auto'``.
+    dim : str or sequence of str, optional
+        Dimensions over which the norm is taken, by the names that are stored with the array;
+        instead of ``axes``. Of a group, arrays without any of them are carried over.
 
     Returns
     -------
@@ -133,7 +138,7 @@ def clip_zarr(
     started = time.monotonic()
     with failing("looking at source and target"):
         opened, plan, parameters = prepare(
-            source, clip_norm, axes,
+            source, clip_norm, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
             global_norm=global_norm, storage_options=storage_options,
         )  # fmt: skip
@@ -197,6 +202,7 @@ def plan_zarr(
     global_norm: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
+    dim: Any = None,
 ) -> ClipPlan | GroupPlan:
     """Plan what `clip_zarr` would do with the same arguments; reads metadata, writes nothing.
 
@@ -204,7 +210,7 @@ def plan_zarr(
     ----------
     source, target, clip_norm, axes, memory, nonfinite, missing
         See `clip_zarr`.
-    overwrite, in_place, include, exclude, global_norm, storage_options, progress
+    overwrite, in_place, include, exclude, global_norm, storage_options, progress, dim
         See `clip_zarr`.
 
     Returns
@@ -237,7 +243,7 @@ def plan_zarr(
     show(progress)
     with failing("looking at source and target"):
         opened, plan, _ = prepare(
-            source, clip_norm, axes,
+            source, clip_norm, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
             global_norm=global_norm, storage_options=storage_options,
         )  # fmt: skip

@@ -8,9 +8,9 @@ from typing import Any
 
 from daskclip.errors import InvalidTypeError, InvalidValueError, SourceError, shown
 from daskclip.hierarchy import Hierarchy
+from daskclip.packing import check_decoded
 from daskclip.parameters import DTYPES
-
-PACKING = {"scale_factor", "add_offset"}
+from daskclip.storage import attributes, dimension_names
 
 
 def members(
@@ -35,12 +35,9 @@ def members(
     coordinates = _coordinates(source)
     found = [name for name in found if name not in coordinates]
     for name in found:
-        packed = PACKING & source.attributes(name).keys()
-        if packed and source.arrays[name].dtype.kind in "iu":
-            raise SourceError(
-                f"array {name} of source {source} holds integers packed by {min(packed)}, which "
-                "are not its values; decode it with xarray first, or exclude it"
-            )
+        array = source.arrays[name]
+        if array.dtype.kind in "iu":
+            check_decoded(array.dtype, attributes(array), f"array {name} of source {source}")
     clipped = [name for name in found if source.arrays[name].dtype.name in DTYPES]
     if not clipped:
         raise SourceError(
@@ -75,20 +72,15 @@ def _matching(source: Hierarchy, wanted: list[str]) -> set[str]:
 
 def _coordinates(source: Hierarchy) -> set[str]:
     """Arrays that are named after their only dimension, or listed by another as coordinates."""
-    found = {n for n in source.arrays if dimension_names(source, n) == [n.rpartition("/")[2]]}
+    found = {
+        n for n in source.arrays if dimension_names(source.arrays[n]) == [n.rpartition("/")[2]]
+    }
     for node in (*source.groups, *source.arrays):
         group = node.rpartition("/")[0] if node in source.arrays else node
         listed = source.attributes(node).get("coordinates")
         if isinstance(listed, str):
             found |= {f"{group}/{name}".lstrip("/") for name in listed.split()}
     return found
-
-
-def dimension_names(source: Hierarchy, name: str) -> list[str] | None:
-    """Names of the dimensions of an array, if it has them."""
-    names = getattr(source.arrays[name].metadata, "dimension_names", None)
-    names = names or source.attributes(name).get("_ARRAY_DIMENSIONS")
-    return list(names) if isinstance(names, list | tuple) else None
 
 
 def _some(names: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -60,6 +61,38 @@ def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
     if len(set(result)) < len(result):
         raise InvalidValueError(f"axes {shown(axes)} names an axis twice; give each axis once")
     return tuple(sorted(result))
+
+
+def parse_dim(dim: Any, known: Sequence[Any]) -> list[Any]:
+    """The names in ``dim``, one or several of those that are known; None and ``...`` are all.
+
+    Examples
+    --------
+    >>> parse_dim("time", ["time", "x"]), parse_dim(None, ["time", "x"])
+    (['time'], ['time', 'x'])
+    """
+    if dim is None or dim is ...:
+        return list(known)
+    names = [dim] if isinstance(dim, str) or not isinstance(dim, Iterable) else list(dim)
+    for name in names:
+        if name is None or name not in known:
+            listed = ", ".join(str(n) for n in known if n is not None) or "none"
+            raise InvalidValueError(f"dim {shown(name)} is not a dimension; there are: {listed}")
+        if names.count(name) > 1:
+            raise InvalidValueError(f"dim {shown(dim)} names {shown(name)} twice; give it once")
+    return names
+
+
+def axes_named(dim: Any, names: Sequence[Any] | None, axes: Any) -> Any:
+    """Axes of the dimensions in ``dim``, which are given instead of ``axes``."""
+    if dim is None:
+        return axes
+    if axes is not None:
+        raise InvalidValueError(f"axes {shown(axes)} and dim {shown(dim)} are given; give one")
+    if not names or not any(names):
+        raise InvalidValueError(f"dim {shown(dim)}: the array names no dimensions; give axes")
+    wanted = parse_dim(dim, names)
+    return [a for a, name in enumerate(names) if name in wanted]
 
 
 _AXES_REMEDY = "give None, an int or a sequence of ints"

@@ -11,9 +11,16 @@ from daskclip.errors import DaskClipError, InvalidTypeError, InvalidValueError, 
 from daskclip.group_plan import GroupPlan, plan_group
 from daskclip.hierarchy import Hierarchy
 from daskclip.members import members, patterns
-from daskclip.parameters import check_nonfinite, parse_axes, parse_clip_norm, parse_memory
+from daskclip.parameters import (
+    axes_named,
+    check_nonfinite,
+    parse_axes,
+    parse_clip_norm,
+    parse_dim,
+    parse_memory,
+)
 from daskclip.sources import check_source, open_source
-from daskclip.storage import write_unit
+from daskclip.storage import dimension_names, write_unit
 from daskclip.workers import workers
 
 # bytes that the exact sum of a slice may take; float64 data that spans more than 10**80 takes more
@@ -24,6 +31,7 @@ def prepare(
     source: Any,
     clip_norm: Any,
     axes: Any,
+    dim: Any,
     *,
     memory: Any,
     nonfinite: Any,
@@ -42,13 +50,17 @@ def prepare(
         raise InvalidTypeError(
             f"global_norm {shown(global_norm)} is a {type(global_norm).__name__}; give a bool"
         )
-    if global_norm and axes is not None:
+    if global_norm and not (axes is None and dim is None):
         raise InvalidValueError(
-            f"a global norm has no axes, and axes {shown(axes)} are given; leave out one of them"
+            f"a global norm has no axes, and {shown(axes if dim is None else dim)} is given; leave "
+            "out one of them"
         )
     budget = parse_memory(memory)
     opened = open_source(source, storage_options)
-    clipped = {name: _clipped(opened, name, axes) for name in members(opened, include, exclude)}
+    names = members(opened, include, exclude)
+    if opened.is_group and dim is not None:
+        names, dim = _having(opened, names, dim)
+    clipped = {name: _clipped(opened, name, axes, dim) for name in names}
     copied = {
         name: {"shape": array.shape, "unit": write_unit(array), "itemsize": array.dtype.itemsize}
         for name, array in opened.arrays.items()
@@ -61,6 +73,7 @@ def prepare(
     parameters = {
         "clip_norm": str(limit),
         "axes": None if taken is None else [int(a) for a in np.atleast_1d(taken)],
+        "dim": dim if opened.is_group else None,
         "nonfinite": nonfinite,
         "missing": missing,
         "include": patterns(include, "include"),
@@ -70,12 +83,23 @@ def prepare(
     return opened, plan, parameters
 
 
-def _clipped(source: Hierarchy, name: str, axes: Any) -> dict[str, Any]:
+def _having(source: Hierarchy, names: list[str], dim: Any) -> tuple[list[str], list[str]]:
+    """Those of the arrays that have any of the dimensions, and these."""
+    having = {name: dimension_names(source.arrays[name]) or [] for name in names}
+    known = list(dict.fromkeys(d for named in having.values() for d in named if d is not None))
+    wanted = parse_dim(dim, known)
+    return [name for name in names if {*having[name]} & {*wanted}], wanted
+
+
+def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any) -> dict[str, Any]:
     """What the plan of an array has to know."""
     array = source.arrays[name]
+    named = dimension_names(array)
+    if source.is_group and dim is not None:
+        dim = [d for d in dim if d in (named or ())]
     try:
         check_source(array)
-        taken = parse_axes(axes, array.ndim)
+        taken = parse_axes(axes_named(dim, named, axes), array.ndim)
     except DaskClipError as error:
         if name and name not in str(error):
             raise type(error)(f"array {name}: {error}") from error

@@ -25,7 +25,7 @@ from daskclip.storage import stored_blocks
 from daskclip.tasks import Job
 from daskclip.workers import memory_used, running, versions
 
-OTHERS = ("nonfinite", "missing", "include", "exclude", "global_norm")
+OTHERS = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm")
 
 
 def jobs_of(

@@ -19,9 +19,10 @@ from daskclip.errors import (
     shown,
 )
 from daskclip.hierarchy import Hierarchy, at_folder, at_place
+from daskclip.packing import check_decoded
 from daskclip.parameters import check_dtype
 from daskclip.retries import refused, transient
-from daskclip.storage import location, place, write_unit
+from daskclip.storage import V2_NAMES, attributes, location, place, write_unit
 
 # codecs that give back every bit; a lossy one could lift a clipped slice above the limit again
 LOSSLESS = {
@@ -75,6 +76,10 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> H
 def check_source(array: Any) -> None:
     """Refuse an array that cannot be clipped right; reads metadata only."""
     where = f"source {location(array)}"
+    named = attributes(array)
+    if V2_NAMES in named:  # then xarray takes what is not stored as missing
+        named.setdefault("_FillValue", array.fill_value)
+    check_decoded(array.dtype, named, where)
     check_dtype(array.dtype)
     try:
         unit = write_unit(array)

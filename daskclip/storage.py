@@ -23,6 +23,7 @@ from daskclip.retries import retrying
 
 Array = npt.NDArray[Any]
 
+V2_NAMES = "_ARRAY_DIMENSIONS"
 NUMBER = re.compile(r"\d+")
 
 
@@ -39,6 +40,18 @@ def write_unit(array: zarr.Array[Any]) -> tuple[int, ...]:
 def unit_nbytes(array: zarr.Array[Any]) -> int:
     """Bytes of what is stored as one object, decoded."""
     return math.prod(write_unit(array)) * array.dtype.itemsize
+
+
+def dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
+    """Names of the dimensions, in format 2 by xarray's attribute."""
+    names = getattr(array.metadata, "dimension_names", None) or attributes(array).get(V2_NAMES)
+    return list(names) if isinstance(names, list | tuple) and len(names) == array.ndim else None
+
+
+def attributes(array: zarr.Array[Any]) -> dict[str, Any]:
+    """Attributes of an array; none where the document has something else."""
+    found: Any = array.metadata.attributes
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def as_dask(array: zarr.Array[Any]) -> da.Array:

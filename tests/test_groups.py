@@ -302,7 +302,7 @@ def integers(group):
 REFUSED = {
     "an empty group": (lambda group: None, {}, SourceError, "is an empty group"),
     "no floating array": (integers, {}, SourceError, "no floating point or complex array .* i;"),
-    "packed integers": (packed, {}, SourceError, "packed by scale_factor"),
+    "packed integers": (packed, {}, TypeError, "is packed as int16 with scale_factor"),
     "a pattern for nothing": (
         integers, {"include": "q*"}, InvalidValueError, "'q.' matches no array .* it has i"
     ),
@@ -353,6 +353,27 @@ def test_the_command_line(tmp_path):
     report = json.loads(done.stdout)
     assert (report["arrays"], report["copied"], report["slices"]) == (3, 6, 1)
     assert report["parameters"]["exclude"] == ["layers/*", "empty"]
+
+
+def test_dimensions_by_name(tmp_path):
+    group = zarr.create_group(tmp_path / "x")
+    kinds = {"a": ["time", "y"], "b": ["y", "x"], "c": ["z"], "d": None}
+    values = {}
+    for i, (name, dims) in enumerate(kinds.items()):
+        shape = (4,) * len(dims or "xy")
+        values[name] = some(shape, "f4", i) * 100
+        one = group.create_array(name, shape=shape, chunks=shape, dtype="f4", dimension_names=dims)
+        one[...] = values[name]
+    report = clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, dim=["x", "time"])
+    assert (report.arrays, report.copied, report.slices) == (2, 2, 8)
+    for name, axes in {"a": 0, "b": 1}.items():
+        assert bits(read(tmp_path / "y", name)) == bits(clip_by_norm(values[name], 1.0, axes))
+    for name in "cd":
+        assert bits(read(tmp_path / "y", name)) == bits(values[name])
+    with pytest.raises(InvalidValueError, match=r"dim 'lat' is not a dimension.*time, y, x, z"):
+        clip_zarr(tmp_path / "x", tmp_path / "z", 1.0, dim="lat")
+    with pytest.raises(InvalidValueError, match="global norm has no axes, and 'x'"):
+        clip_zarr(tmp_path / "x", tmp_path / "z", 1.0, dim="x", global_norm=True)
 
 
 @pytest.mark.slow
