@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 import dask
 import dask.array as da
 
-from daskclip import storage, tasks
+from daskclip import plan, storage, tasks
 from daskclip.attempts import shown_region
 from daskclip.factor import Scale
 from daskclip.norms import no_block, tree
@@ -18,7 +18,7 @@ from daskclip.recipes import Constant
 from daskclip.tasks import Job
 from daskclip.workers import gathered, surviving
 
-TOGETHER = 1 << 22  # bytes of small blocks that one task does, and syncs, together
+TOGETHER = 16  # blocks, at most, that one task does: all threads have something to do
 
 
 class Cell(NamedTuple):
@@ -48,10 +48,11 @@ def compute(
     """
     name = f"{function.__name__}-{uuid4().hex}"
     graph: dict[Any, Any] = {}
-    spans = list(_together(jobs, rows[0]))
+    ends = list(accumulate(len(some) for some in together(jobs, rows[0])))
+    spans = list(pairwise((0, *ends)))
     for i, row in enumerate(rows):
         for k, span in enumerate(spans):
-            cells, given, args = row[span], [], []
+            cells, given, args = row[slice(*span)], [], []
             for cell in cells:
                 job = jobs[cell.job]
                 graph[f"job-{cell.job}-{name}"] = (Constant(job),)
@@ -70,7 +71,7 @@ def compute(
 
     def block_of(key: Any) -> str:
         row, place = key[1:] if isinstance(key, tuple) else (0, 0)
-        cell = rows[row][spans[place].start]
+        cell = rows[row][spans[place][0]]
         region = jobs[cell.job].plan.region(cell.slab, cell.block)
         return f"block {shown_region(region)} of {storage.location(jobs[cell.job].source)}"
 
@@ -89,13 +90,16 @@ def _added(parts: list[Any]) -> Any:
     return tasks.add_sums([s for part in parts for s in (part if type(part) is list else [part])])
 
 
-def _together(jobs: Sequence[Job], row: Row) -> Iterator[slice]:
-    """Places in a row of the blocks of each task."""
-    start, size = 0, 0
-    for place, cell in enumerate(row):
+def together(jobs: Sequence[Job], cells: Iterable[Cell]) -> Iterator[list[Cell]]:
+    """Blocks that one task does, and syncs, together: some small ones, or one."""
+    some: list[Cell] = []
+    size = 0
+    for cell in cells:
         more = jobs[cell.job].plan.nbytes_of(cell.slab, cell.block)
-        if place > start and size + more > TOGETHER:
-            yield slice(start, place)
-            start, size = place, 0
+        if some and (size + more > plan.BLOCK // 4 or len(some) == TOGETHER):
+            yield some
+            some, size = [], 0
+        some.append(cell)
         size += more
-    yield slice(start, len(row))
+    if some:
+        yield some

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -53,6 +54,15 @@ class Hierarchy:
         return "" not in self.arrays
 
     @property
+    def home(self) -> str:
+        """Array for what a run keeps: zarr warns of whatever else it finds in a group."""
+        for key in sorted(self.documents):
+            name, kind = _split(key)
+            if kind == ".zarray" or (kind == "zarr.json" and _is_array(self.documents[key])):
+                return name
+        return ""
+
+    @property
     def groups(self) -> list[str]:
         """Names of all groups, the outer ones first."""
         nodes = {_split(key)[0] for key in self.documents if _split(key)[1] in MADE_BY}
@@ -89,7 +99,13 @@ class Hierarchy:
 
     def at(self, store: Any, path: str = "") -> Hierarchy:
         """The same metadata in another place, where there may be nothing yet."""
-        return replace(self, store=store, path=path)
+        moved = replace(self, store=store, path=path)
+        # metadata is not parsed again
+        moved.__dict__["arrays"] = {
+            name: zarr.Array(zarr.AsyncArray(a.metadata, StorePath(store, _join(path, name))))
+            for name, a in self.arrays.items()
+        }
+        return moved
 
     def moved(self, folder: Path) -> Hierarchy:
         """The same metadata in a folder."""
@@ -127,14 +143,11 @@ class Hierarchy:
 
     def make(self, folder: Path) -> Hierarchy:
         """The same without chunks in a new folder."""
-        folder.mkdir()
-        for key, data in reversed(self.documents.items()):
-            path = folder / key
-            try:
-                path.write_bytes(data)
-            except FileNotFoundError:
-                path.parent.mkdir(parents=True)
-                path.write_bytes(data)
+        for name in ("", *sorted({_split(key)[0] for key in self.documents} - {""})):
+            os.mkdir(folder / name)
+        for key, data in self.documents.items():
+            with open(folder / key, "wb") as file:
+                file.write(data)
         return self.moved(folder)
 
     def _chunks(self, changes: bool) -> Iterator[files.Stored]:
@@ -218,7 +231,9 @@ def _fetched(store: Any, path: str) -> dict[str, bytes]:
     root = _get(store, path, DOCUMENTS)
     if ".zarray" not in root and not _is_array(root.get("zarr.json")) and root:
         group = zarr.open_group(StorePath(store, path), mode="r")
-        names = [*sorted((n for n, _ in group.members(max_depth=None)), reverse=True), ""]
+        with warnings.catch_warnings():  # about what is no node, such as a lock
+            warnings.simplefilter("ignore")
+            names = [*sorted((n for n, _ in group.members(max_depth=None)), reverse=True), ""]
     kinds = DOCUMENTS if "zarr.json" not in root else ("zarr.json",)
     keys = [_join(name, kind) for name in names for kind in kinds]
     found: dict[str, bytes] = {}

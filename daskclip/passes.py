@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 from daskclip import tally, tasks
 from daskclip.files import digest_file
-from daskclip.graphs import Cell, Row, compute
+from daskclip.graphs import Cell, Row, compute, together
 from daskclip.journal import Entry, Journal
 from daskclip.partials import NAN, combine
 from daskclip.scales import Scales
@@ -32,7 +32,7 @@ class Passes:
     report: Callable[[int, int, int], None]
     """Told the bytes done, those skipped, and the pass, after each window."""
     window: int
-    """Blocks of a window that one pass is enough for."""
+    """Tasks of a window: of a block each, or of some small ones."""
     stored: Sequence[Any] = ()
     """Whether anything of each block of a job is stored; None if all have to be looked at."""
     total: Tally = tally.NONE
@@ -74,7 +74,7 @@ class Passes:
         self._count_empty()
         jobs = range(len(self.jobs)) if any(waiting) else self.copied
         left = (c for c in self._cells(jobs) if not waiting or waiting[self.number(c)])
-        for row in _windows(left, self.window) if written else ():
+        for row in self._windows(left) if written else ():
             self._window(0, [row], partial(self._copy, row))
         return written
 
@@ -94,7 +94,7 @@ class Passes:
             yield from self._two_passes(tasks.rescale_block, self._clipped)
             return
         small = self._cells(k for k in self._clipped if self.jobs[k].plan.passes == 1)
-        for row in _windows(small, self.window):
+        for row in self._windows(small):
             yield self._window(1, [row], partial(self._clip, row))
         for k in self._clipped:
             if self.jobs[k].plan.passes == 2:
@@ -150,11 +150,11 @@ class Passes:
         if self._shared:
 
             def forth() -> Iterator[list[Row]]:
-                return ([row] for row in _windows(self._cells(jobs), self.window))
+                return ([row] for row in self._windows(self._cells(jobs)))
 
             def back(spoilt: bool) -> Iterator[list[Row]]:
                 cells = self._cells(reversed(jobs), backwards=True, everything=spoilt)
-                return ([row] for row in _windows(cells, self.window))
+                return ([row] for row in self._windows(cells))
 
             yield forth, back
             return
@@ -188,6 +188,12 @@ class Passes:
                     rows = _rows(k, slabs, blocks)
                     expected = partial(self._of, digests)
                     compute(tasks.check_block, self.jobs, rows, self.how, expected=expected)
+
+    def _windows(self, cells: Iterable[Cell]) -> Iterator[Row]:
+        """Blocks of any arrays, as many as ``window`` tasks do."""
+        some = together(self.jobs, cells)
+        while row := list(chain.from_iterable(islice(some, self.window))):
+            yield row
 
     def number(self, cell: Cell) -> int:
         """Number of a block among those of all arrays."""
@@ -272,12 +278,6 @@ def weight(name: str) -> int:
 def _rows(job: int, slabs: Iterable[int], blocks: Iterable[int]) -> list[Row]:
     """A row of blocks for each slab."""
     return [[Cell(job, int(slab), int(block)) for block in blocks] for slab in slabs]
-
-
-def _windows(cells: Iterator[Cell], size: int) -> Iterator[Row]:
-    """Blocks of any arrays, some at a time."""
-    while row := list(islice(cells, size)):
-        yield row
 
 
 def _marked(items: Iterable[Any]) -> Iterator[tuple[Any, bool, bool]]:

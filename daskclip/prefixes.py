@@ -37,6 +37,12 @@ class Prefix:
         """All that there is."""
         return Objects(self.store, self.path)
 
+    @property
+    def kept(self) -> str:
+        """Name below which the journal is."""
+        home = self.open().home if self.exists() else ""
+        return f"{home}/{RECORD}".lstrip("/")
+
     def exists(self) -> bool:
         return any(found is not None for found in self.stored.get(*MADE_BY))
 
@@ -75,11 +81,20 @@ class Prefix:
     @contextmanager
     def locked(self) -> Iterator[PrefixWork]:
         """What a run keeps, for one alone; removed unless there is a journal."""
-        with Lease(self.stored, LOCK).held() as require, _pulled(self.stored) as folder:
-            work = PrefixWork(folder, self, require)
-            if self.stored.get(DISCARDED) != [None]:
-                work.clear()
-            yield work
+        with Lease(self.stored, LOCK).held() as require:
+            kept = self.kept
+            if kept != RECORD:
+                self.tidy(LOCK)  # stopped between publishing and cleaning up
+            with _pulled(self.stored, kept) as folder:
+                work = PrefixWork(folder, self, require)
+                if self.stored.get(DISCARDED) != [None]:
+                    work.clear()
+                yield work
+
+    def tidy(self, *stays: str) -> None:
+        """Remove what a run kept that has ended, but what begins with one of those names."""
+        names = self.stored.names(RECORD)
+        self.stored.delete([name for name in names if not name.startswith(stays)])
 
     def busy(self) -> bool:
         """Whether a run holds the lock."""
@@ -88,7 +103,7 @@ class Prefix:
     @contextmanager
     def journals(self) -> Iterator[tuple[Path, Path]]:
         """Journals of the run that made the array and of one that is not finished, if any."""
-        with _pulled(self.stored) as folder:
+        with _pulled(self.stored, self.kept) as folder:
             both = folder / JOURNAL, folder / "none"
             yield both if self.exists() else both[::-1]
 
@@ -144,14 +159,14 @@ class PrefixWork:
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
         """Let what is complete appear by its metadata."""
         self.require()
-        documents = list(source.documents.items())
+        there, documents = self.target.stored, list(source.documents.items())
+        if source.home:
+            journal = (self.folder / JOURNAL).read_bytes()
+            there.put(f"{source.home}/{RECORD}/{JOURNAL}", journal)
         for i in range(0, len(documents) - 1, TOGETHER):
-            self.target.stored.put_once(documents[i : min(i + TOGETHER, len(documents) - 1)])
-        self.target.stored.put_once(documents[-1:])
-        kept = self.target.stored.names(RECORD)
-        self.target.stored.delete(
-            [n for n in kept if not n.startswith((LOCK, f"{RECORD}/{JOURNAL}"))]
-        )
+            there.put_once(documents[i : min(i + TOGETHER, len(documents) - 1)])
+        there.put_once(documents[-1:])
+        self.target.tidy(LOCK, *(() if source.home else (f"{RECORD}/{JOURNAL}",)))
 
     def clear(self) -> None:
         """Remove all that a run has stored but its lock."""
@@ -207,11 +222,11 @@ class Mirror:
 
 
 @contextmanager
-def _pulled(there: Objects) -> Iterator[Path]:
+def _pulled(there: Objects, place: str) -> Iterator[Path]:
     """A scratch folder with the journal and its sums, if there are any."""
     with tempfile.TemporaryDirectory(prefix="daskclip-") as scratch:
         folder = Path(scratch)
-        for name in there.names(RECORD):
+        for name in there.names(place):
             kind = Path(name).name
             if name.startswith((LOCK, DISCARDED)):
                 continue

@@ -91,7 +91,7 @@ def _strangers(there: Hierarchy) -> Iterator[str]:
     for name in nodes:
         for own in os.listdir(folder / name):
             inside = f"{name}/{own}".lstrip("/")
-            part = own in DOCUMENTS or inside in nodes or inside == RECORD
+            part = own in DOCUMENTS or inside in nodes or own == RECORD
             if not (part or (name in there.arrays and files.CHUNK.fullmatch(own))):
                 yield f"{folder}/{inside}"
 

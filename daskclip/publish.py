@@ -16,8 +16,14 @@ except ImportError:  # not POSIX: importing daskclip must work all the same
     fcntl = None  # type: ignore[assignment]
 
 from daskclip import files, storage
-from daskclip.errors import StorageError, TargetError, TargetExistsError, TargetPermissionError
-from daskclip.hierarchy import DOCUMENTS, Hierarchy, reopened
+from daskclip.errors import (
+    DaskClipError,
+    StorageError,
+    TargetError,
+    TargetExistsError,
+    TargetPermissionError,
+)
+from daskclip.hierarchy import DOCUMENTS, Hierarchy, at_folder, reopened
 from daskclip.journal import Entry, header
 from daskclip.preflight import (
     RECORD,
@@ -47,6 +53,14 @@ class Folder:
         """Where a run keeps what is not yet published."""
         return self.path.parent / f".{self.path.name}.daskclip"
 
+    @property
+    def record(self) -> Path:
+        """Journal of the run that made what is there, if there is one."""
+        home = ""
+        with suppress(OSError, ValueError, DaskClipError):  # else there is none
+            home = at_folder(self.path).home
+        return self.path / home / RECORD
+
     def exists(self) -> bool:
         return os.path.lexists(self.path)
 
@@ -57,7 +71,7 @@ class Folder:
     def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a place where the target of a source cannot be made; changes nothing."""
         path, parent = self.path, self.path.parent
-        if not (overwrite or in_place or (path / RECORD).exists()):
+        if not (overwrite or in_place or self.record.exists()):
             refuse_existing(self)
         if path.is_symlink() or os.path.ismount(path):
             raise TargetError(
@@ -129,7 +143,7 @@ class Folder:
     @contextmanager
     def journals(self) -> Iterator[tuple[Path, Path]]:
         """Journals of the run that made the array and of one that is not finished, if any."""
-        yield self.path / RECORD, self.work / JOURNAL
+        yield self.record, self.work / JOURNAL
 
     def unfinished(self) -> bool:
         """Whether a run has left something that is no array yet."""
@@ -145,8 +159,8 @@ class FolderWork:
 
     @property
     def record(self) -> Path:
-        """Journal of the run that made the array, if there is one."""
-        return self.target.path / RECORD
+        """Journal of the run that made what is there, if there is one."""
+        return self.target.record
 
     def mirror(self) -> None:
         """What keeps the journal elsewhere too."""
@@ -197,7 +211,7 @@ class FolderWork:
             raise TargetExistsError(
                 f"target {path} was made by something else meanwhile; remove it and run again"
             )
-        shutil.copyfile(self.folder / JOURNAL, folder / RECORD)
+        shutil.copyfile(self.folder / JOURNAL, folder / source.home / RECORD)
         files.sync(folder)
         if self.target.exists():
             files.exchange(folder, path)

@@ -131,12 +131,12 @@ def _report(done: ClipReport) -> dict[str, str]:
     if done.largest_norm is not None:
         norms = f"{done.smallest_norm:.6g} to {done.largest_norm:.6g}"
     passes = "1 pass" if done.passes == 1 else f"{done.passes} passes"
-    copied = f", {done.copied:,} more are copied" if done.copied else ""
+    arrays = {"arrays": f"{done.arrays:,}, {done.copied:,} more are copied"}
     return {
         "status": done.status,
         "source": done.source,
         "target": done.target,
-        "arrays": f"{done.arrays:,}{copied}",
+        **(arrays if done.arrays + done.copied > 1 else {}),
         "clip_norm": f"{done.clip_norm:g} over axes {_axes(done.axes)}",
         "slices": f"{done.slices:,}",
         "clipped": f"{done.clipped:,} ({share:.1f} %)",
@@ -152,15 +152,20 @@ def _report(done: ClipReport) -> dict[str, str]:
 
 
 def _plan(plan: ClipPlan | GroupPlan) -> dict[str, str]:
-    rows = {"slices": f"{plan.slices:,}"}
     if isinstance(plan, GroupPlan):
         copied = len(plan.plans) - len(plan.clipped)
-        rows["arrays"] = f"{len(plan.clipped):,}, {_size(plan.nbytes)}; {copied:,} more are copied"
-        rows["blocks"] = f"{plan.blocks:,}, {plan.slabs:,} slabs"
+        rows = {
+            "arrays": f"{len(plan.clipped):,}, {_size(plan.nbytes)}; {copied:,} more are copied",
+            "slices": f"{plan.slices:,}",
+            "blocks": f"{plan.blocks:,}, {plan.slabs:,} slabs",
+        }
     else:
-        rows["array"] = f"{plan.shape}, {_size(plan.nbytes)}, axes {_axes(plan.axes)}"
-        rows["units"] = f"{plan.unit} written as one object"
-        rows["blocks"] = f"{plan.blocks:,} of {plan.block}, {plan.slabs:,} slabs"
+        rows = {
+            "array": f"{plan.shape}, {_size(plan.nbytes)}, axes {_axes(plan.axes)}",
+            "slices": f"{plan.slices:,}",
+            "units": f"{plan.unit} written as one object",
+            "blocks": f"{plan.blocks:,} of {plan.block}, {plan.slabs:,} slabs",
+        }
     return rows | {
         "passes": str(plan.passes),
         "read": _size(plan.bytes_read),
