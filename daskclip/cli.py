@@ -64,6 +64,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--scheduler", help="Address, or scheduler file, of a Dask cluster."),
         click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
         click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
+        click.option("--ord", type=click.Choice(["1", "2", "inf"]), default="2", help="Norm."),
         click.option("--clip-norm", type=float, required=True, help="The limit."),
         click.argument("target", required=False),
         click.argument("source"),
@@ -118,7 +119,7 @@ def _understood() -> Iterator[None]:
 )
 @click.version_option(package_name="daskclip", prog_name="daskclip")
 def main() -> None:
-    """Clip L2-norms of Zarr arrays larger than memory, exactly."""
+    """Clip norms of Zarr arrays larger than memory, exactly."""
     # of zarr, about codecs and dtypes outside its specification: stderr has one line an event
     warnings.simplefilter("ignore")
 
@@ -172,13 +173,14 @@ def _call(
     scheduler: str | None,
     workers: int | None,
     axes: str | None,
+    ord: str,
     **options: Any,
 ) -> None:
     with _failing_in_one_line(), _workers(scheduler, workers, options["progress"]):
         folder = report.absolute().parent if report else None
         if folder is not None and not folder.is_dir():
             raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
-        result = function(axes=_axes(axes), **options)
+        result = function(axes=_axes(axes), ord=float(ord), **options)
         if report is not None:
             report.write_text(as_document(result) + "\n")
         click.echo(as_document(result) if as_json else as_text(result))

@@ -16,7 +16,7 @@ from daskclip.exact import partial_norm
 from daskclip.factor import finalize
 from daskclip.indexed import IndexedSlices, is_indexed
 from daskclip.numerics import clip_array, require_finite
-from daskclip.parameters import NonFinite, check_nonfinite, parse_axes
+from daskclip.parameters import NonFinite, check_nonfinite, parse_axes, parse_ord
 
 
 def clip_by_norm(
@@ -25,10 +25,11 @@ def clip_by_norm(
     axes: Any = None,
     name: str | None = None,
     *,
+    ord: float = 2,
     nonfinite: NonFinite = "propagate",
     return_norm: bool = False,
 ) -> Any:
-    """Clip the L2-norm of every slice of ``t`` over ``axes`` to at most ``clip_norm``.
+    """Clip the norm of every slice of ``t`` over ``axes`` to at most ``clip_norm``.
 
     A slice whose norm is at most ``clip_norm`` is not modified; a larger one becomes
     ``t * clip_norm / norm``. The norm of every finite slice of the result, in exact arithmetic, is
@@ -45,6 +46,9 @@ def clip_by_norm(
         Axes over which the norm is taken; None takes all, ``[]`` makes every element a slice.
     name : str, optional
         Prefix of the Dask layer.
+    ord : {1, 2, inf}
+        Which norm: the sum of magnitudes, the root of the sum of their squares, or the largest
+        magnitude; complex arrays have 2 only.
     nonfinite : {'propagate', 'omit', 'raise'}
         ``'propagate'``: a NaN makes its slice NaN; an infinity makes the finite elements of its
         slice 0 and the infinite ones NaN. ``'omit'``: NaN elements do not count and stay NaN.
@@ -63,9 +67,10 @@ def clip_by_norm(
     Raises
     ------
     TypeError
-        If ``t`` is not floating point or complex, or an argument is of a wrong type.
+        If ``t`` is not floating point or complex, or complex for another ``ord`` than 2, or an
+        argument is of a wrong type.
     ValueError
-        If ``clip_norm`` is not 0-D, or an axis is named twice.
+        If ``clip_norm`` is not 0-D, an axis is named twice, or there is no such ``ord``.
     numpy.exceptions.AxisError
         If an axis is out of bounds.
     FloatingPointError
@@ -106,19 +111,20 @@ def clip_by_norm(
     check_nonfinite(nonfinite)
     x = as_array(t.values if is_indexed(t) else t)
     over = parse_axes(axes, x.ndim)
+    ord = parse_ord(ord, x.dtype)
     limit = as_limit(clip_norm)
     if isinstance(limit, da.Array) and not isinstance(x, da.Array):
         x = da.from_array(x, chunks=-1)
     clipped: Any
     norms: Any
     if isinstance(x, da.Array):
-        clipped, norms = lazy.clip(x, limit, over, name, nonfinite)
+        clipped, norms = lazy.clip(x, limit, over, name, nonfinite, ord)
     else:
-        if nonfinite == "raise" and limit != math.inf:
-            require_finite(x, over)
+        if nonfinite == "raise":
+            require_finite(x, over, limit)
         threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
         omit = nonfinite == "omit"
-        clipped, scale = clip_array(x, limit, over, omit_nan=omit, threads=threads)
+        clipped, scale = clip_array(x, limit, over, omit_nan=omit, ord=ord, threads=threads)
         norms = scale.norm.squeeze(over)[()]
         if x.ndim == 0 and not isinstance(t, np.ndarray):
             clipped = clipped[()]
@@ -127,8 +133,8 @@ def clip_by_norm(
     return (clipped, norms) if return_norm else clipped
 
 
-def norm(t: Any, axes: Any = None, *, keepdims: bool = False) -> Any:
-    """L2-norm of every slice of ``t`` over ``axes``.
+def norm(t: Any, axes: Any = None, *, keepdims: bool = False, ord: float = 2) -> Any:
+    """Norm of every slice of ``t`` over ``axes``.
 
     Parameters
     ----------
@@ -138,6 +144,8 @@ def norm(t: Any, axes: Any = None, *, keepdims: bool = False) -> Any:
         Axes over which the norm is taken; None takes all.
     keepdims : bool
         Keep the reduced axes with size 1.
+    ord : {1, 2, inf}
+        See `clip_by_norm`.
 
     Returns
     -------
@@ -168,7 +176,8 @@ def norm(t: Any, axes: Any = None, *, keepdims: bool = False) -> Any:
     """
     x = as_array(t.values if is_indexed(t) else t)
     over = parse_axes(axes, x.ndim)
+    ord = parse_ord(ord, x.dtype)
     if isinstance(x, da.Array):
-        return lazy.norm(x, over, keepdims)
-    norms = finalize(partial_norm(x, over), math.inf, x.dtype).norm
+        return lazy.norm(x, over, keepdims, ord)
+    norms = finalize(partial_norm(x, over, ord=ord), math.inf, x.dtype).norm
     return norms if keepdims else norms.squeeze(over)[()]

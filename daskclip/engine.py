@@ -20,6 +20,7 @@ from daskclip.parameters import (
     parse_axes,
     parse_clip_norm,
     parse_memory,
+    parse_ord,
 )
 from daskclip.passes import clip_passes
 from daskclip.plan import ClipPlan, make_plan
@@ -44,6 +45,7 @@ def clip_zarr(
     clip_norm: float,
     axes: Any = None,
     *,
+    ord: float = 2,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
@@ -66,6 +68,8 @@ def clip_zarr(
         See `clip_by_norm`.
     axes : None, int or sequence of int
         Axes over which the norm is taken; None takes all.
+    ord : {1, 2, inf}
+        See `clip_by_norm`.
     memory : str or int
         Budget of each process that runs blocks, in bytes above its imports, shared by its threads.
     nonfinite : {'propagate', 'omit', 'raise'}
@@ -133,8 +137,8 @@ def clip_zarr(
     display = show(progress)
     started = time.monotonic()
     with failing("looking at source and target"):
-        array, plan, limit = _prepare(
-            source, clip_norm, axes, memory, nonfinite, missing, storage_options
+        array, plan, limit, ord = _prepare(
+            source, clip_norm, axes, ord, memory, nonfinite, missing, storage_options
         )
         place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
         run = describe(
@@ -142,6 +146,7 @@ def clip_zarr(
             place,
             clip_norm=str(limit),
             axes=list(plan.axes),
+            ord=ord,
             nonfinite=nonfinite,
             missing=missing,
         )
@@ -168,6 +173,7 @@ def clip_zarr(
             staged=folder,
             in_place=in_place,
             clip_norm=limit,
+            ord=ord,
             nonfinite=nonfinite,
             missing=missing,
         )
@@ -199,6 +205,7 @@ def plan_zarr(
     clip_norm: float,
     axes: Any = None,
     *,
+    ord: float = 2,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
@@ -211,7 +218,7 @@ def plan_zarr(
 
     Parameters
     ----------
-    source, target, clip_norm, axes, memory, nonfinite, missing
+    source, target, clip_norm, axes, ord, memory, nonfinite, missing
         See `clip_zarr`.
     overwrite, in_place, storage_options, progress
         See `clip_zarr`.
@@ -245,8 +252,8 @@ def plan_zarr(
     """
     show(progress)
     with failing("looking at source and target"):
-        array, plan, _ = _prepare(
-            source, clip_norm, axes, memory, nonfinite, missing, storage_options
+        array, plan, _, _ = _prepare(
+            source, clip_norm, axes, ord, memory, nonfinite, missing, storage_options
         )
         place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
         if not (overwrite or in_place):
@@ -258,11 +265,12 @@ def _prepare(
     source: Any,
     clip_norm: Any,
     axes: Any,
+    ord: Any,
     memory: Any,
     nonfinite: Any,
     missing: Any,
     storage_options: dict[str, Any] | None,
-) -> tuple[Any, ClipPlan, float]:
+) -> tuple[Any, ClipPlan, float, float]:
     """Everything that can be refused without reading a chunk."""
     limit = parse_clip_norm(clip_norm)
     check_nonfinite(nonfinite)
@@ -282,7 +290,7 @@ def _prepare(
         threads=threads,
         fewest=fewest,
     )
-    return array, plan, limit
+    return array, plan, limit, parse_ord(ord, array.dtype)
 
 
 def _stored_blocks(array: Any, run: Entry, plan: ClipPlan) -> Any:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from dask.utils import parse_bytes
 
 from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, shown
+from daskclip.orders import ORDERS
 
 Array = npt.NDArray[Any]
 NonFinite = Literal["propagate", "omit", "raise"]
@@ -107,6 +108,20 @@ def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
         ) from None
     check_scalar(value.ndim, value.dtype, value.shape, what)
     return float(value)
+
+
+def parse_ord(ord: Any, dtype: np.dtype[Any]) -> float:
+    """Key of `ORDERS` for a norm of arrays of ``dtype``."""
+    real = isinstance(ord, numbers.Real) and not isinstance(ord, bool)
+    found = next((key for key in ORDERS if real and ord == key), None)
+    if found is None:
+        raise InvalidValueError(f"ord {shown(ord)} is not a norm; use 1, 2 or inf")
+    if dtype.kind == "c" and found != 2:
+        raise DTypeError(
+            f"the norm of ord {found} of dtype {dtype} is not exact, since it takes the roots of "
+            "its elements; use ord=2, or clip .real and .imag"
+        )
+    return found
 
 
 def check_nonfinite(nonfinite: Any) -> None:

@@ -268,6 +268,7 @@ def clip_passes(
             source=storage.location(job.source),
             target=str(work.target),
             clip_norm=job.clip_norm,
+            ord=job.ord,
             axes=plan.axes,
             slices=total.slices,
             clipped=total.clipped,

@@ -22,6 +22,8 @@ class ClipReport:
     """Where the clipped one is."""
     clip_norm: float
     """The limit."""
+    ord: float
+    """Which norm: 1, 2 or inf."""
     axes: tuple[int, ...]
     """Axes the norms were taken over."""
     slices: int
@@ -122,7 +124,7 @@ def as_text(figures: ClipReport | ClipPlan | VerifyReport) -> str:
 
 def _report(done: ClipReport) -> dict[str, str]:
     share = 100 * done.clipped / done.slices if done.slices else 0.0
-    norms = "none finite"
+    norms, kind = "none finite", "" if done.ord == 2 else f", ord {done.ord}"
     if done.largest_norm is not None:
         norms = f"{done.smallest_norm:.6g} to {done.largest_norm:.6g}"
     passes = "1 pass" if done.passes == 1 else f"{done.passes} passes"
@@ -130,7 +132,7 @@ def _report(done: ClipReport) -> dict[str, str]:
         "status": done.status,
         "source": done.source,
         "target": done.target,
-        "clip_norm": f"{done.clip_norm:g} over axes {_axes(done.axes)}",
+        "clip_norm": f"{done.clip_norm:g} over axes {_axes(done.axes)}{kind}",
         "slices": f"{done.slices:,}",
         "clipped": f"{done.clipped:,} ({share:.1f} %)",
         "non-finite": f"{done.nonfinite:,}",

@@ -21,7 +21,7 @@ from daskclip.workers import workers
 
 Work = FolderWork | PrefixWork
 
-VERSION = 3
+VERSION = 4
 """Of what a journal says; another one can neither be resumed nor verified."""
 DISCARD = "discard it with: daskclip discard TARGET"
 

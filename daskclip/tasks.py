@@ -47,6 +47,8 @@ class Job:
     """Whether blocks that stay as they are need not be written at once."""
     clip_norm: float
     """The limit."""
+    ord: float
+    """Which norm."""
     nonfinite: str
     """Policy for NaN and infinity."""
     missing: str
@@ -107,7 +109,7 @@ def sum_block(job: Job, slab: int, block: int) -> Sums:
     if _is_empty(job, region):
         return Sums(_no_sums(job, region), {job.plan.number(slab, block): EMPTY})
     x = _read_first(job, region)
-    partial = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
+    partial = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit", ord=job.ord)
     return Sums(partial, {job.plan.number(slab, block): files.digest(x)})
 
 
@@ -133,7 +135,7 @@ def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     else:
         x = _read_first(job, region)
         omit = job.nonfinite == "omit"
-        x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=omit, out=x)
+        x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=omit, ord=job.ord, out=x)
     if _untouched(job, scale, empty):
         return count(scale), _keep(job, region, empty)
     if x is None:
@@ -197,11 +199,11 @@ def _no_sums(job: Job, region: Box) -> Partial:
     shape = box_shape(region)
     kept = tuple(1 if k in job.plan.axes else n for k, n in enumerate(shape))
     flags = np.zeros(kept, np.uint8)
-    return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(job, shape))
+    return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(job, shape), job.ord)
 
 
 def terms(job: Job, shape: tuple[int, ...]) -> int:
-    """Squares in the sum of each slice of a region."""
+    """Terms of the sum of each slice of a region."""
     number = math.prod(shape[a] for a in job.plan.axes)
     return number * (2 if job.source.dtype.kind == "c" else 1)
 
@@ -260,11 +262,12 @@ def _read_same(job: Job, region: Box, expected: int, empty: bool) -> Any:
 def _read_first(job: Job, region: Box) -> Any:
     """Read for the first time: the second pass has nothing left to refuse."""
     x = _read(job, region)
-    if job.nonfinite == "raise" and job.clip_norm != math.inf:
+    if job.nonfinite == "raise":
         unit = job.plan.unit
         require_finite(
             x,
             job.plan.axes,
+            job.clip_norm,
             [s.start for s in region],
             lambda place: [i // u for i, u in zip(place, unit, strict=True)],
         )

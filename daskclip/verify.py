@@ -98,6 +98,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
             staged=None,
             in_place=False,
             clip_norm=float(parameters["clip_norm"]),
+            ord=parameters["ord"],
             nonfinite="omit" if parameters["nonfinite"] == "omit" else "propagate",
             missing="fill",
         )
