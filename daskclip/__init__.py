@@ -36,6 +36,7 @@ leases         objects of a target, and a lock among them
 prefixes       a target in an object store: metadata last
 targets        where a target is, by what it was named
 arrays         what may be given as an array or a list
+limits         a limit for every slice: checked, read, told from others
 lazy           the operation as Dask graphs
 clip           the operation on an array: start reading here
 clip_list      the operation on a list

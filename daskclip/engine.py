@@ -12,8 +12,9 @@ from uuid import uuid4
 
 from daskclip import storage
 from daskclip.blocks import grid
-from daskclip.errors import DaskClipError, InvalidValueError, SourceChangedError, shown
+from daskclip.errors import DaskClipError, InvalidValueError, shown
 from daskclip.journal import Entry
+from daskclip.limits import described, nbytes, open_limits
 from daskclip.parameters import (
     NonFinite,
     check_nonfinite,
@@ -27,7 +28,7 @@ from daskclip.plan import ClipPlan, make_plan
 from daskclip.progress import Mode, show
 from daskclip.publish import refuse_existing
 from daskclip.report import ClipReport
-from daskclip.resume import begun, describe, finished, plan_of, resumed
+from daskclip.resume import begun, describe, finished, plan_of, require_unchanged, resumed
 from daskclip.retries import failing
 from daskclip.sources import open_source
 from daskclip.targets import open_target
@@ -42,10 +43,11 @@ STATE = {2: 24, 4: 80, 8: 80}
 def clip_zarr(
     source: Any,
     target: str | os.PathLike[str] | None,
-    clip_norm: float,
+    clip_norm: float | None = None,
     axes: Any = None,
     *,
     ord: float = 2,
+    limits: Any = None,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
@@ -68,8 +70,8 @@ def clip_zarr(
         See `clip_by_norm`.
     axes : None, int or sequence of int
         Axes over which the norm is taken; None takes all.
-    ord : {1, 2, inf}
-        See `clip_by_norm`.
+    ord, limits
+        See `clip_by_norm`; limits are a NumPy array, or stored as ``source`` and read by region.
     memory : str or int
         Budget of each process that runs blocks, in bytes above its imports, shared by its threads.
     nonfinite : {'propagate', 'omit', 'raise'}
@@ -116,7 +118,9 @@ def clip_zarr(
 
     A run can be killed anywhere: the same call resumes it from the journal in the hidden folder
     ``.NAME.daskclip`` beside the target, and repeats one window of blocks at most. A call that is
-    already done reads nothing. Beside the budget, the journal takes 5 bytes a block.
+    already done reads nothing. Beside the budget, the journal takes 5 bytes a block. Limits are
+    within the 48 bytes that the plan has for a slice, and a chunk of them, or a NumPy array, is
+    counted as one more chunk. Stored ones are told from others as the source is.
 
     References
     ----------
@@ -137,8 +141,8 @@ def clip_zarr(
     display = show(progress)
     started = time.monotonic()
     with failing("looking at source and target"):
-        array, plan, limit, ord = _prepare(
-            source, clip_norm, axes, ord, memory, nonfinite, missing, storage_options
+        array, plan, limit, ord, limits = _prepare(
+            source, clip_norm, axes, ord, limits, memory, nonfinite, missing, storage_options
         )
         place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
         run = describe(
@@ -147,6 +151,7 @@ def clip_zarr(
             clip_norm=str(limit),
             axes=list(plan.axes),
             ord=ord,
+            limits=described(limits),
             nonfinite=nonfinite,
             missing=missing,
         )
@@ -176,17 +181,12 @@ def clip_zarr(
             ord=ord,
             nonfinite=nonfinite,
             missing=missing,
+            limits=limits,
         )
         try:
             stored = _stored_blocks(array, run, job.plan)
             report = clip_passes(job, work, display, started, stored, run)
-            now = storage.fingerprint(array, changes=True)
-            if now != run["source"]:
-                key = now.get("newest")
-                raise SourceChangedError(
-                    f"source {storage.location(array)} (chunk {key}) changed during the run; "
-                    "let nothing write to it and run again"
-                )
+            require_unchanged(array, limits, run)
         except DaskClipError as error:
             if error.exit_code == 3:  # the source will not do: there is nothing to resume
                 work.clear()
@@ -202,10 +202,11 @@ def clip_zarr(
 def plan_zarr(
     source: Any,
     target: str | os.PathLike[str] | None,
-    clip_norm: float,
+    clip_norm: float | None = None,
     axes: Any = None,
     *,
     ord: float = 2,
+    limits: Any = None,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
@@ -218,7 +219,7 @@ def plan_zarr(
 
     Parameters
     ----------
-    source, target, clip_norm, axes, ord, memory, nonfinite, missing
+    source, target, clip_norm, axes, ord, limits, memory, nonfinite, missing
         See `clip_zarr`.
     overwrite, in_place, storage_options, progress
         See `clip_zarr`.
@@ -252,8 +253,8 @@ def plan_zarr(
     """
     show(progress)
     with failing("looking at source and target"):
-        array, plan, _, _ = _prepare(
-            source, clip_norm, axes, ord, memory, nonfinite, missing, storage_options
+        array, plan, *_ = _prepare(
+            source, clip_norm, axes, ord, limits, memory, nonfinite, missing, storage_options
         )
         place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
         if not (overwrite or in_place):
@@ -266,22 +267,26 @@ def _prepare(
     clip_norm: Any,
     axes: Any,
     ord: Any,
+    limits: Any,
     memory: Any,
     nonfinite: Any,
     missing: Any,
     storage_options: dict[str, Any] | None,
-) -> tuple[Any, ClipPlan, float, float]:
+) -> tuple[Any, ClipPlan, float | None, float, Any]:
     """Everything that can be refused without reading a chunk."""
-    limit = parse_clip_norm(clip_norm)
+    limit = parse_clip_norm(clip_norm) if limits is None else None
     check_nonfinite(nonfinite)
     if missing not in ("fill", "error"):
         raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
     array = open_source(source, storage_options)
+    over = parse_axes(axes, array.ndim)
+    if limits is not None:
+        limits = open_limits(limits, clip_norm, array.shape, over, storage_options)
     processes, threads, fewest = workers()
     real = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
     plan = make_plan(
         shape=array.shape,
-        axes=parse_axes(axes, array.ndim),
+        axes=over,
         unit=storage.write_unit(array),
         itemsize=array.dtype.itemsize,
         state=STATE[real],
@@ -289,15 +294,16 @@ def _prepare(
         processes=processes,
         threads=threads,
         fewest=fewest,
+        beside=nbytes(limits),
     )
-    return array, plan, limit, parse_ord(ord, array.dtype)
+    return array, plan, limit, parse_ord(ord, array.dtype), limits
 
 
 def _stored_blocks(array: Any, run: Entry, plan: ClipPlan) -> Any:
-    """Whether anything of each block is stored; None if all of them have to be looked at."""
+    """Whether anything of each block is stored; None to look at all: a limit may be NaN."""
     units = math.prod(grid(plan.shape, plan.unit))
     parameters = run["parameters"]
-    everything = parameters["missing"] == "error" or parameters["clip_norm"] == "nan"
+    everything = parameters["missing"] == "error" or parameters["clip_norm"] in ("nan", "None")
     if everything or run["source"].get("chunks", units) >= units:
         return None
     return storage.stored_blocks(array, plan.block, plan.weights, plan.blocks)

@@ -106,7 +106,7 @@ class Passes:
                 name, spoilt = entry["sums"], entry["nan"]
                 for number, digest in entry["source"].items():
                     seen[int(number)] = digest
-            scales = Scales(self.job, self.journal, name)
+            scales = Scales(self.job, self.journal, name, slabs)
             if second is None:
                 self.total = tally.add(self.total, scales.tally())
             elif self.stored is not None and spoilt:

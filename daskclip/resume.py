@@ -9,8 +9,9 @@ from uuid import uuid4
 
 from daskclip import journal, storage
 from daskclip.blocks import ceil_div
-from daskclip.errors import MemoryBudgetError, TargetExistsError
+from daskclip.errors import MemoryBudgetError, SourceChangedError, TargetExistsError
 from daskclip.journal import Entry, Journal
+from daskclip.limits import described
 from daskclip.plan import MIB, ClipPlan
 from daskclip.prefixes import PrefixWork
 from daskclip.publish import JOURNAL, FolderWork, is_made
@@ -76,6 +77,21 @@ def resumed(work: Work, source: Any, run: Entry, memory: int) -> Entry | None:
     if not work.complete(source, old["run"], last):
         raise TargetExistsError(f"{where} has lost its files; {DISCARD}")
     return old | {"plan": asdict(planned(old, memory))}
+
+
+def require_unchanged(array: Any, limits: Any, run: Entry) -> None:
+    """Require source and limits to be what they were when the run began."""
+    now = storage.fingerprint(array, changes=True)
+    if now != run["source"]:
+        raise SourceChangedError(
+            f"source {storage.location(array)} (chunk {now.get('newest')}) changed during the run; "
+            "let nothing write to it and run again"
+        )
+    if described(limits) != run["parameters"]["limits"]:
+        raise SourceChangedError(
+            f"limits {storage.location(limits)} changed during the run; let nothing write to them "
+            "and run again"
+        )
 
 
 def planned(run: Entry, memory: int) -> ClipPlan:

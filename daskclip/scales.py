@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -20,14 +21,16 @@ class Scales:
     journal: Journal
     name: str
     """Of their sums in the journal."""
+    slabs: Iterable[int]
     _made: list[Scale] = field(default_factory=list)
 
     def load(self) -> list[Scale]:
         if not self._made:
-            limit, dtype = self.job.clip_norm, self.job.source.dtype
-            terms = tasks.terms(self.job, self.job.plan.shape)  # of what is not stored too
-            sums = (p._replace(terms=terms) for p in self.journal.load(self.name))
-            self._made = [finalize(p, limit, dtype) for p in sums]
+            job = self.job
+            terms = tasks.terms(job, job.plan.shape)  # of what is not stored too
+            for p, slab in zip(self.journal.load(self.name), self.slabs, strict=True):
+                limit = tasks.limit_of(job, job.plan.region(int(slab), 0))
+                self._made.append(finalize(p._replace(terms=terms), limit, job.source.dtype))
         return self._made
 
     def tally(self) -> Tally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,14 @@ METADATA_SIZE = 1 << 24  # bytes of JSON: what decodes it takes many times as mu
 UNITS = 10**10  # more than any file system holds
 
 
-def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> zarr.Array[Any]:
+def open_source(
+    source: Any,
+    storage_options: dict[str, Any] | None = None,
+    check: Callable[[Any], None] = check_dtype,
+) -> zarr.Array[Any]:
     """Open an array for reading, or say why it is none; reads metadata only."""
     array = source if is_array(source) else _open(source, storage_options)
-    check_dtype(array.dtype)
+    check(array.dtype)
     where = f"source {location(array)}"
     try:
         unit = write_unit(array)

@@ -21,6 +21,7 @@ from daskclip.blocks import Box, box_shape, boxes, index, shift
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
 from daskclip.exact import partial_norm
 from daskclip.factor import Scale, finalize
+from daskclip.limits import limits_at
 from daskclip.numerics import clip_block, require_finite, rescale
 from daskclip.partials import Partial, combine
 from daskclip.plan import ClipPlan
@@ -45,14 +46,16 @@ class Job:
     """Folder of the target, for a run that writes to files."""
     in_place: bool
     """Whether blocks that stay as they are need not be written at once."""
-    clip_norm: float
-    """The limit."""
+    clip_norm: float | None
+    """The limit; None with limits."""
     ord: float
     """Which norm."""
     nonfinite: str
     """Policy for NaN and infinity."""
     missing: str
     """Policy for chunks that are not stored."""
+    limits: Any = None
+    """NumPy or Zarr array of a limit for each slice."""
 
 
 class Sums(NamedTuple):
@@ -130,12 +133,13 @@ def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, block)
     empty = _is_empty(job, region)
+    limit = limit_of(job, region)
     if empty:
-        x, scale = None, finalize(_no_sums(job, region), job.clip_norm, job.source.dtype)
+        x, scale = None, finalize(_no_sums(job, region), limit, job.source.dtype)
     else:
         x = _read_first(job, region)
         omit = job.nonfinite == "omit"
-        x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=omit, ord=job.ord, out=x)
+        x, scale = clip_block(x, limit, job.plan.axes, omit_nan=omit, ord=job.ord, out=x)
     if _untouched(job, scale, empty):
         return count(scale), _keep(job, region, empty)
     if x is None:
@@ -200,6 +204,11 @@ def _no_sums(job: Job, region: Box) -> Partial:
     kept = tuple(1 if k in job.plan.axes else n for k, n in enumerate(shape))
     flags = np.zeros(kept, np.uint8)
     return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(job, shape), job.ord)
+
+
+def limit_of(job: Job, region: Box) -> Any:
+    """The limit of the slices of a region, or those of each."""
+    return job.clip_norm if job.limits is None else limits_at(job.limits, region, job.missing)
 
 
 def terms(job: Job, shape: tuple[int, ...]) -> int:
@@ -267,7 +276,7 @@ def _read_first(job: Job, region: Box) -> Any:
         require_finite(
             x,
             job.plan.axes,
-            job.clip_norm,
+            limit_of(job, region),
             [s.start for s in region],
             lambda place: [i // u for i, u in zip(place, unit, strict=True)],
         )

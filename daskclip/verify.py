@@ -16,8 +16,15 @@ from uuid import uuid4
 import numpy as np
 
 from daskclip import journal, storage, tasks
-from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
+from daskclip.errors import (
+    DaskClipError,
+    InvalidTypeError,
+    InvalidValueError,
+    SourceNotFoundError,
+    VerificationError,
+)
 from daskclip.journal import Entry, Journal
+from daskclip.limits import described, open_limits
 from daskclip.passes import Passes
 from daskclip.publish import JOURNAL, Folder
 from daskclip.report import VerifyReport
@@ -29,7 +36,9 @@ from daskclip.tasks import Job
 from daskclip.workers import running
 
 
-def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyReport:
+def verify_zarr(
+    target: str | os.PathLike[str], source: Any = None, *, limits: Any = None
+) -> VerifyReport:
     """Verify an array that `clip_zarr` wrote.
 
     Parameters
@@ -38,6 +47,8 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         Array of any shape, with the record of its run.
     source : str, path or zarr.Array, optional
         What it was made from, to derive each block again and compare it bit for bit.
+    limits : NumPy array, str, path or zarr.Array, optional
+        Those that it was made with, if each slice had its own.
 
     Returns
     -------
@@ -90,6 +101,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         except DaskClipError as error:
             raise VerificationError(str(error)) from error
         parameters = run["parameters"]
+        limits = _same_limits(array, limits, run)
         job = Job(
             run=uuid4().hex,
             plan=planned(run, plan_of(run).memory),
@@ -97,10 +109,11 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
             target=None,
             staged=None,
             in_place=False,
-            clip_norm=float(parameters["clip_norm"]),
+            clip_norm=None if limits is not None else float(parameters["clip_norm"]),
             ord=parameters["ord"],
             nonfinite="omit" if parameters["nonfinite"] == "omit" else "propagate",
             missing="fill",
+            limits=limits,
         )
         again = None if source is None else open_source(source)
         if again is not None and (again.shape, again.dtype) != (array.shape, array.dtype):
@@ -114,8 +127,9 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
                 norms.measure()
             total = norms.total
             if total.clipped:
+                above = "its limit" if job.clip_norm is None else f"{job.clip_norm:g}"
                 raise VerificationError(
-                    f"{total.clipped} slices of {place} have a norm above {job.clip_norm:g}, up to "
+                    f"{total.clipped} slices of {place} have a norm above {above}, up to "
                     f"{total.largest:.17g}; clip it again"
                 )
             if again is not None:
@@ -138,6 +152,21 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         largest_norm=total.largest if total.slices > total.nonfinite else None,
         seconds=time.monotonic() - started,
     )
+
+
+def _same_limits(array: Any, limits: Any, run: Entry) -> Any:
+    """Those a run had, if it had any."""
+    was, where = run["parameters"]["limits"], storage.location(array)
+    if was is not None and limits is None:
+        raise InvalidTypeError(f"{where} was written with limits {was}; give them as limits")
+    if limits is not None:
+        limits = open_limits(limits, None, array.shape, plan_of(run).axes, None)
+    if described(limits) != was:
+        raise InvalidValueError(
+            f"limits are {described(limits)}, those that {where} was written with {was}; "
+            "give those" + (", or none" if was is None else "")
+        )
+    return limits
 
 
 @contextmanager
