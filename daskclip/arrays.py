@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import dask.array as da
@@ -12,7 +12,7 @@ from dask import config
 from daskclip import storage
 from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, shown
 from daskclip.indexed import is_indexed
-from daskclip.parameters import check_dtype, check_scalar, parse_clip_norm
+from daskclip.parameters import Check, check_dtype, check_scalar, parse_clip_norm
 
 
 def check_name(name: Any) -> None:
@@ -23,7 +23,7 @@ def check_name(name: Any) -> None:
         )
 
 
-def as_array(t: Any, check: Callable[[Any], None] = check_dtype) -> Any:
+def as_array(t: Any, check: Check = check_dtype) -> Any:
     """``t`` as a NumPy or Dask array of a dtype and of blocks that can be clipped."""
     if storage.is_array(t):
         check(t.dtype)

@@ -145,14 +145,11 @@ class Powers:
                 parts = self.cut_digits(matrix[i : i + lines, j : j + step], e, digits)
                 self.multiply(parts, pairs, dots, first, run * runs)
         # of the products of digits i and j; both orders for i < j
-        both = [pair[0] < pair[-1] for pair in pairs]
-        units = [
-            self.power * e - DIGIT * (sum(pair) + self.power) + twice
-            for pair, twice in zip(pairs, both, strict=True)
-        ]
+        both, n = [pair[0] < pair[-1] for pair in pairs], self.power
+        units = [n * e - DIGIT * (sum(p) + n) + twice for p, twice in zip(pairs, both, strict=True)]
         dots *= np.ldexp(1.0, np.subtract(both, units, dtype=np.int32))[:, None, None]
         values = dots.astype(np.int64).sum(axis=2 if self.rows else 1)
-        return Sums(values, [u + self.power * scaled for u in units], small)
+        return Sums(values, [u + n * scaled for u in units], small)
 
     def runs(self, n: int, slices: int) -> int:
         """Dot products of each slice of a tile; columns are summed by one call for a run of all."""

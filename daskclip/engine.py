@@ -164,7 +164,8 @@ def clip_zarr(
             )
         if not (overwrite or in_place):
             refuse_existing(place)
-        require_alike([*work.files, *storage.local_paths(array)])
+        read = [x for x in (array, limits) if storage.is_array(x)]
+        require_alike([*work.files, *(p for x in read for p in storage.local_paths(x))])
         old = resumed(work, array, run, plan.memory)
         run = old or begun(work, array, run, plan)
         doing = "resuming" if old else "beginning"

@@ -119,7 +119,10 @@ def _norm_and_factor(partial: Partial, limit: Any, bits: int) -> tuple[Array, Ar
         return norm, np.ones_like(norm), None
     finite = np.where(np.isfinite(limit), limit, 1.0)
     mantissa, exponent = _factor(finite, root, low_part, half, bits)
-    clipped = _greater(lead, _leading(partial_norm(finite, (), ord=partial.ord))) & ~unlimited
+    fraction, power = np.frexp(finite)  # apart: limits far from each other would take many limbs
+    limits = _leading(partial_norm(np.asarray(fraction), (), ord=partial.ord))
+    limits = limits._replace(exponent=limits.exponent + ORDERS[partial.ord].power * power)
+    clipped = _greater(lead, limits) & ~unlimited
     shift = None
     if bits == 53 and (clipped & (exponent < SHIFT)).any():
         shift = np.where(clipped, np.minimum(exponent - SHIFT, 0), 0)
@@ -211,18 +214,15 @@ def _rounded(partial: Partial, root: Array, low_part: Array, half: Array) -> Arr
 def _exact_norm(partial: Partial, index: tuple[Any, ...]) -> float:
     limbs = partial.limbs[(slice(None), *index)]
     total = int.from_bytes(np.ascontiguousarray(limbs, "<u4").tobytes(), "little")
-    if ORDERS[partial.ord].power == 1:
-        return _as_float(Fraction(total) * Fraction(2) ** (LIMB * partial.low))
     extra = max(0, 140 - total.bit_length())
     exponent = LIMB * partial.low - extra
     extra += exponent & 1
     exponent -= exponent & 1
     root = math.isqrt(total << extra)
     sticky = root * root != total << extra
-    return _as_float(Fraction(2 * root + sticky) * Fraction(2) ** (exponent // 2 - 1))
-
-
-def _as_float(norm: Fraction) -> float:
+    norm = Fraction(2 * root + sticky) * Fraction(2) ** (exponent // 2 - 1)
+    if ORDERS[partial.ord].power == 1:
+        norm = Fraction(total) * Fraction(2) ** (LIMB * partial.low)
     try:
         return float(norm)
     except OverflowError:

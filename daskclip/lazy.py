@@ -25,6 +25,9 @@ def clip(
     x: da.Array, limit: Any, over: tuple[int, ...], name: str | None, nonfinite: str, ord: float
 ) -> tuple[da.Array, da.Array]:
     """Clipped array and norms: one map where chunks hold their slices whole, else two passes."""
+    if np.ndim(limit):
+        chunks = tuple((1,) if n == 1 else c for n, c in zip(limit.shape, x.chunks, strict=True))
+        limit = da.asarray(limit).rechunk(chunks)
     limit_name = limit.name if isinstance(limit, da.Array) else limit
     token = tokenize(x.name, x.chunks, limit_name, over, nonfinite, ord, ensure_deterministic=True)
     full = f"{name or 'clip-by-norm'}-{token}"

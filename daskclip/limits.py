@@ -7,9 +7,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import dask.array as da
 import numpy as np
-import numpy.typing as npt
 
 from daskclip import files, regions, storage
 from daskclip.arrays import as_array
@@ -19,24 +17,15 @@ from daskclip.errors import DaskClipError, InvalidValueError, shown
 from daskclip.parameters import check_scalar
 from daskclip.sources import open_source
 
-Array = npt.NDArray[Any]
-
 
 def as_limits(limits: Any, clip_norm: Any, x: Any, axes: tuple[int, ...]) -> Any:
-    """Limits for a NumPy or Dask array, of as many axes; as Dask array in its chunks if lazy."""
+    """Limits for a NumPy or Dask array, of as many axes."""
     limits = as_array(limits, _check_dtype)
     _check(limits, clip_norm, x.shape, axes)
-    limits = limits.astype(np.float64)[(None,) * (x.ndim - limits.ndim) + (...,)]
-    if not isinstance(x, da.Array) and not isinstance(limits, da.Array):
-        return limits
-    of_x = x.chunks if isinstance(x, da.Array) else tuple((n,) for n in x.shape)
-    chunks = tuple((1,) if n == 1 else c for n, c in zip(limits.shape, of_x, strict=True))
-    return da.asarray(limits).rechunk(chunks)
+    return limits.astype(np.float64)[(None,) * (x.ndim - limits.ndim) + (...,)]
 
 
-def open_limits(
-    limits: Any, clip_norm: Any, shape: Any, axes: tuple[int, ...], options: Any
-) -> Any:
+def open_limits(limits: Any, clip_norm: Any, shape: Any, axes: Any, options: Any) -> Any:
     """Limits for a stored array: a NumPy or Zarr array; reads metadata only."""
     if type(limits) is not np.ndarray:
         try:
@@ -45,15 +34,15 @@ def open_limits(
             raise type(error)(f"limits: {error}") from error
     _check_dtype(limits.dtype)
     _check(limits, clip_norm, shape, axes)
-    return limits
+    return limits.astype(np.float64, order="C") if isinstance(limits, np.ndarray) else limits
 
 
-def limits_at(limits: Any, region: Box, missing: str) -> Array:
+def limits_at(limits: Any, region: Box, missing: str) -> Any:
     """Limits of the slices of a region, read one chunk or shard at a time."""
-    behind = region[len(region) - limits.ndim :]
-    own = tuple(slice(0, 1) if n == 1 else s for n, s in zip(limits.shape, behind, strict=True))
+    behind = zip(limits.shape, region[len(region) - limits.ndim :], strict=True)
+    own = tuple(slice(0, 1) if n == 1 else s for n, s in behind)
     if isinstance(limits, np.ndarray):
-        return np.asarray(limits[index(own)], np.float64)
+        return limits[index(own)]
     values = np.empty(box_shape(own))
     unit = storage.write_unit(limits)
     steps = (range(s.start // u, ceil_div(s.stop, u)) for s, u in zip(own, unit, strict=True))
@@ -62,10 +51,7 @@ def limits_at(limits: Any, region: Box, missing: str) -> Array:
         read = partial(regions.read, limits, missing=missing)
         with attempting("reading", limits, whole, read) as reading:
             found = reading(whole)
-        both = [
-            (max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(own, whole, strict=True)
-        ]
-        values[_inside(both, own)] = found[_inside(both, whole)]
+        values[_shared(whole, own)] = found[_shared(own, whole)]
     return values
 
 
@@ -73,11 +59,9 @@ def described(limits: Any) -> str | None:
     """Shape and digest; of what is stored by its names, sizes and times, without reading it."""
     if limits is None:
         return None
-    if isinstance(limits, np.ndarray):
-        data: Any = np.ascontiguousarray(limits, np.float64)
-    else:
-        data = json.dumps(storage.fingerprint(limits, changes=True)).encode()
-    return f"of shape {tuple(limits.shape)} and digest {files.digest(data):08x}"
+    numpy = isinstance(limits, np.ndarray)
+    found = limits if numpy else json.dumps(storage.fingerprint(limits, changes=True)).encode()
+    return f"of shape {limits.shape} and digest {files.digest(found):08x}"
 
 
 def nbytes(limits: Any) -> int:
@@ -106,8 +90,9 @@ def _check(limits: Any, clip_norm: Any, shape: Any, axes: tuple[int, ...]) -> No
         )
 
 
-def _inside(both: list[tuple[int, int]], region: Box) -> Any:
-    """Index of a box in a region."""
+def _shared(other: Box, region: Box) -> Any:
+    """Index in a region of what another one has of it too."""
+    pairs = zip(other, region, strict=True)
     return index(
-        tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(both, region, strict=True))
+        tuple(slice(max(a.start - b.start, 0), min(a.stop, b.stop) - b.start) for a, b in pairs)
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -139,17 +138,12 @@ def clip_block(
 
 
 def clip_array(
-    x: Array,
-    clip_norm: Any,
-    axes: tuple[int, ...],
-    *,
-    omit_nan: bool,
-    threads: int,
-    ord: float = 2,
+    x: Array, clip_norm: Any, axes: tuple[int, ...], *, threads: int, ord: float = 2, omit_nan: bool
 ) -> tuple[Array, Scale]:
     """`clip_block`, a large one in parts along the axis that memory runs along slowest."""
+    how: Any = {"omit_nan": omit_nan, "ord": ord}
     if x.nbytes < LARGE or threads < 2:
-        return clip_block(x, clip_norm, axes, omit_nan=omit_nan, ord=ord)
+        return clip_block(x, clip_norm, axes, **how)
     out = np.empty_like(x, subok=False)
     kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
     axis = max(range(x.ndim), key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
@@ -157,8 +151,7 @@ def clip_array(
     parts = [(slice(None),) * axis + (slice(i, i + step),) for i in range(0, x.shape[axis], step)]
 
     def clip(part: Any) -> Scale:
-        limit = limit_at(clip_norm, kept, part)
-        return clip_block(x[part], limit, axes, omit_nan=omit_nan, ord=ord, out=out[part])[1]
+        return clip_block(x[part], limit_at(clip_norm, kept, part), axes, out=out[part], **how)[1]
 
     with ThreadPoolExecutor(threads) as pool:
         if axis not in axes:
@@ -169,8 +162,7 @@ def clip_array(
             )
             factor, norm, flags = joined
             return out, Scale(factor, None, False, norm, flags)
-        summed = partial(partial_norm, axes=axes, omit_nan=omit_nan, ord=ord)
-        partials = pool.map(lambda part: summed(x[part]), parts)
+        partials = pool.map(lambda part: partial_norm(x[part], axes, **how), parts)
         scale = finalize(combine(list(partials)), clip_norm, x.dtype)
         list(pool.map(lambda part: rescale(x[part], scale, out[part]), parts))
     return out, scale
@@ -235,21 +227,14 @@ def _rescale_tiles(x: Array, scale: Scale, out: Array) -> None:
 
 def _rescale_double(x: Array, scale: Scale, out: Array) -> None:
     shift = 0 if scale.shift is None else scale.shift
-    cut = _cut_double(x, scale, shift) if np.any(scale.toward_zero) else None
+    cut = np.any(scale.toward_zero)
+    if cut:  # products with room for all bits; first, since `out` may be `x`
+        mantissa, exponent = np.frexp(scale.factor)
+        up = np.where(np.abs(x) < 1.0, 100, 0)
+        y, down = np.abs(np.ldexp(x, up) * mantissa), exponent + shift - up
     np.multiply(x, scale.factor, out=out)
     if scale.shift is not None:
         np.ldexp(out, shift, out=out)
-    if cut is not None:
-        np.copyto(out, cut, where=scale.toward_zero)
-
-
-def _cut_double(x: Array, scale: Scale, shift: Any) -> Array:
-    """The products, with subnormal ones rounded toward zero."""
-    mantissa, exponent = np.frexp(scale.factor)
-    up = np.where(np.abs(x) < 1.0, 100, 0)
-    y = np.ldexp(x, up) * mantissa
-    down = exponent + shift - up
-    small = np.ldexp(y, down)
-    raised = np.abs(np.ldexp(small, -down)) > np.abs(y)
-    cut: Array = np.where(raised, np.nextafter(small, 0.0), small)
-    return cut
+    if cut:
+        raised = (np.abs(np.ldexp(out, -down)) > y) & scale.toward_zero
+        np.copyto(out, np.nextafter(out, 0.0), where=raised)

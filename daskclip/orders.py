@@ -19,7 +19,7 @@ class Order(NamedTuple):
 
 
 ORDERS = {
-    1: Order(1, False, float),
-    2: Order(2, False, math.sqrt),
+    1.0: Order(1, False, float),
+    2.0: Order(2, False, math.sqrt),
     math.inf: Order(1, True, lambda terms: 1.0),
 }

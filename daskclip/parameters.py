@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from daskclip.orders import ORDERS
 
 Array = npt.NDArray[Any]
 NonFinite = Literal["propagate", "omit", "raise"]
+Check = Callable[[Any], None]
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
@@ -112,16 +114,14 @@ def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
 
 def parse_ord(ord: Any, dtype: np.dtype[Any]) -> float:
     """Key of `ORDERS` for a norm of arrays of ``dtype``."""
-    real = isinstance(ord, numbers.Real) and not isinstance(ord, bool)
-    found = next((key for key in ORDERS if real and ord == key), None)
-    if found is None:
+    if isinstance(ord, bool) or not isinstance(ord, numbers.Real) or ord not in ORDERS:
         raise InvalidValueError(f"ord {shown(ord)} is not a norm; use 1, 2 or inf")
-    if dtype.kind == "c" and found != 2:
+    if dtype.kind == "c" and ord != 2:
         raise DTypeError(
-            f"the norm of ord {found} of dtype {dtype} is not exact, since it takes the roots of "
+            f"the norm of ord {ord:g} of dtype {dtype} is not exact, since it takes the roots of "
             "its elements; use ord=2, or clip .real and .imag"
         )
-    return found
+    return float(ord)
 
 
 def check_nonfinite(nonfinite: Any) -> None:

@@ -124,7 +124,7 @@ def as_text(figures: ClipReport | ClipPlan | VerifyReport) -> str:
 
 def _report(done: ClipReport) -> dict[str, str]:
     share = 100 * done.clipped / done.slices if done.slices else 0.0
-    norms, kind = "none finite", "" if done.ord == 2 else f", ord {done.ord}"
+    norms, kind = "none finite", "" if done.ord == 2 else f", ord {done.ord:g}"
     if done.largest_norm is not None:
         norms = f"{done.smallest_norm:.6g} to {done.largest_norm:.6g}"
     limit = "a limit each" if done.clip_norm is None else f"{done.clip_norm:g}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from daskclip.errors import (
     reason,
     shown,
 )
-from daskclip.parameters import check_dtype
+from daskclip.parameters import Check, check_dtype
 from daskclip.retries import refused, transient
 from daskclip.storage import METADATA, is_array, location, place, write_unit
 
@@ -38,9 +37,7 @@ UNITS = 10**10  # more than any file system holds
 
 
 def open_source(
-    source: Any,
-    storage_options: dict[str, Any] | None = None,
-    check: Callable[[Any], None] = check_dtype,
+    source: Any, storage_options: dict[str, Any] | None = None, check: Check = check_dtype
 ) -> zarr.Array[Any]:
     """Open an array for reading, or say why it is none; reads metadata only."""
     array = source if is_array(source) else _open(source, storage_options)

@@ -16,13 +16,7 @@ from uuid import uuid4
 import numpy as np
 
 from daskclip import journal, storage, tasks
-from daskclip.errors import (
-    DaskClipError,
-    InvalidTypeError,
-    InvalidValueError,
-    SourceNotFoundError,
-    VerificationError,
-)
+from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
 from daskclip.journal import Entry, Journal
 from daskclip.limits import described, open_limits
 from daskclip.passes import Passes
@@ -156,16 +150,12 @@ def verify_zarr(
 
 def _same_limits(array: Any, limits: Any, run: Entry) -> Any:
     """Those a run had, if it had any."""
-    was, where = run["parameters"]["limits"], storage.location(array)
-    if was is not None and limits is None:
-        raise InvalidTypeError(f"{where} was written with limits {was}; give them as limits")
     if limits is not None:
         limits = open_limits(limits, None, array.shape, plan_of(run).axes, None)
-    if described(limits) != was:
-        raise InvalidValueError(
-            f"limits are {described(limits)}, those that {where} was written with {was}; "
-            "give those" + (", or none" if was is None else "")
-        )
+    was, given = run["parameters"]["limits"], described(limits)
+    if given != was:
+        where = storage.location(array)
+        raise VerificationError(f"{where} was clipped with limits {was}, not {given}; give those")
     return limits
 
 

@@ -260,7 +260,9 @@ def test_a_run_in_two_passes_that_is_stopped_anywhere(tmp_path, monkeypatch, ord
         except KeyboardInterrupt:
             assert not target.exists()
         if number == 1:
-            with pytest.raises(TargetExistsError, match=rf"has ord {ord} and not 2; finish it"):
+            with pytest.raises(
+                TargetExistsError, match=rf"has ord {ord:.1f} and not 2\.0; finish it"
+            ):
                 clip_zarr(x, target, 2.0, 0, memory=memory)
         left[0] = 0
         clip_zarr(x, target, 2.0, 0, ord=ord, memory=memory)
