@@ -78,9 +78,7 @@ def _check_dtype(dtype: Any) -> None:
 def _check(limits: Any, clip_norm: Any, shape: Any, axes: tuple[int, ...]) -> None:
     """Refuse limits beside a clip_norm, and those that are not for the norms."""
     if clip_norm is not None:
-        raise InvalidValueError(
-            f"clip_norm {shown(clip_norm)} and limits are both given; leave one of them out"
-        )
+        raise InvalidValueError(f"clip_norm {shown(clip_norm)} and limits are both given; give one")
     kept = tuple(1 if k in axes else n for k, n in enumerate(shape))
     pairs = zip(limits.shape[::-1], kept[::-1], strict=False)
     if limits.ndim > len(kept) or any(n not in (1, m) for n, m in pairs):

@@ -88,10 +88,7 @@ def require_unchanged(array: Any, limits: Any, run: Entry) -> None:
             "let nothing write to it and run again"
         )
     if described(limits) != run["parameters"]["limits"]:
-        raise SourceChangedError(
-            f"limits {storage.location(limits)} changed during the run; let nothing write to them "
-            "and run again"
-        )
+        raise SourceChangedError("limits changed during the run; let nothing write to them")
 
 
 def planned(run: Entry, memory: int) -> ClipPlan:

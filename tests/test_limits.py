@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import zarr
 from click.testing import CliRunner
+from distributed import Client, LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import BFLOAT16, bits, slices
@@ -313,9 +314,25 @@ def test_limits_that_change_during_the_run_stop_it(tmp_path, monkeypatch, passes
         zarr.open_array(limits, mode="r+")[0, 0] = 1.0
 
     monkeypatch.setattr(Journal, "append", changing)
-    with pytest.raises(SourceChangedError, match=r"^limits .*/limits changed during the run; let"):
+    with pytest.raises(SourceChangedError, match=r"^limits changed during the run; let"):
         clip_zarr(x, tmp_path / "y", None, 0, limits=limits, memory=memory)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["limits", "x"]
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", ["numpy", "path"])
+def test_two_processes(tmp_path, passes, kind):
+    values, numbers = some((20, 24), "f4"), limits_of((1, 24))
+    x = create(tmp_path / "x", values, (4, 4))
+    limits = STORED[kind](tmp_path / "limits", numbers)
+    how = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1"}
+    with LocalCluster(dashboard_address="127.0.0.1:0", **how) as two, Client(two):
+        memory = memory_of(x, 0, passes, limits)
+        report = clip_zarr(x, tmp_path / "y", None, 0, ord=1, limits=limits, memory=memory)
+    assert report.passes == passes
+    assert bits(read(tmp_path / "y")) == bits(one_by_one(values, numbers, (0,), ord=1))
 
 
 def test_a_broken_chunk_of_the_limits_is_named(tmp_path):
@@ -399,7 +416,9 @@ def test_one_of_the_two(tmp_path):
         lambda *a, **k: clip_zarr(x, tmp_path / "y", *a, **k),
         lambda *a, **k: plan_zarr(x, tmp_path / "y", *a, **k),
     ):
-        with pytest.raises(ValueError, match=r"^clip_norm 1\.0 and limits are both given; leave"):
+        with pytest.raises(
+            ValueError, match=r"^clip_norm 1\.0 and limits are both given; give one"
+        ):
             call(1.0, limits=np.ones(()))
         with pytest.raises(TypeError, match=r"^clip_norm None is not a real number"):
             call()
