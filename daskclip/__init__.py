@@ -1,4 +1,4 @@
-"""Clip L2-norms of arrays larger than memory, exactly.
+"""Clip norms of arrays larger than memory, exactly.
 
 The map of the package, from the bottom up; imports go down only.
 
@@ -7,11 +7,12 @@ errors         every error, with its exit code
 retries        which errors pass, what is tried again
 blocks         grid arithmetic
 files          local files: durable, exchanged, listed, digested
-digits         sums of squares of a matrix as integers
+orders         the norms that there are
+digits         sums of squares or magnitudes of a matrix as integers
 partials       exact sums as integers, and adding them up
 loops          sums and products that numba compiles
 kernels        exact sums and rescaled blocks by those loops, where numba is installed
-exact          exact sums of squares of NumPy blocks
+exact          exact sums of NumPy blocks
 factor         from a sum to the norm and the factor
 numerics       rescaled blocks
 tally          counts over slices
@@ -40,11 +41,13 @@ leases         objects of a target, and a lock among them
 prefixes       a target in an object store: metadata last
 targets        where a target is, by what it was named
 arrays         what may be given as an array or a list
+limits         a limit for every slice: checked, read, told from others
 lazy           the operation as Dask graphs
 clip           the operation on an array: start reading here
 clip_list      the operation on a list
 workers        the processes that run blocks
 resume         a run on disk: begun, resumed, recognised
+jobs           what blocks have in common, and which are under way
 tasks          what a worker does with one block
 prepare        what is refused or planned before a chunk is read
 graphs         blocks as one Dask graph

@@ -69,7 +69,9 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
         click.option("--dim", help="Or their stored names, such as time,lat."),
         click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
-        click.option("--clip-norm", type=float, required=True, help="The limit."),
+        click.option("--ord", type=click.Choice(["1", "2", "inf"]), default="2", help="Norm."),
+        click.option("--limits", help="Zarr array of a limit for each slice, for --clip-norm."),
+        click.option("--clip-norm", type=float, help="The limit."),
         click.argument("target", required=False),
         click.argument("source"),
     ):
@@ -123,7 +125,7 @@ def _understood() -> Iterator[None]:
 )
 @click.version_option(package_name="daskclip", prog_name="daskclip")
 def main() -> None:
-    """Clip L2-norms of Zarr arrays larger than memory, exactly."""
+    """Clip norms of Zarr arrays larger than memory, exactly."""
     # of zarr, about codecs and dtypes outside its specification: stderr has one line an event
     warnings.simplefilter("ignore")
 
@@ -145,10 +147,11 @@ def plan(dry_run: bool, **options: Any) -> None:
 @main.command(epilog=EXIT_CODES)
 @click.argument("target")
 @click.option("--source", help="Derive every block again and compare it.")
-def verify(target: str, source: str | None) -> None:
+@click.option("--limits", help="Those that run had.")
+def verify(target: str, source: str | None, limits: str | None) -> None:
     """Check what run wrote: its files, its norms and, with its source, every bit."""
     with _failing_in_one_line():
-        click.echo(as_text(verify_zarr(target, source)))
+        click.echo(as_text(verify_zarr(target, source, limits=limits)))
 
 
 @main.command(epilog=EXIT_CODES)
@@ -178,13 +181,16 @@ def _call(
     workers: int | None,
     axes: str | None,
     dim: str | None,
+    ord: str,
     **options: Any,
 ) -> None:
+    if options["clip_norm"] is None and options["limits"] is None:
+        raise click.UsageError("Missing option '--clip-norm' or '--limits'.")
     with _failing_in_one_line(), _workers(scheduler, workers, options["progress"]):
         folder = report.absolute().parent if report else None
         if folder is not None and not folder.is_dir():
             raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
-        result = function(axes=_axes(axes), dim=_names(dim), **options)
+        result = function(axes=_axes(axes), dim=_names(dim), ord=float(ord), **options)
         if report is not None:
             report.write_text(as_document(result) + "\n")
         click.echo(as_document(result) if as_json else as_text(result))

@@ -8,16 +8,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
+from uuid import uuid4
 
-from daskclip.errors import DaskClipError, SourceChangedError
+from daskclip.errors import DaskClipError
 from daskclip.group_plan import GroupPlan
+from daskclip.limits import paths
 from daskclip.parameters import NonFinite
 from daskclip.plan import ClipPlan
 from daskclip.prepare import prepare
 from daskclip.progress import Mode, show
 from daskclip.publish import refuse_existing
 from daskclip.report import ClipReport
-from daskclip.resume import begun, describe, finished, plan_of, resumed
+from daskclip.resume import begun, describe, finished, plan_of, require_unchanged, resumed
 from daskclip.retries import failing
 from daskclip.run import clip_passes, jobs_of
 from daskclip.targets import open_target
@@ -29,9 +31,11 @@ log = logging.getLogger("daskclip")
 def clip_zarr(
     source: Any,
     target: str | os.PathLike[str] | None,
-    clip_norm: float,
+    clip_norm: float | None = None,
     axes: Any = None,
     *,
+    ord: float = 2,
+    limits: Any = None,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
@@ -61,6 +65,9 @@ def clip_zarr(
         See `clip_by_norm`.
     axes : None, int or sequence of int
         Axes over which the norm is taken; None takes all.
+    ord, limits
+        See `clip_by_norm`; limits are a NumPy array, or stored as ``source`` and read by region.
+        Of a group, they are those of each array, or a group or dict with limits by name.
     memory : str or int
         Budget of each process that runs blocks, in bytes above its imports, shared by its threads.
     nonfinite : {'propagate', 'omit', 'raise'}
@@ -116,7 +123,9 @@ def clip_zarr(
 
     A run can be killed anywhere: the same call resumes it from the journal in the hidden folder
     ``.NAME.daskclip`` beside the target, and repeats one window of blocks at most. A call that is
-    already done reads nothing. Beside the budget, the journal takes 5 bytes a block.
+    already done reads nothing. Beside the budget, the journal takes 5 bytes a block. Limits are
+    within the 48 bytes that the plan has for a slice, and a chunk of them, or a NumPy array, is
+    counted as one more chunk. Stored ones are told from others as the source is.
 
     References
     ----------
@@ -137,10 +146,10 @@ def clip_zarr(
     display = show(progress)
     started = time.monotonic()
     with failing("looking at source and target"):
-        opened, plan, parameters = prepare(
+        opened, plan, each, parameters = prepare(
             source, clip_norm, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
-            global_norm=global_norm, storage_options=storage_options,
+            global_norm=global_norm, ord=ord, limits=limits, storage_options=storage_options,
         )  # fmt: skip
         place = open_target(target, opened, storage_options, overwrite=overwrite, in_place=in_place)
         run = describe(opened, place, **parameters)
@@ -153,7 +162,7 @@ def clip_zarr(
             )
         if not (overwrite or in_place):
             refuse_existing(place)
-        require_alike([*work.files, *opened.paths])
+        require_alike([*work.files, *opened.paths, *paths(each)])
         old = resumed(work, opened, run, plan.memory)
         run = old or begun(work, opened, run, plan)
         plan = plan_of(run)
@@ -161,19 +170,14 @@ def clip_zarr(
         log.info("%s run %s, %s to %s", doing, run["run"], opened, place)
         staged, folder = work.staging(opened, run["run"])
         jobs = jobs_of(
-            plan, opened, staged, run["run"],
-            staged=folder, in_place=in_place, clip_norm=float(parameters["clip_norm"]),
-            nonfinite=nonfinite, missing=missing,
+            plan, opened, staged, f"{run['run']}-{uuid4().hex}", each,
+            staged=folder, in_place=in_place, ord=float(ord),
+            clip_norm=None if each else float(parameters["clip_norm"]), nonfinite=nonfinite,
+            missing=missing,
         )  # fmt: skip
         try:
             report = clip_passes(jobs, plan, opened, staged, work, display, started, run)
-            now = opened.fingerprint(changes=True)
-            if now != run["source"]:
-                key = now.get("newest")
-                raise SourceChangedError(
-                    f"source {opened} (chunk {key}) changed during the run; "
-                    "let nothing write to it and run again"
-                )
+            require_unchanged(opened, each, run)
         except DaskClipError as error:
             if error.exit_code == 3:  # the source will not do: there is nothing to resume
                 work.clear()
@@ -189,9 +193,11 @@ def clip_zarr(
 def plan_zarr(
     source: Any,
     target: str | os.PathLike[str] | None,
-    clip_norm: float,
+    clip_norm: float | None = None,
     axes: Any = None,
     *,
+    ord: float = 2,
+    limits: Any = None,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
@@ -208,7 +214,7 @@ def plan_zarr(
 
     Parameters
     ----------
-    source, target, clip_norm, axes, memory, nonfinite, missing
+    source, target, clip_norm, axes, ord, limits, memory, nonfinite, missing
         See `clip_zarr`.
     overwrite, in_place, include, exclude, global_norm, storage_options, progress, dim
         See `clip_zarr`.
@@ -242,10 +248,10 @@ def plan_zarr(
     """
     show(progress)
     with failing("looking at source and target"):
-        opened, plan, _ = prepare(
+        opened, plan, *_ = prepare(
             source, clip_norm, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
-            global_norm=global_norm, storage_options=storage_options,
+            global_norm=global_norm, ord=ord, limits=limits, storage_options=storage_options,
         )  # fmt: skip
         place = open_target(target, opened, storage_options, overwrite=overwrite, in_place=in_place)
         if not (overwrite or in_place):

@@ -13,9 +13,9 @@ import dask.array as da
 from daskclip import plan, storage, tasks
 from daskclip.attempts import shown_region
 from daskclip.factor import Scale
+from daskclip.jobs import Job
 from daskclip.norms import no_block, tree
 from daskclip.recipes import Constant
-from daskclip.tasks import Job
 from daskclip.workers import gathered, surviving
 
 TOGETHER = 16  # blocks, at most, that one task does: all threads have something to do

@@ -83,6 +83,7 @@ class Journal:
         arrays: dict[str, Any] = {}
         for i, p in enumerate(sums):
             arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags, f"rest{i}": [p.low, p.terms]}
+            arrays[f"ord{i}"] = p.ord
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         write_durably(self._folder / name, buffer.getvalue())
@@ -96,9 +97,9 @@ class Journal:
             # numpy leaves open what it opened itself, if it is torn
             with (self._folder / name).open("rb") as file, np.load(file) as stored:
                 sums = [
-                    Partial(stored[f"limbs{i}"], int(low), stored[f"flags{i}"], int(terms))
-                    for i in range(len(stored.files) // 3)
-                    for low, terms in [stored[f"rest{i}"]]
+                    Partial(stored[f"limbs{i}"], int(low), stored[f"flags{i}"], int(terms), ord)
+                    for i in range(len(stored.files) // 4)
+                    for (low, terms), ord in [(stored[f"rest{i}"], stored[f"ord{i}"].item())]
                 ]
             self._last = name, sums
         return self._last[1]

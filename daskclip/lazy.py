@@ -22,35 +22,39 @@ HOLD = 16 * 2**20  # bytes of the chunks that share their slices, up to which th
 
 
 def clip(
-    x: da.Array, limit: Any, over: tuple[int, ...], name: str | None, nonfinite: str
+    x: da.Array, limit: Any, over: tuple[int, ...], name: str | None, nonfinite: str, ord: float
 ) -> tuple[da.Array, da.Array]:
     """Clipped array and norms: one map where chunks hold their slices whole, else two passes."""
+    if np.ndim(limit):
+        chunks = tuple((1,) if n == 1 else c for n, c in zip(limit.shape, x.chunks, strict=True))
+        limit = da.asarray(limit).rechunk(chunks)
     limit_name = limit.name if isinstance(limit, da.Array) else limit
-    token = tokenize(x.name, x.chunks, limit_name, over, nonfinite, ensure_deterministic=True)
+    token = tokenize(x.name, x.chunks, limit_name, over, nonfinite, ord, ensure_deterministic=True)
     full = f"{name or 'clip-by-norm'}-{token}"
     omit = nonfinite == "omit"
     extra = (limit,) if isinstance(limit, da.Array) else ()
     fixed = {} if extra else {"limit": limit}
     checked = x
-    if nonfinite == "raise" and limit_name != math.inf:
+    if nonfinite == "raise":
         checked = da.map_blocks(
             _require_finite, x, *extra, over=over, **fixed,
             name=f"require-finite-{token}", dtype=x.dtype, meta=x._meta,
         )  # fmt: skip
     if all(x.numblocks[a] == 1 for a in over):
         pairs = map_objects(
-            _clip_chunk, checked, *extra, over=over, omit=omit, **fixed, name=f"clip-chunk-{token}"
-        )
+            _clip_chunk, checked, *extra, over=over, omit=omit, ord=ord, **fixed,
+            name=f"clip-chunk-{token}",
+        )  # fmt: skip
         clipped = da.map_blocks(_first, pairs, name=full, dtype=x.dtype, meta=x._meta)
         return clipped, _norms(_second, pairs, x, over, f"norm-{token}")
-    scale = _scales(checked, limit, over, omit, token)
+    scale = _scales(checked, limit, over, omit, ord, token)
     return rescaled(x, scale, over, full), _norms(_norm, scale, x, over, f"norm-{token}")
 
 
-def norm(x: da.Array, over: tuple[int, ...], keepdims: bool) -> da.Array:
+def norm(x: da.Array, over: tuple[int, ...], keepdims: bool, ord: float) -> da.Array:
     """Norms of the slices of ``x``."""
-    token = tokenize(x.name, x.chunks, over, ensure_deterministic=True)
-    scale = _scales(x, math.inf, over, False, f"only-{token}")
+    token = tokenize(x.name, x.chunks, over, ord, ensure_deterministic=True)
+    scale = _scales(x, math.inf, over, False, ord, f"only-{token}")
     return _norms(_norm, scale, x, () if keepdims else over, f"norm-only-{keepdims}-{token}")
 
 
@@ -76,7 +80,7 @@ def total(arrays: list[Any]) -> Delayed:
         if x is not None:
             over = tuple(range(x.ndim))
             token = tokenize(x.name, x.chunks, over, ensure_deterministic=True)
-            parts += _partials(x, over, False, f"global-{token}").to_delayed().ravel().tolist()
+            parts += _partials(x, over, False, 2, f"global-{token}").to_delayed().ravel().tolist()
     summed: Delayed = delayed(_total, pure=True)(parts)
     return summed
 
@@ -116,16 +120,19 @@ def rescaled(x: da.Array, scale: Any, over: tuple[int, ...], name: str) -> da.Ar
     return da.Array(graph, name, x.chunks, meta=x._meta)
 
 
-def _partials(x: da.Array, over: tuple[int, ...], omit: bool, token: str) -> da.Array:
+def _partials(x: da.Array, over: tuple[int, ...], omit: bool, ord: float, token: str) -> da.Array:
     kept = tuple((1,) * len(c) if a in over else c for a, c in enumerate(x.chunks))
     parts = map_objects(
-        partial_norm, x, axes=over, omit_nan=omit, name=f"partial-norm-{token}", chunks=kept
-    )
+        partial_norm, x, axes=over, omit_nan=omit, ord=ord,
+        name=f"partial-norm-{token}", chunks=kept,
+    )  # fmt: skip
     return tree(parts, over)
 
 
-def _scales(x: da.Array, limit: Any, over: tuple[int, ...], omit: bool, token: str) -> da.Array:
-    parts = _partials(x, over, omit, token)
+def _scales(
+    x: da.Array, limit: Any, over: tuple[int, ...], omit: bool, ord: float, token: str
+) -> da.Array:
+    parts = _partials(x, over, omit, ord, token)
     if isinstance(limit, da.Array):
         return map_objects(_finalize, parts, limit, dtype_of=x.dtype, name=f"scale-{token}")
     return map_objects(_finalize, parts, limit=limit, dtype_of=x.dtype, name=f"scale-{token}")
@@ -145,19 +152,20 @@ def _norms(pick: Any, blocks: da.Array, x: da.Array, over: tuple[int, ...], name
 
 
 def _finalize(partial: Partial, limit: Any, dtype_of: Any) -> Scale:
-    return finalize(partial, float(limit), dtype_of)
+    return finalize(partial, limit, dtype_of)
 
 
-def _clip_chunk(x: Array, limit: Any, over: tuple[int, ...], omit: bool) -> tuple[Array, Array]:
-    clipped, scale = clip_block(x, float(limit), over, omit_nan=omit)
+def _clip_chunk(
+    x: Array, limit: Any, over: tuple[int, ...], omit: bool, ord: float
+) -> tuple[Array, Array]:
+    clipped, scale = clip_block(x, limit, over, omit_nan=omit, ord=ord)
     return clipped, scale.norm
 
 
 def _require_finite(x: Array, limit: Any, over: tuple[int, ...], block_info: Any = None) -> Array:
-    if float(limit) != math.inf:
-        where = block_info[0]
-        start = [first for first, _ in where["array-location"]]
-        require_finite(x, over, start, lambda _: where["chunk-location"])
+    where = block_info[0]
+    start = [first for first, _ in where["array-location"]]
+    require_finite(x, over, limit, start, lambda _: where["chunk-location"])
     return x
 
 
@@ -182,7 +190,7 @@ def _total(parts: list[Partial]) -> Partial:
 
 
 def _global_scale(partial: Partial, limit: Any, dtype: Any) -> Scale:
-    return finalize(nan_if_infinite(partial), float(limit), dtype)
+    return finalize(nan_if_infinite(partial), limit, dtype)
 
 
 def _global_norm(partial: Partial) -> Any:

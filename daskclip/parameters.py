@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,9 +12,11 @@ import numpy.typing as npt
 from dask.utils import parse_bytes
 
 from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, shown
+from daskclip.orders import ORDERS
 
 Array = npt.NDArray[Any]
 NonFinite = Literal["propagate", "omit", "raise"]
+Check = Callable[[Any], None]
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
@@ -140,6 +142,18 @@ def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
         ) from None
     check_scalar(value.ndim, value.dtype, value.shape, what)
     return float(value)
+
+
+def parse_ord(ord: Any, dtype: np.dtype[Any]) -> float:
+    """Key of `ORDERS` for a norm of arrays of ``dtype``."""
+    if isinstance(ord, bool) or not isinstance(ord, numbers.Real) or ord not in ORDERS:
+        raise InvalidValueError(f"ord {shown(ord)} is not a norm; use 1, 2 or inf")
+    if dtype.kind == "c" and ord != 2:
+        raise DTypeError(
+            f"the norm of ord {ord:g} of dtype {dtype} is not exact, since it takes the roots of "
+            "its elements; use ord=2, or clip .real and .imag"
+        )
+    return float(ord)
 
 
 def check_nonfinite(nonfinite: Any) -> None:

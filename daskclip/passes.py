@@ -13,11 +13,11 @@ import numpy as np
 from daskclip import tally, tasks
 from daskclip.files import digest_file
 from daskclip.graphs import Cell, Row, compute, together
+from daskclip.jobs import Job
 from daskclip.journal import Entry, Journal
 from daskclip.partials import NAN, combine
 from daskclip.scales import Scales
 from daskclip.tally import Tally
-from daskclip.tasks import Job
 
 
 @dataclass(slots=True)
@@ -124,7 +124,7 @@ class Passes:
     def _two_passes(self, second: Any, jobs: Sequence[int]) -> Iterator[Entry]:
         """Sum the blocks of some slabs, then do with each what ``second`` does, if anything."""
         seen = np.zeros(self.first[-1], np.uint32)
-        for forth, back in self._rounds(jobs):
+        for slabs, forth, back in self._rounds(jobs):
             name, spoilt = "", False
             for rows in forth():
                 entry = self._window(1, rows, partial(self._sum, rows, name))
@@ -134,7 +134,8 @@ class Passes:
                     seen[int(number)] = digest
             if not name:  # nothing is stored
                 continue
-            scales = Scales([self.jobs[k] for k in jobs], self.journal, name, self._shared)
+            some = [self.jobs[k] for k in jobs]
+            scales = Scales(some, self.journal, name, slabs, self._shared)
             if second is None:
                 self.total = tally.add(self.total, scales.tally())
             for rows, first, last in _marked(back(spoilt)) if second else ():
@@ -142,8 +143,8 @@ class Passes:
                 yield self._window(2, rows, make)
             self.journal.forget(name)
 
-    def _rounds(self, jobs: Sequence[int]) -> Iterator[tuple[Any, Any]]:
-        """What gives the windows of some slabs, and then backwards: they may still be in memory.
+    def _rounds(self, jobs: Sequence[int]) -> Iterator[tuple[Any, Any, Any]]:
+        """Some slabs, their windows, and these backwards: they may still be in memory.
 
         Backwards, if NaN was met, with the blocks of which nothing is stored: they become NaN.
         """
@@ -156,7 +157,7 @@ class Passes:
                 cells = self._cells(reversed(jobs), backwards=True, everything=spoilt)
                 return ([row] for row in self._windows(cells))
 
-            yield forth, back
+            yield [0], forth, back
             return
         (k,) = jobs
         plan, stored = self.jobs[k].plan, self.stored[k]
@@ -167,7 +168,7 @@ class Passes:
             def once_more(spoilt: bool, again: Any = again, both: Any = (windows, whole)) -> Any:
                 return again(reversed(both[spoilt]))
 
-            yield partial(again, windows), once_more
+            yield slabs, partial(again, windows), once_more
 
     def measure(self) -> None:
         """Count all slices by their norms."""

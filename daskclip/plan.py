@@ -32,7 +32,7 @@ BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 CALL = 1024  # units of a block
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
 SCRATCH = 12 * MIB  # numerics, pages to write from, and what the allocator keeps; per thread
-SLICE = 48  # norm, factor and flags of a slice of a block on its way, and what counts them
+SLICE = 48  # limit, norm, factor and flags of a slice of a block, and what counts them
 WINDOW = 16  # blocks of a window per thread
 
 
@@ -194,6 +194,7 @@ def make_plan(
     threads: int,
     fewest: int,
     shared: bool = False,
+    beside: int = 0,
 ) -> ClipPlan:
     """Choose blocks that keep within ``memory``.
 
@@ -209,6 +210,8 @@ def make_plan(
         Threads of each process, and to how many of them the plan may go down.
     shared : bool
         Whether the one slice goes on in other arrays, so that no block holds it whole.
+    beside : int
+        Bytes of a chunk that is read beside those of the array.
 
     Returns
     -------
@@ -230,7 +233,7 @@ def make_plan(
         """Bytes of one process, and blocks of a window."""
         size = math.prod(block) * itemsize
         # a chunk on its way is there as read, decoded, encoded, and once more in the allocator
-        thread = size + 4 * stored + SCRATCH
+        thread = size + 4 * (stored + beside) + SCRATCH
         window = WINDOW * threads
         slices = math.prod(n for a, n in enumerate(block) if a not in axes)
         if is_whole(block):

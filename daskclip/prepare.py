@@ -10,6 +10,7 @@ import numpy as np
 from daskclip.errors import DaskClipError, InvalidTypeError, InvalidValueError, shown
 from daskclip.group_plan import GroupPlan, plan_group
 from daskclip.hierarchy import Hierarchy
+from daskclip.limits import described, nbytes, open_limits
 from daskclip.members import members, patterns
 from daskclip.parameters import (
     axes_named,
@@ -18,6 +19,7 @@ from daskclip.parameters import (
     parse_clip_norm,
     parse_dim,
     parse_memory,
+    parse_ord,
 )
 from daskclip.sources import check_source, open_source
 from daskclip.storage import dimension_names, write_unit
@@ -39,10 +41,12 @@ def prepare(
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
     global_norm: Any,
+    ord: Any,
+    limits: Any,
     storage_options: dict[str, Any] | None,
-) -> tuple[Hierarchy, GroupPlan, dict[str, Any]]:
-    """What is at a source, how it will be clipped, and what tells this from another run of it."""
-    limit = parse_clip_norm(clip_norm)
+) -> tuple[Hierarchy, GroupPlan, dict[str, Any], dict[str, Any]]:
+    """What is at a source, how it will be clipped, by which limits, and what tells runs apart."""
+    limit = parse_clip_norm(clip_norm) if limits is None else None
     check_nonfinite(nonfinite)
     if missing not in ("fill", "error"):
         raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
@@ -55,12 +59,18 @@ def prepare(
             f"a global norm has no axes, and {shown(axes if dim is None else dim)} is given; leave "
             "out one of them"
         )
+    if global_norm and limits is not None:
+        raise InvalidValueError("a global norm has one limit, and limits are given; give clip_norm")
     budget = parse_memory(memory)
     opened = open_source(source, storage_options)
     names = members(opened, include, exclude)
     if opened.is_group and dim is not None:
         names, dim = _having(opened, names, dim)
-    clipped = {name: _clipped(opened, name, axes, dim) for name in names}
+    clipped = {name: _clipped(opened, name, axes, dim, ord) for name in names}
+    over = {name: one["axes"] for name, one in clipped.items()}
+    each = open_limits(limits, clip_norm, opened, over, storage_options)
+    for name, one in each.items():
+        clipped[name]["beside"] = nbytes(one)
     copied = {
         name: {"shape": array.shape, "unit": write_unit(array), "itemsize": array.dtype.itemsize}
         for name, array in opened.arrays.items()
@@ -74,13 +84,15 @@ def prepare(
         "clip_norm": str(limit),
         "axes": None if taken is None else [int(a) for a in np.atleast_1d(taken)],
         "dim": dim if opened.is_group else None,
+        "ord": float(ord),
+        "limits": described(each),
         "nonfinite": nonfinite,
         "missing": missing,
         "include": patterns(include, "include"),
         "exclude": patterns(exclude, "exclude"),
         "global_norm": global_norm,
     }
-    return opened, plan, parameters
+    return opened, plan, each, parameters
 
 
 def _having(source: Hierarchy, names: list[str], dim: Any) -> tuple[list[str], list[str]]:
@@ -91,7 +103,7 @@ def _having(source: Hierarchy, names: list[str], dim: Any) -> tuple[list[str], l
     return [name for name in names if {*having[name]} & {*wanted}], wanted
 
 
-def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any) -> dict[str, Any]:
+def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> dict[str, Any]:
     """What the plan of an array has to know."""
     array = source.arrays[name]
     named = dimension_names(array)
@@ -99,6 +111,7 @@ def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any) -> dict[str, Any
         dim = [d for d in dim if d in (named or ())]
     try:
         check_source(array)
+        parse_ord(ord, array.dtype)
         taken = parse_axes(axes_named(dim, named, axes), array.ndim)
     except DaskClipError as error:
         if name and name not in str(error):

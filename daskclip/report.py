@@ -21,8 +21,10 @@ class ClipReport:
     """Where the array was read."""
     target: str
     """Where the clipped one is."""
-    clip_norm: float
-    """The limit."""
+    clip_norm: float | None
+    """The limit; None if each slice had its own."""
+    ord: float
+    """Which norm: 1, 2 or inf."""
     axes: tuple[int, ...] | None
     """Axes the norms were taken over; None for all axes of each array of a group."""
     arrays: int
@@ -86,8 +88,8 @@ class VerifyReport:
     """Array that it was derived from once more, if that was asked for."""
     run: str
     """Id of the run that made it."""
-    clip_norm: float
-    """The limit."""
+    clip_norm: float | None
+    """The limit; None if each slice had its own."""
     blocks: int
     """Blocks whose files are those that were written."""
     slices: int
@@ -127,9 +129,10 @@ def as_text(figures: ClipReport | ClipPlan | GroupPlan | VerifyReport) -> str:
 
 def _report(done: ClipReport) -> dict[str, str]:
     share = 100 * done.clipped / done.slices if done.slices else 0.0
-    norms = "none finite"
+    norms, kind = "none finite", "" if done.ord == 2 else f", ord {done.ord:g}"
     if done.largest_norm is not None:
         norms = f"{done.smallest_norm:.6g} to {done.largest_norm:.6g}"
+    limit = "a limit each" if done.clip_norm is None else f"{done.clip_norm:g}"
     passes = "1 pass" if done.passes == 1 else f"{done.passes} passes"
     arrays = {"arrays": f"{done.arrays:,}, {done.copied:,} more are copied"}
     return {
@@ -137,7 +140,7 @@ def _report(done: ClipReport) -> dict[str, str]:
         "source": done.source,
         "target": done.target,
         **(arrays if done.arrays + done.copied > 1 else {}),
-        "clip_norm": f"{done.clip_norm:g} over axes {_axes(done.axes)}",
+        "clip_norm": f"{limit} over axes {_axes(done.axes)}{kind}",
         "slices": f"{done.slices:,}",
         "clipped": f"{done.clipped:,} ({share:.1f} %)",
         "non-finite": f"{done.nonfinite:,}",

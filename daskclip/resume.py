@@ -9,10 +9,11 @@ from uuid import uuid4
 
 from daskclip import journal
 from daskclip.blocks import ceil_div
-from daskclip.errors import MemoryBudgetError, TargetExistsError
+from daskclip.errors import MemoryBudgetError, SourceChangedError, TargetExistsError
 from daskclip.group_plan import GroupPlan
 from daskclip.hierarchy import Hierarchy
 from daskclip.journal import Entry, Journal
+from daskclip.limits import described
 from daskclip.plan import MIB, ClipPlan
 from daskclip.prefixes import PrefixWork
 from daskclip.publish import JOURNAL, FolderWork, is_made
@@ -78,6 +79,18 @@ def resumed(work: Work, source: Hierarchy, run: Entry, memory: int) -> Entry | N
     if not work.complete(source, old["run"], last):
         raise TargetExistsError(f"{where} has lost its files; {DISCARD}")
     return old | stored_plan(planned(old, memory))
+
+
+def require_unchanged(source: Hierarchy, limits: dict[str, Any], run: Entry) -> None:
+    """Require source and limits to be what they were when the run began."""
+    now = source.fingerprint(changes=True)
+    if now != run["source"]:
+        raise SourceChangedError(
+            f"source {source} (chunk {now.get('newest')}) changed during the run; "
+            "let nothing write to it and run again"
+        )
+    if described(limits) != run["parameters"]["limits"]:
+        raise SourceChangedError("limits changed during the run; let nothing write to them")
 
 
 def planned(run: Entry, memory: int) -> GroupPlan:

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from uuid import uuid4
 
-from daskclip import tasks
 from daskclip.blocks import grid
 from daskclip.files import DIGESTS
 from daskclip.group_plan import GroupPlan
 from daskclip.hierarchy import Hierarchy
+from daskclip.jobs import Job, end
 from daskclip.journal import Entry, Journal
 from daskclip.numerics import warm_up
 from daskclip.passes import Passes
@@ -22,26 +21,30 @@ from daskclip.publish import JOURNAL
 from daskclip.report import ClipReport
 from daskclip.resume import Work, record
 from daskclip.storage import stored_blocks
-from daskclip.tasks import Job
 from daskclip.workers import memory_used, running, versions
 
 OTHERS = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm")
 
 
 def jobs_of(
-    plan: GroupPlan, source: Hierarchy, target: Hierarchy | None, run: str, **common: Any
+    plan: GroupPlan,
+    source: Hierarchy,
+    target: Hierarchy | None,
+    run: str,
+    limits: dict[str, Any],
+    **common: Any,
 ) -> list[Job]:
-    """A job for each array of a plan."""
-    attempt = f"{run}-{uuid4().hex}"
+    """A job for each array of a plan; ``run`` names the attempt."""
     return [
         Job(
-            run=attempt,
+            run=run,
             number=i,
             name=name,
             plan=one,
             source=source.arrays[name],
             target=None if target is None else target.arrays[name],
             shared=plan.global_norm,
+            limits=limits.get(name),
             **common,
         )
         for i, (name, one) in enumerate(plan.plans.items())
@@ -72,7 +75,7 @@ def clip_passes(
 
     with (
         Journal(work.folder / JOURNAL, work.mirror) as entries,
-        running(plan.threads, partial(tasks.end, first.run)) as how,
+        running(plan.threads, partial(end, first.run)) as how,
     ):
         passes = Passes(jobs, how, entries, progress, plan.window, _stored(jobs, run))
         written = passes.clip()
@@ -86,6 +89,7 @@ def clip_passes(
             source=str(source),
             target=str(work.target),
             clip_norm=first.clip_norm,
+            ord=first.ord,
             axes=None if axes is None else tuple(axes),
             arrays=len(plan.clipped),
             copied=len(plan.plans) - len(plan.clipped),
@@ -125,9 +129,9 @@ def _warm_up(jobs: list[Job]) -> None:
 
 
 def _stored(jobs: list[Job], run: Entry) -> list[Any]:
-    """Whether anything of each block is stored; None for arrays that are looked at whole."""
+    """Whether anything of each block is stored; None to look at all: a limit may be NaN."""
     parameters = run["parameters"]
-    everything = parameters["missing"] == "error" or parameters["clip_norm"] == "nan"
+    everything = parameters["missing"] == "error" or parameters["clip_norm"] in ("nan", "None")
     units = sum(math.prod(grid(job.plan.shape, job.plan.unit)) for job in jobs)
     if run["source"].get("chunks", units) >= units:
         return [None] * len(jobs)

@@ -8,9 +8,9 @@ from functools import reduce
 
 from daskclip import tally, tasks
 from daskclip.factor import Scale, finalize, nan_if_infinite
+from daskclip.jobs import Job
 from daskclip.journal import Journal
 from daskclip.tally import Tally
-from daskclip.tasks import Job
 
 
 @dataclass(slots=True)
@@ -24,6 +24,8 @@ class Scales:
     journal: Journal
     name: str
     """Of their sums in the journal."""
+    slabs: Sequence[int]
+    """Of the first of the arrays."""
     shared: bool
     """Whether the arrays share their one slice."""
     _made: dict[tuple[int, str], Scale] = field(default_factory=dict)
@@ -37,7 +39,8 @@ class Scales:
             sums = self.journal.load(self.name)[row]._replace(terms=terms)
             if self.shared:  # as clip_by_global_norm has it
                 sums = nan_if_infinite(sums)
-            self._made[kind] = finalize(sums, job.clip_norm, job.source.dtype)
+            limit = tasks.limit_of(job, job.plan.region(int(self.slabs[row]), 0))
+            self._made[kind] = finalize(sums, limit, job.source.dtype)
         return "-".join(map(str, kind)), self._made[kind]
 
     def tally(self) -> Tally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 from daskclip import chunks
@@ -73,14 +74,14 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> H
     return opened
 
 
-def check_source(array: Any) -> None:
+def check_source(array: Any, check: Callable[[Any], None] = check_dtype) -> None:
     """Refuse an array that cannot be clipped right; reads metadata only."""
     where = f"source {location(array)}"
     named = attributes(array)
     if V2_NAMES in named:  # then xarray takes what is not stored as missing
         named.setdefault("_FillValue", array.fill_value)
     check_decoded(array.dtype, named, where)
-    check_dtype(array.dtype)
+    check(array.dtype)
     try:
         unit = write_unit(array)
     except NotImplementedError as error:

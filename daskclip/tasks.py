@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Condition, get_ident
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,42 +17,13 @@ from daskclip.blocks import Box, box_shape, boxes, index, shift
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
 from daskclip.exact import partial_norm
 from daskclip.factor import Scale, finalize
+from daskclip.jobs import Job, room_for, under_way
+from daskclip.limits import limits_at
 from daskclip.numerics import clip_block, require_finite, rescale
 from daskclip.partials import Partial, combine
-from daskclip.plan import ClipPlan
 from daskclip.tally import Tally, count
 
 EMPTY = 0  # digest of a block of which nothing is stored
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Job:
-    """What all blocks of an array have in common in a run."""
-
-    run: str
-    """Name of this attempt at the run."""
-    number: int
-    """Of the array among all of a run."""
-    name: str
-    """Its path in its group; '' for one that is no part of a group."""
-    plan: ClipPlan
-    """Where the blocks are."""
-    source: Any
-    """Zarr array to read."""
-    target: Any
-    """Zarr array to write, or to compare with; None if only norms are wanted."""
-    staged: str | None
-    """Folder of all that is written, for a run that writes to files."""
-    shared: bool
-    """Whether its only slice goes on in other arrays."""
-    in_place: bool
-    """Whether blocks that stay as they are need not be written at once."""
-    clip_norm: float
-    """The limit."""
-    nonfinite: str
-    """Policy for NaN and infinity."""
-    missing: str
-    """Policy for chunks that are not stored."""
 
 
 class Sums(NamedTuple):
@@ -73,12 +41,6 @@ def add_sums(parts: list[Sums]) -> Sums:
     return Sums(combine([p.partial for p in parts]), digests)
 
 
-_rooms: dict[str, dict[int, Any]] = {}
-_blocks: Counter[str] = Counter()
-_ended: set[str] = set()
-_changed = Condition()
-
-
 def each(
     function: Callable[..., Any],
     jobs: Sequence[Job],
@@ -89,12 +51,8 @@ def each(
 
     None begins in this process after the end of its run.
     """
-    run, folder = jobs[0].run, jobs[0].staged
-    with _changed:
-        if run in _ended:
-            raise StorageError("the run was stopped")
-        _blocks[run] += 1
-    try:
+    folder = jobs[0].staged
+    with under_way(jobs[0].run):
         more: list[tuple[Any, ...]] = [(scale,) for scale in scales] or [()] * len(jobs)
         done = [
             function(job, cell[0], cell[1], *scale, *cell[2:])
@@ -105,22 +63,10 @@ def each(
             with attempting("writing", jobs[0].target, region, lambda _: None):
                 files.sync(Path(folder))
         return done
-    finally:
-        with _changed:
-            _blocks[run] -= 1
-            _changed.notify_all()
 
 
 def _is_written(result: Any) -> bool:
     return (result[1] if isinstance(result, tuple) else result) is not None
-
-
-def end(run: str) -> None:
-    """Let no block of ``run`` begin in this process, and return once none is under way."""
-    with _changed:
-        _ended.add(run)
-        _changed.wait_for(lambda: not _blocks[run])
-    _rooms.pop(run, None)
 
 
 def sum_block(job: Job, slab: int, block: int) -> Sums:
@@ -130,7 +76,7 @@ def sum_block(job: Job, slab: int, block: int) -> Sums:
         sums, digest = _no_sums(job, region), EMPTY
     else:
         x = _read_first(job, region)
-        sums = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
+        sums = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit", ord=job.ord)
         digest = files.digest(x)
     if job.shared:  # with arrays of other dimensions
         sums = sums._replace(limbs=sums.limbs.reshape(-1), flags=sums.flags.reshape(()))
@@ -152,12 +98,13 @@ def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, block)
     empty = _is_empty(job, region)
+    limit = limit_of(job, region)
     if empty:
-        x, scale = None, finalize(_no_sums(job, region), job.clip_norm, job.source.dtype)
+        x, scale = None, finalize(_no_sums(job, region), limit, job.source.dtype)
     else:
         x = _read_first(job, region)
         omit = job.nonfinite == "omit"
-        x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=omit, out=x)
+        x, scale = clip_block(x, limit, job.plan.axes, omit_nan=omit, ord=job.ord, out=x)
     if _untouched(job, scale, empty):
         return count(scale), _keep(job, region, empty)
     if x is None:
@@ -218,11 +165,16 @@ def _no_sums(job: Job, region: Box) -> Partial:
     shape = box_shape(region)
     kept = tuple(1 if k in job.plan.axes else n for k, n in enumerate(shape))
     flags = np.zeros(kept, np.uint8)
-    return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(job, shape))
+    return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(job, shape), job.ord)
+
+
+def limit_of(job: Job, region: Box) -> Any:
+    """The limit of the slices of a region, or those of each."""
+    return job.clip_norm if job.limits is None else limits_at(job.limits, region, job.missing)
 
 
 def terms(job: Job, shape: tuple[int, ...]) -> int:
-    """Squares in the sum of each slice of a region."""
+    """Terms of the sum of each slice of a region."""
     number = math.prod(shape[a] for a in job.plan.axes)
     return number * (2 if job.source.dtype.kind == "c" else 1)
 
@@ -279,11 +231,12 @@ def _read_same(job: Job, region: Box, expected: int, empty: bool) -> Any:
 def _read_first(job: Job, region: Box) -> Any:
     """Read for the first time: the second pass has nothing left to refuse."""
     x = _read(job, region)
-    if job.nonfinite == "raise" and job.clip_norm != math.inf:
+    if job.nonfinite == "raise":
         unit = job.plan.unit
         require_finite(
             x,
             job.plan.axes,
+            limit_of(job, region),
             [s.start for s in region],
             lambda place: [i // u for i, u in zip(place, unit, strict=True)],
         )
@@ -292,15 +245,13 @@ def _read_first(job: Job, region: Box) -> Any:
 
 def _read(job: Job, region: Box) -> Any:
     """Values of a block, in memory that the next block of this thread takes."""
-    rooms, me = _rooms.setdefault(job.run, {}), get_ident()
     size = math.prod(job.plan.block) * job.source.dtype.itemsize
-    if len(rooms.get(me, b"")) < size:
-        rooms.pop(me, None)
-        rooms[me] = np.frombuffer(files.memory(size), np.uint8)
+    room, new = room_for(job.run, size)
+    if new:
         # glibc keeps for the next chunk what is as large as what it once had to take from the
         # system; fresh pages for all that codecs return would cost a third of their time
         np.empty(2 * storage.unit_nbytes(job.source), np.uint8)
-    room = rooms[me][:size].view(job.source.dtype)
+    room = room.view(job.source.dtype)
 
     def read(part: Box) -> Any:
         values = room[: math.prod(box_shape(part))].reshape(box_shape(part))

@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
-from daskclip import journal, storage, tasks
+from daskclip import journal, storage
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
 from daskclip.hierarchy import DOCUMENTS, Hierarchy
+from daskclip.jobs import Job, end
 from daskclip.journal import Entry, Journal
+from daskclip.limits import described, open_limits
 from daskclip.passes import Passes
 from daskclip.publish import JOURNAL, Folder
 from daskclip.report import VerifyReport
@@ -25,11 +28,12 @@ from daskclip.retries import failing
 from daskclip.run import jobs_of
 from daskclip.sources import open_source
 from daskclip.targets import Target, find_target
-from daskclip.tasks import Job
 from daskclip.workers import running
 
 
-def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyReport:
+def verify_zarr(
+    target: str | os.PathLike[str], source: Any = None, *, limits: Any = None
+) -> VerifyReport:
     """Verify an array that `clip_zarr` wrote.
 
     Parameters
@@ -38,6 +42,8 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         Array of any shape, with the record of its run.
     source : str, path or zarr.Array, optional
         What it was made from, to derive each block again and compare it bit for bit.
+    limits : NumPy array, str, path, zarr.Array or dict of these, optional
+        Those that it was made with, if each slice had its own.
 
     Returns
     -------
@@ -91,26 +97,30 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         except DaskClipError as error:
             raise VerificationError(str(error)) from error
         parameters = run["parameters"]
-        limit = float(parameters["clip_norm"])
+        each = _same_limits(there, limits, run)
+        limit = None if each else float(parameters["clip_norm"])
         common: dict[str, Any] = {"staged": None, "in_place": False, "clip_norm": limit}
         omit = "omit" if parameters["nonfinite"] == "omit" else "propagate"
-        jobs = jobs_of(plan, there, None, run["run"], nonfinite=omit, missing="fill", **common)
+        common |= {"ord": parameters["ord"], "nonfinite": omit}
+        attempt = uuid4().hex
+        jobs = jobs_of(plan, there, None, attempt, each, missing="fill", **common)
         again = None if source is None else open_source(source)
         if again is not None:
             _check_source(again, there, place)
-        with running(plan.threads, partial(tasks.end, jobs[0].run)) as how:
+        with running(plan.threads, partial(end, jobs[0].run)) as how:
             with _passes(jobs, how, plan.window) as norms:
                 norms.check(digests, range(len(jobs)))
                 norms.measure()
             total = norms.total
             if total.clipped:
+                above = "its limit" if limit is None else f"{limit:g}"
                 raise VerificationError(
-                    f"{total.clipped} slices of {place} have a norm above {limit:g}, up to "
+                    f"{total.clipped} slices of {place} have a norm above {above}, up to "
                     f"{total.largest:.17g}; clip it again"
                 )
             if again is not None:
-                common |= {"nonfinite": omit, "missing": parameters["missing"]}
-                both = jobs_of(plan, again, there, run["run"], **common)
+                common |= {"missing": parameters["missing"]}
+                both = jobs_of(plan, again, there, attempt, each, **common)
                 with _passes(both, how, plan.window) as comparison:
                     comparison.compare()
                     comparison.check(digests, comparison.copied)
@@ -125,6 +135,16 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         largest_norm=total.largest if total.slices > total.nonfinite else None,
         seconds=time.monotonic() - started,
     )
+
+
+def _same_limits(there: Hierarchy, limits: Any, run: Entry) -> dict[str, Any]:
+    """Those a run had, if it had any."""
+    over = {name: plan.axes for name, plan in plan_of(run).clipped.items()}
+    each = open_limits(limits, None, there, over, None)
+    was, given = run["parameters"]["limits"], described(each)
+    if given != was:
+        raise VerificationError(f"{there} was clipped with limits {was}, not {given}; give those")
+    return each
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from faults import CASES, Hooks, Sweep, contents, in_child, warm
 from daskclip import (
     engine,
     files,
+    jobs,
     journal,
     publish,
     regions,
@@ -95,7 +96,7 @@ def a_block_of_an_earlier_run(defect):
         raise KeyboardInterrupt
 
     def wake():
-        tasks._ended.clear()  # it was in another process
+        jobs._ended.clear()  # it was in another process
         for late in taken:
             with suppress(DaskClipError):
                 REAL.rescale(*late)

@@ -23,6 +23,7 @@ from daskclip import (
     clip_by_norm,
     clip_zarr,
     graphs,
+    jobs,
     journal,
     passes,
     plan,
@@ -240,6 +241,16 @@ def test_a_thousand_arrays_take_as_few_windows_as_one(tmp_path, monkeypatch):
     window = plan_zarr(tmp_path / "x", tmp_path / "z", 1.0).window
     assert len(made) == -(-1000 // (window * graphs.TOGETHER))
     assert (report.arrays, report.clipped) == (1000, 999)
+
+
+def test_nothing_is_held_after_a_run(tmp_path):
+    make(tmp_path / "x")
+    clip_zarr(tmp_path / "x", tmp_path / "y", 1.0)
+    assert not jobs._rooms
+    (tmp_path / "x" / "bias" / "c" / "0").write_bytes(b"no zstd")
+    with pytest.raises(OSError, match="chunk c/0"):
+        clip_zarr(tmp_path / "x", tmp_path / "z", 1.0)
+    assert not jobs._rooms
 
 
 def test_chunks_that_are_not_stored_stay_so(tmp_path):
