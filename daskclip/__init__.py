@@ -14,6 +14,7 @@ kernels        exact sums and rescaled blocks by those loops, where numba is ins
 exact          exact sums of squares of NumPy blocks
 factor         from a sum to the norm and the factor
 numerics       rescaled blocks
+sketch         histograms of norms, their quantiles, the largest
 tally          counts over slices
 parameters     the arguments of the operation
 indexed        IndexedSlices

@@ -13,7 +13,7 @@ import dask
 import dask.array as da
 import numpy as np
 
-from daskclip import storage, tally, tasks
+from daskclip import sketch, storage, tally, tasks
 from daskclip.attempts import shown_region
 from daskclip.factor import Scale
 from daskclip.files import DIGESTS
@@ -70,7 +70,8 @@ class Passes:
     def clip(self) -> bool:
         """Write the clipped array; returns whether there is one: in place there may be no need."""
         plan, in_place = self.job.plan, self.job.in_place
-        outputs = self._one_pass() if plan.passes == 1 else self._two_passes(tasks.rescale_block)
+        one = plan.passes == 1
+        outputs = self._one_pass(self._clip) if one else self._two_passes(tasks.rescale_block)
         waiting = bytearray(b"\1") * (plan.blocks if in_place else 0)
         written = not in_place
         for entry in outputs:
@@ -92,7 +93,10 @@ class Passes:
         """Count the slices of slabs that were not looked at, or have no elements."""
         rest = self.job.plan.slices - self.total.slices
         if rest:
-            self.total = tally.add(self.total, Tally(rest, 0, 0, 0.0, 0.0))
+            plan, collect = self.job.plan, self.job.collect
+            kept = [n for a, n in enumerate(plan.shape) if a not in plan.axes]
+            norms = sketch.nothing(kept, rest) if collect else None
+            self.total = tally.add(self.total, Tally(rest, 0, 0, 0.0, 0.0, norms))
 
     def _two_passes(self, second: Any) -> Iterator[Entry]:
         """Sum the blocks of some slabs, then do with each what ``second`` does, if anything."""
@@ -106,7 +110,7 @@ class Passes:
                 name, spoilt = entry["sums"], entry["nan"]
                 for number, digest in entry["source"].items():
                     seen[int(number)] = digest
-            scales = Scales(self.job, self.journal, name)
+            scales = Scales(self.job, self.journal, name, slabs)
             if second is None:
                 self.total = tally.add(self.total, scales.tally())
             elif self.stored is not None and spoilt:
@@ -120,7 +124,8 @@ class Passes:
 
     def measure(self) -> None:
         """Count all slices by their norms."""
-        for _ in self._two_passes(None):
+        one = self.job.plan.passes == 1
+        for _ in self._one_pass(self._count) if one else self._two_passes(None):
             pass
         self._count_empty()
 
@@ -135,11 +140,11 @@ class Passes:
             for blocks in windows:
                 self._compute(tasks.check_block, _rows(slabs, blocks), digests=digests)
 
-    def _one_pass(self) -> Iterator[Entry]:
+    def _one_pass(self, make: Callable[[list[Row]], Entry]) -> Iterator[Entry]:
         for slabs, windows in self.job.plan.windows(self.stored):
             for blocks in windows:
                 rows = _rows(slabs, blocks)
-                yield self._window(1, rows, partial(self._clip, rows))
+                yield self._window(1, rows, partial(make, rows))
 
     def _window(self, pass_: int, rows: list[Row], make: Callable[[], Entry]) -> Entry:
         """Next entry of the journal; made if there is none."""
@@ -167,6 +172,9 @@ class Passes:
             "tally": reduce(tally.add, [counted for counted, _ in results]),
             "target": self._numbered(rows, [digest for _, digest in results]),
         }
+
+    def _count(self, rows: list[Row]) -> Entry:
+        return {"tally": reduce(tally.add, self._compute(tasks.count_slab, rows))}
 
     def _sum(self, rows: list[Row], before: str) -> Entry:
         found = self._compute(tasks.sum_block, rows, combined=True)

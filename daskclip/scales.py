@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -20,6 +21,7 @@ class Scales:
     journal: Journal
     name: str
     """Of their sums in the journal."""
+    slabs: Sequence[int]
     _made: list[Scale] = field(default_factory=list)
 
     def load(self) -> list[Scale]:
@@ -31,4 +33,6 @@ class Scales:
         return self._made
 
     def tally(self) -> Tally:
-        return reduce(tally.add, map(tally.count, self.load()))
+        regions = (self.job.plan.region(int(slab), 0) for slab in self.slabs)
+        pairs = zip(self.load(), regions, strict=True)
+        return reduce(tally.add, (tasks.tally(self.job, *pair) for pair in pairs))

@@ -24,7 +24,7 @@ from daskclip.factor import Scale, finalize
 from daskclip.numerics import clip_block, require_finite, rescale
 from daskclip.partials import Partial, combine
 from daskclip.plan import ClipPlan
-from daskclip.tally import Tally, count
+from daskclip.tally import Tally, collect, count
 
 EMPTY = 0  # digest of a block of which nothing is stored
 
@@ -51,6 +51,8 @@ class Job:
     """Policy for NaN and infinity."""
     missing: str
     """Policy for chunks that are not stored."""
+    collect: bool = False
+    """Whether the norms are counted by their size too, and the largest kept."""
 
 
 class Sums(NamedTuple):
@@ -127,18 +129,20 @@ def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
 def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, block)
-    empty = _is_empty(job, region)
-    if empty:
-        x, scale = None, finalize(_no_sums(job, region), job.clip_norm, job.source.dtype)
-    else:
-        x = _read_first(job, region)
-        omit = job.nonfinite == "omit"
-        x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=omit, out=x)
-    if _untouched(job, scale, empty):
-        return count(scale), _keep(job, region, empty)
+    x, scale = _clipped(job, region)
+    counted = tally(job, scale, region)
+    if _untouched(job, scale, x is None):
+        return counted, _keep(job, region, x is None)
     if x is None:
         x = rescale(_read_first(job, region), scale)
-    return count(scale), _write(job, region, x)
+    return counted, _write(job, region, x)
+
+
+@_counted
+def count_slab(job: Job, slab: int, block: int) -> Tally:
+    """One pass that writes nothing: read a block that is a whole slab."""
+    region = job.plan.region(slab, block)
+    return tally(job, _clipped(job, region)[1], region)
 
 
 @_counted
@@ -180,6 +184,21 @@ def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
                 f"{shown_region(part)} of {storage.location(job.target)} is not what clipping "
                 f"{storage.location(job.source)} gives; clip it again"
             )
+
+
+def tally(job: Job, scale: Scale, region: Box) -> Tally:
+    """What is counted of the slices that meet a region."""
+    start = [s.start for s in region]
+    return collect(scale, job.plan.axes, start, job.plan.shape) if job.collect else count(scale)
+
+
+def _clipped(job: Job, region: Box) -> tuple[Any, Scale]:
+    """Values of a block that is a whole slab, clipped; None if nothing is stored of it."""
+    if _is_empty(job, region):
+        return None, finalize(_no_sums(job, region), job.clip_norm, job.source.dtype)
+    x = _read_first(job, region)
+    omit = job.nonfinite == "omit"
+    return clip_block(x, job.clip_norm, job.plan.axes, omit_nan=omit, out=x)
 
 
 def _is_empty(job: Job, region: Box) -> bool:
