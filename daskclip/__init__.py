@@ -44,7 +44,9 @@ resume         a run on disk: begun, resumed, recognised
 tasks          what a worker does with one block
 scales         what slices are multiplied by
 passes         windows of blocks, and which of them are done
+measure        passes that write nothing
 engine         from storage to storage
+stats          what the norms of an array are, before it is clipped
 verify         what was written, against its record and its source
 cli            the command line
 =============  ====================================================================
@@ -54,17 +56,20 @@ from daskclip.clip import clip_by_norm, norm
 from daskclip.clip_list import clip_by_global_norm, global_norm
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.indexed import IndexedSlices
+from daskclip.stats import StatsReport, stats_zarr
 from daskclip.verify import verify_zarr
 
 __version__ = "0.1.0"
 
 __all__ = [
     "IndexedSlices",
+    "StatsReport",
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_zarr",
     "global_norm",
     "norm",
     "plan_zarr",
+    "stats_zarr",
     "verify_zarr",
 ]

@@ -19,8 +19,8 @@ import dask
 from daskclip import resume
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.errors import DaskClipError, InvalidValueError
-from daskclip.plan import ClipPlan
-from daskclip.report import ClipReport, as_document, as_text
+from daskclip.report import Figures, as_document, as_text
+from daskclip.stats import stats_zarr
 from daskclip.verify import verify_zarr
 
 EXIT_CODES = """\b
@@ -32,44 +32,67 @@ INTERRUPTED = 75
 CONFIGURED = ("memory", "nonfinite", "missing", "progress")
 
 
-def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `run` and `plan` take."""
-    for option in (
-        click.option(
-            "--progress",
-            type=click.Choice(["auto", "bar", "lines", "json", "none"]),
-            default="auto",
-            help="What stderr shows.",
-        ),
-        click.option(
-            "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON."
-        ),
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
-        click.option("--in-place", is_flag=True, help="Replace SOURCE; there is no TARGET."),
-        click.option("--overwrite", is_flag=True, help="Replace an array at TARGET."),
-        click.option("--dry-run", is_flag=True, help="Check and plan only."),
-        click.option(
-            "--missing",
-            type=click.Choice(["fill", "error"]),
-            default="fill",
-            help="Chunks that are not stored: take the fill value, or stop.",
-        ),
-        click.option(
-            "--nonfinite",
-            type=click.Choice(["propagate", "omit", "raise"]),
-            default="propagate",
-            help="What NaN and infinity do to their slice.",
-        ),
-        click.option("--workers", type=click.IntRange(min=1), help="Start N local processes."),
-        click.option("--scheduler", help="Address, or scheduler file, of a Dask cluster."),
-        click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
-        click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
-        click.option("--clip-norm", type=float, required=True, help="The limit."),
-        click.argument("target", required=False),
-        click.argument("source"),
-    ):
-        command = option(command)
-    return command
+class _Limit(click.ParamType[Any]):
+    """A number, or a quantile of the norms."""
+
+    name = "float or p99"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        quantile = isinstance(value, str) and value.startswith("p")
+        return value if quantile else click.FLOAT.convert(value, param, ctx)
+
+
+READING = (
+    click.option(
+        "--progress",
+        type=click.Choice(["auto", "bar", "lines", "json", "none"]),
+        default="auto",
+        help="What stderr shows.",
+    ),
+    click.option(
+        "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    click.option(
+        "--missing",
+        type=click.Choice(["fill", "error"]),
+        default="fill",
+        help="Chunks that are not stored: take the fill value, or stop.",
+    ),
+    click.option(
+        "--nonfinite",
+        type=click.Choice(["propagate", "omit", "raise"]),
+        default="propagate",
+        help="What NaN and infinity do to their slice.",
+    ),
+    click.option("--workers", type=click.IntRange(min=1), help="Start N local processes."),
+    click.option("--scheduler", help="Address, or scheduler file, of a Dask cluster."),
+    click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
+    click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
+)
+WRITING = (
+    click.option("--in-place", is_flag=True, help="Replace SOURCE; there is no TARGET."),
+    click.option("--overwrite", is_flag=True, help="Replace an array at TARGET."),
+    click.option("--dry-run", is_flag=True, help="Check and plan only."),
+    click.option(
+        "--clip-norm",
+        type=_Limit(),
+        required=True,
+        help="The limit; p99 for the norm that 99 % of the slices do not exceed.",
+    ),
+    click.argument("target", required=False),
+)
+
+
+def _options(*options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What a command takes beside SOURCE; shown from the last to the first."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in (*options, click.argument("source")):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 class _Group(click.Group):
@@ -79,7 +102,7 @@ class _Group(click.Group):
         with _failing_in_one_line():
             defaults = _defaults()
         with _understood():
-            extra["default_map"] = {"run": defaults, "plan": defaults}
+            extra["default_map"] = dict.fromkeys(("run", "plan", "stats"), defaults)
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -124,17 +147,24 @@ def main() -> None:
 
 
 @main.command(epilog=EXIT_CODES)
-@_options
+@_options(*READING, *WRITING)
 def run(dry_run: bool, **options: Any) -> None:
     """Clip SOURCE into a new array TARGET; resumes a run that was stopped."""
     _call(plan_zarr if dry_run else clip_zarr, **options)
 
 
 @main.command(epilog=EXIT_CODES)
-@_options
+@_options(*READING, *WRITING)
 def plan(dry_run: bool, **options: Any) -> None:
     """Say what run would do with the same words, without reading a chunk."""
     _call(plan_zarr, **options)
+
+
+@main.command(epilog=EXIT_CODES)
+@_options(*READING)
+def stats(**options: Any) -> None:
+    """Say how large the norms of SOURCE are, and what a limit would clip; writes nothing."""
+    _call(stats_zarr, **options)
 
 
 @main.command(epilog=EXIT_CODES)
@@ -165,7 +195,7 @@ def discard(target: str) -> None:
 
 
 def _call(
-    function: Callable[..., ClipPlan | ClipReport],
+    function: Callable[..., Figures],
     *,
     report: Path | None,
     as_json: bool,

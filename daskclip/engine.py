@@ -7,6 +7,7 @@ import math
 import os
 import time
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -14,11 +15,12 @@ from daskclip import storage
 from daskclip.blocks import grid
 from daskclip.errors import DaskClipError, InvalidValueError, SourceChangedError, shown
 from daskclip.journal import Entry
+from daskclip.measure import measure_quantile
 from daskclip.parameters import (
     NonFinite,
     check_nonfinite,
     parse_axes,
-    parse_clip_norm,
+    parse_limit,
     parse_memory,
 )
 from daskclip.passes import clip_passes
@@ -41,7 +43,7 @@ STATE = {2: 24, 4: 80, 8: 80}
 def clip_zarr(
     source: Any,
     target: str | os.PathLike[str] | None,
-    clip_norm: float,
+    clip_norm: float | str,
     axes: Any = None,
     *,
     memory: str | int = "512MiB",
@@ -62,8 +64,8 @@ def clip_zarr(
         Where the clipped array will be, in an existing folder of a local file system; None with
         ``in_place``. Chunks, shards, codecs, fill value, attributes and dimension names are those
         of the source.
-    clip_norm : float
-        See `clip_by_norm`.
+    clip_norm : float or str
+        See `clip_by_norm`; or ``'p99'``, for the quantile of 99 % of the norms of finite slices.
     axes : None, int or sequence of int
         Axes over which the norm is taken; None takes all.
     memory : str or int
@@ -106,7 +108,8 @@ def clip_zarr(
     -----
     Runs on the active distributed Client if there is one, else on Dask's scheduler for threads.
     Each byte is read once if all blocks that share slices fit the budget together (and there are
-    as many such slabs as threads, or they are small), else twice.
+    as many such slabs as threads, or they are small), else twice; once more before, if
+    ``clip_norm`` is a quantile, which is then told to within 1/512 and kept for a run that resumes.
     Each write unit (shard, else chunk) is written by one task only. The target appears by one
     renaming when it is complete and on disk.
 
@@ -133,14 +136,14 @@ def clip_zarr(
     display = show(progress)
     started = time.monotonic()
     with failing("looking at source and target"):
-        array, plan, limit = _prepare(
+        array, plan, limit = prepare(
             source, clip_norm, axes, memory, nonfinite, missing, storage_options
         )
         place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
         run = describe(
             array,
             place,
-            clip_norm=str(limit),
+            clip_norm=clip_norm if isinstance(limit, Fraction) else str(limit),
             axes=list(plan.axes),
             nonfinite=nonfinite,
             missing=missing,
@@ -156,6 +159,10 @@ def clip_zarr(
             refuse_existing(place)
         require_alike([*work.files, *storage.local_paths(array)])
         old = resumed(work, array, run, plan.memory)
+        measured = 0
+        if isinstance(limit, Fraction) and not old:
+            stored = stored_blocks(array, run, plan)
+            run["limit"], measured = measure_quantile(limit, array, run, plan, stored, display)
         run = old or begun(work, array, run, plan)
         doing = "resuming" if old else "beginning"
         log.info("%s run %s, %s to %s", doing, run["run"], storage.location(array), place)
@@ -167,13 +174,13 @@ def clip_zarr(
             target=staged,
             staged=folder,
             in_place=in_place,
-            clip_norm=limit,
+            clip_norm=run.get("limit", limit),
             nonfinite=nonfinite,
             missing=missing,
         )
         try:
-            stored = _stored_blocks(array, run, job.plan)
-            report = clip_passes(job, work, display, started, stored, run)
+            stored = stored_blocks(array, run, job.plan)
+            report = clip_passes(job, work, display, started, stored, run, measured)
             now = storage.fingerprint(array, changes=True)
             if now != run["source"]:
                 key = now.get("newest")
@@ -196,7 +203,7 @@ def clip_zarr(
 def plan_zarr(
     source: Any,
     target: str | os.PathLike[str] | None,
-    clip_norm: float,
+    clip_norm: float | str,
     axes: Any = None,
     *,
     memory: str | int = "512MiB",
@@ -232,7 +239,7 @@ def plan_zarr(
 
     Notes
     -----
-    Costs the same for any size of the array.
+    Costs the same for any size of the array. What is read before for a quantile is not in it.
 
     Examples
     --------
@@ -245,7 +252,7 @@ def plan_zarr(
     """
     show(progress)
     with failing("looking at source and target"):
-        array, plan, _ = _prepare(
+        array, plan, _ = prepare(
             source, clip_norm, axes, memory, nonfinite, missing, storage_options
         )
         place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
@@ -254,7 +261,7 @@ def plan_zarr(
     return plan
 
 
-def _prepare(
+def prepare(
     source: Any,
     clip_norm: Any,
     axes: Any,
@@ -262,9 +269,9 @@ def _prepare(
     nonfinite: Any,
     missing: Any,
     storage_options: dict[str, Any] | None,
-) -> tuple[Any, ClipPlan, float]:
+) -> tuple[Any, ClipPlan, float | Fraction]:
     """Everything that can be refused without reading a chunk."""
-    limit = parse_clip_norm(clip_norm)
+    limit = parse_limit(clip_norm)
     check_nonfinite(nonfinite)
     if missing not in ("fill", "error"):
         raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
@@ -285,7 +292,7 @@ def _prepare(
     return array, plan, limit
 
 
-def _stored_blocks(array: Any, run: Entry, plan: ClipPlan) -> Any:
+def stored_blocks(array: Any, run: Entry, plan: ClipPlan) -> Any:
     """Whether anything of each block is stored; None if all of them have to be looked at."""
     units = math.prod(grid(plan.shape, plan.unit))
     parameters = run["parameters"]

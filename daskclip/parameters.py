@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numbers
 import operator
+import re
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -107,6 +109,24 @@ def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
         ) from None
     check_scalar(value.ndim, value.dtype, value.shape, what)
     return float(value)
+
+
+def parse_limit(clip_norm: Any) -> float | Fraction:
+    """A real number, or the percentage of the norms that are to be at most the limit.
+
+    Examples
+    --------
+    >>> parse_limit(2), parse_limit("p99.9")
+    (2.0, Fraction(999, 10))
+    """
+    if not isinstance(clip_norm, str):
+        return parse_clip_norm(clip_norm)
+    if not re.fullmatch(r"p[0-9]{1,3}(\.[0-9]{1,9})?", clip_norm) or Fraction(clip_norm[1:]) > 100:
+        raise InvalidTypeError(
+            f"clip_norm {shown(clip_norm)} is not a real number; give a number, or 'p' and a "
+            "percentage of the norms such as 'p99'"
+        )
+    return Fraction(clip_norm[1:])
 
 
 def check_nonfinite(nonfinite: Any) -> None:

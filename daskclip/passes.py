@@ -93,9 +93,8 @@ class Passes:
         """Count the slices of slabs that were not looked at, or have no elements."""
         rest = self.job.plan.slices - self.total.slices
         if rest:
-            plan, collect = self.job.plan, self.job.collect
-            kept = [n for a, n in enumerate(plan.shape) if a not in plan.axes]
-            norms = sketch.nothing(kept, rest) if collect else None
+            kept = [*self.job.plan.kept.values()]
+            norms = sketch.nothing(kept, rest) if self.job.collect else None
             self.total = tally.add(self.total, Tally(rest, 0, 0, 0.0, 0.0, norms))
 
     def _two_passes(self, second: Any) -> Iterator[Entry]:
@@ -246,8 +245,9 @@ def clip_passes(
     started: float,
     stored: Any,
     run: Entry,
+    measured: int,
 ) -> ClipReport:
-    """All passes, up to the end of the journal."""
+    """All passes, up to the end of the journal; ``measured`` bytes were read before."""
     plan = job.plan
     size = plan.nbytes_of(0, 0) if plan.blocks else 0
     before = memory_used(partial(warm_up, job.source.dtype, size))
@@ -270,7 +270,8 @@ def clip_passes(
         total = passes.total
         made = work.made(job.source, job.target) if written else {}
         digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
-        policies = {k: run["parameters"][k] for k in ("nonfinite", "missing")}
+        asked = ("nonfinite", "missing", *(["clip_norm"] if "limit" in run else []))
+        policies = {k: run["parameters"][k] for k in asked}
         report = ClipReport(
             status="clipped" if written else "nothing to clip",
             source=storage.location(job.source),
@@ -282,9 +283,9 @@ def clip_passes(
             nonfinite=total.nonfinite,
             smallest_norm=total.smallest if total.slices > total.nonfinite else None,
             largest_norm=total.largest if total.slices > total.nonfinite else None,
-            bytes_read=passes.read,
+            bytes_read=passes.read + measured,
             bytes_written=passes.written,
-            passes=plan.passes,
+            passes=plan.passes + ("limit" in run),
             blocks=plan.blocks,
             seconds=time.monotonic() - started,
             peak_memory=max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0),

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from daskclip.blocks import Box, box, box_shape, ceil_div, grid
+from daskclip.blocks import Box, Spans, box, box_shape, ceil_div, grid
 from daskclip.errors import MemoryBudgetError
 
 MIB = 2**20
@@ -34,26 +34,6 @@ FIXED = 16 * MIB  # graph, scheduler, zarr's threads
 SCRATCH = 12 * MIB  # numerics, pages to write from, and what the allocator keeps; per thread
 SLICE = 48  # norm, factor and flags of a slice of a block on its way, and what counts them
 WINDOW = 16  # blocks of a window per thread
-
-
-@dataclass(frozen=True, slots=True)
-class Spans:
-    """``range(n)`` in ranges of ``step``, made as they are iterated over: there may be 10**9."""
-
-    n: int
-    step: int
-
-    def __len__(self) -> int:
-        return ceil_div(self.n, self.step)
-
-    def __iter__(self) -> Iterator[range]:
-        return map(self._range, range(0, self.n, self.step))
-
-    def __reversed__(self) -> Iterator[range]:
-        return map(self._range, reversed(range(0, self.n, self.step)))
-
-    def _range(self, start: int) -> range:
-        return range(start, min(start + self.step, self.n))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +81,12 @@ class ClipPlan:
     @property
     def slices(self) -> int:
         """Number of slices."""
-        return math.prod(n for a, n in enumerate(self.shape) if a not in self.axes)
+        return math.prod(self.kept.values())
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Lengths of the axes that are not reduced."""
+        return {a: n for a, n in enumerate(self.shape) if a not in self.axes}
 
     @property
     def nbytes(self) -> int:
@@ -117,6 +102,21 @@ class ClipPlan:
     def tasks(self) -> int:
         """Blocks to run, over all passes; combining norms takes some more."""
         return self.blocks * self.passes
+
+    def rows(self) -> dict[str, str]:
+        """The figures for people."""
+        return {
+            "array": f"{self.shape}, {shown_size(self.nbytes)}, axes {shown_axes(self.axes)}",
+            "slices": f"{self.slices:,}",
+            "units": f"{self.unit} written as one object",
+            "blocks": f"{self.blocks:,} of {self.block}, {self.slabs:,} slabs",
+            "passes": str(self.passes),
+            "read": shown_size(self.bytes_read),
+            "written": shown_size(self.nbytes),
+            "tasks": f"{self.tasks:,} in windows of {self.window}",
+            "threads": f"{self.threads} a process, {self.threads * self.processes} in all",
+            "memory": f"{shown_size(self.projected_memory)} of {shown_size(self.memory)} a process",
+        }
 
     def region(self, slab: int, index: int) -> Box:
         """Where a block of a slab lies in the array."""
@@ -294,6 +294,16 @@ def _grown(
                 break
             block = wider
     return block
+
+
+def shown_axes(axes: tuple[int, ...]) -> str:
+    """Axes as the command line takes them."""
+    return ",".join(map(str, axes)) or "none"
+
+
+def shown_size(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / MIB:,.1f} MiB"
 
 
 def _mib(size: int) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from daskclip.plan import MIB, ClipPlan
+from daskclip.plan import ClipPlan, shown_axes, shown_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,31 @@ class ClipReport:
     """Sum of digests of all that is stored for the target, metadata too; it does not depend on
     where that is or on how it got there. None if nothing was written."""
 
+    def rows(self) -> dict[str, str]:
+        """The figures for people."""
+        share = 100 * self.clipped / self.slices if self.slices else 0.0
+        norms = "none finite"
+        if self.largest_norm is not None:
+            norms = f"{self.smallest_norm:.6g} to {self.largest_norm:.6g}"
+        passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
+        peak, projected = shown_size(self.peak_memory), shown_size(self.projected_memory)
+        return {
+            "status": self.status,
+            "source": self.source,
+            "target": self.target,
+            "clip_norm": f"{self.clip_norm:g} over axes {shown_axes(self.axes)}",
+            "slices": f"{self.slices:,}",
+            "clipped": f"{self.clipped:,} ({share:.1f} %)",
+            "non-finite": f"{self.nonfinite:,}",
+            "norms": norms,
+            "read": f"{shown_size(self.bytes_read)} in {passes}",
+            "written": shown_size(self.bytes_written),
+            "blocks": f"{self.blocks:,}",
+            "digest": self.digest or "none",
+            "time": f"{self.seconds:.2f} s",
+            "peak memory": f"{peak} of {projected} projected",
+        }
+
     def __str__(self) -> str:
         return as_text(self)
 
@@ -94,74 +119,41 @@ class VerifyReport:
     seconds: float
     """What it took."""
 
+    def rows(self) -> dict[str, str]:
+        """The figures for people."""
+        return {k: str(v) for k, v in asdict(self).items() if v is not None}
+
     def __str__(self) -> str:
         return as_text(self)
 
 
-def as_document(figures: ClipReport | ClipPlan) -> str:
+class Figures(Protocol):
+    """What there are figures in: a plan or a report, a dataclass."""
+
+    def rows(self) -> dict[str, str]:
+        """The figures for people."""
+
+
+def as_document(figures: Figures) -> str:
     """One JSON document of all figures; JSON has no infinity, so it becomes a string."""
-    fields = asdict(figures)
+    fields = asdict(figures)  # type: ignore[call-overload]
     if isinstance(figures, ClipPlan):
         derived = ("slices", "slabs", "blocks", "tasks", "bytes_read")
         fields |= {k: getattr(figures, k) for k in derived}
-    plain = {
-        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()
-    }
-    return json.dumps(plain, indent=2, allow_nan=False)
+    return json.dumps(_plain(fields), indent=2, allow_nan=False)
 
 
-def as_text(figures: ClipReport | ClipPlan | VerifyReport) -> str:
+def _plain(value: Any) -> Any:
+    """Value without infinities and NaN in it."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_text(figures: Figures) -> str:
     """The figures for people, a line each."""
-    if isinstance(figures, VerifyReport):
-        rows = {k: str(v) for k, v in asdict(figures).items() if v is not None}
-    else:
-        rows = _report(figures) if isinstance(figures, ClipReport) else _plan(figures)
+    rows = figures.rows()
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
-
-
-def _report(done: ClipReport) -> dict[str, str]:
-    share = 100 * done.clipped / done.slices if done.slices else 0.0
-    norms = "none finite"
-    if done.largest_norm is not None:
-        norms = f"{done.smallest_norm:.6g} to {done.largest_norm:.6g}"
-    passes = "1 pass" if done.passes == 1 else f"{done.passes} passes"
-    return {
-        "status": done.status,
-        "source": done.source,
-        "target": done.target,
-        "clip_norm": f"{done.clip_norm:g} over axes {_axes(done.axes)}",
-        "slices": f"{done.slices:,}",
-        "clipped": f"{done.clipped:,} ({share:.1f} %)",
-        "non-finite": f"{done.nonfinite:,}",
-        "norms": norms,
-        "read": f"{_size(done.bytes_read)} in {passes}",
-        "written": _size(done.bytes_written),
-        "blocks": f"{done.blocks:,}",
-        "digest": done.digest or "none",
-        "time": f"{done.seconds:.2f} s",
-        "peak memory": f"{_size(done.peak_memory)} of {_size(done.projected_memory)} projected",
-    }
-
-
-def _plan(plan: ClipPlan) -> dict[str, str]:
-    return {
-        "array": f"{plan.shape}, {_size(plan.nbytes)}, axes {_axes(plan.axes)}",
-        "slices": f"{plan.slices:,}",
-        "units": f"{plan.unit} written as one object",
-        "blocks": f"{plan.blocks:,} of {plan.block}, {plan.slabs:,} slabs",
-        "passes": str(plan.passes),
-        "read": _size(plan.bytes_read),
-        "written": _size(plan.nbytes),
-        "tasks": f"{plan.tasks:,} in windows of {plan.window}",
-        "threads": f"{plan.threads} a process, {plan.threads * plan.processes} in all",
-        "memory": f"{_size(plan.projected_memory)} of {_size(plan.memory)} a process",
-    }
-
-
-def _axes(axes: tuple[int, ...]) -> str:
-    return ",".join(map(str, axes)) or "none"
-
-
-def _size(size: int) -> str:
-    return f"{size / MIB:,.1f} MiB"

@@ -180,6 +180,16 @@ def histogram(norms: Norms, bars: int = 64) -> list[tuple[float, float, int]]:
     return list(zip(at[:-1], at[1:], counts.tolist(), strict=True))
 
 
+def figures(norms: Norms, kept: dict[int, int]) -> dict[str, Any]:
+    """What pictures of norms show; ``kept`` has the length of each kept axis."""
+    along = [
+        {"axis": a, "length": n, "part": part(n), "clipped": clipped, "largest": largest}
+        for (a, n), clipped, largest in zip(kept.items(), *norms[-2:], strict=True)
+    ]
+    worst = [{"norm": size, "index": place} for size, place in norms.worst]
+    return {"histogram": histogram(norms), "worst": worst, "along": along}
+
+
 def edges(bins: Array) -> Array:
     """Upper edges of bins."""
     exponent, place = np.divmod(bins, BINS)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +14,9 @@ import numpy as np
 
 from daskclip import journal, storage, tasks
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
-from daskclip.journal import Entry, Journal
-from daskclip.passes import Passes
-from daskclip.publish import JOURNAL, Folder
+from daskclip.journal import Entry
+from daskclip.measure import unkept
+from daskclip.publish import Folder
 from daskclip.report import VerifyReport
 from daskclip.resume import VERSION, plan_of, planned
 from daskclip.retries import failing
@@ -97,7 +94,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
             target=None,
             staged=None,
             in_place=False,
-            clip_norm=float(parameters["clip_norm"]),
+            clip_norm=float(run.get("limit", parameters["clip_norm"])),
             nonfinite="omit" if parameters["nonfinite"] == "omit" else "propagate",
             missing="fill",
         )
@@ -108,7 +105,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
                 f"{place} {array.dtype} of {array.shape}; give the source that it was made from"
             )
         with running(job.plan.threads, partial(tasks.end, job.run)) as how:
-            with _passes(job, how) as norms:
+            with unkept(job, how) as norms:
                 norms.check(digests)
                 norms.measure()
             total = norms.total
@@ -124,7 +121,7 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
                     target=array,
                     missing=parameters["missing"],
                 )
-                with _passes(job, how) as comparison:
+                with unkept(job, how) as comparison:
                     comparison.compare()
     return VerifyReport(
         target=str(place),
@@ -137,16 +134,6 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         largest_norm=total.largest if total.slices > total.nonfinite else None,
         seconds=time.monotonic() - started,
     )
-
-
-@contextmanager
-def _passes(job: Job, how: dict[str, Any]) -> Iterator[Passes]:
-    """Passes whose journal is not kept."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / JOURNAL
-        journal.begin(path, {})
-        with Journal(path) as entries:
-            yield Passes(job, how, entries, lambda *_: None)
 
 
 def _record(place: Target, path: Path) -> tuple[Entry, Entry, Any]:
