@@ -18,9 +18,10 @@ sketch         histograms of norms, their quantiles, the largest
 tally          counts over slices
 parameters     the arguments of the operation
 indexed        IndexedSlices
+pages          figures as HTML, with pictures
 plan           what a run will do, in integers
-report         figures as text and JSON
 progress       how far a run is
+report         figures as text, JSON and HTML
 norms          the Dask tree that combines sums
 recipes        chunks that are made again instead of held
 journal        what is done, a line for each window

@@ -19,7 +19,7 @@ import dask
 from daskclip import resume
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.errors import DaskClipError, InvalidValueError
-from daskclip.report import Figures, as_document, as_text
+from daskclip.report import Figures, as_document, as_page, as_text
 from daskclip.stats import stats_zarr
 from daskclip.verify import verify_zarr
 
@@ -51,6 +51,9 @@ READING = (
     ),
     click.option(
         "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON."
+    ),
+    click.option(
+        "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page of pictures."
     ),
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     click.option(
@@ -198,6 +201,7 @@ def _call(
     function: Callable[..., Figures],
     *,
     report: Path | None,
+    html: Path | None,
     as_json: bool,
     scheduler: str | None,
     workers: int | None,
@@ -205,12 +209,17 @@ def _call(
     **options: Any,
 ) -> None:
     with _failing_in_one_line(), _workers(scheduler, workers, options["progress"]):
-        folder = report.absolute().parent if report else None
-        if folder is not None and not folder.is_dir():
-            raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
+        for path in (report, html):
+            if path is not None and not path.absolute().parent.is_dir():
+                folder = path.absolute().parent
+                raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
+        if html is not None and function is not stats_zarr:
+            options["pictures"] = True
         result = function(axes=_axes(axes), **options)
         if report is not None:
             report.write_text(as_document(result) + "\n")
+        if html is not None:
+            html.write_text(as_page(result), encoding="utf-8")
         click.echo(as_document(result) if as_json else as_text(result))
 
 

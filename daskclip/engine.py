@@ -53,6 +53,7 @@ def clip_zarr(
     in_place: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
+    pictures: bool = False,
 ) -> ClipReport:
     """Clip a Zarr array into a new one, in bounded memory.
 
@@ -83,6 +84,8 @@ def clip_zarr(
         For a source given as URL.
     progress : bool or {'auto', 'bar', 'lines', 'json', 'none'}
         What is shown on stderr; True is ``'auto'``.
+    pictures : bool
+        Collect what the report shows in notebooks and on its page: histogram, largest norms.
 
     Returns
     -------
@@ -177,6 +180,7 @@ def clip_zarr(
             clip_norm=run.get("limit", limit),
             nonfinite=nonfinite,
             missing=missing,
+            collect=pictures,
         )
         try:
             stored = stored_blocks(array, run, job.plan)
@@ -213,6 +217,7 @@ def plan_zarr(
     in_place: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
+    pictures: bool = False,
 ) -> ClipPlan:
     """Plan what `clip_zarr` would do with the same arguments; reads metadata, writes nothing.
 
@@ -220,7 +225,7 @@ def plan_zarr(
     ----------
     source, target, clip_norm, axes, memory, nonfinite, missing
         See `clip_zarr`.
-    overwrite, in_place, storage_options, progress
+    overwrite, in_place, storage_options, progress, pictures
         See `clip_zarr`.
 
     Returns

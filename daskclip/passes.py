@@ -24,13 +24,14 @@ from daskclip.partials import NAN, combine
 from daskclip.progress import State
 from daskclip.publish import JOURNAL
 from daskclip.recipes import Constant
-from daskclip.report import ClipReport
+from daskclip.report import ClipReport, run_pictures
 from daskclip.resume import Work, record
 from daskclip.scales import Scales
 from daskclip.tally import Tally
 from daskclip.tasks import Job
 from daskclip.workers import gathered, memory_used, running, surviving, versions
 
+STATES = 200  # of a run that are remembered
 Row = Sequence[tuple[int, int]]  # slab and number in it, of some blocks
 
 
@@ -249,6 +250,7 @@ def clip_passes(
 ) -> ClipReport:
     """All passes, up to the end of the journal; ``measured`` bytes were read before."""
     plan = job.plan
+    states: list[State] = []
     size = plan.nbytes_of(0, 0) if plan.blocks else 0
     before = memory_used(partial(warm_up, job.source.dtype, size))
 
@@ -259,6 +261,8 @@ def clip_passes(
             done=done, skipped=skipped, total=total, pass_=at, passes=plan.passes, seconds=seconds
         )
         display(state)
+        states.append(state)
+        del states[1 : -1 if len(states) > STATES else 1 : 2]  # the rest says enough
 
     with (
         Journal(work.folder / JOURNAL, work.mirror) as entries,
@@ -272,6 +276,13 @@ def clip_passes(
         digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
         asked = ("nonfinite", "missing", *(["clip_norm"] if "limit" in run else []))
         policies = {k: run["parameters"][k] for k in asked}
+        peak = max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0)
+        seconds = time.monotonic() - started
+        pictures = None
+        if total.norms is not None:
+            figures = sketch.figures(sketch.Norms(*total.norms), plan.kept)
+            actual = peak, passes.read, passes.written, seconds
+            pictures = run_pictures(figures, plan, states, actual)
         report = ClipReport(
             status="clipped" if written else "nothing to clip",
             source=storage.location(job.source),
@@ -287,8 +298,8 @@ def clip_passes(
             bytes_written=passes.written,
             passes=plan.passes + ("limit" in run),
             blocks=plan.blocks,
-            seconds=time.monotonic() - started,
-            peak_memory=max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0),
+            seconds=seconds,
+            peak_memory=peak,
             projected_memory=plan.projected_memory,
             run=run["run"],
             began=run["began"],
@@ -296,6 +307,7 @@ def clip_passes(
             versions=versions(),
             source_fingerprint=run["source"].get("hash", "unknown"),
             digest=f"{digest:016x}" if written else None,
+            pictures=pictures,
         )
         if written:
             record(entries, made, report)

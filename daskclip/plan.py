@@ -26,8 +26,8 @@ import numpy as np
 
 from daskclip.blocks import Box, Spans, box, box_shape, ceil_div, grid
 from daskclip.errors import MemoryBudgetError
+from daskclip.pages import MIB, fragment, shown_axes, shown_size
 
-MIB = 2**20
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 CALL = 1024  # units of a block
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
@@ -117,6 +117,9 @@ class ClipPlan:
             "threads": f"{self.threads} a process, {self.threads * self.processes} in all",
             "memory": f"{shown_size(self.projected_memory)} of {shown_size(self.memory)} a process",
         }
+
+    def _repr_html_(self) -> str:
+        return fragment("daskclip plan", self.rows(), None)
 
     def region(self, slab: int, index: int) -> Box:
         """Where a block of a slab lies in the array."""
@@ -294,16 +297,6 @@ def _grown(
                 break
             block = wider
     return block
-
-
-def shown_axes(axes: tuple[int, ...]) -> str:
-    """Axes as the command line takes them."""
-    return ",".join(map(str, axes)) or "none"
-
-
-def shown_size(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / MIB:,.1f} MiB"
 
 
 def _mib(size: int) -> str:

@@ -7,7 +7,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from daskclip.plan import ClipPlan, shown_axes, shown_size
+from daskclip.pages import fragment, page, shown_axes, shown_size
+from daskclip.plan import ClipPlan
+from daskclip.progress import State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,8 @@ class ClipReport:
     digest: str | None
     """Sum of digests of all that is stored for the target, metadata too; it does not depend on
     where that is or on how it got there. None if nothing was written."""
+    pictures: dict[str, Any] | None = None
+    """What the pictures of the page show, if that was collected."""
 
     def rows(self) -> dict[str, str]:
         """The figures for people."""
@@ -90,6 +94,10 @@ class ClipReport:
 
     def __str__(self) -> str:
         return as_text(self)
+
+    def _repr_html_(self) -> str:
+        title = f"{self.source} clipped to {self.clip_norm:g}"
+        return fragment(title, self.rows(), self.pictures, self.clip_norm)
 
     def to_json(self) -> str:
         """One JSON document; an infinite figure is the string "inf"."""
@@ -127,6 +135,27 @@ class VerifyReport:
         return as_text(self)
 
 
+def run_pictures(
+    figures: dict[str, Any],
+    plan: ClipPlan,
+    states: list[State],
+    actual: tuple[int, int, int, float],
+) -> dict[str, Any]:
+    """What pictures of a run show; it took so many bytes of memory, read, written, and seconds."""
+    peak, read, written, seconds = actual
+    expected = f"{states[0].seconds + states[0].left:.2f} s" if states else ""
+    return figures | {
+        "slices": plan.slices,
+        "throughput": [(0.0, 0), *((s.seconds, s.done - s.skipped) for s in states)],
+        "plan": [
+            ("memory", shown_size(plan.projected_memory), shown_size(peak)),
+            ("bytes read", shown_size(plan.bytes_read), shown_size(read)),
+            ("bytes written", shown_size(plan.nbytes), shown_size(written)),
+            ("time, by the first window", expected, f"{seconds:.2f} s"),
+        ],
+    }
+
+
 class Figures(Protocol):
     """What there are figures in: a plan or a report, a dataclass."""
 
@@ -150,6 +179,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_page(figures: Any) -> str:
+    """An HTML document with the figures, and with pictures where there is something to show."""
+    return page("daskclip", figures._repr_html_())
 
 
 def as_text(figures: Figures) -> str:

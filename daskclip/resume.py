@@ -11,7 +11,8 @@ from daskclip import journal, storage
 from daskclip.blocks import ceil_div
 from daskclip.errors import MemoryBudgetError, TargetExistsError
 from daskclip.journal import Entry, Journal
-from daskclip.plan import MIB, ClipPlan
+from daskclip.pages import MIB
+from daskclip.plan import ClipPlan
 from daskclip.prefixes import PrefixWork
 from daskclip.publish import JOURNAL, FolderWork, is_made
 from daskclip.report import ClipReport

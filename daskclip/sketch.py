@@ -187,7 +187,7 @@ def figures(norms: Norms, kept: dict[int, int]) -> dict[str, Any]:
         for (a, n), clipped, largest in zip(kept.items(), *norms[-2:], strict=True)
     ]
     worst = [{"norm": size, "index": place} for size, place in norms.worst]
-    return {"histogram": histogram(norms), "worst": worst, "along": along}
+    return {"zeros": norms.zeros, "histogram": histogram(norms), "worst": worst, "along": along}
 
 
 def edges(bins: Array) -> Array:

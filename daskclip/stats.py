@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -12,8 +12,8 @@ from daskclip import sketch, storage
 from daskclip.engine import prepare, stored_blocks
 from daskclip.errors import SourceChangedError
 from daskclip.measure import measure
+from daskclip.pages import fragment, shown_axes, shown_size
 from daskclip.parameters import NonFinite
-from daskclip.plan import shown_axes, shown_size
 from daskclip.progress import Mode, show
 from daskclip.report import as_document, as_text
 from daskclip.retries import failing
@@ -118,6 +118,10 @@ class StatsReport:
     def __str__(self) -> str:
         return as_text(self)
 
+    def _repr_html_(self) -> str:
+        rows = {k: v for k, v in self.rows().items() if not k.startswith("largest ")}
+        return fragment(f"Norms of {self.source}", rows, asdict(self))
+
     def to_json(self) -> str:
         """One JSON document; an infinite figure is the string "inf"."""
         return as_document(self)
@@ -197,7 +201,6 @@ def stats_zarr(
         source=storage.location(array),
         axes=plan.axes,
         slices=total.slices,
-        zeros=norms.zeros,
         nan=norms.nan,
         infinite=total.nonfinite - norms.nan,
         smallest_norm=total.smallest if finite else None,
