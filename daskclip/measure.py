@@ -62,11 +62,8 @@ def measure(
         passes.done = passes.skipped = passes.done // plan.passes  # it is one pass only
 
         def report(done: int, skipped: int, _: int) -> None:
-            seconds = time.monotonic() - started
-            total = plan.nbytes
-            display(
-                State(done=done, skipped=skipped, total=total, pass_=1, passes=1, seconds=seconds)
-            )
+            told: Any = {"done": done, "skipped": skipped, "seconds": time.monotonic() - started}
+            display(State(total=plan.nbytes, pass_=1, passes=1, **told))
 
         passes.report = report
         passes.measure()

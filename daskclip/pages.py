@@ -159,10 +159,10 @@ def _chart(
             )
     if limit is not None and span[0] <= limit <= span[1]:
         x, _ = at(limit, 0)
-        end = "end" if x > (left + right) / 2 else "start"
+        anchor = "end" if x > (left + right) / 2 else "start"
         drawn.append(f'<path class="mark" d="M{x} {bottom}V{top}"/>')
         drawn.append(
-            f'<text x="{x}" y="{top - 8}" text-anchor="{end}">clip_norm {limit:.4g}</text>'
+            f'<text x="{x}" y="{top - 8}" text-anchor="{anchor}">clip_norm {limit:.4g}</text>'
         )
     middle, half = (left + right) / 2, (top + bottom) / 2
     drawn.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{across}</text>')

@@ -31,7 +31,6 @@ from daskclip.tally import Tally
 from daskclip.tasks import Job
 from daskclip.workers import gathered, memory_used, running, surviving, versions
 
-STATES = 200  # of a run that are remembered
 Row = Sequence[tuple[int, int]]  # slab and number in it, of some blocks
 
 
@@ -71,8 +70,8 @@ class Passes:
     def clip(self) -> bool:
         """Write the clipped array; returns whether there is one: in place there may be no need."""
         plan, in_place = self.job.plan, self.job.in_place
-        one = plan.passes == 1
-        outputs = self._one_pass(self._clip) if one else self._two_passes(tasks.rescale_block)
+        second = tasks.rescale_block
+        outputs = self._one_pass(self._clip) if plan.passes == 1 else self._two_passes(second)
         waiting = bytearray(b"\1") * (plan.blocks if in_place else 0)
         written = not in_place
         for entry in outputs:
@@ -94,8 +93,7 @@ class Passes:
         """Count the slices of slabs that were not looked at, or have no elements."""
         rest = self.job.plan.slices - self.total.slices
         if rest:
-            kept = [*self.job.plan.kept.values()]
-            norms = sketch.nothing(kept, rest) if self.job.collect else None
+            norms = sketch.nothing(self.job.plan.kept.values(), rest) if self.job.collect else None
             self.total = tally.add(self.total, Tally(rest, 0, 0, 0.0, 0.0, norms))
 
     def _two_passes(self, second: Any) -> Iterator[Entry]:
@@ -124,8 +122,11 @@ class Passes:
 
     def measure(self) -> None:
         """Count all slices by their norms."""
-        one = self.job.plan.passes == 1
-        for _ in self._one_pass(self._count) if one else self._two_passes(None):
+
+        def count(rows: list[Row]) -> Entry:
+            return {"tally": reduce(tally.add, self._compute(tasks.count_slab, rows))}
+
+        for _ in self._one_pass(count) if self.job.plan.passes == 1 else self._two_passes(None):
             pass
         self._count_empty()
 
@@ -172,9 +173,6 @@ class Passes:
             "tally": reduce(tally.add, [counted for counted, _ in results]),
             "target": self._numbered(rows, [digest for _, digest in results]),
         }
-
-    def _count(self, rows: list[Row]) -> Entry:
-        return {"tally": reduce(tally.add, self._compute(tasks.count_slab, rows))}
 
     def _sum(self, rows: list[Row], before: str) -> Entry:
         found = self._compute(tasks.sum_block, rows, combined=True)
@@ -256,13 +254,10 @@ def clip_passes(
 
     def progress(done: int, skipped: int, at: int) -> None:
         seconds, total = time.monotonic() - started, plan.bytes_read
-        done = min(done, total)
-        state = State(
-            done=done, skipped=skipped, total=total, pass_=at, passes=plan.passes, seconds=seconds
-        )
-        display(state)
-        states.append(state)
-        del states[1 : -1 if len(states) > STATES else 1 : 2]  # the rest says enough
+        figures = {"done": min(done, total), "skipped": skipped, "total": total, "pass_": at}
+        states.append(State(passes=plan.passes, seconds=seconds, **figures))
+        display(states[-1])
+        del states[1 : -1 if len(states) > sketch.PLACES else 1 : 2]  # the rest says enough
 
     with (
         Journal(work.folder / JOURNAL, work.mirror) as entries,
@@ -278,11 +273,7 @@ def clip_passes(
         policies = {k: run["parameters"][k] for k in asked}
         peak = max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0)
         seconds = time.monotonic() - started
-        pictures = None
-        if total.norms is not None:
-            figures = sketch.figures(sketch.Norms(*total.norms), plan.kept)
-            actual = peak, passes.read, passes.written, seconds
-            pictures = run_pictures(figures, plan, states, actual)
+        actual = peak, passes.read, passes.written, seconds
         report = ClipReport(
             status="clipped" if written else "nothing to clip",
             source=storage.location(job.source),
@@ -307,7 +298,7 @@ def clip_passes(
             versions=versions(),
             source_fingerprint=run["source"].get("hash", "unknown"),
             digest=f"{digest:016x}" if written else None,
-            pictures=pictures,
+            pictures=run_pictures(total.norms, plan, states, actual),
         )
         if written:
             record(entries, made, report)

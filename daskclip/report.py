@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from daskclip import sketch
 from daskclip.pages import fragment, page, shown_axes, shown_size
 from daskclip.plan import ClipPlan
 from daskclip.progress import State
@@ -136,15 +137,14 @@ class VerifyReport:
 
 
 def run_pictures(
-    figures: dict[str, Any],
-    plan: ClipPlan,
-    states: list[State],
-    actual: tuple[int, int, int, float],
-) -> dict[str, Any]:
+    norms: Any, plan: ClipPlan, states: list[State], actual: tuple[int, int, int, float]
+) -> dict[str, Any] | None:
     """What pictures of a run show; it took so many bytes of memory, read, written, and seconds."""
+    if norms is None:
+        return None
     peak, read, written, seconds = actual
     expected = f"{states[0].seconds + states[0].left:.2f} s" if states else ""
-    return figures | {
+    return sketch.figures(sketch.Norms(*norms), plan.kept) | {
         "slices": plan.slices,
         "throughput": [(0.0, 0), *((s.seconds, s.done - s.skipped) for s in states)],
         "plan": [

@@ -9,7 +9,7 @@ of two and 1, 2, 5, 10 ... 5000 are edges: what lies above one of them is counte
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +51,7 @@ def part(n: int) -> int:
     return max(1, -(-n // PLACES))
 
 
-def nothing(shape: Sequence[int], zeros: int = 0) -> Norms:
+def nothing(shape: Iterable[int], zeros: int = 0) -> Norms:
     """Norms of no slice, or of slices without elements, of an array with these kept axes."""
     parts = [-(-n // part(n)) for n in shape]
     return Norms(zeros, 0, [], [], [], [[0] * k for k in parts], [[0.0] * k for k in parts])
@@ -82,7 +82,7 @@ def collect(
 
     Notes
     -----
-    Holds some 20 bytes a slice, and 4 MB.
+    Holds some 20 bytes a slice, and 4 MB; with more than 2**16 slices, the bins of as many each.
 
     Examples
     --------
@@ -93,19 +93,11 @@ def collect(
     """
     nan, odd = nonfinite
     size = np.where(odd, -1.0, norm)
-    flat, counts = size.ravel(), np.zeros(0, np.int64)
-    low = 0
+    flat, found = size.ravel(), [np.zeros((2, 0), np.int64)]
     for i in range(0, flat.size, TILE):
         some = flat[i : i + TILE]
-        found = _bins(some[some > 0])
-        if found.size:
-            first, last = int(found.min()), int(found.max())
-            if not counts.size:
-                low = first
-            before, after = max(0, low - first), max(0, last + 1 - low - counts.size)
-            counts, low = np.pad(counts, (before, after)), min(low, first)
-            counts[first - low : last + 1 - low] += np.bincount(found - first)
-    used = np.flatnonzero(counts)
+        found.append(np.array(np.unique(_bins(some[some > 0]), return_counts=True)))
+    bins, counts = _merged(*np.concatenate(found, axis=1))
     clips: list[Any] = []
     largest: list[Any] = []
     for a, n in enumerate(shape):
@@ -119,23 +111,17 @@ def collect(
     top = _top(flat)
     places = np.transpose(np.unravel_index(top, (1, *norm.shape)))[:, 1:] + np.array(start, np.intp)
     worst = list(zip(flat[top].tolist(), places.tolist(), strict=True))
-    zeros, bins = int((flat == 0).sum()), (used + low).tolist()
-    return Norms(zeros, int(nan.sum()), bins, counts[used].tolist(), worst, clips, largest)
+    zeros = int((flat == 0).sum())
+    return Norms(zeros, int(nan.sum()), bins, counts, worst, clips, largest)
 
 
 def add(a: Norms, b: Norms) -> Norms:
     """Norms of disjoint sets of slices."""
-    bins, where = np.unique(np.array([*a.bins, *b.bins], np.int64), return_inverse=True)
-    counts = np.zeros(bins.size, np.int64)
-    np.add.at(counts, where, np.array([*a.counts, *b.counts], np.int64))
+    bins, counts = _merged(*np.array([[*a.bins, *b.bins], [*a.counts, *b.counts]], np.int64))
     worst = sorted([*a.worst, *b.worst], key=lambda w: (-w[0], w[1]))[:WORST]
-    pairs = zip(a.clipped, b.clipped, a.largest, b.largest, strict=True)
-    clipped, largest = [], []
-    for c, d, e, f in pairs:
-        clipped.append(np.add(c, d).tolist())
-        largest.append(np.maximum(e, f).tolist())
-    zeros, nan = a.zeros + b.zeros, a.nan + b.nan
-    return Norms(zeros, nan, bins.tolist(), counts.tolist(), worst, clipped, largest)
+    clipped = [np.add(c, d).tolist() for c, d in zip(a.clipped, b.clipped, strict=True)]
+    largest = [np.maximum(c, d).tolist() for c, d in zip(a.largest, b.largest, strict=True)]
+    return Norms(a.zeros + b.zeros, a.nan + b.nan, bins, counts, worst, clipped, largest)
 
 
 def quantile(norms: Norms, percent: Any, smallest: float, largest: float) -> float:
@@ -158,14 +144,9 @@ def quantile(norms: Norms, percent: Any, smallest: float, largest: float) -> flo
 
 
 def above(norms: Norms, limit: float) -> int:
-    """Finite slices above ``limit``: counted exactly at an edge, else interpolated in its bin."""
+    """Finite slices above ``limit`` and its bin: all that are above it, if it is an edge."""
     counts, bins = np.array(norms.counts), np.array(norms.bins, np.int64)
-    if limit < 0 or not bins.size:
-        return int(counts.sum())
-    at = int(_bins(np.array([limit]))[0]) if limit else int(bins[0]) - 1
-    low, high = edges(np.array([at - 1, at]))
-    inside = float((high - limit) / (high - low)) if high < math.inf else 0.0
-    return int(counts[bins > at].sum()) + round(inside * int(counts[bins == at].sum()))
+    return int(counts[bins > _bins(np.array([limit]))].sum() if limit > 0 else counts.sum())
 
 
 def histogram(norms: Norms, bars: int = 64) -> list[tuple[float, float, int]]:
@@ -182,10 +163,9 @@ def histogram(norms: Norms, bars: int = 64) -> list[tuple[float, float, int]]:
 
 def figures(norms: Norms, kept: dict[int, int]) -> dict[str, Any]:
     """What pictures of norms show; ``kept`` has the length of each kept axis."""
-    along = [
-        {"axis": a, "length": n, "part": part(n), "clipped": clipped, "largest": largest}
-        for (a, n), clipped, largest in zip(kept.items(), *norms[-2:], strict=True)
-    ]
+    names = "axis", "length", "part", "clipped", "largest"
+    each = zip(kept, kept.values(), map(part, kept.values()), *norms[-2:], strict=True)
+    along = [dict(zip(names, axis, strict=True)) for axis in each]
     worst = [{"norm": size, "index": place} for size, place in norms.worst]
     return {"zeros": norms.zeros, "histogram": histogram(norms), "worst": worst, "along": along}
 
@@ -196,6 +176,14 @@ def edges(bins: Array) -> Array:
     with np.errstate(over="ignore", under="ignore"):
         high = np.ldexp(0.5 + place / (2 * BINS), exponent.astype(np.int32))
     return np.minimum(high, np.finfo(np.float64).max)
+
+
+def _merged(bins: Array, counts: Array) -> tuple[list[int], list[int]]:
+    """Each bin once, ascending."""
+    unique, where = np.unique(bins, return_inverse=True)
+    sums = np.zeros(unique.size, np.int64)
+    np.add.at(sums, where, counts)
+    return unique.tolist(), sums.tolist()
 
 
 def _bins(norm: Array) -> Array:

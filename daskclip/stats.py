@@ -94,17 +94,15 @@ class StatsReport:
 
     def rows(self) -> dict[str, str]:
         """The figures for people."""
-        finite = self.slices - self.nan - self.infinite
         rows = {
             "source": f"{self.source}, axes {shown_axes(self.axes)}",
             "slices": f"{self.slices:,}",
             "zero": f"{self.zeros:,}",
             "NaN": f"{self.nan:,}",
             "infinite": f"{self.infinite:,}",
-            "norms": f"{self.smallest_norm:.6g} to {self.largest_norm:.6g}"
-            if finite
-            else "none finite",
         }
+        if self.largest_norm is not None:
+            rows["norms"] = f"{self.smallest_norm:.6g} to {self.largest_norm:.6g}"
         rows |= {k: f"{v:.6g}" for k, v in self.quantiles.items()}
         rows["error"] = f"at most {100 * self.relative_error:.2f} % of a quantile"
         for limit, clipped in self.clips.items():
@@ -192,7 +190,7 @@ def stats_zarr(
                 "to it and run again"
             )
     total = passes.total
-    norms = sketch.Norms(*(total.norms or sketch.nothing([*plan.kept.values()])))
+    norms = sketch.Norms(*(total.norms or sketch.nothing(plan.kept.values())))
     finite = total.slices > total.nonfinite
     figures = sketch.figures(norms, plan.kept)
     for along in figures["along"]:
