@@ -57,14 +57,13 @@ from daskclip.clip import clip_by_norm, norm
 from daskclip.clip_list import clip_by_global_norm, global_norm
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.indexed import IndexedSlices
-from daskclip.stats import StatsReport, stats_zarr
+from daskclip.stats import stats_zarr
 from daskclip.verify import verify_zarr
 
 __version__ = "0.1.0"
 
 __all__ = [
     "IndexedSlices",
-    "StatsReport",
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_zarr",

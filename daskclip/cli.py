@@ -19,7 +19,7 @@ import dask
 from daskclip import resume
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.errors import DaskClipError, InvalidValueError
-from daskclip.report import Figures, as_document, as_page, as_text
+from daskclip.report import as_document, as_page, as_text
 from daskclip.stats import stats_zarr
 from daskclip.verify import verify_zarr
 
@@ -42,6 +42,7 @@ class _Limit(click.ParamType[Any]):
         return value if quantile else click.FLOAT.convert(value, param, ctx)
 
 
+WRITTEN = click.Path(dir_okay=False, path_type=Path)
 READING = (
     click.option(
         "--progress",
@@ -49,12 +50,8 @@ READING = (
         default="auto",
         help="What stderr shows.",
     ),
-    click.option(
-        "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON."
-    ),
-    click.option(
-        "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page of pictures."
-    ),
+    click.option("--report", type=WRITTEN, help="Write the JSON."),
+    click.option("--html", type=WRITTEN, help="Write a page of figures and pictures."),
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     click.option(
         "--missing",
@@ -198,7 +195,7 @@ def discard(target: str) -> None:
 
 
 def _call(
-    function: Callable[..., Figures],
+    function: Callable[..., Any],
     *,
     report: Path | None,
     html: Path | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -18,7 +18,7 @@ from daskclip.errors import InvalidValueError
 from daskclip.journal import Entry, Journal
 from daskclip.passes import Passes
 from daskclip.plan import ClipPlan
-from daskclip.progress import State
+from daskclip.progress import Show, State
 from daskclip.publish import JOURNAL
 from daskclip.tasks import Job
 from daskclip.workers import running
@@ -35,11 +35,7 @@ def unkept(job: Job, how: dict[str, Any], stored: Any = None) -> Iterator[Passes
 
 
 def measure(
-    source: Any,
-    plan: ClipPlan,
-    policies: dict[str, str],
-    stored: Any,
-    display: Callable[[State], None],
+    source: Any, plan: ClipPlan, policies: dict[str, str], stored: Any, display: Show
 ) -> Passes:
     """All norms of a source, collected; each byte that is stored is read once."""
     started = time.monotonic()
@@ -71,12 +67,7 @@ def measure(
 
 
 def measure_quantile(
-    percent: Fraction,
-    source: Any,
-    run: Entry,
-    plan: ClipPlan,
-    stored: Any,
-    display: Callable[[State], None],
+    percent: Fraction, source: Any, run: Entry, plan: ClipPlan, stored: Any, display: Show
 ) -> tuple[float, int]:
     """Norm that so many percent do not exceed, and the bytes that were read for it."""
     passes = measure(source, plan, run["parameters"], stored, display)

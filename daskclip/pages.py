@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 MIB = 2**20
@@ -72,10 +72,9 @@ def fragment(
 def page(title: str, body: str) -> str:
     """A document of its own."""
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)}</title>"
-        '<meta name="viewport" content="width=device-width">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
+        '</title><meta name="viewport" content="width=device-width">'
+        '<meta name="color-scheme" content="light dark">'
         "<style>body { margin: 0; } .daskclip { min-height: 98vh; }</style>"
         f"</head><body>\n{body}\n</body></html>\n"
     )
@@ -87,12 +86,12 @@ def _spread(bars: Sequence[Any], zeros: int, limit: float | None) -> Iterable[st
     boxes = [("bar", [(low, n), (high, n)]) for low, high, n in bars if n]
     label = "norm of a slice (logarithmic)"
     yield _chart("Slices by their norm", label, "slices", span, most, boxes, True, limit)
-    points, below = [(span[0], 100 * zeros / total)], zeros
-    for _, high, n in bars:
-        below += n
-        points.append((high, 100 * below / total))
-    title = "Slices up to each norm"
-    yield _chart(title, label, "% of finite slices", span, 100, [("line", points)], True, limit)
+    ends = [(span[0], zeros), *((high, n) for _, high, n in bars)]
+    sums = accumulate(100 * n / total for _, n in ends)
+    line = [("line", [(x, min(y, 100.0)) for (x, _), y in zip(ends, sums, strict=True)])]
+    yield _chart(
+        "Slices up to each norm", label, "% of finite slices", span, 100, line, True, limit
+    )
 
 
 def _along(along: dict[str, Any], slices: int) -> str:
@@ -114,19 +113,14 @@ def _throughput(states: Sequence[Any]) -> str:
         rate = (done - was) / max(now - before, 1e-9) / 1e6
         points += [(before, rate), (now, rate)]
     span, most = (states[0][0], states[-1][0]), max(y for _, y in points) or 1.0
-    return _chart("Throughput", "time since the start, s", "MB/s", span, most, [("line", points)])
+    return _chart("Throughput", "time of the passes, s", "MB/s", span, most, [("line", points)])
 
 
 def _chart(
-    title: str,
-    across: str,
-    up: str,
-    span: tuple[float, float],
-    most: float,
-    shapes: list[tuple[str, list[tuple[float, float]]]],
-    log: bool = False,
+    title: str, across: str, up: str, span: tuple[float, float], most: float,
+    shapes: list[tuple[str, list[tuple[float, float]]]], log: bool = False,
     limit: float | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """A picture with axes; its shapes are bars, by their upper corners, and lines."""
     if not math.isfinite(most) or not span[0] < span[1]:
         return ""

@@ -250,10 +250,10 @@ def clip_passes(
     plan = job.plan
     states: list[State] = []
     size = plan.nbytes_of(0, 0) if plan.blocks else 0
-    before = memory_used(partial(warm_up, job.source.dtype, size))
+    before, begun = memory_used(partial(warm_up, job.source.dtype, size)), time.monotonic()
 
     def progress(done: int, skipped: int, at: int) -> None:
-        seconds, total = time.monotonic() - started, plan.bytes_read
+        seconds, total = time.monotonic() - begun, plan.bytes_read
         figures = {"done": min(done, total), "skipped": skipped, "total": total, "pass_": at}
         states.append(State(passes=plan.passes, seconds=seconds, **figures))
         display(states[-1])

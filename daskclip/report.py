@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from daskclip import sketch
 from daskclip.pages import fragment, page, shown_axes, shown_size
@@ -156,16 +156,9 @@ def run_pictures(
     }
 
 
-class Figures(Protocol):
-    """What there are figures in: a plan or a report, a dataclass."""
-
-    def rows(self) -> dict[str, str]:
-        """The figures for people."""
-
-
-def as_document(figures: Figures) -> str:
+def as_document(figures: Any) -> str:
     """One JSON document of all figures; JSON has no infinity, so it becomes a string."""
-    fields = asdict(figures)  # type: ignore[call-overload]
+    fields = asdict(figures)
     if isinstance(figures, ClipPlan):
         derived = ("slices", "slabs", "blocks", "tasks", "bytes_read")
         fields |= {k: getattr(figures, k) for k in derived}
@@ -186,7 +179,7 @@ def as_page(figures: Any) -> str:
     return page("daskclip", figures._repr_html_())
 
 
-def as_text(figures: Figures) -> str:
+def as_text(figures: Any) -> str:
     """The figures for people, a line each."""
     rows = figures.rows()
     width = max(map(len, rows))

@@ -27,32 +27,7 @@ CANDIDATES = 30
 class StatsReport:
     """What the norms of an array are; ``print`` shows it for people, `to_json` for programs.
 
-    Parameters
-    ----------
-    source, axes, slices, zeros, nan, infinite, smallest_norm, largest_norm
-        What was counted.
-    quantiles, relative_error, clips, histogram, worst, along
-        How the norms are spread.
-    bytes_read, seconds, projected_memory
-        What it took.
-
-    See Also
-    --------
-    stats_zarr : Makes it.
-
-    Notes
-    -----
     Counts and the largest norms are exact, and none of it depends on the chunks.
-
-    Examples
-    --------
-    >>> import tempfile, zarr
-    >>> folder = tempfile.mkdtemp()
-    >>> x = zarr.create_array(f"{folder}/x", shape=(2, 2), chunks=(1, 2), dtype="float32")
-    >>> x[:] = [[3, 4], [0, 0]]
-    >>> report = stats_zarr(x, axes=1)
-    >>> report.zeros, report.worst[0]
-    (1, {'norm': 5.0, 'index': [0]})
     """
 
     source: str

@@ -67,7 +67,7 @@ def test_the_page_of_stats(source, tmp_path):
     page = Document((tmp_path / "page.html").read_text())
     assert page.pictures() == [
         "Slices by their norm",
-        "Slices up to each norm",
+        "Slices up to a norm",
         "Largest norm along axis 0",
         "Largest norm along axis 1",
     ]
@@ -81,13 +81,19 @@ def test_the_page_of_a_run(source, tmp_path):
     page = Document((tmp_path / "a.html").read_text())
     assert page.pictures() == [
         "Slices by their norm",
-        "Slices up to each norm",
+        "Slices up to a norm",
         "Clipped along axis 0",
         "Clipped along axis 1",
         "Throughput",
     ]
     assert page.count("mark") == 2  # the limit
-    for text in ("clip_norm 5", "% of slices", "time since the start, s", "MB/s", "planned"):
+    for text in (
+        "clip_norm 5",
+        "% of slices",
+        "time of the passes, s",
+        "MB/s",
+        "planned",
+    ):
         assert text in page.texts
     # already done: the same pictures, from the record
     run("run", source, tmp_path / "y", "--axes", 2, "--clip-norm", 5, "--html", tmp_path / "b.html")
