@@ -89,9 +89,7 @@ def _spread(bars: Sequence[Any], zeros: int, limit: float | None) -> Iterable[st
     ends = [(span[0], zeros), *((high, n) for _, high, n in bars)]
     sums = accumulate(100 * n / total for _, n in ends)
     line = [("line", [(x, min(y, 100.0)) for (x, _), y in zip(ends, sums, strict=True)])]
-    yield _chart(
-        "Slices up to each norm", label, "% of finite slices", span, 100, line, True, limit
-    )
+    yield _chart("Slices up to a norm", label, "% of finite slices", span, 100, line, True, limit)
 
 
 def _along(along: dict[str, Any], slices: int) -> str:

@@ -254,3 +254,37 @@ def test_ten_million_norms_in_bounded_memory(tmp_path):
         ).sum()
         / n
     )
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("first", [True, False])
+def test_pictures_of_a_resumed_run_are_whole_or_none(source, tmp_path, monkeypatch, first):
+    options = {"clip_norm": 2.0, "axes": (1, 2), "memory": "100KiB"}
+    wanted = clip_zarr(source, tmp_path / "wanted", **options, pictures=True).pictures
+    original, left = tasks.clip_slab, [5]
+
+    def clip_slab(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(tasks, "clip_slab", clip_slab)
+    with pytest.raises(KeyboardInterrupt):
+        clip_zarr(source, tmp_path / "y", **options, pictures=first)
+    monkeypatch.setattr(tasks, "clip_slab", original)
+    found = clip_zarr(source, tmp_path / "y", **options, pictures=True).pictures
+    if not first:
+        assert found is None  # the norms of the first windows were not kept
+        return
+    names = ("histogram", "worst", "along", "zeros")
+    as_stored = json.loads(json.dumps([wanted[k] for k in names]))
+    assert json.loads(json.dumps([found[k] for k in names])) == as_stored
+
+
+@pytest.mark.distributed
+def test_stats_on_a_cluster_are_the_same(source):
+    wanted = run("stats", source, "--axes", "1,2", "--json", "--progress", "none").stdout
+    done = run("stats", source, "--axes", "1,2", "--json", "--progress", "none", "--workers", 2)
+    same = [k for k in json.loads(wanted) if k not in ("seconds", "projected_memory")]
+    assert [json.loads(done.stdout)[k] for k in same] == [json.loads(wanted)[k] for k in same]
