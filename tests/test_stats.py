@@ -87,8 +87,12 @@ def test_stats_are_those_of_the_norms(source, axes):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("axes", AXES)
-def test_stats_depend_on_no_chunks(source, tmp_path, axes, monkeypatch):
-    wanted = counted(stats_zarr(source, axes, memory="100KiB"))
+@pytest.mark.parametrize("memory", ["4KiB", "100KiB"])
+def test_stats_depend_on_no_chunks(source, tmp_path, axes, memory, monkeypatch):
+    if axes in (0, (0, 2)):  # several slabs, in one pass or in two
+        passes = plan_zarr(source, tmp_path / "y", 1.0, axes, memory=memory).passes
+        assert passes == (2 if memory == "4KiB" else 1)
+    wanted = counted(stats_zarr(source, axes, memory=memory))
     other = create(tmp_path / "other", values(), SHAPE)
     monkeypatch.setattr(plan, "BLOCK", 1 << 20)
     found = counted(stats_zarr(other, axes))
@@ -152,10 +156,12 @@ def test_text_and_json(source, tmp_path):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("axes", [0, (1, 2), ()])
+@pytest.mark.parametrize(
+    ("axes", "memory"), [(0, "4KiB"), ((1, 2), "100KiB"), ((), "100KiB")], ids=["two", "one", "all"]
+)
 @pytest.mark.parametrize("percent", ["p50", "p99", "p99.9", "p0", "p100"])
-def test_a_quantile_is_the_limit(source, tmp_path, axes, percent):
-    done = clip_zarr(source, tmp_path / "y", percent, axes, memory="100KiB")
+def test_a_quantile_is_the_limit(source, tmp_path, axes, memory, percent):
+    done = clip_zarr(source, tmp_path / "y", percent, axes, memory=memory)
     norms = norm(values(), axes)
     finite = np.sort(norms[np.isfinite(norms)])
     share = 1 - float(percent[1:]) / 100
@@ -164,7 +170,7 @@ def test_a_quantile_is_the_limit(source, tmp_path, axes, percent):
     assert (finite >= done.clip_norm * (1 - 2 * ERROR)).sum() >= int(finite.size * share)
     assert done.clipped == (finite > done.clip_norm).sum()
     assert done.parameters["clip_norm"] == percent
-    same = clip_zarr(source, tmp_path / "z", done.clip_norm, axes, memory="100KiB")
+    same = clip_zarr(source, tmp_path / "z", done.clip_norm, axes, memory=memory)
     assert same.digest == done.digest
     assert done.passes == same.passes + 1
     assert done.bytes_read == same.bytes_read + values().nbytes
