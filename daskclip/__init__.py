@@ -15,14 +15,16 @@ kernels        exact sums and rescaled blocks by those loops, where numba is ins
 exact          exact sums of NumPy blocks
 factor         from a sum to the norm and the factor
 numerics       rescaled blocks
+sketch         histograms of norms, their quantiles, the largest
 tally          counts over slices
 packing        values that are stored as others
 parameters     the arguments of the operation
 indexed        IndexedSlices
+pages          figures as HTML, with pictures
 plan           what a run will do, in integers
 group_plan     the same for several arrays
-report         figures as text and JSON
 progress       how far a run is
+report         figures as text, JSON and HTML
 norms          the Dask tree that combines sums
 recipes        chunks that are made again instead of held
 journal        what is done, a line for each window
@@ -54,7 +56,9 @@ graphs         blocks as one Dask graph
 scales         what slices are multiplied by
 passes         windows of blocks, and which of them are done
 run            one attempt at a run
+measure        passes that write nothing
 engine         from storage to storage
+stats          what the norms are, before anything is clipped
 verify         what was written, against its record and its source
 cli            the command line
 xarray         the operation on labelled arrays
@@ -65,6 +69,7 @@ from daskclip.clip import clip_by_norm, norm
 from daskclip.clip_list import clip_by_global_norm, global_norm
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.indexed import IndexedSlices
+from daskclip.stats import stats_zarr
 from daskclip.verify import verify_zarr
 
 __version__ = "0.1.0"
@@ -77,5 +82,6 @@ __all__ = [
     "global_norm",
     "norm",
     "plan_zarr",
+    "stats_zarr",
     "verify_zarr",
 ]

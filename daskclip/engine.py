@@ -13,7 +13,8 @@ from uuid import uuid4
 from daskclip.errors import DaskClipError
 from daskclip.group_plan import GroupPlan
 from daskclip.limits import paths
-from daskclip.parameters import NonFinite
+from daskclip.measure import measure_quantile
+from daskclip.parameters import NonFinite, parse_limit
 from daskclip.plan import ClipPlan
 from daskclip.prepare import prepare
 from daskclip.progress import Mode, show
@@ -31,7 +32,7 @@ log = logging.getLogger("daskclip")
 def clip_zarr(
     source: Any,
     target: str | os.PathLike[str] | None,
-    clip_norm: float | None = None,
+    clip_norm: float | str | None = None,
     axes: Any = None,
     *,
     ord: float = 2,
@@ -47,6 +48,7 @@ def clip_zarr(
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
     dim: Any = None,
+    pictures: bool = False,
 ) -> ClipReport:
     """Clip a Zarr array, or the arrays of a group, into a new one, in bounded memory.
 
@@ -61,8 +63,8 @@ def clip_zarr(
         Where the clipped array will be, in an existing folder of a local file system; None with
         ``in_place``. Chunks, shards, codecs, fill value, attributes and dimension names are those
         of the source.
-    clip_norm : float
-        See `clip_by_norm`.
+    clip_norm : float or str
+        See `clip_by_norm`; or ``'p99'``, for the quantile of 99 % of the norms of finite slices.
     axes : None, int or sequence of int
         Axes over which the norm is taken; None takes all.
     ord, limits
@@ -92,6 +94,8 @@ def clip_zarr(
     dim : str or sequence of str, optional
         Dimensions over which the norm is taken, by the names that are stored with the array;
         instead of ``axes``. Of a group, arrays without any of them are carried over.
+    pictures : bool
+        Collect what the pictures of the report in a notebook show.
 
     Returns
     -------
@@ -164,6 +168,10 @@ def clip_zarr(
             refuse_existing(place)
         require_alike([*work.files, *opened.paths, *paths(each)])
         old = resumed(work, opened, run, plan.memory)
+        limit, measured = parameters["clip_norm"], 0
+        if limit.startswith("p") and not old:
+            percent = parse_limit(limit)
+            run["limit"], measured = measure_quantile(percent, opened, run, plan, display)
         run = old or begun(work, opened, run, plan)
         plan = plan_of(run)
         doing = "resuming" if old else "beginning"
@@ -172,11 +180,11 @@ def clip_zarr(
         jobs = jobs_of(
             plan, opened, staged, f"{run['run']}-{uuid4().hex}", each,
             staged=folder, in_place=in_place, ord=float(ord),
-            clip_norm=None if each else float(parameters["clip_norm"]), nonfinite=nonfinite,
-            missing=missing,
+            clip_norm=None if each else float(run.get("limit", limit)), nonfinite=nonfinite,
+            missing=missing, collect=pictures,
         )  # fmt: skip
         try:
-            report = clip_passes(jobs, plan, opened, staged, work, display, started, run)
+            report = clip_passes(jobs, plan, opened, staged, work, display, started, run, measured)
             require_unchanged(opened, each, run)
         except DaskClipError as error:
             if error.exit_code == 3:  # the source will not do: there is nothing to resume
@@ -193,7 +201,7 @@ def clip_zarr(
 def plan_zarr(
     source: Any,
     target: str | os.PathLike[str] | None,
-    clip_norm: float | None = None,
+    clip_norm: float | str | None = None,
     axes: Any = None,
     *,
     ord: float = 2,
@@ -209,6 +217,7 @@ def plan_zarr(
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
     dim: Any = None,
+    pictures: bool = False,
 ) -> ClipPlan | GroupPlan:
     """Plan what `clip_zarr` would do with the same arguments; reads metadata, writes nothing.
 
@@ -216,7 +225,7 @@ def plan_zarr(
     ----------
     source, target, clip_norm, axes, ord, limits, memory, nonfinite, missing
         See `clip_zarr`.
-    overwrite, in_place, include, exclude, global_norm, storage_options, progress, dim
+    overwrite, in_place, include, exclude, global_norm, storage_options, progress, dim, pictures
         See `clip_zarr`.
 
     Returns
@@ -235,7 +244,7 @@ def plan_zarr(
 
     Notes
     -----
-    Costs the same for any size of the array.
+    Costs the same for any size of the array. What is read before for a quantile is not in it.
 
     Examples
     --------

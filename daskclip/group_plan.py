@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from daskclip.errors import DaskClipError
+from daskclip.pages import fragment, shared_rows, shown_size
 from daskclip.plan import BLOCK, CALL, ClipPlan, grown, make_plan
 
 
@@ -24,6 +25,11 @@ class GroupPlan:
     def clipped(self) -> dict[str, ClipPlan]:
         """Plans of the arrays that are clipped."""
         return {name: plan for name, plan in self.plans.items() if plan.passes}
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Lengths of the axes that are not reduced, of an array that is no part of a group."""
+        return self.plans[""].kept if "" in self.plans else {}
 
     @property
     def slices(self) -> int:
@@ -84,6 +90,18 @@ class GroupPlan:
     def projected_memory(self) -> int:
         """What each of them will need at most, in bytes."""
         return max(p.projected_memory for p in self.plans.values())
+
+    def rows(self) -> dict[str, str]:
+        """The figures for people."""
+        copied = len(self.plans) - len(self.clipped)
+        return {
+            "arrays": f"{len(self.clipped):,}, {shown_size(self.nbytes)}; {copied:,} more copied",
+            "slices": f"{self.slices:,}",
+            "blocks": f"{self.blocks:,}, {self.slabs:,} slabs",
+        } | shared_rows(self)
+
+    def _repr_html_(self) -> str:
+        return fragment("daskclip plan", self.rows(), None)
 
     @property
     def _first(self) -> ClipPlan:

@@ -48,6 +48,8 @@ class Job:
     """Policy for chunks that are not stored."""
     limits: Any
     """NumPy or Zarr array of a limit for each slice, or None."""
+    collect: bool = False
+    """Whether the norms are counted by their size too, and the largest kept."""
 
 
 _rooms: dict[str, dict[int, Any]] = {}

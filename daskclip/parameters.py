@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numbers
 import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -154,6 +156,24 @@ def parse_ord(ord: Any, dtype: np.dtype[Any]) -> float:
             "its elements; use ord=2, or clip .real and .imag"
         )
     return float(ord)
+
+
+def parse_limit(clip_norm: Any) -> float | Fraction:
+    """A real number, or the percentage of the norms that are to be at most the limit.
+
+    Examples
+    --------
+    >>> parse_limit(2), parse_limit("p99.9")
+    (2.0, Fraction(999, 10))
+    """
+    if not isinstance(clip_norm, str):
+        return parse_clip_norm(clip_norm)
+    if not re.fullmatch(r"p[0-9]{1,3}(\.[0-9]{1,9})?", clip_norm) or Fraction(clip_norm[1:]) > 100:
+        raise InvalidTypeError(
+            f"clip_norm {shown(clip_norm)} is not a real number; give a number, or 'p' and a "
+            "percentage of the norms such as 'p99'"
+        )
+    return Fraction(clip_norm[1:])
 
 
 def check_nonfinite(nonfinite: Any) -> None:

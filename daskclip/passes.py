@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from daskclip import tally, tasks
+from daskclip import sketch, tally, tasks
 from daskclip.files import digest_file
 from daskclip.graphs import Cell, Row, compute, together
 from daskclip.jobs import Job
@@ -67,7 +67,7 @@ class Passes:
         in_place = self.jobs[0].in_place
         waiting = bytearray(b"\1") * (self.first[-1] if in_place else 0)
         written = not in_place
-        for entry in self._outputs():
+        for entry in self._all(self._clip, tasks.rescale_block):
             for number in entry["target"] if in_place else ():
                 waiting[int(number)] = 0
                 written = True
@@ -88,17 +88,17 @@ class Passes:
         """Numbers of the jobs that are only copied."""
         return [k for k, job in enumerate(self.jobs) if not job.plan.passes]
 
-    def _outputs(self) -> Iterator[Entry]:
-        """Entries of all windows that write."""
+    def _all(self, make: Callable[[Row], Entry], second: Any) -> Iterator[Entry]:
+        """Entries of all windows: by ``make`` where one pass is enough, else by two."""
         if self._shared:
-            yield from self._two_passes(tasks.rescale_block, self._clipped)
+            yield from self._two_passes(second, self._clipped)
             return
         small = self._cells(k for k in self._clipped if self.jobs[k].plan.passes == 1)
         for row in self._windows(small):
-            yield self._window(1, [row], partial(self._clip, row))
+            yield self._window(1, [row], partial(make, row))
         for k in self._clipped:
             if self.jobs[k].plan.passes == 2:
-                yield from self._two_passes(tasks.rescale_block, [k])
+                yield from self._two_passes(second, [k])
 
     @property
     def _clipped(self) -> list[int]:
@@ -119,7 +119,10 @@ class Passes:
         plans = [job.plan for job in self.jobs if job.plan.passes]
         rest = (1 if self._shared else sum(p.slices for p in plans)) - self.total.slices
         if rest:
-            self.total = tally.add(self.total, Tally(rest, 0, 0, 0.0, 0.0))
+            one = self.jobs[0]
+            kept = () if one.name or one.shared else one.plan.kept.values()
+            norms = sketch.nothing(kept, rest) if one.collect else None
+            self.total = tally.add(self.total, Tally(rest, 0, 0, 0.0, 0.0, norms))
 
     def _two_passes(self, second: Any, jobs: Sequence[int]) -> Iterator[Entry]:
         """Sum the blocks of some slabs, then do with each what ``second`` does, if anything."""
@@ -172,14 +175,17 @@ class Passes:
 
     def measure(self) -> None:
         """Count all slices by their norms."""
-        for _ in self._again(None):
+        for _ in self._all(self._count, None):
             pass
         self._count_empty()
 
     def compare(self) -> None:
         """Clip once more, and compare with what is there."""
-        for _ in self._again(tasks.compare_block):
-            pass
+        if self._shared:
+            list(self._two_passes(tasks.compare_block, self._clipped))
+        else:
+            for k in self._clipped:
+                list(self._two_passes(tasks.compare_block, [k]))
 
     def check(self, digests: Any, jobs: Sequence[int]) -> None:
         """Compare the files of all blocks of some arrays with their digests."""
@@ -199,13 +205,6 @@ class Passes:
     def number(self, cell: Cell) -> int:
         """Number of a block among those of all arrays."""
         return self.first[cell.job] + self.jobs[cell.job].plan.number(cell.slab, cell.block)
-
-    def _again(self, second: Any) -> Iterator[Entry]:
-        if self._shared:
-            yield from self._two_passes(second, self._clipped)
-        else:
-            for k in self._clipped:
-                yield from self._two_passes(second, [k])
 
     def _of(self, digests: Any, cell: Cell) -> int:
         return int(digests[self.number(cell)])
@@ -237,6 +236,10 @@ class Passes:
             "tally": reduce(tally.add, [counted for counted, _ in results]),
             "target": self._numbered([row], [digest for _, digest in results]),
         }
+
+    def _count(self, row: Row) -> Entry:
+        counted = compute(tasks.count_slab, self.jobs, [row], self.how)
+        return {"tally": reduce(tally.add, counted)}
 
     def _sum(self, rows: list[Row], before: str) -> Entry:
         found = compute(tasks.sum_block, self.jobs, rows, self.how, combined=True)

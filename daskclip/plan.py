@@ -24,36 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from daskclip.blocks import Box, box, box_shape, ceil_div, grid
+from daskclip.blocks import Box, Spans, box, box_shape, ceil_div, grid
 from daskclip.errors import MemoryBudgetError
+from daskclip.pages import MIB, fragment, shared_rows, shown_axes, shown_size
 
-MIB = 2**20
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 CALL = 1024  # units of a block
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
 SCRATCH = 12 * MIB  # numerics, pages to write from, and what the allocator keeps; per thread
 SLICE = 48  # limit, norm, factor and flags of a slice of a block, and what counts them
 WINDOW = 16  # blocks of a window per thread
-
-
-@dataclass(frozen=True, slots=True)
-class Spans:
-    """``range(n)`` in ranges of ``step``, made as they are iterated over: there may be 10**9."""
-
-    n: int
-    step: int
-
-    def __len__(self) -> int:
-        return ceil_div(self.n, self.step)
-
-    def __iter__(self) -> Iterator[range]:
-        return map(self._range, range(0, self.n, self.step))
-
-    def __reversed__(self) -> Iterator[range]:
-        return map(self._range, reversed(range(0, self.n, self.step)))
-
-    def _range(self, start: int) -> range:
-        return range(start, min(start + self.step, self.n))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +81,12 @@ class ClipPlan:
     @property
     def slices(self) -> int:
         """Number of slices."""
-        return math.prod(n for a, n in enumerate(self.shape) if a not in self.axes)
+        return math.prod(self.kept.values())
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Lengths of the axes that are not reduced."""
+        return {a: n for a, n in enumerate(self.shape) if a not in self.axes}
 
     @property
     def nbytes(self) -> int:
@@ -117,6 +102,18 @@ class ClipPlan:
     def tasks(self) -> int:
         """Blocks to run, over all passes; combining norms takes some more."""
         return self.blocks * self.passes
+
+    def rows(self) -> dict[str, str]:
+        """The figures for people."""
+        return {
+            "array": f"{self.shape}, {shown_size(self.nbytes)}, axes {shown_axes(self.axes)}",
+            "slices": f"{self.slices:,}",
+            "units": f"{self.unit} written as one object",
+            "blocks": f"{self.blocks:,} of {self.block}, {self.slabs:,} slabs",
+        } | shared_rows(self)
+
+    def _repr_html_(self) -> str:
+        return fragment("daskclip plan", self.rows(), None)
 
     def region(self, slab: int, index: int) -> Box:
         """Where a block of a slab lies in the array."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from daskclip.parameters import (
     axes_named,
     check_nonfinite,
     parse_axes,
-    parse_clip_norm,
     parse_dim,
+    parse_limit,
     parse_memory,
     parse_ord,
 )
@@ -46,7 +47,7 @@ def prepare(
     storage_options: dict[str, Any] | None,
 ) -> tuple[Hierarchy, GroupPlan, dict[str, Any], dict[str, Any]]:
     """What is at a source, how it will be clipped, by which limits, and what tells runs apart."""
-    limit = parse_clip_norm(clip_norm) if limits is None else None
+    limit = parse_limit(clip_norm) if limits is None else None
     check_nonfinite(nonfinite)
     if missing not in ("fill", "error"):
         raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
@@ -81,7 +82,7 @@ def prepare(
     plan = plan_group(clipped, copied, threads, global_norm, **common)
     taken = axes if opened.is_group else plan.plans[""].axes
     parameters = {
-        "clip_norm": str(limit),
+        "clip_norm": clip_norm if isinstance(limit, Fraction) else str(limit),
         "axes": None if taken is None else [int(a) for a in np.atleast_1d(taken)],
         "dim": dim if opened.is_group else None,
         "ord": float(ord),

@@ -14,7 +14,8 @@ from daskclip.group_plan import GroupPlan
 from daskclip.hierarchy import Hierarchy
 from daskclip.journal import Entry, Journal
 from daskclip.limits import described
-from daskclip.plan import MIB, ClipPlan
+from daskclip.pages import MIB
+from daskclip.plan import ClipPlan
 from daskclip.prefixes import PrefixWork
 from daskclip.publish import JOURNAL, FolderWork, is_made
 from daskclip.report import ClipReport

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from daskclip import sketch
 from daskclip.blocks import grid
 from daskclip.files import DIGESTS
 from daskclip.group_plan import GroupPlan
@@ -18,7 +19,7 @@ from daskclip.numerics import warm_up
 from daskclip.passes import Passes
 from daskclip.progress import State
 from daskclip.publish import JOURNAL
-from daskclip.report import ClipReport
+from daskclip.report import ClipReport, run_pictures
 from daskclip.resume import Work, record
 from daskclip.storage import stored_blocks
 from daskclip.workers import memory_used, running, versions
@@ -60,30 +61,36 @@ def clip_passes(
     display: Callable[[State], None],
     started: float,
     run: Entry,
+    measured: int,
 ) -> ClipReport:
-    """All passes, up to the end of the journal."""
+    """All passes, up to the end of the journal; ``measured`` bytes were read before."""
     first, parameters = jobs[0], run["parameters"]
     before = memory_used(partial(_warm_up, [job for job in jobs if job.plan.passes]))
 
+    states: list[State] = []
+    begun = time.monotonic()
+
     def progress(done: int, skipped: int, at: int) -> None:
-        seconds, total = time.monotonic() - started, plan.bytes_read
-        done = min(done, total)
-        state = State(
-            done=done, skipped=skipped, total=total, pass_=at, passes=plan.passes, seconds=seconds
-        )
-        display(state)
+        seconds, total = time.monotonic() - begun, plan.bytes_read
+        figures = {"done": min(done, total), "skipped": skipped, "total": total, "pass_": at}
+        states.append(State(passes=plan.passes, seconds=seconds, **figures))
+        display(states[-1])
+        del states[1 : -1 if len(states) > sketch.PLACES else 1 : 2]  # the rest says enough
 
     with (
         Journal(work.folder / JOURNAL, work.mirror) as entries,
         running(plan.threads, partial(end, first.run)) as how,
     ):
-        passes = Passes(jobs, how, entries, progress, plan.window, _stored(jobs, run))
+        passes = Passes(jobs, how, entries, progress, plan.window, stored_of(jobs, run))
         written = passes.clip()
         after = memory_used()
         total = passes.total
         made = work.made(source, staged) if written else {}
         digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
-        axes = parameters["axes"]
+        axes, asked = parameters["axes"], (*OTHERS, *(["clip_norm"] if "limit" in run else []))
+        peak = max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0)
+        seconds = time.monotonic() - started
+        actual = peak, passes.read, passes.written, seconds
         report = ClipReport(
             status="clipped" if written else "nothing to clip",
             source=str(source),
@@ -98,20 +105,20 @@ def clip_passes(
             nonfinite=total.nonfinite,
             smallest_norm=total.smallest if total.slices > total.nonfinite else None,
             largest_norm=total.largest if total.slices > total.nonfinite else None,
-            bytes_read=passes.read,
+            bytes_read=passes.read + measured,
             bytes_written=passes.written,
-            passes=plan.passes,
+            passes=plan.passes + ("limit" in run),
             blocks=plan.blocks,
-            seconds=time.monotonic() - started,
-            peak_memory=max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0),
+            seconds=seconds,
+            peak_memory=peak,
             projected_memory=plan.projected_memory,
             run=run["run"],
             began=run["began"],
-            parameters={k: parameters[k] for k in OTHERS if parameters[k]}
-            | {"memory": plan.memory},
+            parameters={k: parameters[k] for k in asked if parameters[k]} | {"memory": plan.memory},
             versions=versions(),
             source_fingerprint=run["source"].get("hash", "unknown"),
             digest=f"{digest:016x}" if written else None,
+            pictures=run_pictures(total.norms, plan, states, actual),
         )
         if written:
             record(entries, made, report)
@@ -128,7 +135,7 @@ def _warm_up(jobs: list[Job]) -> None:
         warm_up(dtype, size)
 
 
-def _stored(jobs: list[Job], run: Entry) -> list[Any]:
+def stored_of(jobs: list[Job], run: Entry) -> list[Any]:
     """Whether anything of each block is stored; None to look at all: a limit may be NaN."""
     parameters = run["parameters"]
     everything = parameters["missing"] == "error" or parameters["clip_norm"] in ("nan", "None")

@@ -45,5 +45,7 @@ class Scales:
 
     def tally(self) -> Tally:
         """Counts over all slices."""
-        rows = range(len(self.journal.load(self.name)))
-        return reduce(tally.add, (tally.count(self.of(i, self.jobs[0])[1]) for i in rows))
+        job = self.jobs[0]
+        regions = (job.plan.region(int(slab), 0) for slab in self.slabs)
+        found = (tasks.tally(job, self.of(i, job)[1], r) for i, r in enumerate(regions))
+        return reduce(tally.add, found)

@@ -21,7 +21,7 @@ from daskclip.jobs import Job, room_for, under_way
 from daskclip.limits import limits_at
 from daskclip.numerics import clip_block, require_finite, rescale
 from daskclip.partials import Partial, combine
-from daskclip.tally import Tally, count
+from daskclip.tally import Tally, collect, count
 
 EMPTY = 0  # digest of a block of which nothing is stored
 
@@ -97,19 +97,19 @@ def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
 def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, block)
-    empty = _is_empty(job, region)
-    limit = limit_of(job, region)
-    if empty:
-        x, scale = None, finalize(_no_sums(job, region), limit, job.source.dtype)
-    else:
-        x = _read_first(job, region)
-        omit = job.nonfinite == "omit"
-        x, scale = clip_block(x, limit, job.plan.axes, omit_nan=omit, ord=job.ord, out=x)
-    if _untouched(job, scale, empty):
-        return count(scale), _keep(job, region, empty)
+    x, scale = _clipped(job, region)
+    counted = tally(job, scale, region)
+    if _untouched(job, scale, x is None):
+        return counted, _keep(job, region, x is None)
     if x is None:
         x = rescale(_read_first(job, region), scale)
-    return count(scale), _write(job, region, x)
+    return counted, _write(job, region, x)
+
+
+def count_slab(job: Job, slab: int, block: int) -> Tally:
+    """One pass that writes nothing: read a block that is a whole slab."""
+    region = job.plan.region(slab, block)
+    return tally(job, _clipped(job, region)[1], region)
 
 
 def copy_block(job: Job, slab: int, block: int) -> int:
@@ -148,6 +148,29 @@ def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
                 f"{shown_region(part)} of {storage.location(job.target)} is not what clipping "
                 f"{storage.location(job.source)} gives; clip it again"
             )
+
+
+def tally(job: Job, scale: Scale, region: Box) -> Tally:
+    """What is counted of the slices that meet a region."""
+    if not job.collect:
+        return count(scale)
+    if job.shared:
+        return collect(scale, (), (), ())
+    found = collect(scale, job.plan.axes, [s.start for s in region], job.plan.shape)
+    if not job.name:
+        return found
+    # axes of other arrays are others
+    worst = [(norm, [job.name, *place]) for norm, place in found.norms.worst]
+    return found._replace(norms=found.norms._replace(worst=worst, clipped=[], largest=[]))
+
+
+def _clipped(job: Job, region: Box) -> tuple[Any, Scale]:
+    """Values of a block that is a whole slab, clipped; None if nothing is stored of it."""
+    limit = limit_of(job, region)
+    if _is_empty(job, region):
+        return None, finalize(_no_sums(job, region), limit, job.source.dtype)
+    x, omit = _read_first(job, region), job.nonfinite == "omit"
+    return clip_block(x, limit, job.plan.axes, omit_nan=omit, ord=job.ord, out=x)
 
 
 def _is_empty(job: Job, region: Box) -> bool:

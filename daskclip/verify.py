@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,11 @@ import numpy as np
 from daskclip import journal, storage
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
 from daskclip.hierarchy import DOCUMENTS, Hierarchy
-from daskclip.jobs import Job, end
-from daskclip.journal import Entry, Journal
+from daskclip.jobs import end
+from daskclip.journal import Entry
 from daskclip.limits import described, open_limits
-from daskclip.passes import Passes
-from daskclip.publish import JOURNAL, Folder
+from daskclip.measure import unkept
+from daskclip.publish import Folder
 from daskclip.report import VerifyReport
 from daskclip.resume import VERSION, plan_of, planned
 from daskclip.retries import failing
@@ -98,7 +95,7 @@ def verify_zarr(
             raise VerificationError(str(error)) from error
         parameters = run["parameters"]
         each = _same_limits(there, limits, run)
-        limit = None if each else float(parameters["clip_norm"])
+        limit = None if each else float(run.get("limit", parameters["clip_norm"]))
         common: dict[str, Any] = {"staged": None, "in_place": False, "clip_norm": limit}
         omit = "omit" if parameters["nonfinite"] == "omit" else "propagate"
         common |= {"ord": parameters["ord"], "nonfinite": omit}
@@ -108,7 +105,7 @@ def verify_zarr(
         if again is not None:
             _check_source(again, there, place)
         with running(plan.threads, partial(end, jobs[0].run)) as how:
-            with _passes(jobs, how, plan.window) as norms:
+            with unkept(jobs, how, plan.window) as norms:
                 norms.check(digests, range(len(jobs)))
                 norms.measure()
             total = norms.total
@@ -121,7 +118,7 @@ def verify_zarr(
             if again is not None:
                 common |= {"missing": parameters["missing"]}
                 both = jobs_of(plan, again, there, attempt, each, **common)
-                with _passes(both, how, plan.window) as comparison:
+                with unkept(both, how, plan.window) as comparison:
                     comparison.compare()
                     comparison.check(digests, comparison.copied)
     return VerifyReport(
@@ -145,16 +142,6 @@ def _same_limits(there: Hierarchy, limits: Any, run: Entry) -> dict[str, Any]:
     if given != was:
         raise VerificationError(f"{there} was clipped with limits {was}, not {given}; give those")
     return each
-
-
-@contextmanager
-def _passes(jobs: list[Job], how: dict[str, Any], window: int) -> Iterator[Passes]:
-    """Passes whose journal is not kept."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / JOURNAL
-        journal.begin(path, {})
-        with Journal(path) as entries:
-            yield Passes(jobs, how, entries, lambda *_: None, window)
 
 
 def _record(place: Target, path: Path) -> tuple[Entry, Entry, Any]:
