@@ -71,15 +71,16 @@ def _matching(source: Hierarchy, wanted: list[str]) -> set[str]:
 
 
 def _coordinates(source: Hierarchy) -> set[str]:
-    """Arrays that are named after their only dimension, or listed by another as coordinates."""
+    """Arrays named after their only dimension, or listed by another as coordinates or bounds."""
     found = {
         n for n in source.arrays if dimension_names(source.arrays[n]) == [n.rpartition("/")[2]]
     }
     for node in (*source.groups, *source.arrays):
         group = node.rpartition("/")[0] if node in source.arrays else node
-        listed = source.attributes(node).get("coordinates")
-        if isinstance(listed, str):
-            found |= {f"{group}/{name}".lstrip("/") for name in listed.split()}
+        for kind in ("coordinates", "bounds"):
+            listed = source.attributes(node).get(kind)
+            if isinstance(listed, str):
+                found |= {f"{group}/{name}".lstrip("/") for name in listed.split()}
     return found
 
 

@@ -74,7 +74,7 @@ def clip_by_norm(
     -----
     Reads and memory are those of `daskclip.clip_by_norm`.
 
-    Cell bounds are variables unless the Dataset was opened with ``decode_coords="all"``.
+    Variables that another one names as its ``bounds`` belong to its coordinates and are carried.
 
     Encoding is kept but for what would round when the result is saved, since rounding lifts norms
     above the limit: ``scale_factor`` and ``add_offset``, a ``dtype`` other than that of the result,
@@ -191,7 +191,9 @@ def _slices(obj: Any, dim: Any) -> dict[Hashable, tuple[xr.DataArray, list[Hasha
         )
     for name, x in obj.data_vars.items():
         check_decoded(x.dtype, x.attrs, f"variable {shown(name)}")
-    found = {name: x for name, x in obj.data_vars.items() if x.dtype.name in DTYPES}
+    bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in obj.variables.values()}
+    data = {name: x for name, x in obj.data_vars.items() if name not in bounds}
+    found = {name: x for name, x in data.items() if x.dtype.name in DTYPES}
     if not found:
         raise DTypeError(
             f"none of the {len(obj.data_vars)} variables can be clipped; cast one to one of "

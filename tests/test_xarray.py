@@ -580,3 +580,36 @@ def test_a_climate_data_set_with_its_encoding_is_refused_in_storage(tmp_path):
         "missing_value 1e+20",
         "drop_encoding()",
     )
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("consolidated", [False, True])
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_a_group_equals_the_dataset_clipped_through_xarray(tmp_path, zarr_format, consolidated):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(5, 4, 3)) * 10
+    values[0, 1] = np.nan
+    ds = xr.Dataset(
+        {
+            "wind": (("time", "lat", "lon"), values, {"units": "m/s"}),
+            "rain": (("time", "lat"), np.float32(values[..., 0]), {"note": "daily"}),
+            "height": (("lat", "lon"), values[1]),
+            "count": (("time",), np.arange(5)),
+            "lat_bounds": (("lat", "edge"), 100.0 * np.ones((4, 2))),
+        },
+        coords={
+            "time": ("time", 100.0 * np.arange(5)),
+            "lat": ("lat", np.linspace(-90, 90, 4), {"bounds": "lat_bounds"}),
+            "area": (("lat", "lon"), 1000 * np.ones((4, 3))),
+        },
+        attrs={"title": "weather"},
+    )
+    options = {"consolidated": consolidated}
+    ds.to_zarr(tmp_path / "x", zarr_format=zarr_format, **options)
+    report = clip_zarr(tmp_path / "x", tmp_path / "y", 3.0, dim=["lat", "lon"], nonfinite="omit")
+    assert (report.arrays, report.copied) == (3, 5)
+    with xr.open_zarr(tmp_path / "x", **options) as x, xr.open_zarr(tmp_path / "y", **options) as y:
+        wanted = x.daskclip.clip_by_norm(3.0, ["lat", "lon"]).compute()
+        xr.testing.assert_identical(y.compute(), wanted)
+        assert wanted.wind.values.tobytes() == y.wind.values.tobytes()
+        assert not wanted.identical(x.compute())
