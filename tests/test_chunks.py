@@ -3,6 +3,7 @@
 import gzip
 from collections import Counter
 
+import numcodecs
 import numpy as np
 import pytest
 import zarr
@@ -73,6 +74,23 @@ def test_chunks_are_encoded_as_by_zarr(tmp_path, layout, monkeypatch):
         assert bits(out) == bits(inside)
     assert chunks.encode(chain, np.zeros_like(inside)) is None
     assert chunks.encode(chain, np.full_like(inside, -0.0)) is not None
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_what_is_encoded_does_not_tell_the_time(tmp_path, monkeypatch, zarr_format):
+    compressor = GzipCodec() if zarr_format == 3 else numcodecs.GZip()
+    array = zarr.create_array(
+        tmp_path, shape=SHAPE, chunks=CHUNKS, dtype="f4", zarr_format=zarr_format,
+        compressors=compressor,
+    )  # fmt: skip
+    x, how, made = some(CHUNKS, "f4"), chunks.chain(array), []
+    for second in (0.0, 1e9):
+        monkeypatch.setattr(gzip.time, "time", lambda second=second: second)
+        made.append(bytes(chunks.encode(how, x)))
+    assert made[0] == made[1]
+    out = np.empty_like(x)
+    chunks.decode(how, made[0], out)
+    assert bits(out) == bits(x)
 
 
 @pytest.mark.parametrize("offset", [0, 16])
