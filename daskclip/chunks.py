@@ -80,7 +80,7 @@ def _chain(codecs: Any, spec: Any, fill: Array) -> Chain:
             order: Any = getattr(codec.endian, "value", codec.endian)
             steps.append(_Elements(spec.shape, fill.dtype.newbyteorder(order), "C"))
         else:
-            steps.append(_Zarr(codec, spec, limit))
+            steps.append(_Zarr(codec, codec_name(str(codec.to_dict()["name"])), spec, limit))
             spec = codec.resolve_metadata(spec)
     return Chain(shape, fill, tuple(steps))
 
@@ -194,12 +194,13 @@ class _Zarr:
     """A codec of format 3."""
 
     codec: Any
+    name: str
     spec: Any
     limit: int
 
     def encode(self, x: Array) -> Any:
         values = not isinstance(self.codec, BytesBytesCodec)
-        return _timeless(self._name, self._run("_encode", values, x))
+        return _timeless(self.name, self._run("_encode", values, x))
 
     def decode(self, x: Any, out: Array | None) -> Any:
         if isinstance(self.codec, ArrayArrayCodec):
@@ -208,11 +209,7 @@ class _Zarr:
         data = np.frombuffer(x, np.uint8)
         if not isinstance(self.codec, BytesBytesCodec):
             return run(data)
-        return decoded(self._name, data.data, self.limit, run, out)
-
-    @property
-    def _name(self) -> str:
-        return codec_name(str(self.codec.to_dict()["name"]))
+        return decoded(self.name, data.data, self.limit, run, out)
 
     def _run(self, name: str, values: bool, x: Any) -> Array:
         prototype = self.spec.prototype
