@@ -49,6 +49,7 @@ clip           the operation on an array: start reading here
 clip_list      the operation on a list
 workers        the processes that run blocks
 resume         a run on disk: begun, resumed, recognised
+saved          norms that are kept for other runs
 jobs           what blocks have in common, and which are under way
 tasks          what a worker does with one block
 prepare        what is refused or planned before a chunk is read

@@ -78,6 +78,7 @@ WRITING = (
     click.option("--in-place", is_flag=True, help="Replace SOURCE; there is no TARGET."),
     click.option("--overwrite", is_flag=True, help="Replace an array at TARGET."),
     click.option("--dry-run", is_flag=True, help="Check and plan only."),
+    click.option("--norms", help="Those that stats has saved; none is taken again."),
     click.option("--global", "global_norm", is_flag=True, help="One norm for all arrays."),
     click.option("--limits", help="Zarr array of a limit for each slice, for --clip-norm."),
     click.option(
@@ -166,9 +167,9 @@ def plan(dry_run: bool, **options: Any) -> None:
 
 
 @main.command(epilog=EXIT_CODES)
-@_options(*READING)
+@_options(*READING, click.option("--save-norms", help="Write the norms, for run --norms."))
 def stats(**options: Any) -> None:
-    """Say how large the norms of SOURCE are, and what a limit would clip; writes nothing."""
+    """Say how large the norms of SOURCE are, and what a limit would clip."""
     _call(stats_zarr, **options)
 
 

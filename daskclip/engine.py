@@ -49,6 +49,7 @@ def clip_zarr(
     progress: bool | Mode = False,
     dim: Any = None,
     pictures: bool = False,
+    norms: str | os.PathLike[str] | None = None,
 ) -> ClipReport:
     """Clip a Zarr array, or the arrays of a group, into a new one, in bounded memory.
 
@@ -96,6 +97,9 @@ def clip_zarr(
         instead of ``axes``. Of a group, arrays without any of them are carried over.
     pictures : bool
         Collect what the pictures of the report in a notebook show.
+    norms : str or path, optional
+        Norms of the same source that `stats_zarr` has saved, over the same axes: none is taken
+        again, and each byte is read once.
 
     Returns
     -------
@@ -150,10 +154,11 @@ def clip_zarr(
     display = show(progress)
     started = time.monotonic()
     with failing("looking at source and target"):
-        opened, plan, each, parameters = prepare(
+        opened, plan, each, saved, parameters = prepare(
             source, clip_norm, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
             global_norm=global_norm, ord=ord, limits=limits, storage_options=storage_options,
+            norms=norms,
         )  # fmt: skip
         place = open_target(target, opened, storage_options, overwrite=overwrite, in_place=in_place)
         run = describe(opened, place, **parameters)
@@ -171,7 +176,7 @@ def clip_zarr(
         limit, measured = parameters["clip_norm"], 0
         if limit.startswith("p") and not old:
             percent = parse_limit(limit)
-            run["limit"], measured = measure_quantile(percent, opened, run, plan, display)
+            run["limit"], measured = measure_quantile(percent, opened, run, plan, display, saved)
         run = old or begun(work, opened, run, plan)
         plan = plan_of(run)
         doing = "resuming" if old else "beginning"
@@ -184,7 +189,9 @@ def clip_zarr(
             missing=missing, collect=pictures,
         )  # fmt: skip
         try:
-            report = clip_passes(jobs, plan, opened, staged, work, display, started, run, measured)
+            report = clip_passes(
+                jobs, plan, opened, staged, work, display, started, run, measured, saved
+            )
             require_unchanged(opened, each, run)
         except DaskClipError as error:
             if error.exit_code == 3:  # the source will not do: there is nothing to resume
@@ -218,6 +225,7 @@ def plan_zarr(
     progress: bool | Mode = False,
     dim: Any = None,
     pictures: bool = False,
+    norms: str | os.PathLike[str] | None = None,
 ) -> ClipPlan | GroupPlan:
     """Plan what `clip_zarr` would do with the same arguments; reads metadata, writes nothing.
 
@@ -226,6 +234,8 @@ def plan_zarr(
     source, target, clip_norm, axes, ord, limits, memory, nonfinite, missing
         See `clip_zarr`.
     overwrite, in_place, include, exclude, global_norm, storage_options, progress, dim, pictures
+        See `clip_zarr`.
+    norms
         See `clip_zarr`.
 
     Returns
@@ -261,6 +271,7 @@ def plan_zarr(
             source, clip_norm, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
             global_norm=global_norm, ord=ord, limits=limits, storage_options=storage_options,
+            norms=norms,
         )  # fmt: skip
         place = open_target(target, opened, storage_options, overwrite=overwrite, in_place=in_place)
         if not (overwrite or in_place):

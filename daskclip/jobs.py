@@ -31,7 +31,7 @@ class Job:
     source: Any
     """Zarr array to read."""
     target: Any
-    """Zarr array to write, or to compare with; None if only norms are wanted."""
+    """Zarr array to write, of what is clipped or of norms, or to compare with; or None."""
     staged: str | None
     """Folder of all that is written, for a run that writes to files."""
     shared: bool

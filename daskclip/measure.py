@@ -22,29 +22,47 @@ from daskclip.passes import Passes
 from daskclip.progress import Show, State
 from daskclip.publish import JOURNAL
 from daskclip.run import jobs_of, stored_of
+from daskclip.saved import SUMS, SavedNorms
 from daskclip.workers import running
 
 
 @contextmanager
-def unkept(jobs: list[Job], how: dict[str, Any], window: int, stored: Any = ()) -> Iterator[Passes]:
-    """Passes whose journal is not kept."""
+def unkept(
+    jobs: list[Job], how: dict[str, Any], window: int, stored: Any = (), norms: Any = None
+) -> Iterator[Passes]:
+    """Passes whose journal is not kept, but for one in an array of norms."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / JOURNAL
-        journal.begin(path, {})
+        if norms is None:
+            journal.begin(path, {})
+        else:
+            path = norms.folder / SUMS / JOURNAL
         with Journal(path) as entries:
-            yield Passes(jobs, how, entries, lambda *_: None, window, stored)
+            passes = Passes(jobs, how, entries, lambda *_: None, window, stored)
+            yield passes
+            entries.append({"total": passes.total})
 
 
-def measure(source: Hierarchy, plan: GroupPlan, run: Entry, display: Show) -> Passes:
-    """All norms of a source, collected; each byte that is stored is read once."""
+def measure(
+    source: Hierarchy,
+    plan: GroupPlan,
+    run: Entry,
+    display: Show,
+    norms: Hierarchy | None = None,
+) -> Passes:
+    """All norms of a source, collected; each byte that is stored is read once.
+
+    They are written to ``norms``, if that is given, with what they were made from.
+    """
     started, parameters = time.monotonic(), run["parameters"]
     # of an infinite limit, NaN would not be refused
-    common = {"staged": None, "in_place": False, "clip_norm": sys.float_info.max, "collect": True}
+    common = {"in_place": False, "clip_norm": sys.float_info.max, "collect": True}
     common |= {k: parameters[k] for k in ("ord", "nonfinite", "missing")}
-    jobs = jobs_of(plan, source, None, uuid4().hex, {}, **common)
+    staged = None if norms is None else str(norms)
+    jobs = jobs_of(plan, source, norms, uuid4().hex, {}, staged=staged, **common)
     with (
         running(plan.threads, partial(end, jobs[0].run)) as how,
-        unkept(jobs, how, plan.window, stored_of(jobs, run)) as passes,
+        unkept(jobs, how, plan.window, stored_of(jobs, run), norms) as passes,
     ):
         passes.done = passes.skipped = passes.done // plan.passes  # it is one pass only
 
@@ -58,15 +76,23 @@ def measure(source: Hierarchy, plan: GroupPlan, run: Entry, display: Show) -> Pa
 
 
 def measure_quantile(
-    percent: Any, source: Hierarchy, run: Entry, plan: GroupPlan, display: Show
+    percent: Any,
+    source: Hierarchy,
+    run: Entry,
+    plan: GroupPlan,
+    display: Show,
+    saved: SavedNorms | None,
 ) -> tuple[float, int]:
     """Norm that so many percent do not exceed, and the bytes that were read for it."""
-    passes = measure(source, plan, run, display)
-    total = passes.total
+    if saved is not None:
+        total, read = saved.total, 0
+    else:
+        passes = measure(source, plan, run, display)
+        total, read = passes.total, passes.read
     if total.slices == total.nonfinite:
         raise InvalidValueError(
             f"source {source} has no finite slice, so that no norm is a limit; give clip_norm as "
             "a number"
         )
     norms = sketch.Norms(*total.norms)
-    return sketch.quantile(norms, percent, total.smallest, total.largest), passes.read
+    return sketch.quantile(norms, percent, total.smallest, total.largest), read

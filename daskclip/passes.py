@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from daskclip import sketch, tally, tasks
 from daskclip.files import digest_file
 from daskclip.graphs import Cell, Row, compute, together
 from daskclip.jobs import Job
-from daskclip.journal import Entry, Journal
+from daskclip.journal import Entry, Journal, load
 from daskclip.partials import NAN, combine
 from daskclip.scales import Scales
 from daskclip.tally import Tally
@@ -35,6 +36,8 @@ class Passes:
     """Tasks of a window: of a block each, or of some small ones."""
     stored: Sequence[Any] = ()
     """Whether anything of each block of a job is stored; None if all have to be looked at."""
+    saved: Iterator[Entry] = field(default_factory=lambda: iter(()))
+    """Entries that take the place of those of the first pass."""
     total: Tally = tally.NONE
     """Of all slices."""
     done: int = 0
@@ -93,11 +96,11 @@ class Passes:
         if self._shared:
             yield from self._two_passes(second, self._clipped)
             return
-        small = self._cells(k for k in self._clipped if self.jobs[k].plan.passes == 1)
+        small = self._cells(k for k in self._clipped if self.jobs[k].plan.is_whole)
         for row in self._windows(small):
             yield self._window(1, [row], partial(make, row))
         for k in self._clipped:
-            if self.jobs[k].plan.passes == 2:
+            if not self.jobs[k].plan.is_whole:
                 yield from self._two_passes(second, [k])
 
     @property
@@ -128,9 +131,12 @@ class Passes:
         """Sum the blocks of some slabs, then do with each what ``second`` does, if anything."""
         seen = np.zeros(self.first[-1], np.uint32)
         for slabs, forth, back in self._rounds(jobs):
-            name, spoilt = "", False
+            name, spoilt, keep = "", False, False
             for rows in forth():
-                entry = self._window(1, rows, partial(self._sum, rows, name))
+                if (saved := next(self.saved, None)) is not None:
+                    entry = self._window(0, rows, partial(self._take, saved))
+                else:
+                    entry = self._window(1, rows, partial(self._sum, rows, name))
                 self.journal.forget(name)
                 name, spoilt = entry["sums"], entry["nan"]
                 for number, digest in entry["source"].items():
@@ -141,10 +147,12 @@ class Passes:
             scales = Scales(some, self.journal, name, slabs, self._shared)
             if second is None:
                 self.total = tally.add(self.total, scales.tally())
+                keep = scales.save()
             for rows, first, last in _marked(back(spoilt)) if second else ():
                 make = partial(self._second, second, rows, scales, seen, first, last)
                 yield self._window(2, rows, make)
-            self.journal.forget(name)
+            if not keep:
+                self.journal.forget(name)
 
     def _rounds(self, jobs: Sequence[int]) -> Iterator[tuple[Any, Any, Any]]:
         """Some slabs, their windows, and these backwards: they may still be in memory.
@@ -238,8 +246,15 @@ class Passes:
         }
 
     def _count(self, row: Row) -> Entry:
-        counted = compute(tasks.count_slab, self.jobs, [row], self.how)
-        return {"tally": reduce(tally.add, counted)}
+        results = compute(tasks.count_slab, self.jobs, [row], self.how)
+        return {"tally": reduce(tally.add, [counted for counted, _ in results])}
+
+    def _take(self, saved: Entry) -> Entry:
+        """An entry of the first pass of another run."""
+        path = Path(saved["folder"], saved["sums"])
+        if path.exists():  # of the last window of a round
+            self.journal.save(saved["sums"], load(path))
+        return {k: saved[k] for k in ("sums", "nan", "source")}
 
     def _sum(self, rows: list[Row], before: str) -> Entry:
         found = compute(tasks.sum_block, self.jobs, rows, self.how, combined=True)

@@ -53,7 +53,8 @@ class ClipPlan:
     window: int
     """Blocks of a window, at most."""
     passes: int
-    """1 if a block holds its slices whole, else 2; 0 for an array that is copied as it is."""
+    """How often the array is read: once if a block holds its slices whole or their norms are
+    saved, else twice; 0 for an array that is copied as it is."""
     processes: int
     """Processes that run blocks."""
     threads: int
@@ -67,6 +68,11 @@ class ClipPlan:
     def grid(self) -> tuple[int, ...]:
         """Number of blocks along each axis."""
         return grid(self.shape, self.block)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a block holds its slices whole."""
+        return all(self.block[a] >= self.shape[a] for a in self.axes)
 
     @property
     def slabs(self) -> int:

@@ -22,6 +22,7 @@ from daskclip.parameters import (
     parse_memory,
     parse_ord,
 )
+from daskclip.saved import SavedNorms, open_norms
 from daskclip.sources import check_source, open_source
 from daskclip.storage import dimension_names, write_unit
 from daskclip.workers import workers
@@ -45,7 +46,8 @@ def prepare(
     ord: Any,
     limits: Any,
     storage_options: dict[str, Any] | None,
-) -> tuple[Hierarchy, GroupPlan, dict[str, Any], dict[str, Any]]:
+    norms: Any = None,
+) -> tuple[Hierarchy, GroupPlan, dict[str, Any], SavedNorms | None, dict[str, Any]]:
     """What is at a source, how it will be clipped, by which limits, and what tells runs apart."""
     limit = parse_limit(clip_norm) if limits is None else None
     check_nonfinite(nonfinite)
@@ -92,8 +94,12 @@ def prepare(
         "include": patterns(include, "include"),
         "exclude": patterns(exclude, "exclude"),
         "global_norm": global_norm,
+        "norms": None if norms is None else str(norms),
     }
-    return opened, plan, each, parameters
+    saved = None
+    if norms is not None:
+        saved, plan = open_norms(norms, opened, parameters, budget)
+    return opened, plan, each, saved, parameters
 
 
 def _having(source: Hierarchy, names: list[str], dim: Any) -> tuple[list[str], list[str]]:

@@ -94,7 +94,9 @@ def require_unchanged(source: Hierarchy, limits: dict[str, Any], run: Entry) -> 
         raise SourceChangedError("limits changed during the run; let nothing write to them")
 
 
-def planned(run: Entry, memory: int) -> GroupPlan:
+def planned(
+    run: Entry, memory: int, of: str = "the unfinished run needs with", otherwise: str = DISCARD
+) -> GroupPlan:
     """The plan that a run began with, on the workers and in the memory that there are now."""
     plan = plan_of(run)
     _, most, fewest = workers()
@@ -102,9 +104,8 @@ def planned(run: Entry, memory: int) -> GroupPlan:
     need = ceil_div(plan.projected_memory * max(threads, plan.threads), plan.threads)
     if need > memory:
         raise MemoryBudgetError(
-            f"memory {memory / MIB:.1f} MiB holds less than the {need / MIB:.1f} MiB that the "
-            f"unfinished run needs with {threads} threads; give memory='{ceil_div(need, MIB)}MiB', "
-            f"or {DISCARD}"
+            f"memory {memory / MIB:.1f} MiB holds less than the {need / MIB:.1f} MiB that {of} "
+            f"{threads} threads; give memory='{ceil_div(need, MIB)}MiB', or {otherwise}"
         )
     now: Any = {"threads": threads, "memory": memory, "projected_memory": need}
     return replace(plan, plans={name: replace(p, **now) for name, p in plan.plans.items()})

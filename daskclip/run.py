@@ -21,10 +21,11 @@ from daskclip.progress import State
 from daskclip.publish import JOURNAL
 from daskclip.report import ClipReport, run_pictures
 from daskclip.resume import Work, record
+from daskclip.saved import SavedNorms
 from daskclip.storage import stored_blocks
 from daskclip.workers import memory_used, running, versions
 
-OTHERS = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm")
+OTHERS = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")
 
 
 def jobs_of(
@@ -62,6 +63,7 @@ def clip_passes(
     started: float,
     run: Entry,
     measured: int,
+    saved: SavedNorms | None,
 ) -> ClipReport:
     """All passes, up to the end of the journal; ``measured`` bytes were read before."""
     first, parameters = jobs[0], run["parameters"]
@@ -72,6 +74,7 @@ def clip_passes(
 
     def progress(done: int, skipped: int, at: int) -> None:
         seconds, total = time.monotonic() - begun, plan.bytes_read
+        at = min(at, plan.passes)
         figures = {"done": min(done, total), "skipped": skipped, "total": total, "pass_": at}
         states.append(State(passes=plan.passes, seconds=seconds, **figures))
         display(states[-1])
@@ -82,6 +85,8 @@ def clip_passes(
         running(plan.threads, partial(end, first.run)) as how,
     ):
         passes = Passes(jobs, how, entries, progress, plan.window, stored_of(jobs, run))
+        if saved is not None:
+            passes.saved = saved.entries()
         written = passes.clip()
         after = memory_used()
         total = passes.total
@@ -107,7 +112,7 @@ def clip_passes(
             largest_norm=total.largest if total.slices > total.nonfinite else None,
             bytes_read=passes.read + measured,
             bytes_written=passes.written,
-            passes=plan.passes + ("limit" in run),
+            passes=plan.passes + ("limit" in run and saved is None),
             blocks=plan.blocks,
             seconds=seconds,
             peak_memory=peak,

@@ -43,6 +43,13 @@ class Scales:
             self._made[kind] = finalize(sums, limit, job.source.dtype)
         return "-".join(map(str, kind)), self._made[kind]
 
+    def save(self) -> bool:
+        """Write the norms to where they are wanted, if they are."""
+        job = self.jobs[0]
+        for i, slab in enumerate(self.slabs):
+            tasks.save_norms(job, self.of(i, job)[1], job.plan.region(int(slab), 0))
+        return job.target is not None
+
     def tally(self) -> Tally:
         """Counts over all slices."""
         job = self.jobs[0]

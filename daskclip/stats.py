@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from daskclip.progress import Mode, show
 from daskclip.report import as_document, as_text
 from daskclip.resume import require_unchanged
 from daskclip.retries import failing
+from daskclip.saved import saving
 from daskclip.workers import require_alike
 
 PERCENTS = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")
@@ -120,8 +122,9 @@ def stats_zarr(
     missing: Literal["fill", "error"] = "fill",
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
+    save_norms: str | os.PathLike[str] | None = None,
 ) -> StatsReport:
-    """Look at the norms of a Zarr array or group, to choose a ``clip_norm``; writes nothing.
+    """Look at the norms of a Zarr array or group, to choose a ``clip_norm``; clips nothing.
 
     Parameters
     ----------
@@ -129,6 +132,10 @@ def stats_zarr(
         See `clip_zarr`.
     storage_options, progress
         See `clip_zarr`.
+    save_norms : str or path, optional
+        Where the norms of an array are to be written, as a Zarr array of float64 over its kept
+        axes, for ``norms`` of `clip_zarr`; nothing may be there. The exact sums, which a second
+        pass needs, are kept in it too.
 
     Returns
     -------
@@ -165,15 +172,15 @@ def stats_zarr(
     """
     display, started = show(progress), time.monotonic()
     with failing("looking at the source"):
-        opened, plan, _, parameters = prepare(
+        opened, plan, *_, parameters = prepare(
             source, 0.0, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
             global_norm=False, ord=ord, limits=None, storage_options=storage_options,
         )  # fmt: skip
         run = {"parameters": parameters, "source": opened.fingerprint(changes=True)}
         require_alike(opened.paths)
-    with failing(f"reading {opened}"):
-        passes = measure(opened, plan, run, display)
+    with failing(f"reading {opened}"), saving(save_norms, opened, run, plan) as norms_array:
+        passes = measure(opened, plan, run, display, norms_array)
         require_unchanged(opened, {}, run)
     total, taken = passes.total, parameters["axes"]
     norms = sketch.Norms(*(total.norms or sketch.nothing(plan.kept.values())))

@@ -42,6 +42,21 @@ def unit_nbytes(array: zarr.Array[Any]) -> int:
     return math.prod(write_unit(array)) * array.dtype.itemsize
 
 
+def make_norms(
+    folder: Path,
+    *,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    names: list[str | None] | None,
+    attributes: dict[str, Any],
+) -> None:
+    """Make an array for norms in a folder; what is not stored of it is 0."""
+    zarr.create_array(
+        LocalStore(folder), shape=shape, chunks=chunks, dtype="float64", fill_value=0.0,
+        zarr_format=3, dimension_names=names, attributes=attributes,
+    )  # fmt: skip
+
+
 def dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
     """Names of the dimensions, in format 2 by xarray's attribute."""
     names = getattr(array.metadata, "dimension_names", None) or attributes(array).get(V2_NAMES)

@@ -106,10 +106,19 @@ def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     return counted, _write(job, region, x)
 
 
-def count_slab(job: Job, slab: int, block: int) -> Tally:
-    """One pass that writes nothing: read a block that is a whole slab."""
+def count_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
+    """One pass that clips nothing: read a block that is a whole slab."""
     region = job.plan.region(slab, block)
-    return tally(job, _clipped(job, region)[1], region)
+    scale = _clipped(job, region)[1]
+    return tally(job, scale, region), save_norms(job, scale, region)
+
+
+def save_norms(job: Job, scale: Scale, region: Box) -> int | None:
+    """Write the norms of the slices that meet a region, if they are wanted."""
+    if job.target is None:
+        return None
+    kept = tuple(s for a, s in enumerate(region) if a not in job.plan.axes)
+    return _write(job, kept, scale.norm.reshape(box_shape(kept)))
 
 
 def copy_block(job: Job, slab: int, block: int) -> int:
