@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ from daskclip import sketch, tally, tasks
 from daskclip.files import digest_file
 from daskclip.graphs import Cell, Row, compute, together
 from daskclip.jobs import Job
-from daskclip.journal import Entry, Journal, load
+from daskclip.journal import Entry, Journal
 from daskclip.partials import NAN, combine
+from daskclip.saved import saved_sums
 from daskclip.scales import Scales
 from daskclip.tally import Tally
 
@@ -251,9 +251,9 @@ class Passes:
 
     def _take(self, saved: Entry) -> Entry:
         """An entry of the first pass of another run."""
-        path = Path(saved["folder"], saved["sums"])
-        if path.exists():  # of the last window of a round
-            self.journal.save(saved["sums"], load(path))
+        sums = saved_sums(saved)
+        if sums is not None:
+            self.journal.save(saved["sums"], sums)
         return {k: saved[k] for k in ("sums", "nan", "source")}
 
     def _sum(self, rows: list[Row], before: str) -> Entry:

@@ -21,6 +21,7 @@ from daskclip.errors import (
 from daskclip.group_plan import GroupPlan
 from daskclip.hierarchy import Hierarchy, at_folder
 from daskclip.journal import Entry
+from daskclip.partials import Partial
 from daskclip.publish import JOURNAL, Folder, refuse_existing
 from daskclip.resume import VERSION, planned, stored_plan
 from daskclip.tally import Tally
@@ -46,6 +47,15 @@ class SavedNorms:
         folder = self.path / SUMS
         found = (entry for entry, _ in journal.entries(folder / JOURNAL))
         return (entry | {"folder": str(folder)} for entry in found if "sums" in entry)
+
+
+def saved_sums(entry: Entry) -> list[Partial] | None:
+    """Sums that an entry of `SavedNorms` names; kept after the last window of a slab only."""
+    path = Path(entry["folder"], entry["sums"])
+    try:
+        return journal.load(path) if path.exists() else None
+    except Exception as error:  # of a damaged file, numpy and zipfile raise anything
+        raise SourceError(f"norms {path.parent.parent} are damaged; {AGAIN}") from error
 
 
 @contextmanager
