@@ -197,8 +197,7 @@ def status(target: str) -> None:
 def discard(target: str) -> None:
     """Remove what an unfinished run to TARGET has done; TARGET stays as it is."""
     with _failing_in_one_line():
-        found = resume.discard(target)
-        click.echo("discarded" if found else "there is no unfinished run")
+        click.echo("discarded" if resume.discard(target) else "there is no unfinished run")
 
 
 def _call(

@@ -53,8 +53,7 @@ class ClipPlan:
     window: int
     """Blocks of a window, at most."""
     passes: int
-    """How often the array is read: once if a block holds its slices whole or their norms are
-    saved, else twice; 0 for an array that is copied as it is."""
+    """How often it is read: 1 if norms are saved or a block holds its slices, else 2; 0 copied."""
     processes: int
     """Processes that run blocks."""
     threads: int
@@ -256,8 +255,7 @@ def make_plan(
         threads -= 1
 
     # along the first axes first: the chunks of a block lie in its memory one after the other
-    reduced = [a for a in range(len(shape)) if a in axes]
-    kept = [a for a in range(len(shape)) if a not in axes]
+    order = sorted(range(len(shape)), key=lambda a: a not in axes)
     whole = tuple(
         max(1, n) if a in axes else u for a, (n, u) in enumerate(zip(shape, unit, strict=True))
     )
@@ -274,7 +272,7 @@ def make_plan(
             f"for blocks of one chunk or shard {unit}; "
             f"give memory='{ceil_div(need, MIB)}MiB'{fewer}"
         )
-    block = grown(block, shape, [*reduced, *kept], min(BLOCK // itemsize, units), fits)
+    block = grown(block, shape, order, min(BLOCK // itemsize, units), fits)
     need, window = projected(block, threads)
     return ClipPlan(
         shape=shape,

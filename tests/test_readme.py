@@ -66,7 +66,7 @@ def test_blocks_are_found():
 def test_set_up_is_one_line_each():
     first, second = blocks("bash")[0].splitlines()
     assert first.endswith("examples/03_gradients.py")
-    assert second.endswith("-m pytest")
+    assert second.endswith("-m pytest -n 2")
 
 
 @pytest.mark.parametrize("name", daskclip.__all__)
