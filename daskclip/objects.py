@@ -31,11 +31,11 @@ def at(url: str, options: dict[str, Any] | None) -> tuple[Any, str]:
 def url(store: Any, path: str) -> str:
     """Where an object is, for people."""
     if isinstance(store, FsspecStore):
-        return str(store.fs.unstrip_protocol(_join(store.path, path)))
+        return str(store.fs.unstrip_protocol(join(store.path, path)))
     bucket = getattr(getattr(store, "store", None), "config", {}).get("bucket")
     if bucket:
-        return "s3://" + _join(bucket, str(store.store.prefix or ""), path)
-    return _join(str(store), path)
+        return "s3://" + join(bucket, str(store.store.prefix or ""), path)
+    return join(str(store), path)
 
 
 def get(store: Any, keys: Iterable[str]) -> list[Any]:
@@ -59,7 +59,7 @@ def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
     async def created(key: str, data: bytes) -> bool:
         try:
             if isinstance(store, FsspecStore):
-                await store.fs._pipe_file(_join(store.path, key), data, mode="create")
+                await store.fs._pipe_file(join(store.path, key), data, mode="create")
             else:
                 await store.store.put_async(key, data, mode="create")
         except Exception as error:
@@ -98,7 +98,7 @@ def listed(store: Any, prefix: str) -> Iterator[Stored]:
     """All objects whose key begins with ``prefix``, a slash and more; keys without these."""
     root = f"{prefix}/" if prefix else ""
     if isinstance(store, FsspecStore):
-        top = _join(store.path, prefix)
+        top = join(store.path, prefix)
         # what another program wrote meanwhile is not in what fsspec remembers
         store.fs.invalidate_cache()
         found = sync(store.fs._find(top, detail=True))
@@ -122,7 +122,8 @@ async def _collected(keys: Any) -> list[str]:
     return [key async for key in keys]
 
 
-def _join(*parts: str) -> str:
+def join(*parts: str) -> str:
+    """Key of what has these names, one below the other; some may be empty."""
     return "/".join(part.rstrip("/") for part in parts if part)
 
 

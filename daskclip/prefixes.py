@@ -14,7 +14,7 @@ from daskclip.errors import TargetError, TargetExistsError, TargetPermissionErro
 from daskclip.hierarchy import MADE_BY, Hierarchy, at_place
 from daskclip.journal import Entry
 from daskclip.leases import Lease, Objects
-from daskclip.preflight import CONSOLIDATED, RECORD, consolidated, document, is_consolidated
+from daskclip.preflight import CONSOLIDATED, RECORD, refuse_consolidated
 from daskclip.publish import JOURNAL
 
 LINES = 64  # of a journal, in one object: each window stores its object again
@@ -74,9 +74,8 @@ class Prefix:
         parts = self.path.split("/")
         for i in range(len(parts) if self.path else 0):
             group = Objects(self.store, "/".join(parts[:i]))
-            for name, data in zip(CONSOLIDATED, group.get(*CONSOLIDATED), strict=True):
-                if data is not None and is_consolidated(name, document(data.tobytes())):
-                    raise consolidated(self, group)
+            found = (b"" if data is None else data for data in group.get(*CONSOLIDATED))
+            refuse_consolidated(self, group, *found)
 
     @contextmanager
     def locked(self) -> Iterator[PrefixWork]:

@@ -63,16 +63,16 @@ def as_dask(array: zarr.Array[Any]) -> da.Array:
     return lazy
 
 
-def location(array: zarr.Array[Any]) -> str:
-    """Where an array is, for people."""
+def location(array: Any) -> str:
+    """Where an array or a group is, for people."""
     return str(local_path(array) or objects.url(array.store, array.path))
 
 
-def local_path(array: zarr.Array[Any]) -> Path | None:
-    """Folder of an array on a local file system."""
+def local_path(array: Any) -> Path | None:
+    """Folder of an array or a group on a local file system."""
     if not isinstance(array.store, LocalStore):
         return None
-    return (array.store.root / array.path).absolute()
+    return Path(array.store.root, array.path).absolute()
 
 
 def listed(array: zarr.Array[Any], *, changes: bool = False) -> Iterator[files.Stored]:
@@ -117,7 +117,7 @@ def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] 
 
 
 def _get(array: zarr.Array[Any], key: str) -> Any:
-    (data,) = retrying(lambda: objects.get(array.store, [full_key(array, key)]))
+    (data,) = retrying(lambda: objects.get(array.store, [objects.join(array.path, key)]))
     return data
 
 
@@ -147,8 +147,3 @@ def cells(array: zarr.Array[Any]) -> Iterator[tuple[str, tuple[int, ...] | None]
         cell = tuple(numbers[-ndim:] if ndim else ())
         inside = len(cell) == ndim and all(i < n for i, n in zip(cell, ends, strict=True))
         yield key, cell if inside and key == array.metadata.encode_chunk_key(cell) else None
-
-
-def full_key(array: zarr.Array[Any], key: str) -> str:
-    """Key in the store."""
-    return f"{array.path}/{key}".lstrip("/")
