@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from typing import Any
 
 from zarr.core.buffer import default_buffer_prototype
@@ -41,11 +41,8 @@ def url(store: Any, path: str) -> str:
 def get(store: Any, keys: Iterable[str]) -> list[Any]:
     """Bytes of each object, as arrays, or None; fetched together."""
     prototype = default_buffer_prototype()
-
-    async def fetched() -> list[Any]:
-        return await asyncio.gather(*(store.get(key, prototype) for key in keys))
-
-    return [None if b is None else b.as_numpy_array() for b in sync(fetched())]
+    found = sync(_together(store.get(key, prototype) for key in keys))
+    return [None if b is None else b.as_numpy_array() for b in found]
 
 
 def put(store: Any, key: str, data: bytes) -> None:
@@ -68,10 +65,7 @@ def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
             return False
         return True
 
-    async def all_created() -> list[bool]:
-        return await asyncio.gather(*(created(key, data) for key, data in objects))
-
-    return sync(all_created())
+    return sync(_together(created(key, data) for key, data in objects))
 
 
 def put_once(store: Any, objects: list[tuple[str, bytes]]) -> None:
@@ -87,11 +81,7 @@ def put_once(store: Any, objects: list[tuple[str, bytes]]) -> None:
 
 def delete(store: Any, keys: Iterable[str]) -> None:
     """Remove objects; those that are not there are none the worse."""
-
-    async def deleted() -> None:
-        await asyncio.gather(*(store.delete(key) for key in keys))
-
-    sync(deleted())
+    sync(_together(store.delete(key) for key in keys))
 
 
 def listed(store: Any, prefix: str) -> Iterator[Stored]:
@@ -116,6 +106,10 @@ def listed(store: Any, prefix: str) -> Iterator[Stored]:
     else:
         for key in sync(_collected(store.list_prefix(root))):
             yield Stored(key.removeprefix(root), 0, "")
+
+
+async def _together(calls: Iterable[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*calls)
 
 
 async def _collected(keys: Any) -> list[str]:

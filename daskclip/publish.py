@@ -37,7 +37,6 @@ from daskclip.preflight import (
 )
 
 JOURNAL = "journal"
-TAKEN = "is being written by another run; wait for it or stop it"
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ class Folder:
     @contextmanager
     def locked(self) -> Iterator[FolderWork]:
         """What a run keeps, for one alone; removed unless there is a journal."""
-        work, taken = self.work, f"target {self} {TAKEN}"
+        work = self.work
+        taken = f"target {self} is being written by another run; wait for it or stop it"
         try:
             work.mkdir(exist_ok=True)
         except OSError as error:
@@ -131,13 +131,11 @@ class Folder:
 
     def busy(self) -> bool:
         """Whether a run holds the lock."""
-        try:
-            with (self.work / "lock").open() as lock:
+        with suppress(FileNotFoundError), (self.work / "lock").open() as lock:
+            try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except FileNotFoundError:
-            pass
+            except BlockingIOError:
+                return True
         return False
 
     @contextmanager

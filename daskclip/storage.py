@@ -79,7 +79,8 @@ def listed(array: zarr.Array[Any], *, changes: bool = False) -> Iterator[files.S
     """All that is stored for an array, but what is hidden."""
     folder = local_path(array)
     if folder is not None:
-        return files.listed(folder, depth(array), changes=changes)
+        depth = array.metadata.encode_chunk_key((0,) * array.ndim).count("/") + 1
+        return files.listed(folder, depth, changes=changes)
     found = objects.listed(array.store, array.path)
     return (stored for stored in found if "/." not in f"/{stored.key}")
 
@@ -96,11 +97,6 @@ def digest_stored(array: zarr.Array[Any], names: Iterable[str]) -> int:
 def digest_of(stored: Iterable[tuple[str, Any]]) -> int:
     """Digest of what is, or will be, stored under some keys."""
     return sum(files.digest_file(key, files.digest(data)) for key, data in stored) % files.DIGESTS
-
-
-def depth(array: zarr.Array[Any]) -> int:
-    """Number of names in the key of a chunk."""
-    return array.metadata.encode_chunk_key((0,) * array.ndim).count("/") + 1
 
 
 def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] | None:
