@@ -20,7 +20,6 @@ def check_nesting(path: Path, source: Path | None) -> None:
     """Refuse a target and a source that lie in each other."""
     if source is None:
         return
-    source = source.resolve()
     if path == source:
         raise TargetError(f"target {path} is the source; clip it in place or choose another path")
     if path.is_relative_to(source):
