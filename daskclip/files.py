@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import re
@@ -20,6 +19,9 @@ from uuid import uuid4
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+
+with suppress(ImportError):  # not POSIX: importing daskclip must work all the same
+    import fcntl
 
 Bytes = npt.NDArray[np.uint8]
 
