@@ -63,7 +63,7 @@ def compute(
                 digest = () if expected is None else (expected(cell),)
                 args.append((cell.slab, cell.block, *digest))
             keys = [f"job-{cell.job}-{name}" for cell in cells]
-            graph[(name, i, k)] = (_each, function, keys, Constant(args), given)
+            graph[(name, i, k)] = (tasks.each, function, keys, (Constant(args),), given)
     chunks = ((1,) * len(rows), (1,) * len(spans))
     results = da.Array(graph, name, chunks, meta=no_block(2))
     if combined:
@@ -79,10 +79,6 @@ def compute(
     with surviving(block_of), dask.config.set({"optimization.fuse.active": False}):
         found = gathered(results.to_delayed().ravel(), how)
     return [_added([one]) for one in found] if combined else list(chain.from_iterable(found))
-
-
-def _each(function: Any, jobs: Any, cells: Constant, scales: Any) -> list[Any]:
-    return tasks.each(function, jobs, cells.value, scales)
 
 
 def _added(parts: list[Any]) -> Any:

@@ -15,7 +15,7 @@ import zarr
 from zarr.storage import LocalStore, StorePath
 
 from daskclip import files, objects, storage
-from daskclip.errors import SourceError, StorageError, reason
+from daskclip.errors import SourceError, reason
 from daskclip.retries import refused, retrying
 
 # the last one of a folder makes a node of it
@@ -35,7 +35,7 @@ class Hierarchy:
     """Metadata by key below the place, to the byte; that of a node after what is in it."""
 
     def __str__(self) -> str:
-        return str(self.folder or objects.url(self.store, self.path))
+        return storage.location(self)
 
     @property
     def place(self) -> StorePath:
@@ -45,9 +45,7 @@ class Hierarchy:
     @property
     def folder(self) -> Path | None:
         """Where it is on a local file system."""
-        if not isinstance(self.store, LocalStore):
-            return None
-        return (self.store.root / self.path).absolute()
+        return storage.local_path(self)
 
     @property
     def is_group(self) -> bool:
@@ -78,31 +76,25 @@ class Hierarchy:
                 continue
             document = json.loads(data)
             if kind == ".zarray":
-                document["attributes"] = self._attributes(name)
+                document["attributes"] = self.attributes(name)
             elif document["node_type"] != "array":
                 continue
-            place = StorePath(self.store, _join(self.path, name))
-            found[name] = zarr.Array.from_dict(place, document)
+            found[name] = zarr.Array.from_dict(self.place / name, document)
         return dict(sorted(found.items()))
 
     def attributes(self, name: str) -> dict[str, Any]:
         """Attributes of a node."""
-        if name in self.arrays:
-            return self.arrays[name].metadata.attributes
-        return self._attributes(name)
-
-    def _attributes(self, name: str) -> dict[str, Any]:
-        document = self.documents.get(_join(name, "zarr.json"))
+        document = self.documents.get(objects.join(name, "zarr.json"))
         if document is not None:
             return dict(json.loads(document).get("attributes") or {})
-        return dict(json.loads(self.documents.get(_join(name, ".zattrs"), b"{}")))
+        return dict(json.loads(self.documents.get(objects.join(name, ".zattrs"), b"{}")))
 
     def at(self, store: Any, path: str = "") -> Hierarchy:
         """The same metadata in another place, where there may be nothing yet."""
         moved = replace(self, store=store, path=path)
         # metadata is not parsed again
         moved.__dict__["arrays"] = {
-            name: zarr.Array(zarr.AsyncArray(a.metadata, StorePath(store, _join(path, name))))
+            name: zarr.Array(zarr.AsyncArray(a.metadata, moved.place / name))
             for name, a in self.arrays.items()
         }
         return moved
@@ -156,7 +148,7 @@ class Hierarchy:
             for one in storage.listed(array, changes=changes):
                 if not files.CHUNK.fullmatch(one.key):
                     continue
-                key = _join(name, one.key)
+                key = objects.join(name, one.key)
                 if one.size > largest:
                     raise ValueError(f"{key} has {one.size} bytes, which no chunk there takes")
                 yield one._replace(key=key)
@@ -172,20 +164,6 @@ def at_place(store: Any, path: str) -> Hierarchy:
     if isinstance(store, LocalStore):
         return Hierarchy(store, path, dict(_documents(store.root / path)))
     return Hierarchy(store, path, retrying(lambda: _fetched(store, path)))
-
-
-def reopened(folder: Path) -> Hierarchy:
-    """What a run has made."""
-    try:
-        found = at_folder(folder)
-        if found.documents and found.arrays is not None:
-            return found
-        why = "it has no metadata"
-    except Exception as error:  # broken metadata makes zarr raise anything
-        why = reason(error)
-    raise StorageError(
-        f"{folder} cannot be opened any more ({why}); discard the run and begin again"
-    )
 
 
 def _documents(folder: Path, prefix: str = "") -> Iterator[tuple[str, bytes]]:
@@ -235,7 +213,7 @@ def _fetched(store: Any, path: str) -> dict[str, bytes]:
             warnings.simplefilter("ignore")
             names = [*sorted((n for n, _ in group.members(max_depth=None)), reverse=True), ""]
     kinds = DOCUMENTS if "zarr.json" not in root else ("zarr.json",)
-    keys = [_join(name, kind) for name in names for kind in kinds]
+    keys = [objects.join(name, kind) for name in names for kind in kinds]
     found: dict[str, bytes] = {}
     for i in range(0, len(keys), TOGETHER):
         found |= _get(store, path, keys[i : i + TOGETHER])
@@ -243,7 +221,7 @@ def _fetched(store: Any, path: str) -> dict[str, bytes]:
 
 
 def _get(store: Any, path: str, keys: Any) -> dict[str, bytes]:
-    data = objects.get(store, [_join(path, key) for key in keys])
+    data = objects.get(store, [objects.join(path, key) for key in keys])
     return {k: d.tobytes() for k, d in zip(keys, data, strict=True) if d is not None}
 
 
@@ -251,7 +229,3 @@ def _split(key: str) -> tuple[str, str]:
     """Name of a node, and of its document."""
     name, _, kind = key.rpartition("/")
     return name, kind
-
-
-def _join(*parts: str) -> str:
-    return "/".join(part for part in parts if part)

@@ -11,22 +11,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from daskclip import objects
 from daskclip.errors import (
     DaskClipError,
-    StorageError,
     TargetError,
     TargetExistsError,
     TargetPermissionError,
-    TemporaryError,
     reason,
 )
-from daskclip.retries import refused, retrying, transient
-
-T = TypeVar("T")
+from daskclip.retries import T, refused, remedied, retrying
 
 log = logging.getLogger("daskclip")
 BEAT, LEASE = 5.0, 20.0  # seconds between signs of life, and without one until a lock is void
@@ -87,8 +83,8 @@ class Objects:
                 raise TargetPermissionError(f"{text}; check credentials and rights") from error
             if isinstance(error, FileNotFoundError):
                 raise TargetError(f"{text}; check the bucket") from error
-            kind = TemporaryError if transient(error) else StorageError
-            raise kind(f"{text}; run the same command again to resume") from error
+            kind, remedy = remedied(error)
+            raise kind(f"{text}; {remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class Lease:
         finally:
             stop.set()
             beating.join()
-            with suppress(StorageError, TargetError, TargetPermissionError):  # void in a while
+            with suppress(DaskClipError):  # void in a while
                 self.objects.delete([name])
 
     def is_held(self) -> bool:

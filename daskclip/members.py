@@ -27,13 +27,9 @@ def members(
     if not source.arrays:
         raise SourceError(f"source {source} is an empty group; give one with arrays")
     included, excluded = (_matching(source, wanted) for wanted in chosen)
-    found = [
-        name
-        for name in source.arrays
-        if name not in excluded and (name in included or not chosen[0])
-    ]
-    coordinates = _coordinates(source)
-    found = [name for name in found if name not in coordinates]
+    excluded |= _coordinates(source)
+    wanted = included if chosen[0] else source.arrays.keys()
+    found = [name for name in source.arrays if name in wanted and name not in excluded]
     for name in found:
         array = source.arrays[name]
         if array.dtype.kind in "iu":
@@ -77,8 +73,7 @@ def _coordinates(source: Hierarchy) -> set[str]:
     }
     for node in (*source.groups, *source.arrays):
         group = node.rpartition("/")[0] if node in source.arrays else node
-        for kind in ("coordinates", "bounds"):
-            listed = source.attributes(node).get(kind)
+        for listed in map(source.attributes(node).get, ("coordinates", "bounds")):
             if isinstance(listed, str):
                 found |= {f"{group}/{name}".lstrip("/") for name in listed.split()}
     return found

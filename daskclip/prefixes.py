@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from daskclip import objects
 from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
 from daskclip.hierarchy import MADE_BY, Hierarchy, at_place
 from daskclip.journal import Entry
 from daskclip.leases import Lease, Objects
-from daskclip.preflight import CONSOLIDATED, RECORD, consolidated, document, is_consolidated
+from daskclip.preflight import CONSOLIDATED, RECORD, refuse_consolidated
 from daskclip.publish import JOURNAL
 
 LINES = 64  # of a journal, in one object: each window stores its object again
@@ -22,20 +21,8 @@ TOGETHER = 64  # documents that are stored at a time
 LOCK, DISCARDED = f"{RECORD}/lock", f"{RECORD}/discarded"
 
 
-@dataclass(frozen=True)
-class Prefix:
+class Prefix(Objects):
     """A target in an object store; what a run keeps lies below it, under ``.daskclip/``."""
-
-    store: Any
-    path: str
-
-    def __str__(self) -> str:
-        return str(self.stored)
-
-    @property
-    def stored(self) -> Objects:
-        """All that there is."""
-        return Objects(self.store, self.path)
 
     @property
     def kept(self) -> str:
@@ -44,7 +31,7 @@ class Prefix:
         return f"{home}/{RECORD}".lstrip("/")
 
     def exists(self) -> bool:
-        return any(found is not None for found in self.stored.get(*MADE_BY))
+        return any(found is not None for found in self.get(*MADE_BY))
 
     def open(self) -> Hierarchy:
         """What is there."""
@@ -74,42 +61,41 @@ class Prefix:
         parts = self.path.split("/")
         for i in range(len(parts) if self.path else 0):
             group = Objects(self.store, "/".join(parts[:i]))
-            for name, data in zip(CONSOLIDATED, group.get(*CONSOLIDATED), strict=True):
-                if data is not None and is_consolidated(name, document(data.tobytes())):
-                    raise consolidated(self, group)
+            found = (b"" if data is None else data for data in group.get(*CONSOLIDATED))
+            refuse_consolidated(self, group, *found)
 
     @contextmanager
     def locked(self) -> Iterator[PrefixWork]:
         """What a run keeps, for one alone; removed unless there is a journal."""
-        with Lease(self.stored, LOCK).held() as require:
+        with Lease(self, LOCK).held() as require:
             kept = self.kept
             if kept != RECORD:
                 self.tidy(LOCK)  # stopped between publishing and cleaning up
-            with _pulled(self.stored, kept) as folder:
+            with _pulled(self, kept) as folder:
                 work = PrefixWork(folder, self, require)
-                if self.stored.get(DISCARDED) != [None]:
+                if self.get(DISCARDED) != [None]:
                     work.clear()
                 yield work
 
     def tidy(self, *stays: str) -> None:
         """Remove what a run kept that has ended, but what begins with one of those names."""
-        names = self.stored.names(RECORD)
-        self.stored.delete([name for name in names if not name.startswith(stays)])
+        names = self.names(RECORD)
+        self.delete([name for name in names if not name.startswith(stays)])
 
     def busy(self) -> bool:
         """Whether a run holds the lock."""
-        return Lease(self.stored, LOCK).is_held()
+        return Lease(self, LOCK).is_held()
 
     @contextmanager
     def journals(self) -> Iterator[tuple[Path, Path]]:
         """Journals of the run that made the array and of one that is not finished, if any."""
-        with _pulled(self.stored, self.kept) as folder:
+        with _pulled(self, self.kept) as folder:
             both = folder / JOURNAL, folder / "none"
             yield both if self.exists() else both[::-1]
 
     def unfinished(self) -> bool:
         """Whether a run has left something that is no array yet."""
-        return not self.exists() and bool(self.stored.names())
+        return not self.exists() and bool(self.names())
 
 
 @dataclass
@@ -128,7 +114,7 @@ class PrefixWork:
 
     def mirror(self) -> Mirror:
         """What keeps the journal in the store too."""
-        return Mirror(self.target.stored, self.folder / JOURNAL, self.require)
+        return Mirror(self.target, self.folder / JOURNAL, self.require)
 
     @property
     def files(self) -> list[str]:
@@ -137,7 +123,7 @@ class PrefixWork:
 
     def begin(self, source: Hierarchy, name: str) -> None:
         """Require that nothing is there yet."""
-        there = [n for n in self.target.stored.names() if not n.startswith(RECORD)]
+        there = [n for n in self.target.names() if not n.startswith(RECORD)]
         if there:
             raise TargetExistsError(
                 f"there are objects at target {self.target} ({there[0]}); remove them or choose "
@@ -159,18 +145,18 @@ class PrefixWork:
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
         """Let what is complete appear by its metadata."""
         self.require()
-        there, documents = self.target.stored, list(source.documents.items())
+        there, (*documents, last) = self.target, source.documents.items()
         if source.home:
             journal = (self.folder / JOURNAL).read_bytes()
             there.put(f"{source.home}/{RECORD}/{JOURNAL}", journal)
-        for i in range(0, len(documents) - 1, TOGETHER):
-            there.put_once(documents[i : min(i + TOGETHER, len(documents) - 1)])
-        there.put_once(documents[-1:])
+        for i in range(0, len(documents), TOGETHER):
+            there.put_once(documents[i : i + TOGETHER])
+        there.put_once([last])
         self.target.tidy(LOCK, *(() if source.home else (f"{RECORD}/{JOURNAL}",)))
 
     def clear(self) -> None:
         """Remove all that a run has stored but its lock."""
-        there = self.target.stored
+        there = self.target
         there.put(DISCARDED, b"")  # from here on the journal means nothing
         names = [n for n in there.names() if not n.startswith((LOCK, DISCARDED))]
         there.delete([n for n in names if not n.startswith(RECORD)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ def check_nesting(path: Path, source: Path | None) -> None:
     """Refuse a target and a source that lie in each other."""
     if source is None:
         return
-    source = source.resolve()
     if path == source:
         raise TargetError(f"target {path} is the source; clip it in place or choose another path")
     if path.is_relative_to(source):
@@ -30,49 +28,33 @@ def check_nesting(path: Path, source: Path | None) -> None:
         raise TargetError(f"source {source} lies inside the target {path}; choose another path")
 
 
-def refuse_consolidated(folder: Path, target: Path) -> None:
-    """A group with consolidated metadata would not list what is added behind its back."""
-    for name in CONSOLIDATED:
-        if is_consolidated(name, _document(folder / name)):
-            raise consolidated(target, folder)
+def refuse_consolidated(target: Any, group: Any, new: Any, old: Any) -> None:
+    """A group whose `CONSOLIDATED` files list what is in it would not list what is added."""
+    if _document(new).get("consolidated_metadata") or _document(old):
+        raise TargetError(
+            f"target {target} lies in a group with consolidated metadata ({group}); write "
+            "elsewhere, or remove the consolidated metadata and make it again afterwards"
+        )
 
 
-def is_consolidated(name: str, document: dict[str, Any]) -> bool:
-    """Whether metadata of a group, in a file of that name, lists the arrays in it."""
-    return bool(document) and (name == ".zmetadata" or bool(document.get("consolidated_metadata")))
+def is_node(folder: Path, kind: str) -> bool:
+    """Whether there is an array, or a group, in a folder."""
+    document = _document(content(folder / "zarr.json"))
+    return document.get("node_type") == kind or (folder / f".z{kind}").is_file()
 
 
-def consolidated(target: Any, group: Any) -> TargetError:
-    """The reason not to make an array in a group."""
-    return TargetError(
-        f"target {target} lies in a group with consolidated metadata ({group}); write elsewhere, "
-        "or remove the consolidated metadata and make it again afterwards"
-    )
-
-
-def is_array(folder: Path) -> bool:
-    """Whether there is an array in a folder."""
-    document = _document(folder / "zarr.json")
-    return document.get("node_type") == "array" or (folder / ".zarray").is_file()
-
-
-def is_group(folder: Path) -> bool:
-    """Whether there is a group in a folder."""
-    document = _document(folder / "zarr.json")
-    return document.get("node_type") == "group" or (folder / ".zgroup").is_file()
-
-
-def _document(path: Path) -> dict[str, Any]:
+def content(path: Path) -> bytes:
+    """Bytes of a file; none if it cannot be read."""
     try:
-        return document(path.read_bytes())
+        return path.read_bytes()
     except OSError:
-        return {}
+        return b""
 
 
-def document(data: bytes) -> dict[str, Any]:
+def _document(data: Any) -> dict[str, Any]:
     """A JSON object; empty if it is none."""
     try:
-        found = json.loads(data)
+        found = json.loads(bytes(data))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -80,20 +62,16 @@ def document(data: bytes) -> dict[str, Any]:
 
 def refuse_strangers(source: Hierarchy) -> None:
     """Refuse folders with files that would be lost when others take their place."""
-    for path in _strangers(source):
-        raise TargetError(f"{path} is no part of what is stored in {source}; move it away")
-
-
-def _strangers(there: Hierarchy) -> Iterator[str]:
-    """What is in the folders of arrays and groups, and is no part of them."""
-    nodes = {*there.groups, *there.arrays}
-    folder = there.folder or Path()
+    nodes = {*source.groups, *source.arrays}
+    folder = source.folder or Path()
     for name in nodes:
         for own in os.listdir(folder / name):
             inside = f"{name}/{own}".lstrip("/")
             part = own in DOCUMENTS or inside in nodes or own == RECORD
-            if not (part or (name in there.arrays and files.CHUNK.fullmatch(own))):
-                yield f"{folder}/{inside}"
+            if not (part or (name in source.arrays and files.CHUNK.fullmatch(own))):
+                raise TargetError(
+                    f"{folder}/{inside} is no part of what is stored in {source}; move it away"
+                )
 
 
 def require_exchange(work: Path) -> None:

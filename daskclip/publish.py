@@ -23,20 +23,20 @@ from daskclip.errors import (
     TargetExistsError,
     TargetPermissionError,
 )
-from daskclip.hierarchy import DOCUMENTS, Hierarchy, at_folder, reopened
+from daskclip.hierarchy import DOCUMENTS, Hierarchy, at_folder
 from daskclip.journal import Entry, header
 from daskclip.preflight import (
+    CONSOLIDATED,
     RECORD,
     check_nesting,
-    is_array,
-    is_group,
+    content,
+    is_node,
     refuse_consolidated,
     refuse_strangers,
     require_exchange,
 )
 
 JOURNAL = "journal"
-TAKEN = "is being written by another run; wait for it or stop it"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Folder:
 
     def open(self) -> Hierarchy:
         """What is there."""
-        return reopened(self.path)
+        return at_folder(self.path)
 
     def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a place where the target of a source cannot be made; changes nothing."""
@@ -82,12 +82,11 @@ class Folder:
         if not in_place:
             check_nesting(path, source.folder)
             for folder in (parent, *parent.parents):
-                refuse_consolidated(folder, path)
-            kind = is_array if not source.is_group else is_group
-            if overwrite and path.exists() and not kind(path):
+                refuse_consolidated(path, folder, *(content(folder / n) for n in CONSOLIDATED))
+            kind = "group" if source.is_group else "array"
+            if overwrite and path.exists() and not is_node(path, kind):
                 raise TargetError(
-                    f"target {path} is no zarr {'group' if source.is_group else 'array'}; remove "
-                    "it or choose another path"
+                    f"target {path} is no zarr {kind}; remove it or choose another path"
                 )
         if not os.access(parent, os.W_OK | os.X_OK):
             raise TargetPermissionError(
@@ -98,7 +97,8 @@ class Folder:
     @contextmanager
     def locked(self) -> Iterator[FolderWork]:
         """What a run keeps, for one alone; removed unless there is a journal."""
-        work, taken = self.work, f"target {self} {TAKEN}"
+        work = self.work
+        taken = f"target {self} is being written by another run; wait for it or stop it"
         try:
             work.mkdir(exist_ok=True)
         except OSError as error:
@@ -131,13 +131,11 @@ class Folder:
 
     def busy(self) -> bool:
         """Whether a run holds the lock."""
-        try:
-            with (self.work / "lock").open() as lock:
+        with suppress(FileNotFoundError), (self.work / "lock").open() as lock:
+            try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except FileNotFoundError:
-            pass
+            except BlockingIOError:
+                return True
         return False
 
     @contextmanager

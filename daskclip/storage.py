@@ -78,23 +78,24 @@ def as_dask(array: zarr.Array[Any]) -> da.Array:
     return lazy
 
 
-def location(array: zarr.Array[Any]) -> str:
-    """Where an array is, for people."""
+def location(array: Any) -> str:
+    """Where an array or a group is, for people."""
     return str(local_path(array) or objects.url(array.store, array.path))
 
 
-def local_path(array: zarr.Array[Any]) -> Path | None:
-    """Folder of an array on a local file system."""
+def local_path(array: Any) -> Path | None:
+    """Folder of an array or a group on a local file system."""
     if not isinstance(array.store, LocalStore):
         return None
-    return (array.store.root / array.path).absolute()
+    return Path(array.store.root, array.path).absolute()
 
 
 def listed(array: zarr.Array[Any], *, changes: bool = False) -> Iterator[files.Stored]:
     """All that is stored for an array, but what is hidden."""
     folder = local_path(array)
     if folder is not None:
-        return files.listed(folder, depth(array), changes=changes)
+        depth = array.metadata.encode_chunk_key((0,) * array.ndim).count("/") + 1
+        return files.listed(folder, depth, changes=changes)
     found = objects.listed(array.store, array.path)
     return (stored for stored in found if "/." not in f"/{stored.key}")
 
@@ -113,11 +114,6 @@ def digest_of(stored: Iterable[tuple[str, Any]]) -> int:
     return sum(files.digest_file(key, files.digest(data)) for key, data in stored) % files.DIGESTS
 
 
-def depth(array: zarr.Array[Any]) -> int:
-    """Number of names in the key of a chunk."""
-    return array.metadata.encode_chunk_key((0,) * array.ndim).count("/") + 1
-
-
 def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] | None:
     """Path of a folder, or store and key, that something means; None if nothing."""
     if isinstance(target, zarr.Array | zarr.Group):
@@ -132,7 +128,7 @@ def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] 
 
 
 def _get(array: zarr.Array[Any], key: str) -> Any:
-    (data,) = retrying(lambda: objects.get(array.store, [full_key(array, key)]))
+    (data,) = retrying(lambda: objects.get(array.store, [objects.join(array.path, key)]))
     return data
 
 
@@ -162,8 +158,3 @@ def cells(array: zarr.Array[Any]) -> Iterator[tuple[str, tuple[int, ...] | None]
         cell = tuple(numbers[-ndim:] if ndim else ())
         inside = len(cell) == ndim and all(i < n for i, n in zip(cell, ends, strict=True))
         yield key, cell if inside and key == array.metadata.encode_chunk_key(cell) else None
-
-
-def full_key(array: zarr.Array[Any], key: str) -> str:
-    """Key in the store."""
-    return f"{array.path}/{key}".lstrip("/")

@@ -31,7 +31,7 @@ def open_target(
     if target is None and not in_place:
         raise InvalidValueError("there is no target; give its path, or clip in place")
     if in_place:
-        target = source.place if source.folder is None else source.folder.resolve()
+        target = source.place
     place = find_target(target, options)
     place.check(source, overwrite=overwrite, in_place=in_place)
     return place

@@ -94,6 +94,27 @@ def test_import_loads_no_heavy_optional_package():
     assert done.stdout == "[]\n"
 
 
+def test_without_posix_arrays_are_clipped_and_stores_refused(tmp_path):
+    code = """import sys
+sys.modules["fcntl"] = None
+import numpy, zarr, daskclip
+print(daskclip.clip_by_norm(numpy.array([3.0, 4.0]), 6.0).tolist())
+zarr.create_array("x", shape=2, dtype="f4")
+try:
+    daskclip.clip_zarr("x", "y", 1.0)
+except daskclip.errors.TargetError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "[3.0, 4.0]",
+        "this system has no flock; use clip_by_norm, which needs none",
+    ]
+
+
 def test_all_holds_the_public_names():
     public = {
         name
