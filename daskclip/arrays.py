@@ -34,28 +34,24 @@ def as_array(t: Any, check: Check = check_dtype) -> Any:
                 "dask arrays made under array.query-planning are not supported; "
                 "set array.query-planning to False before importing dask.array"
             )
-        check(t.dtype)
-        blocks = type(t._meta)
-    else:
-        if hasattr(t, "__dask_graph__"):
-            raise InvalidTypeError(
-                f"{type(t).__module__}.{type(t).__name__} is not an array of numpy, dask or zarr; "
-                "pass its .data, or use daskclip.xarray"
-            )
-        blocks = type(t) if isinstance(t, np.ma.MaskedArray) else np.ndarray
-    if not issubclass(blocks, np.ndarray) or issubclass(blocks, np.ma.MaskedArray):
+    elif hasattr(t, "__dask_graph__"):
+        raise InvalidTypeError(
+            f"{type(t).__module__}.{type(t).__name__} is not an array of numpy, dask or zarr; "
+            "pass its .data, or use daskclip.xarray"
+        )
+    elif not isinstance(t, np.ma.MaskedArray):
+        try:
+            t = np.asarray(t)
+        except ValueError:
+            raise InvalidValueError(f"{shown(t)} is ragged; give an array") from None
+    check(t.dtype)
+    blocks = t._meta if isinstance(t, da.Array) else t
+    if not isinstance(blocks, np.ndarray) or isinstance(blocks, np.ma.MaskedArray):
         raise DTypeError(
-            f"blocks of type {blocks.__module__}.{blocks.__name__} cannot be clipped; "
+            f"blocks of type {type(blocks).__module__}.{type(blocks).__name__} cannot be clipped; "
             "convert them to numpy.ndarray, masked ones with .filled(numpy.nan)"
         )
-    if isinstance(t, da.Array):
-        return t
-    try:
-        x = np.asarray(t)
-    except ValueError:
-        raise InvalidValueError(f"{shown(t)} is ragged; give an array") from None
-    check(x.dtype)
-    return x
+    return t
 
 
 def as_limit(clip_norm: Any, what: str = "clip_norm") -> Any:

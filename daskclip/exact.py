@@ -110,7 +110,7 @@ class _Accumulator:
         self.powers = Powers(self.rows, self.across, x.itemsize, power)
         self.spare = np.empty(min(x.size, PANEL))
 
-    def add_block(self, x: Array, omit_nan: bool = False) -> None:
+    def add_block(self, x: Array, omit_nan: bool) -> None:
         view = x.transpose(self.order)
         for where in self.panels(view.shape):
             at = where[: self.cut]
@@ -118,7 +118,11 @@ class _Accumulator:
             magnitudes = Magnitudes(matrix, self.spare)
             if not math.isfinite(magnitudes.top):
                 matrix = matrix.astype(np.float64)
-                self.flag(np.isnan(matrix), np.isinf(matrix), at, omit_nan)
+                over = 1 if self.rows else 0
+                found = np.isinf(matrix).any(axis=over) * np.uint8(INF)
+                if not omit_nan:
+                    found |= np.isnan(matrix).any(axis=over) * np.uint8(NAN)
+                self.flags[at] |= found.reshape(box_shape(at))
                 np.nan_to_num(matrix, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
                 magnitudes = Magnitudes(matrix, self.spare)
             if magnitudes.top:
@@ -146,13 +150,6 @@ class _Accumulator:
             matrix = panel.reshape(slices, n)
         return matrix.T if self.across == self.rows else matrix
 
-    def flag(self, nan: Array, infinite: Array, at: Box, omit_nan: bool) -> None:
-        over = 1 if self.rows else 0
-        found = infinite.any(axis=over) * np.uint8(INF)
-        if not omit_nan:
-            found |= nan.any(axis=over) * np.uint8(NAN)
-        self.flags[at] |= found.reshape(box_shape(at))
-
     def add_panel(self, magnitudes: Magnitudes, at: Box) -> None:
         sums = self.powers.sums(magnitudes)
         if sums.small is not None:
@@ -172,7 +169,7 @@ class _Accumulator:
             values, numbers = map(np.concatenate, zip(*self.aside, strict=True))
             self.aside.clear()
             each = _Accumulator(values, (), self.powers.power)
-            each.add_block(values)
+            each.add_block(values, False)
             self.cover(each.low, each.low + len(each.sums))
             flat = self.sums.reshape(len(self.sums), -1)
             for i, limb in enumerate(each.sums, each.low - self.low):

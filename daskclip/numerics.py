@@ -155,12 +155,8 @@ def clip_array(
 
     with ThreadPoolExecutor(threads) as pool:
         if axis not in axes:
-            scales = list(pool.map(clip, parts))
-            joined = (
-                np.concatenate(part, axis)
-                for part in zip(*((s.factor, s.norm, s.flags) for s in scales), strict=True)
-            )
-            factor, norm, flags = joined
+            found = ((s.factor, s.norm, s.flags) for s in pool.map(clip, parts))
+            factor, norm, flags = (np.concatenate(a, axis) for a in zip(*found, strict=True))
             return out, Scale(factor, None, False, norm, flags)
         partials = pool.map(lambda part: partial_norm(x[part], axes, **how), parts)
         scale = finalize(combine(list(partials)), clip_norm, x.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -44,16 +43,15 @@ def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
         return tuple(range(ndim))
     if isinstance(axes, np.ndarray) and axes.dtype.kind in "iu":
         axes = axes.tolist() if axes.ndim < 2 else [axes.tolist()]
-    if isinstance(axes, str | bytes | bool | np.bool_ | numbers.Real) and not _integer(axes):
+    sequence = [axes] if _integer(axes) else axes
+    if isinstance(axes, str | bytes) or not np.iterable(sequence):
         raise InvalidTypeError(f"axes {shown(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}")
-    sequence = [axes] if _integer(axes) else list(_iterable(axes))
+    result = []
     for axis in sequence:
         if not _integer(axis):
             raise InvalidTypeError(
                 f"axes {shown(axes)} holds a {type(axis).__name__}; {_AXES_REMEDY}"
             )
-    result = []
-    for axis in map(operator.index, sequence):
         if not -ndim <= axis < ndim:
             raise AxesError(
                 f"axis {axis} is out of bounds for an array of {ndim} dimensions; "
@@ -61,7 +59,7 @@ def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
                 if ndim
                 else f"axis {axis} is out of bounds for a 0-d array; use None or []"
             )
-        result.append(axis % ndim)
+        result.append(int(axis) % ndim)
     if len(set(result)) < len(result):
         raise InvalidValueError(f"axes {shown(axes)} names an axis twice; give each axis once")
     return tuple(sorted(result))
@@ -106,15 +104,6 @@ def _integer(axis: Any) -> bool:
     if isinstance(axis, np.ndarray):
         return axis.ndim == 0 and axis.dtype.kind in "iu"
     return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
-
-
-def _iterable(axes: Any) -> Any:
-    try:
-        return iter(axes)
-    except TypeError:
-        raise InvalidTypeError(
-            f"axes {shown(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}"
-        ) from None
 
 
 def check_scalar(ndim: int, dtype: Any, shape: Any, what: str = "clip_norm") -> None:
