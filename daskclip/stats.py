@@ -156,6 +156,10 @@ def stats_zarr(
     Reads each byte that is stored once, within the memory of `clip_zarr`. Norms are counted in
     bins that are kept for all slices together: some thousands, at most half a million.
 
+    Saved norms take 8 bytes a slice on disk, before compression, and 24 to 80 more where a slice
+    does not fit into a block. They appear when they are complete; a call that was stopped begins
+    again.
+
     References
     ----------
     `DDSketch <https://arxiv.org/abs/1908.10693>`_

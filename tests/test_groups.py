@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,8 +229,9 @@ def test_a_run_that_is_stopped_anywhere(tmp_path, small, monkeypatch, how):
 
 def test_a_thousand_arrays_take_as_few_windows_as_one(tmp_path, monkeypatch):
     group = zarr.create_group(tmp_path / "x")
-    for i in range(1000):
-        group.create_array(f"{i:04}", shape=(4,), chunks=(4,), dtype="f4")[:] = i
+    group.create_array("0000", shape=(4,), chunks=(4,), dtype="f4")[:] = 1
+    for i in range(1, 1000):
+        shutil.copytree(tmp_path / "x" / "0000", tmp_path / "x" / f"{i:04}")
     graph, made = graphs.compute, []
 
     def compute(function, *args, **kwargs):
@@ -240,7 +242,7 @@ def test_a_thousand_arrays_take_as_few_windows_as_one(tmp_path, monkeypatch):
     report = clip_zarr(tmp_path / "x", tmp_path / "y", 1.0)
     window = plan_zarr(tmp_path / "x", tmp_path / "z", 1.0).window
     assert len(made) == -(-1000 // (window * graphs.TOGETHER))
-    assert (report.arrays, report.clipped) == (1000, 999)
+    assert (report.arrays, report.clipped) == (1000, 1000)
 
 
 def test_nothing_is_held_after_a_run(tmp_path):
