@@ -400,6 +400,7 @@ def test_dimensions_by_name(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_thousand_arrays_killed_at_fifty_moments(tmp_path):
     rng = np.random.default_rng(0)
     group = zarr.create_group(tmp_path / "x")
@@ -419,7 +420,7 @@ def test_a_thousand_arrays_killed_at_fifty_moments(tmp_path):
     while killed < 50:
         process = start(tmp_path / "y")
         try:
-            process.wait(chance.uniform(0, whole))
+            process.wait(chance.uniform(0, whole / 2))  # what is done stays done
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
