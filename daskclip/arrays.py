@@ -10,9 +10,9 @@ import numpy as np
 from dask import config
 
 from daskclip import storage
-from daskclip.errors import DTypeError, InvalidTypeError, shown
+from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, shown
 from daskclip.indexed import is_indexed
-from daskclip.parameters import check_dtype, check_scalar, parse_clip_norm
+from daskclip.parameters import Check, check_dtype, check_scalar, parse_clip_norm
 
 
 def check_name(name: Any) -> None:
@@ -23,10 +23,10 @@ def check_name(name: Any) -> None:
         )
 
 
-def as_array(t: Any) -> Any:
+def as_array(t: Any, check: Check = check_dtype) -> Any:
     """``t`` as a NumPy or Dask array of a dtype and of blocks that can be clipped."""
     if storage.is_array(t):
-        check_dtype(t.dtype)
+        check(t.dtype)
         t = storage.as_dask(t)
     if isinstance(t, da.Array):
         if config.get("array.query-planning", None):
@@ -34,25 +34,24 @@ def as_array(t: Any) -> Any:
                 "dask arrays made under array.query-planning are not supported; "
                 "set array.query-planning to False before importing dask.array"
             )
-        check_dtype(t.dtype)
-        blocks = type(t._meta)
-    else:
-        if hasattr(t, "__dask_graph__"):
-            raise InvalidTypeError(
-                f"{type(t).__module__}.{type(t).__name__} is not an array of numpy, dask or zarr; "
-                "pass its .data"
-            )
-        blocks = type(t) if isinstance(t, np.ma.MaskedArray) else np.ndarray
-    if not issubclass(blocks, np.ndarray) or issubclass(blocks, np.ma.MaskedArray):
+    elif hasattr(t, "__dask_graph__"):
+        raise InvalidTypeError(
+            f"{type(t).__module__}.{type(t).__name__} is not an array of numpy, dask or zarr; "
+            "pass its .data, or use daskclip.xarray"
+        )
+    elif not isinstance(t, np.ma.MaskedArray):
+        try:
+            t = np.asarray(t)
+        except ValueError:
+            raise InvalidValueError(f"{shown(t)} is ragged; give an array") from None
+    check(t.dtype)
+    blocks = t._meta if isinstance(t, da.Array) else t
+    if not isinstance(blocks, np.ndarray) or isinstance(blocks, np.ma.MaskedArray):
         raise DTypeError(
-            f"blocks of type {blocks.__module__}.{blocks.__name__} cannot be clipped; "
+            f"blocks of type {type(blocks).__module__}.{type(blocks).__name__} cannot be clipped; "
             "convert them to numpy.ndarray, masked ones with .filled(numpy.nan)"
         )
-    if isinstance(t, da.Array):
-        return t
-    x = np.asarray(t)
-    check_dtype(x.dtype)
-    return x
+    return t
 
 
 def as_limit(clip_norm: Any, what: str = "clip_norm") -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 
 from daskclip import regions, storage
 from daskclip.blocks import Box, box_shape, boxes, shift
-from daskclip.errors import DaskClipError, StorageError, TemporaryError, reason
-from daskclip.retries import retrying, transient
+from daskclip.errors import DaskClipError, reason
+from daskclip.retries import remedied, retrying
 
 
 @contextmanager
@@ -23,12 +23,10 @@ def attempting(
         raise
     except Exception as error:
         chunk, cause = _culprit(array, region, operation, error)
-        kind, mend = (
-            (TemporaryError, "") if transient(cause) else (StorageError, "mend the cause and ")
-        )
+        kind, remedy = remedied(cause)
         raise kind(
             f"{doing} block {shown_region(region)} of {storage.location(array)} failed{chunk}: "
-            f"{type(cause).__name__}: {reason(cause)}; {mend}run the same command again to resume"
+            f"{type(cause).__name__}: {reason(cause)}; {remedy}"
         ) from error
 
 

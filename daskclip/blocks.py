@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -70,3 +71,23 @@ def boxes(shape: Sequence[int], step: Sequence[int]) -> Iterator[Box]:
 def tiles(shape: Sequence[int], size: int) -> Iterator[Box]:
     """Boxes of at most ``size`` elements that cover ``shape``."""
     return boxes(shape, tile_shape(shape, size))
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """``range(n)`` in ranges of ``step``, made as they are iterated over: there may be 10**9."""
+
+    n: int
+    step: int
+
+    def __len__(self) -> int:
+        return ceil_div(self.n, self.step)
+
+    def __iter__(self) -> Iterator[range]:
+        return map(self._range, range(0, self.n, self.step))
+
+    def __reversed__(self) -> Iterator[range]:
+        return map(self._range, reversed(range(0, self.n, self.step)))
+
+    def _range(self, start: int) -> range:
+        return range(start, min(start + self.step, self.n))

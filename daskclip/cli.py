@@ -19,8 +19,8 @@ import dask
 from daskclip import resume
 from daskclip.engine import clip_zarr, plan_zarr
 from daskclip.errors import DaskClipError, InvalidValueError
-from daskclip.plan import ClipPlan
-from daskclip.report import ClipReport, as_document, as_text
+from daskclip.report import as_document, as_page, as_text
+from daskclip.stats import stats_zarr
 from daskclip.verify import verify_zarr
 
 EXIT_CODES = """\b
@@ -32,44 +32,73 @@ INTERRUPTED = 75
 CONFIGURED = ("memory", "nonfinite", "missing", "progress")
 
 
-def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `run` and `plan` take."""
-    for option in (
-        click.option(
-            "--progress",
-            type=click.Choice(["auto", "bar", "lines", "json", "none"]),
-            default="auto",
-            help="What stderr shows.",
-        ),
-        click.option(
-            "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON."
-        ),
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
-        click.option("--in-place", is_flag=True, help="Replace SOURCE; there is no TARGET."),
-        click.option("--overwrite", is_flag=True, help="Replace an array at TARGET."),
-        click.option("--dry-run", is_flag=True, help="Check and plan only."),
-        click.option(
-            "--missing",
-            type=click.Choice(["fill", "error"]),
-            default="fill",
-            help="Chunks that are not stored: take the fill value, or stop.",
-        ),
-        click.option(
-            "--nonfinite",
-            type=click.Choice(["propagate", "omit", "raise"]),
-            default="propagate",
-            help="What NaN and infinity do to their slice.",
-        ),
-        click.option("--workers", type=click.IntRange(min=1), help="Start N local processes."),
-        click.option("--scheduler", help="Address, or scheduler file, of a Dask cluster."),
-        click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
-        click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
-        click.option("--clip-norm", type=float, required=True, help="The limit."),
-        click.argument("target", required=False),
-        click.argument("source"),
-    ):
-        command = option(command)
-    return command
+class _Limit(click.ParamType[Any]):
+    """A number, or a quantile of the norms."""
+
+    name = "float or p99"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        quantile = isinstance(value, str) and value.startswith("p")
+        return value if quantile else click.FLOAT.convert(value, param, ctx)
+
+
+WRITTEN = click.Path(dir_okay=False, path_type=Path)
+READING = (
+    click.option(
+        "--progress",
+        type=click.Choice(["auto", "bar", "lines", "json", "none"]),
+        default="auto",
+        help="What stderr shows.",
+    ),
+    click.option("--report", type=WRITTEN, help="Write the JSON."),
+    click.option("--html", type=WRITTEN, help="Write a page of figures and pictures."),
+    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    click.option(
+        "--missing",
+        type=click.Choice(["fill", "error"]),
+        default="fill",
+        help="Chunks that are not stored: take the fill value, or stop.",
+    ),
+    click.option(
+        "--nonfinite",
+        type=click.Choice(["propagate", "omit", "raise"]),
+        default="propagate",
+        help="What NaN and infinity do to their slice.",
+    ),
+    click.option("--workers", type=click.IntRange(min=1), help="Start N local processes."),
+    click.option("--scheduler", help="Address, or scheduler file, of a Dask cluster."),
+    click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
+    click.option("--exclude", multiple=True, help="Arrays of a group that are left out."),
+    click.option("--include", multiple=True, help="Arrays of a group that are not: 'layers/*'."),
+    click.option("--ord", type=click.Choice(["1", "2", "inf"]), default="2", help="Norm."),
+    click.option("--dim", help="Or their stored names, such as time,lat."),
+    click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
+)
+WRITING = (
+    click.option("--in-place", is_flag=True, help="Replace SOURCE; there is no TARGET."),
+    click.option("--overwrite", is_flag=True, help="Replace an array at TARGET."),
+    click.option("--dry-run", is_flag=True, help="Check and plan only."),
+    click.option("--norms", help="Those that stats has saved; none is taken again."),
+    click.option("--global", "global_norm", is_flag=True, help="One norm for all arrays."),
+    click.option("--limits", help="Zarr array of a limit for each slice, for --clip-norm."),
+    click.option(
+        "--clip-norm",
+        type=_Limit(),
+        help="The limit; p99 for the norm that 99 % of the slices do not exceed.",
+    ),
+    click.argument("target", required=False),
+)
+
+
+def _options(*options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What a command takes beside SOURCE; shown from the last to the first."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in (*options, click.argument("source")):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 class _Group(click.Group):
@@ -79,7 +108,7 @@ class _Group(click.Group):
         with _failing_in_one_line():
             defaults = _defaults()
         with _understood():
-            extra["default_map"] = {"run": defaults, "plan": defaults}
+            extra["default_map"] = dict.fromkeys(("run", "plan", "stats"), defaults)
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -118,32 +147,40 @@ def _understood() -> Iterator[None]:
 )
 @click.version_option(package_name="daskclip", prog_name="daskclip")
 def main() -> None:
-    """Clip L2-norms of Zarr arrays larger than memory, exactly."""
+    """Clip norms of Zarr arrays larger than memory, exactly."""
     # of zarr, about codecs and dtypes outside its specification: stderr has one line an event
     warnings.simplefilter("ignore")
 
 
 @main.command(epilog=EXIT_CODES)
-@_options
+@_options(*READING, *WRITING)
 def run(dry_run: bool, **options: Any) -> None:
     """Clip SOURCE into a new array TARGET; resumes a run that was stopped."""
     _call(plan_zarr if dry_run else clip_zarr, **options)
 
 
 @main.command(epilog=EXIT_CODES)
-@_options
+@_options(*READING, *WRITING)
 def plan(dry_run: bool, **options: Any) -> None:
     """Say what run would do with the same words, without reading a chunk."""
     _call(plan_zarr, **options)
 
 
 @main.command(epilog=EXIT_CODES)
+@_options(*READING, click.option("--save-norms", help="Write the norms, for run --norms."))
+def stats(**options: Any) -> None:
+    """Say how large the norms of SOURCE are, and what a limit would clip."""
+    _call(stats_zarr, **options)
+
+
+@main.command(epilog=EXIT_CODES)
 @click.argument("target")
 @click.option("--source", help="Derive every block again and compare it.")
-def verify(target: str, source: str | None) -> None:
+@click.option("--limits", help="Those that run had.")
+def verify(target: str, source: str | None, limits: str | None) -> None:
     """Check what run wrote: its files, its norms and, with its source, every bit."""
     with _failing_in_one_line():
-        click.echo(as_text(verify_zarr(target, source)))
+        click.echo(as_text(verify_zarr(target, source, limits=limits)))
 
 
 @main.command(epilog=EXIT_CODES)
@@ -160,27 +197,36 @@ def status(target: str) -> None:
 def discard(target: str) -> None:
     """Remove what an unfinished run to TARGET has done; TARGET stays as it is."""
     with _failing_in_one_line():
-        found = resume.discard(target)
-        click.echo("discarded" if found else "there is no unfinished run")
+        click.echo("discarded" if resume.discard(target) else "there is no unfinished run")
 
 
 def _call(
-    function: Callable[..., ClipPlan | ClipReport],
+    function: Callable[..., Any],
     *,
     report: Path | None,
+    html: Path | None,
     as_json: bool,
     scheduler: str | None,
     workers: int | None,
     axes: str | None,
+    dim: str | None,
+    ord: str,
     **options: Any,
 ) -> None:
+    if function is not stats_zarr and options["clip_norm"] is options["limits"] is None:
+        raise click.UsageError("Missing option '--clip-norm' or '--limits'.")
     with _failing_in_one_line(), _workers(scheduler, workers, options["progress"]):
-        folder = report.absolute().parent if report else None
-        if folder is not None and not folder.is_dir():
-            raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
-        result = function(axes=_axes(axes), **options)
+        for path in (report, html):
+            if path is not None and not path.absolute().parent.is_dir():
+                folder = path.absolute().parent
+                raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
+        if html is not None and function is not stats_zarr:
+            options["pictures"] = True
+        result = function(axes=_axes(axes), dim=_names(dim), ord=float(ord), **options)
         if report is not None:
             report.write_text(as_document(result) + "\n")
+        if html is not None:
+            html.write_text(as_page(result), encoding="utf-8")
         click.echo(as_document(result) if as_json else as_text(result))
 
 
@@ -189,6 +235,10 @@ def _axes(axes: str | None) -> list[int] | None:
         return None if axes is None else [int(a) for a in axes.split(",") if a.strip()]
     except ValueError:
         raise InvalidValueError(f"axes {axes!r} is not a list of integers; write 0,2") from None
+
+
+def _names(dim: str | None) -> list[str] | None:
+    return None if dim is None else [name.strip() for name in dim.split(",") if name.strip()]
 
 
 @contextmanager

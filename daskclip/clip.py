@@ -15,20 +15,23 @@ from daskclip.arrays import as_array, as_limit, check_name
 from daskclip.exact import partial_norm
 from daskclip.factor import finalize
 from daskclip.indexed import IndexedSlices, is_indexed
+from daskclip.limits import as_limits
 from daskclip.numerics import clip_array, require_finite
-from daskclip.parameters import NonFinite, check_nonfinite, parse_axes
+from daskclip.parameters import NonFinite, check_nonfinite, parse_axes, parse_ord
 
 
 def clip_by_norm(
     t: Any,
-    clip_norm: Any,
+    clip_norm: Any = None,
     axes: Any = None,
     name: str | None = None,
     *,
+    ord: float = 2,
+    limits: Any = None,
     nonfinite: NonFinite = "propagate",
     return_norm: bool = False,
 ) -> Any:
-    """Clip the L2-norm of every slice of ``t`` over ``axes`` to at most ``clip_norm``.
+    """Clip the norm of every slice of ``t`` over ``axes`` to at most ``clip_norm``.
 
     A slice whose norm is at most ``clip_norm`` is not modified; a larger one becomes
     ``t * clip_norm / norm``. The norm of every finite slice of the result, in exact arithmetic, is
@@ -40,11 +43,16 @@ def clip_by_norm(
         Floating point or complex: NumPy (also lists and scalars), Dask or Zarr.
     clip_norm : float or 0-d array
         The limit, used as exact float64; may be a lazy Dask array. Negative counts as 0, infinity
-        leaves ``t`` unchanged, NaN gives NaN.
+        leaves ``t`` unchanged, NaN gives NaN. None with ``limits``.
     axes : None, int or sequence of int
         Axes over which the norm is taken; None takes all, ``[]`` makes every element a slice.
     name : str, optional
         Prefix of the Dask layer.
+    ord : {1, 2, inf}
+        Which norm: the sum of magnitudes, the root of the sum of their squares, or the largest
+        magnitude; complex arrays have 2 only.
+    limits : array of a shape that broadcasts against the norms with reduced axes of size 1
+        A limit for each slice, each one as ``clip_norm``: NumPy, Dask or Zarr.
     nonfinite : {'propagate', 'omit', 'raise'}
         ``'propagate'``: a NaN makes its slice NaN; an infinity makes the finite elements of its
         slice 0 and the infinite ones NaN. ``'omit'``: NaN elements do not count and stay NaN.
@@ -63,9 +71,11 @@ def clip_by_norm(
     Raises
     ------
     TypeError
-        If ``t`` is not floating point or complex, or an argument is of a wrong type.
+        If ``t`` is not floating point or complex, or complex for another ``ord`` than 2, or an
+        argument is of a wrong type.
     ValueError
-        If ``clip_norm`` is not 0-D, or an axis is named twice.
+        If ``clip_norm`` is not 0-D, an axis is named twice, there is no such ``ord``, or
+        ``limits`` do not broadcast or are given beside ``clip_norm``.
     numpy.exceptions.AxisError
         If an axis is out of bounds.
     FloatingPointError
@@ -88,7 +98,7 @@ def clip_by_norm(
 
     Memory: a chunk and its result per thread, some 10 MB of scratch, and for each slice the
     partial sums (some 20 bytes; at most 80 for float32, 550 for float64) of the chunks that Dask
-    combines at a time. NumPy: the result and the scratch.
+    combines at a time, and 8 bytes for ``limits``. NumPy: the result and the scratch.
 
     The exact norm is compared, so a limit that is its rounding to float64 may be just below it.
 
@@ -106,19 +116,20 @@ def clip_by_norm(
     check_nonfinite(nonfinite)
     x = as_array(t.values if is_indexed(t) else t)
     over = parse_axes(axes, x.ndim)
-    limit = as_limit(clip_norm)
+    ord = parse_ord(ord, x.dtype)
+    limit = as_limit(clip_norm) if limits is None else as_limits(limits, clip_norm, x, over)
     if isinstance(limit, da.Array) and not isinstance(x, da.Array):
         x = da.from_array(x, chunks=-1)
     clipped: Any
     norms: Any
     if isinstance(x, da.Array):
-        clipped, norms = lazy.clip(x, limit, over, name, nonfinite)
+        clipped, norms = lazy.clip(x, limit, over, name, nonfinite, ord)
     else:
-        if nonfinite == "raise" and limit != math.inf:
-            require_finite(x, over)
+        if nonfinite == "raise":
+            require_finite(x, over, limit)
         threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
         omit = nonfinite == "omit"
-        clipped, scale = clip_array(x, limit, over, omit_nan=omit, threads=threads)
+        clipped, scale = clip_array(x, limit, over, omit_nan=omit, ord=ord, threads=threads)
         norms = scale.norm.squeeze(over)[()]
         if x.ndim == 0 and not isinstance(t, np.ndarray):
             clipped = clipped[()]
@@ -127,8 +138,8 @@ def clip_by_norm(
     return (clipped, norms) if return_norm else clipped
 
 
-def norm(t: Any, axes: Any = None, *, keepdims: bool = False) -> Any:
-    """L2-norm of every slice of ``t`` over ``axes``.
+def norm(t: Any, axes: Any = None, *, keepdims: bool = False, ord: float = 2) -> Any:
+    """Norm of every slice of ``t`` over ``axes``.
 
     Parameters
     ----------
@@ -138,6 +149,8 @@ def norm(t: Any, axes: Any = None, *, keepdims: bool = False) -> Any:
         Axes over which the norm is taken; None takes all.
     keepdims : bool
         Keep the reduced axes with size 1.
+    ord : {1, 2, inf}
+        See `clip_by_norm`.
 
     Returns
     -------
@@ -168,7 +181,8 @@ def norm(t: Any, axes: Any = None, *, keepdims: bool = False) -> Any:
     """
     x = as_array(t.values if is_indexed(t) else t)
     over = parse_axes(axes, x.ndim)
+    ord = parse_ord(ord, x.dtype)
     if isinstance(x, da.Array):
-        return lazy.norm(x, over, keepdims)
-    norms = finalize(partial_norm(x, over), math.inf, x.dtype).norm
+        return lazy.norm(x, over, keepdims, ord)
+    norms = finalize(partial_norm(x, over, ord=ord), math.inf, x.dtype).norm
     return norms if keepdims else norms.squeeze(over)[()]

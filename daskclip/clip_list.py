@@ -55,7 +55,7 @@ def global_norm(t_list: Sequence[Any]) -> Any:
     """
     arrays, is_lazy = as_arrays(t_list)
     if is_lazy:
-        return lazy.global_scale(lazy.total(arrays), math.inf, np.dtype(float))[1]
+        return lazy.global_norm(lazy.total(arrays))
     return finalize(_total(arrays), math.inf, np.dtype(float)).norm[()]
 
 

@@ -1,4 +1,4 @@
-"""Sums of squares of a matrix as integers, which no order of summation can change.
+"""Sums of squares or magnitudes of a matrix as integers, which no order of summation can change.
 
 A float64 with at most 22 significant bits on a known grid is a *digit*: products of two digits add
 up in float64 without rounding over 512 terms. Every element is cut into digits on the grid of the
@@ -6,6 +6,7 @@ largest one,
 
     x      = d0 + d1 + ...        d_i a multiple of 2**(top - 22 * (i + 1))
     sum x² = sum of d_i · d_j     by weight i + j, each one an exact integer
+    sum x  = sum of d_i           for x that are not negative
 
 A few elements too small for the digits are handed back, to be summed on a grid of their own; for
 many of them, all elements get one digit more.
@@ -14,6 +15,7 @@ many of them, all elements get one digit more.
 from __future__ import annotations
 
 import math
+from itertools import combinations_with_replacement
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +74,7 @@ class Magnitudes:
 
 
 class Sums(NamedTuple):
-    """Sum of squares of every slice, Σ values[p] · 2**units[p], but for ``small`` elements."""
+    """Sum of every slice, Σ values[p] · 2**units[p], but for ``small`` elements."""
 
     values: Array
     """int64 of shape (p, slices)."""
@@ -93,8 +95,8 @@ class _Space(NamedTuple):
     """Each row, by slices and runs."""
 
 
-class Squares:
-    """Sums of squares of matrices whose slices are all rows, or all columns.
+class Powers:
+    """Sums of squares, or of magnitudes, of matrices whose slices are all rows, or all columns.
 
     Parameters
     ----------
@@ -104,10 +106,12 @@ class Squares:
         Whether memory runs across slices, not along them.
     itemsize : int
         Bytes of an element before any conversion to a wider type.
+    power : int
+        2 for squares, 1 for magnitudes.
     """
 
-    def __init__(self, rows: bool, across: bool, itemsize: int) -> None:
-        self.rows, self.across = rows, across
+    def __init__(self, rows: bool, across: bool, itemsize: int, power: int) -> None:
+        self.rows, self.across, self.power = rows, across, power
         self.significant = SIGNIFICANT[itemsize]
         self.spaces: dict[tuple[int, ...], _Space] = {}
         self.scratch = np.empty((DIGITS + 1, TILE + BLAS + RUN))
@@ -132,7 +136,7 @@ class Squares:
         lines = min(height, TILE // step)
         runs = self.runs(step if self.rows else lines, lines if self.rows else step)
         total = runs * (ceil_div(width, step) if self.rows else ceil_div(height, lines))
-        pairs = [(i, j) for i in range(digits) for j in range(i, digits)]
+        pairs = list(combinations_with_replacement(range(digits), self.power))
         # of every slice the dot products of its runs, for every pair of digits
         dots = np.zeros((len(pairs), *((height, total) if self.rows else (total, width))))
         for i in range(0, height, lines):
@@ -141,11 +145,11 @@ class Squares:
                 parts = self.cut_digits(matrix[i : i + lines, j : j + step], e, digits)
                 self.multiply(parts, pairs, dots, first, run * runs)
         # of the products of digits i and j; both orders for i < j
-        units = [2 * e - DIGIT * (i + j + 2) + (i < j) for i, j in pairs]
-        both = [i < j for i, j in pairs]
+        both, n = [pair[0] < pair[-1] for pair in pairs], self.power
+        units = [n * e - DIGIT * (sum(p) + n) + twice for p, twice in zip(pairs, both, strict=True)]
         dots *= np.ldexp(1.0, np.subtract(both, units, dtype=np.int32))[:, None, None]
         values = dots.astype(np.int64).sum(axis=2 if self.rows else 1)
-        return Sums(values, [u + 2 * scaled for u in units], small)
+        return Sums(values, [u + n * scaled for u in units], small)
 
     def runs(self, n: int, slices: int) -> int:
         """Dot products of each slice of a tile; columns are summed by one call for a run of all."""
@@ -171,6 +175,8 @@ class Squares:
         if rest.size != tile.size:
             rest[:] = 0.0
         space.tile[...] = tile
+        if self.power == 1:
+            np.abs(rest, out=rest)
         for i in range(1, digits):
             d = space.rows[i]
             # adding 1.5 · 2**(52 + g) rounds to a multiple of 2**g
@@ -181,14 +187,15 @@ class Squares:
         return [*space.split[1:digits], space.split[0], space.split[-1]]
 
     def multiply(
-        self, parts: list[Array], pairs: list[tuple[int, int]], dots: Array, first: int, run: int
+        self, parts: list[Array], pairs: list[tuple[int, ...]], dots: Array, first: int, run: int
     ) -> None:
         """Dot products of the digits of a tile, whose place in ``dots`` is given."""
-        for (i, j), out in zip(pairs, dots, strict=True):
-            a, b = parts[i], parts[j]
+        for pair, out in zip(pairs, dots, strict=True):
+            a, b = parts[pair[0]], parts[pair[-1]]
             if self.rows:
+                b = b if self.power == 2 else ONES[: a.shape[2]]
                 np.vecdot(a, b, out=out[first : first + len(a), run : run + a.shape[1]])
             else:
-                products = np.multiply(a, b, out=parts[-1])
+                products = np.multiply(a, b, out=parts[-1]) if self.power == 2 else a
                 columns = slice(first, first + a.shape[2])
                 np.matmul(ONES[: a.shape[1]], products, out=out[run : run + len(a), columns])

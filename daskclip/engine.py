@@ -3,69 +3,74 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 from uuid import uuid4
 
-from daskclip import storage
-from daskclip.blocks import grid
-from daskclip.errors import DaskClipError, InvalidValueError, SourceChangedError, shown
-from daskclip.journal import Entry
-from daskclip.parameters import (
-    NonFinite,
-    check_nonfinite,
-    parse_axes,
-    parse_clip_norm,
-    parse_memory,
-)
-from daskclip.passes import clip_passes
-from daskclip.plan import ClipPlan, make_plan
+from daskclip.errors import DaskClipError
+from daskclip.group_plan import GroupPlan
+from daskclip.limits import paths
+from daskclip.measure import measure_quantile
+from daskclip.parameters import NonFinite, parse_limit
+from daskclip.plan import ClipPlan
+from daskclip.prepare import prepare
 from daskclip.progress import Mode, show
 from daskclip.publish import refuse_existing
 from daskclip.report import ClipReport
-from daskclip.resume import begun, describe, finished, plan_of, resumed
+from daskclip.resume import begun, describe, finished, plan_of, require_unchanged, resumed
 from daskclip.retries import failing
-from daskclip.sources import open_source
+from daskclip.run import clip_passes, jobs_of
 from daskclip.targets import open_target
-from daskclip.tasks import Job
-from daskclip.workers import require_alike, workers
+from daskclip.workers import require_alike
 
 log = logging.getLogger("daskclip")
-# bytes that the exact sum of a slice may take; float64 data that spans more than 10**80 takes more
-STATE = {2: 24, 4: 80, 8: 80}
 
 
 def clip_zarr(
     source: Any,
     target: str | os.PathLike[str] | None,
-    clip_norm: float,
+    clip_norm: float | str | None = None,
     axes: Any = None,
     *,
+    ord: float = 2,
+    limits: Any = None,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
     overwrite: bool = False,
     in_place: bool = False,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    global_norm: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
+    dim: Any = None,
+    pictures: bool = False,
+    norms: str | os.PathLike[str] | None = None,
 ) -> ClipReport:
-    """Clip a Zarr array into a new one, in bounded memory.
+    """Clip a Zarr array, or the arrays of a group, into a new one, in bounded memory.
 
     Parameters
     ----------
-    source : str, path or zarr.Array, of any shape
-        Floating point or complex array to read; Zarr format 2 or 3, sharded or not.
+    source : str, path, zarr.Array or zarr.Group, of any shape
+        Floating point or complex array to read; Zarr format 2 or 3, sharded or not. Of a group,
+        every such array that is no coordinate is clipped by its own norms; all else that is in it
+        is carried over as it is, byte for byte. Refused where attributes say that integers are
+        packed or that numbers stand for missing values.
     target : str, path or None
         Where the clipped array will be, in an existing folder of a local file system; None with
         ``in_place``. Chunks, shards, codecs, fill value, attributes and dimension names are those
         of the source.
-    clip_norm : float
-        See `clip_by_norm`.
+    clip_norm : float or str
+        See `clip_by_norm`; or ``'p99'``, for the quantile of 99 % of the norms of finite slices.
     axes : None, int or sequence of int
         Axes over which the norm is taken; None takes all.
+    ord, limits
+        See `clip_by_norm`; limits are a NumPy array, or stored as ``source`` and read by region.
+        Of a group, they are those of each array, or a group or dict with limits by name.
     memory : str or int
         Budget of each process that runs blocks, in bytes above its imports, shared by its threads.
     nonfinite : {'propagate', 'omit', 'raise'}
@@ -77,10 +82,24 @@ def clip_zarr(
     in_place : bool
         Replace the source, which stays until the clipped one is complete; nothing is written if
         there is nothing to clip.
+    include, exclude : str or sequence of str, optional
+        Names of arrays of a group, or patterns such as ``'layers/*'``: only those that match
+        ``include`` and not ``exclude`` are clipped.
+    global_norm : bool
+        All arrays are clipped by one factor, that of their common norm, as
+        `clip_by_global_norm` does; without ``axes``.
     storage_options : dict, optional
         For a source given as URL.
     progress : bool or {'auto', 'bar', 'lines', 'json', 'none'}
         What is shown on stderr; True is ``'auto'``.
+    dim : str or sequence of str, optional
+        Dimensions over which the norm is taken, by the names that are stored with the array;
+        instead of ``axes``. Of a group, arrays without any of them are carried over.
+    pictures : bool
+        Collect what the pictures of the report in a notebook show.
+    norms : str or path, optional
+        Norms of the same source that `stats_zarr` has saved, over the same axes: none is taken
+        again, and each byte is read once.
 
     Returns
     -------
@@ -112,7 +131,9 @@ def clip_zarr(
 
     A run can be killed anywhere: the same call resumes it from the journal in the hidden folder
     ``.NAME.daskclip`` beside the target, and repeats one window of blocks at most. A call that is
-    already done reads nothing. Beside the budget, the journal takes 5 bytes a block.
+    already done reads nothing. Beside the budget, the journal takes 5 bytes a block. Limits are
+    within the 48 bytes that the plan has for a slice, and a chunk of them, or a NumPy array, is
+    counted as one more chunk. Stored ones are told from others as the source is.
 
     References
     ----------
@@ -133,18 +154,14 @@ def clip_zarr(
     display = show(progress)
     started = time.monotonic()
     with failing("looking at source and target"):
-        array, plan, limit = _prepare(
-            source, clip_norm, axes, memory, nonfinite, missing, storage_options
-        )
-        place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
-        run = describe(
-            array,
-            place,
-            clip_norm=str(limit),
-            axes=list(plan.axes),
-            nonfinite=nonfinite,
-            missing=missing,
-        )
+        opened, plan, each, saved, parameters = prepare(
+            source, clip_norm, axes, dim,
+            memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
+            global_norm=global_norm, ord=ord, limits=limits, storage_options=storage_options,
+            norms=norms,
+        )  # fmt: skip
+        place = open_target(target, opened, storage_options, overwrite=overwrite, in_place=in_place)
+        run = describe(opened, place, **parameters)
     with failing(f"writing {place}"), place.locked() as work:
         report = finished(work, run)
         if report is not None:
@@ -154,39 +171,34 @@ def clip_zarr(
             )
         if not (overwrite or in_place):
             refuse_existing(place)
-        require_alike([*work.files, *storage.local_paths(array)])
-        old = resumed(work, array, run, plan.memory)
-        run = old or begun(work, array, run, plan)
+        require_alike([*work.files, *opened.paths, *paths(each)])
+        old = resumed(work, opened, run, plan.memory)
+        limit, measured = parameters["clip_norm"], 0
+        if limit.startswith("p") and not old:
+            percent = parse_limit(limit)
+            run["limit"], measured = measure_quantile(percent, opened, run, plan, display, saved)
+        run = old or begun(work, opened, run, plan)
+        plan = plan_of(run)
         doing = "resuming" if old else "beginning"
-        log.info("%s run %s, %s to %s", doing, run["run"], storage.location(array), place)
-        staged, folder = work.staging(array, run["run"])
-        job = Job(
-            run=f"{run['run']}-{uuid4().hex}",
-            plan=plan_of(run),
-            source=array,
-            target=staged,
-            staged=folder,
-            in_place=in_place,
-            clip_norm=limit,
-            nonfinite=nonfinite,
-            missing=missing,
-        )
+        log.info("%s run %s, %s to %s", doing, run["run"], opened, place)
+        staged, folder = work.staging(opened, run["run"])
+        jobs = jobs_of(
+            plan, opened, staged, f"{run['run']}-{uuid4().hex}", each,
+            staged=folder, in_place=in_place, ord=float(ord),
+            clip_norm=None if each else float(run.get("limit", limit)), nonfinite=nonfinite,
+            missing=missing, collect=pictures,
+        )  # fmt: skip
         try:
-            stored = _stored_blocks(array, run, job.plan)
-            report = clip_passes(job, work, display, started, stored, run)
-            now = storage.fingerprint(array, changes=True)
-            if now != run["source"]:
-                key = now.get("newest")
-                raise SourceChangedError(
-                    f"source {storage.location(array)} (chunk {key}) changed during the run; "
-                    "let nothing write to it and run again"
-                )
+            report = clip_passes(
+                jobs, plan, opened, staged, work, display, started, run, measured, saved
+            )
+            require_unchanged(opened, each, run)
         except DaskClipError as error:
             if error.exit_code == 3:  # the source will not do: there is nothing to resume
                 work.clear()
             raise
         if report.status == "clipped":
-            work.publish(array, staged, overwrite or in_place)
+            work.publish(opened, staged, overwrite or in_place)
         else:
             work.clear()
     log.info("%s: %d of %d slices clipped", report.status, report.clipped, report.slices)
@@ -196,30 +208,40 @@ def clip_zarr(
 def plan_zarr(
     source: Any,
     target: str | os.PathLike[str] | None,
-    clip_norm: float,
+    clip_norm: float | str | None = None,
     axes: Any = None,
     *,
+    ord: float = 2,
+    limits: Any = None,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
     overwrite: bool = False,
     in_place: bool = False,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    global_norm: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
-) -> ClipPlan:
+    dim: Any = None,
+    pictures: bool = False,
+    norms: str | os.PathLike[str] | None = None,
+) -> ClipPlan | GroupPlan:
     """Plan what `clip_zarr` would do with the same arguments; reads metadata, writes nothing.
 
     Parameters
     ----------
-    source, target, clip_norm, axes, memory, nonfinite, missing
+    source, target, clip_norm, axes, ord, limits, memory, nonfinite, missing
         See `clip_zarr`.
-    overwrite, in_place, storage_options, progress
+    overwrite, in_place, include, exclude, global_norm, storage_options, progress, dim, pictures
+        See `clip_zarr`.
+    norms
         See `clip_zarr`.
 
     Returns
     -------
-    ClipPlan
-        Blocks, windows, passes, bytes and projected memory.
+    ClipPlan or GroupPlan
+        Blocks, windows, passes, bytes and projected memory; for a group of all its arrays.
 
     Raises
     ------
@@ -232,7 +254,7 @@ def plan_zarr(
 
     Notes
     -----
-    Costs the same for any size of the array.
+    Costs the same for any size of the array. What is read before for a quantile is not in it.
 
     Examples
     --------
@@ -245,51 +267,13 @@ def plan_zarr(
     """
     show(progress)
     with failing("looking at source and target"):
-        array, plan, _ = _prepare(
-            source, clip_norm, axes, memory, nonfinite, missing, storage_options
-        )
-        place = open_target(target, array, storage_options, overwrite=overwrite, in_place=in_place)
+        opened, plan, *_ = prepare(
+            source, clip_norm, axes, dim,
+            memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
+            global_norm=global_norm, ord=ord, limits=limits, storage_options=storage_options,
+            norms=norms,
+        )  # fmt: skip
+        place = open_target(target, opened, storage_options, overwrite=overwrite, in_place=in_place)
         if not (overwrite or in_place):
             refuse_existing(place)
-    return plan
-
-
-def _prepare(
-    source: Any,
-    clip_norm: Any,
-    axes: Any,
-    memory: Any,
-    nonfinite: Any,
-    missing: Any,
-    storage_options: dict[str, Any] | None,
-) -> tuple[Any, ClipPlan, float]:
-    """Everything that can be refused without reading a chunk."""
-    limit = parse_clip_norm(clip_norm)
-    check_nonfinite(nonfinite)
-    if missing not in ("fill", "error"):
-        raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
-    array = open_source(source, storage_options)
-    processes, threads, fewest = workers()
-    real = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
-    plan = make_plan(
-        shape=array.shape,
-        axes=parse_axes(axes, array.ndim),
-        unit=storage.write_unit(array),
-        itemsize=array.dtype.itemsize,
-        state=STATE[real],
-        memory=parse_memory(memory),
-        processes=processes,
-        threads=threads,
-        fewest=fewest,
-    )
-    return array, plan, limit
-
-
-def _stored_blocks(array: Any, run: Entry, plan: ClipPlan) -> Any:
-    """Whether anything of each block is stored; None if all of them have to be looked at."""
-    units = math.prod(grid(plan.shape, plan.unit))
-    parameters = run["parameters"]
-    everything = parameters["missing"] == "error" or parameters["clip_norm"] == "nan"
-    if everything or run["source"].get("chunks", units) >= units:
-        return None
-    return storage.stored_blocks(array, plan.block, plan.weights, plan.blocks)
+    return plan if opened.is_group else plan.plans[""]

@@ -6,27 +6,6 @@ from typing import Any
 
 from numpy.exceptions import AxisError
 
-__all__ = [
-    "AxesError",
-    "ClusterError",
-    "DTypeError",
-    "DaskClipError",
-    "InvalidTypeError",
-    "InvalidValueError",
-    "MemoryBudgetError",
-    "NonFiniteError",
-    "SourceChangedError",
-    "SourceError",
-    "SourceNotFoundError",
-    "StorageError",
-    "TargetError",
-    "TargetExistsError",
-    "TargetPermissionError",
-    "TemporaryError",
-    "VerificationError",
-    "shown",
-]
-
 
 class DaskClipError(Exception):
     """Base of all errors that daskclip raises on purpose."""

@@ -1,4 +1,4 @@
-"""Exact sums of squares per slice, so that no order of summation can change a bit.
+"""Exact sums of squares or magnitudes per slice, so that no order of summation can change a bit.
 
 A block is summed panel by panel: integers of `digits` go into limbs of 32 bits, one number per
 slice. Elements too small for the grid of their panel are set aside, and summed later on one of
@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from daskclip import kernels
 from daskclip.blocks import Box, box_shape, boxes, index, tile_shape, tiles
-from daskclip.digits import PANEL, Magnitudes, Squares
+from daskclip.digits import PANEL, Magnitudes, Powers
+from daskclip.orders import ORDERS
 from daskclip.partials import INF, LIMB, MASK, NAN, Partial, canonical, combine
 
 Array = npt.NDArray[Any]
@@ -25,8 +26,10 @@ SHORT = 16  # elements of a slice below which many slices go side by side
 COLUMNS = 256  # slices of a panel at least, where memory runs across them
 
 
-def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> Partial:
-    """Exact sum of squares of ``x`` over ``axes``.
+def partial_norm(
+    x: Array, axes: tuple[int, ...], *, omit_nan: bool = False, ord: float = 2
+) -> Partial:
+    """Exact sum over ``axes`` of ``x`` that its norm is made from.
 
     Parameters
     ----------
@@ -36,6 +39,8 @@ def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> 
         Axes to reduce, not negative, without repetition.
     omit_nan : bool
         NaN elements do not count and set no flag.
+    ord : float
+        Key of `ORDERS`; complex arrays have 2 only.
 
     Returns
     -------
@@ -52,27 +57,43 @@ def partial_norm(x: Array, axes: tuple[int, ...], *, omit_nan: bool = False) -> 
     >>> partial_norm(np.float32([[3, 4]]), (1,)).limbs.tolist()
     [[[25]]]
     """
-    compiled = kernels.partial_norm(x, axes, omit_nan)
+    if ORDERS[ord].largest:
+        return _largest(x, axes, omit_nan)
+    compiled = kernels.partial_norm(x, axes, omit_nan) if ord == 2 else None
     if compiled is not None:
         return compiled
     if x.dtype.kind == "c":
         if omit_nan and np.isnan(x).any():
             x = np.where(np.isnan(x), 0, x)
         return combine([partial_norm(x.real, axes), partial_norm(x.imag, axes)])
-    total = _Accumulator(x, axes)
+    total = _Accumulator(x, axes, ORDERS[ord].power)
     with np.errstate(all="ignore"):
         if x.size:
             total.add_block(x, omit_nan)
         limbs, low = canonical(total.sums, total.low)
     kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
     terms = math.prod(x.shape[k] for k in axes)
-    return Partial(limbs.reshape(len(limbs), *kept), low, total.flags.reshape(kept), terms)
+    return Partial(limbs.reshape(len(limbs), *kept), low, total.flags.reshape(kept), terms, ord)
+
+
+def _largest(x: Array, axes: tuple[int, ...], omit_nan: bool) -> Partial:
+    """`partial_norm` of the order inf."""
+    how: Any = {"axis": axes, "keepdims": True, "initial": x.dtype.type(0)}
+    with np.errstate(all="ignore"):
+        top = np.array(np.maximum(np.fmax.reduce(x, **how), -np.fmin.reduce(x, **how)))
+        infinite = np.isinf(top)
+        flags = infinite * np.uint8(INF)
+        if not omit_nan:
+            flags |= np.isnan(np.maximum.reduce(x, **how)) * np.uint8(NAN)
+    top[infinite] = 0
+    terms = math.prod(x.shape[k] for k in axes)
+    return partial_norm(top, (), ord=1)._replace(flags=np.asarray(flags), terms=terms, ord=math.inf)
 
 
 class _Accumulator:
     """Running sums of one block: int64 limbs with room for carries, in a window that grows."""
 
-    def __init__(self, x: Array, axes: tuple[int, ...]) -> None:
+    def __init__(self, x: Array, axes: tuple[int, ...], power: int) -> None:
         kept = [k for k in range(x.ndim) if k not in axes]
         self.shape = tuple(x.shape[k] for k in kept)
         self.sums: Array = np.zeros((0, *self.shape), np.int64)
@@ -86,10 +107,10 @@ class _Accumulator:
         self.rows = slices < SHORT or (not self.across and x.size >= SHORT * slices)
         self.order = [*kept, *sorted(axes)]
         self.cut = len(kept)
-        self.squares = Squares(self.rows, self.across, x.itemsize)
+        self.powers = Powers(self.rows, self.across, x.itemsize, power)
         self.spare = np.empty(min(x.size, PANEL))
 
-    def add_block(self, x: Array, omit_nan: bool = False) -> None:
+    def add_block(self, x: Array, omit_nan: bool) -> None:
         view = x.transpose(self.order)
         for where in self.panels(view.shape):
             at = where[: self.cut]
@@ -97,7 +118,11 @@ class _Accumulator:
             magnitudes = Magnitudes(matrix, self.spare)
             if not math.isfinite(magnitudes.top):
                 matrix = matrix.astype(np.float64)
-                self.flag(np.isnan(matrix), np.isinf(matrix), at, omit_nan)
+                over = 1 if self.rows else 0
+                found = np.isinf(matrix).any(axis=over) * np.uint8(INF)
+                if not omit_nan:
+                    found |= np.isnan(matrix).any(axis=over) * np.uint8(NAN)
+                self.flags[at] |= found.reshape(box_shape(at))
                 np.nan_to_num(matrix, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
                 magnitudes = Magnitudes(matrix, self.spare)
             if magnitudes.top:
@@ -125,15 +150,8 @@ class _Accumulator:
             matrix = panel.reshape(slices, n)
         return matrix.T if self.across == self.rows else matrix
 
-    def flag(self, nan: Array, infinite: Array, at: Box, omit_nan: bool) -> None:
-        over = 1 if self.rows else 0
-        found = infinite.any(axis=over) * np.uint8(INF)
-        if not omit_nan:
-            found |= nan.any(axis=over) * np.uint8(NAN)
-        self.flags[at] |= found.reshape(box_shape(at))
-
     def add_panel(self, magnitudes: Magnitudes, at: Box) -> None:
-        sums = self.squares.sums(magnitudes)
+        sums = self.powers.sums(magnitudes)
         if sums.small is not None:
             values, slices = sums.small
             self.aside.append((values, self.numbers(at)[slices]))
@@ -150,8 +168,8 @@ class _Accumulator:
         while self.aside:
             values, numbers = map(np.concatenate, zip(*self.aside, strict=True))
             self.aside.clear()
-            each = _Accumulator(values, ())
-            each.add_block(values)
+            each = _Accumulator(values, (), self.powers.power)
+            each.add_block(values, False)
             self.cover(each.low, each.low + len(each.sums))
             flat = self.sums.reshape(len(self.sums), -1)
             for i, limb in enumerate(each.sums, each.low - self.low):

@@ -1,4 +1,4 @@
-"""From an exact sum of squares to the norm and the factor of every slice.
+"""From an exact sum to the norm and the factor of every slice.
 
 The bound holds exactly because every rounding is on the safe side. float16, bfloat16 and float32:
 a factor of 29 bits, rounded down, makes each product exact in float64, and the product is rounded
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from daskclip.blocks import index, tiles
 from daskclip.exact import partial_norm
 from daskclip.loops import two_product
+from daskclip.orders import ORDERS
 from daskclip.partials import INF, LIMB, NAN, SLICES, Partial
 
 Array = npt.NDArray[Any]
@@ -40,8 +41,9 @@ class Scale(NamedTuple):
     """float64; 1 leaves the slice as it is."""
     shift: Array | None
     """int32, power of two still to be applied to float64 slices, or None where all are 0."""
-    toward_zero: bool
-    """Subnormal results are rounded toward zero: rounding them to nearest could break the bound."""
+    toward_zero: Array | bool
+    """Whether subnormal results are rounded toward zero: rounding them to nearest could break the
+    bound."""
     norm: Array
     """float64, correctly rounded; NaN and inf where such elements were met."""
     flags: Array
@@ -53,15 +55,20 @@ def real_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(f"f{dtype.itemsize // 2}") if dtype.kind == "c" else dtype
 
 
-def finalize(partial: Partial, clip_norm: float, dtype: np.dtype[Any]) -> Scale:
+def limit_at(limit: Any, shape: tuple[int, ...], at: Any) -> Any:
+    """Limits of a region of slices; one for all stays one."""
+    return limit if np.ndim(limit) == 0 else np.broadcast_to(limit, shape)[index(at)]
+
+
+def finalize(partial: Partial, clip_norm: Any, dtype: np.dtype[Any]) -> Scale:
     """Norms of all slices, and the factors that bring them to at most ``clip_norm``.
 
     Parameters
     ----------
     partial : Partial
         Exact sums over whole slices.
-    clip_norm : float
-        The limit; negative counts as 0, infinity leaves everything as it is, NaN gives NaN.
+    clip_norm : float or array that broadcasts against the sums
+        The limits; negative counts as 0, infinity leaves everything as it is, NaN gives NaN.
     dtype : dtype
         Of the array that will be rescaled.
 
@@ -82,7 +89,7 @@ def finalize(partial: Partial, clip_norm: float, dtype: np.dtype[Any]) -> Scale:
     >>> scale.norm.ravel().round(3), scale.factor.ravel().round(3)
     (array([5. , 0.5]), array([0.2, 1. ]))
     """
-    clip_norm = max(clip_norm, 0.0) if clip_norm == clip_norm else math.nan
+    limit = np.maximum(np.asarray(clip_norm, np.float64), 0.0)
     bits, lowest = PRECISION[real_dtype(dtype).name]
     shape = partial.flags.shape
     factor, norm, shift = np.empty(shape), np.empty(shape), None
@@ -90,36 +97,39 @@ def finalize(partial: Partial, clip_norm: float, dtype: np.dtype[Any]) -> Scale:
         for t in tiles(shape, SLICES):
             limbs, flags = partial.limbs[(slice(None), *t)], partial.flags[index(t)]
             part = partial._replace(limbs=limbs, flags=flags)
-            norm[t], factor[t], extra = _norm_and_factor(part, clip_norm, bits)
+            norm[t], factor[t], extra = _norm_and_factor(part, limit_at(limit, shape, t), bits)
             if extra is not None:
                 shift = np.zeros(shape, np.int32) if shift is None else shift
                 shift[t] = extra
     # room that the lowered factor leaves, against what rounding subnormals can add
     room = 64 if bits == 53 else FACTOR_BITS + 1
-    toward_zero = clip_norm < math.sqrt(partial.terms) * math.ldexp(1.0, lowest + room)
+    error = ORDERS[partial.ord].room(partial.terms)
+    toward_zero = np.less(limit, error * math.ldexp(1.0, lowest + room))
     return Scale(factor, shift, toward_zero, norm, partial.flags)
 
 
-def _norm_and_factor(
-    partial: Partial, clip_norm: float, bits: int
-) -> tuple[Array, Array, Array | None]:
+def _norm_and_factor(partial: Partial, limit: Any, bits: int) -> tuple[Array, Array, Array | None]:
     nan, infinite = partial.flags & NAN != 0, partial.flags & INF != 0
     lead = _leading(partial)
-    root, low_part, half = _root(lead)
+    root, low_part, half = _root(lead, ORDERS[partial.ord].power)
     norm = _rounded(partial, root, low_part, half)
     norm = np.where(nan, np.nan, np.where(infinite, np.inf, norm))
-    if clip_norm == math.inf:
+    unlimited = limit == math.inf
+    if unlimited.all():
         return norm, np.ones_like(norm), None
-    if math.isnan(clip_norm):
-        return norm, np.full_like(norm, np.nan), None
-    mantissa, exponent = _factor(clip_norm, root, low_part, half, bits)
-    clipped = _greater(lead, _leading(partial_norm(np.array(clip_norm), ())))
+    finite = np.where(np.isfinite(limit), limit, 1.0)
+    mantissa, exponent = _factor(finite, root, low_part, half, bits)
+    fraction, power = np.frexp(finite)  # apart: limits far from each other would take many limbs
+    limits = _leading(partial_norm(np.asarray(fraction), (), ord=partial.ord))
+    limits = limits._replace(exponent=limits.exponent + ORDERS[partial.ord].power * power)
+    clipped = _greater(lead, limits) & ~unlimited
     shift = None
     if bits == 53 and (clipped & (exponent < SHIFT)).any():
         shift = np.where(clipped, np.minimum(exponent - SHIFT, 0), 0)
         exponent = np.maximum(exponent, SHIFT)
     factor = np.where(clipped, np.ldexp(mantissa, exponent), 1.0)
-    return norm, np.where(nan, np.nan, np.where(infinite, 0.0, factor)), shift
+    factor = np.where(nan | np.isnan(limit), np.nan, np.where(infinite, 0.0, factor))
+    return norm, np.where(unlimited, 1.0, factor), shift
 
 
 def nan_if_infinite(partial: Partial) -> Partial:
@@ -167,12 +177,16 @@ def _greater(a: _Leading, b: _Leading) -> Array:
     return greater
 
 
-def _root(lead: _Leading) -> tuple[Array, Array, Array]:
-    """Square root to some 100 bits: (root + low_part) · 2**half, root in [2**26, 2**27]."""
+def _root(lead: _Leading, power: int) -> tuple[Array, Array, Array]:
+    """Root of a sum to some 100 bits: (root + low_part) · 2**half, root in [2**26, 2**27]."""
     a = (lead.high >> np.uint64(11)).astype(np.float64)
     rest = ((lead.high & np.uint64(2047)) << np.uint64(42)) | (lead.low >> np.uint64(22))
     b = np.ldexp(rest.astype(np.float64), -53)
     exponent = lead.exponent + 75
+    if power == 1:
+        root = a + b
+        low_part = (a - root) + b
+        return root * 2.0**-26, low_part * 2.0**-26, (exponent + 26).astype(np.int32)
     odd = (exponent & 1) * 1.0 + 1.0
     a, b = a * odd, b * odd
     first = np.sqrt(a)
@@ -206,17 +220,20 @@ def _exact_norm(partial: Partial, index: tuple[Any, ...]) -> float:
     exponent -= exponent & 1
     root = math.isqrt(total << extra)
     sticky = root * root != total << extra
+    norm = Fraction(2 * root + sticky) * Fraction(2) ** (exponent // 2 - 1)
+    if ORDERS[partial.ord].power == 1:
+        norm = Fraction(total) * Fraction(2) ** (LIMB * partial.low)
     try:
-        return float(Fraction(2 * root + sticky) * Fraction(2) ** (exponent // 2 - 1))
+        return float(norm)
     except OverflowError:
         return math.inf
 
 
 def _factor(
-    clip_norm: float, root: Array, low_part: Array, half: Array, bits: int
+    clip_norm: Any, root: Array, low_part: Array, half: Array, bits: int
 ) -> tuple[Array, Array]:
     """Factor clip_norm / norm, lowered as the module says: mantissa · 2**exponent."""
-    c, c_exponent = math.frexp(clip_norm)
+    c, c_exponent = np.frexp(clip_norm)
     q = c / root
     product, error = two_product(q, root)
     correction = (((c - product) - error) - q * low_part) / root

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import re
@@ -20,6 +19,9 @@ from uuid import uuid4
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+
+with suppress(ImportError):  # not POSIX: importing daskclip must work all the same
+    import fcntl
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -88,28 +90,27 @@ def digest_file(key: str, content: int) -> int:
 
 def digest_files(folder: Path, keys: Iterable[str]) -> int:
     """Digest of those of the files that are there."""
-    total = 0
-    for key in keys:
-        with _opened(folder / key) as file:
-            content = 0
-            while file and (data := file.read(PIECE)):
-                content = digest(data, content)
-            total += digest_file(key, content) if file else 0
-    return total % DIGESTS
+    return copy_files(folder, None, keys)
 
 
-def copy_files(source: Path, target: Path, keys: Iterable[str]) -> int:
-    """Copy those of the files that are there; each appears whole. Returns their digest."""
+def copy_files(source: Path, target: Path | None, keys: Iterable[str]) -> int:
+    """Copy those of the files that are there, if anywhere; each appears whole.
+
+    Returns their digest.
+    """
     total, token, room = 0, uuid4().hex, _pages()
     for key in keys:
-        with _opened(source / key) as file:
-            if file:
-                content = 0
-                with _appearing(target, key, token) as out:
-                    while n := file.readinto(room):
-                        content = digest(room[:n], content)
-                        _put(out, room[:n])
-                total += digest_file(key, content)
+        try:
+            file: Any = open(source / key, "rb", buffering=0)  # noqa: SIM115
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        content = 0
+        with file, _appearing(target, key, token) if target else nullcontext() as out:
+            while n := file.readinto(room):
+                content = digest(room[:n], content)
+                if out is not None:
+                    _put(out, room[:n])
+        total += digest_file(key, content)
     return total % DIGESTS
 
 
@@ -189,14 +190,6 @@ def _pages(size: int = 2 * PIECE) -> Bytes:
     return pages
 
 
-def _opened(path: str | Path) -> Any:
-    """A context that gives the file, or None if there is none."""
-    try:
-        return open(path, "rb", buffering=0)
-    except (FileNotFoundError, NotADirectoryError):
-        return nullcontext()
-
-
 @contextmanager
 def _appearing(folder: Path, key: str, token: str) -> Iterator[int]:
     path = f"{folder}/{key}"
@@ -244,8 +237,7 @@ def listed(folder: Path, depth: int, *, changes: bool, prefix: str = "") -> Iter
             if entry.is_dir():
                 if depth == 1 and CHUNK.fullmatch(key):
                     raise ValueError(f"{key} is a folder and not a chunk")
-                inside = max(1, depth - 1)
-                yield from listed(folder, inside, changes=changes, prefix=f"{key}/")
+                yield from listed(folder, max(1, depth - 1), changes=changes, prefix=f"{key}/")
             elif entry.is_file():
                 status = entry.stat()
                 version = str(status.st_mtime_ns)
@@ -257,17 +249,10 @@ def listed(folder: Path, depth: int, *, changes: bool, prefix: str = "") -> Iter
                 raise ValueError(f"{key} is not a regular file")
 
 
-def fingerprint(found: Iterable[Stored], largest: int) -> dict[str, Any]:
-    """What tells one state of the chunks from another; those above ``largest`` bytes are refused.
-
-    Anything else that is found does not count.
-    """
+def fingerprint(found: Iterable[Stored]) -> dict[str, Any]:
+    """What tells one state of chunks from another."""
     chunks, total, newest, last = 0, 0, 0, None
     for key, size, version, changed in found:
-        if not CHUNK.fullmatch(key):
-            continue
-        if size > largest:
-            raise ValueError(f"{key} has {size} bytes, which no chunk there takes")
         text = f"{key} {size} {version}"
         # a sum needs no order, and so no list of a billion names
         total += int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "big")

@@ -83,6 +83,7 @@ class Journal:
         arrays: dict[str, Any] = {}
         for i, p in enumerate(sums):
             arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags, f"rest{i}": [p.low, p.terms]}
+            arrays[f"ord{i}"] = p.ord
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         write_durably(self._folder / name, buffer.getvalue())
@@ -93,14 +94,7 @@ class Journal:
     def load(self, name: str) -> Sequence[Partial]:
         """The sums of that name."""
         if self._last[0] != name:
-            # numpy leaves open what it opened itself, if it is torn
-            with (self._folder / name).open("rb") as file, np.load(file) as stored:
-                sums = [
-                    Partial(stored[f"limbs{i}"], int(low), stored[f"flags{i}"], int(terms))
-                    for i in range(len(stored.files) // 3)
-                    for low, terms in [stored[f"rest{i}"]]
-                ]
-            self._last = name, sums
+            self._last = name, load(self._folder / name)
         return self._last[1]
 
     def forget(self, name: str) -> None:
@@ -115,6 +109,17 @@ class Journal:
             return bool(self.load(name))
         except Exception:  # of a file that is torn, numpy and zipfile raise anything
             return False
+
+
+def load(path: Path) -> list[Partial]:
+    """The sums in a file."""
+    # numpy leaves open what it opened itself, if it is torn
+    with path.open("rb") as file, np.load(file) as stored:
+        return [
+            Partial(stored[f"limbs{i}"], int(low), stored[f"flags{i}"], int(terms), ord)
+            for i in range(len(stored.files) // 4)
+            for (low, terms), ord in [(stored[f"rest{i}"], stored[f"ord{i}"].item())]
+        ]
 
 
 def _line(entry: Entry) -> bytes:

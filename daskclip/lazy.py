@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import dask.array as da
@@ -19,54 +21,58 @@ from daskclip.partials import Partial, combine_all
 from daskclip.recipes import Recipe, recipes
 
 HOLD = 16 * 2**20  # bytes of the chunks that share their slices, up to which they are held
+NORM = attrgetter("norm")
 
 
 def clip(
-    x: da.Array, limit: Any, over: tuple[int, ...], name: str | None, nonfinite: str
+    x: da.Array, limit: Any, over: tuple[int, ...], name: str | None, nonfinite: str, ord: float
 ) -> tuple[da.Array, da.Array]:
     """Clipped array and norms: one map where chunks hold their slices whole, else two passes."""
+    if np.ndim(limit):
+        chunks = tuple((1,) if n == 1 else c for n, c in zip(limit.shape, x.chunks, strict=True))
+        limit = da.asarray(limit).rechunk(chunks)
     limit_name = limit.name if isinstance(limit, da.Array) else limit
-    token = tokenize(x.name, x.chunks, limit_name, over, nonfinite, ensure_deterministic=True)
+    token = tokenize(x.name, x.chunks, limit_name, over, nonfinite, ord, ensure_deterministic=True)
     full = f"{name or 'clip-by-norm'}-{token}"
     omit = nonfinite == "omit"
-    extra = (limit,) if isinstance(limit, da.Array) else ()
-    fixed = {} if extra else {"limit": limit}
     checked = x
-    if nonfinite == "raise" and limit_name != math.inf:
+    if nonfinite == "raise":
         checked = da.map_blocks(
-            _require_finite, x, *extra, over=over, **fixed,
+            _require_finite, x, limit, over=over,
             name=f"require-finite-{token}", dtype=x.dtype, meta=x._meta,
         )  # fmt: skip
     if all(x.numblocks[a] == 1 for a in over):
         pairs = map_objects(
-            _clip_chunk, checked, *extra, over=over, omit=omit, **fixed, name=f"clip-chunk-{token}"
+            _clip_chunk, checked, limit, over=over, omit=omit, ord=ord, name=f"clip-chunk-{token}"
         )
-        clipped = da.map_blocks(_first, pairs, name=full, dtype=x.dtype, meta=x._meta)
-        return clipped, _norms(_second, pairs, x, over, f"norm-{token}")
-    scale = _scales(checked, limit, over, omit, token)
-    return rescaled(x, scale, over, full), _norms(_norm, scale, x, over, f"norm-{token}")
+        clipped = da.map_blocks(itemgetter(0), pairs, name=full, dtype=x.dtype, meta=x._meta)
+        return clipped, _norms(itemgetter(1), pairs, over, f"norm-{token}")
+    scale = _scales(checked, limit, over, omit, ord, token)
+    return rescaled(x, scale, over, full), _norms(NORM, scale, over, f"norm-{token}")
 
 
-def norm(x: da.Array, over: tuple[int, ...], keepdims: bool) -> da.Array:
+def norm(x: da.Array, over: tuple[int, ...], keepdims: bool, ord: float) -> da.Array:
     """Norms of the slices of ``x``."""
-    token = tokenize(x.name, x.chunks, over, ensure_deterministic=True)
-    scale = _scales(x, math.inf, over, False, f"only-{token}")
-    return _norms(_norm, scale, x, () if keepdims else over, f"norm-only-{keepdims}-{token}")
+    token = tokenize(x.name, x.chunks, over, ord, ensure_deterministic=True)
+    scale = _scales(x, math.inf, over, False, ord, f"only-{token}")
+    return _norms(NORM, scale, () if keepdims else over, f"norm-only-{keepdims}-{token}")
 
 
 def clip_list(
     arrays: list[Any], limit: Any, used: Any, name: str | None
 ) -> tuple[list[Any], da.Array]:
     """Arrays clipped by one factor, and the norm it is taken from."""
-    partial = total(arrays if used is None else [da.asarray(used).astype(float)])
+    summed = total(arrays if used is None else [da.asarray(used).astype(float)])
+    if isinstance(limit, da.Array):
+        limit = limit.to_delayed()[()]
     clipped = []
     for x in arrays:
         if x is not None:
-            scale, _ = global_scale(partial, limit, x.dtype)
+            scale = delayed(_global_scale, pure=True)(summed, limit, x.dtype)
             token = tokenize(x.name, x.chunks, scale.key, ensure_deterministic=True)
             x = rescaled(x, scale, (), f"{name or 'clip-by-global-norm'}-{token}")
         clipped.append(x)
-    return clipped, global_scale(partial, math.inf, np.dtype(float))[1]
+    return clipped, global_norm(summed)
 
 
 def total(arrays: list[Any]) -> Delayed:
@@ -76,18 +82,17 @@ def total(arrays: list[Any]) -> Delayed:
         if x is not None:
             over = tuple(range(x.ndim))
             token = tokenize(x.name, x.chunks, over, ensure_deterministic=True)
-            parts += _partials(x, over, False, f"global-{token}").to_delayed().ravel().tolist()
-    summed: Delayed = delayed(_total, pure=True)(parts)
+            parts += _partials(x, over, False, 2, f"global-{token}").to_delayed().ravel().tolist()
+    summed: Delayed = delayed(combine_all, pure=True)(parts)
     return summed
 
 
-def global_scale(partial: Delayed, limit: Any, dtype: Any) -> tuple[Delayed, da.Array]:
-    """Scale for arrays of ``dtype``, and the norm as an array of shape ()."""
-    if isinstance(limit, da.Array):
-        limit = limit.to_delayed()[()]
-    scale = delayed(_global_scale, pure=True)(partial, limit, dtype)
-    value = delayed(_global_norm, pure=True)(partial)
-    return scale, da.from_delayed(value, (), float, name=f"global-norm-{tokenize(value.key)}")
+def global_norm(summed: Delayed) -> da.Array:
+    """Norm of what `total` gives, as an array of shape ()."""
+    value = delayed(_global_norm, pure=True)(summed)
+    name = f"global-norm-{tokenize(value.key)}"
+    result: da.Array = da.from_delayed(value, (), float, name=name)
+    return result
 
 
 def rescaled(x: da.Array, scale: Any, over: tuple[int, ...], name: str) -> da.Array:
@@ -116,48 +121,44 @@ def rescaled(x: da.Array, scale: Any, over: tuple[int, ...], name: str) -> da.Ar
     return da.Array(graph, name, x.chunks, meta=x._meta)
 
 
-def _partials(x: da.Array, over: tuple[int, ...], omit: bool, token: str) -> da.Array:
+def _partials(x: da.Array, over: tuple[int, ...], omit: bool, ord: float, token: str) -> da.Array:
     kept = tuple((1,) * len(c) if a in over else c for a, c in enumerate(x.chunks))
     parts = map_objects(
-        partial_norm, x, axes=over, omit_nan=omit, name=f"partial-norm-{token}", chunks=kept
-    )
+        partial_norm, x, axes=over, omit_nan=omit, ord=ord,
+        name=f"partial-norm-{token}", chunks=kept,
+    )  # fmt: skip
     return tree(parts, over)
 
 
-def _scales(x: da.Array, limit: Any, over: tuple[int, ...], omit: bool, token: str) -> da.Array:
-    parts = _partials(x, over, omit, token)
-    if isinstance(limit, da.Array):
-        return map_objects(_finalize, parts, limit, dtype_of=x.dtype, name=f"scale-{token}")
-    return map_objects(_finalize, parts, limit=limit, dtype_of=x.dtype, name=f"scale-{token}")
+def _scales(
+    x: da.Array, limit: Any, over: tuple[int, ...], omit: bool, ord: float, token: str
+) -> da.Array:
+    parts = _partials(x, over, omit, ord, token)
+    return map_objects(partial(finalize, dtype=x.dtype), parts, limit, name=f"scale-{token}")
 
 
-def _norms(pick: Any, blocks: da.Array, x: da.Array, over: tuple[int, ...], name: str) -> da.Array:
+def _norms(pick: Any, blocks: da.Array, over: tuple[int, ...], name: str) -> da.Array:
     chunks = tuple((1,) if a in over else c for a, c in enumerate(blocks.chunks))
     result: da.Array = da.map_blocks(
-        pick, blocks, name=name, chunks=chunks, dtype=float, meta=np.empty((0,) * x.ndim)
+        pick, blocks, name=name, chunks=chunks, dtype=float, meta=np.empty((0,) * blocks.ndim)
     )
-    if over:
-        result = result.squeeze(axis=over)
-    return result
+    return result.squeeze(axis=over) if over else result
 
 
 # ---- tasks
 
 
-def _finalize(partial: Partial, limit: Any, dtype_of: Any) -> Scale:
-    return finalize(partial, float(limit), dtype_of)
-
-
-def _clip_chunk(x: Array, limit: Any, over: tuple[int, ...], omit: bool) -> tuple[Array, Array]:
-    clipped, scale = clip_block(x, float(limit), over, omit_nan=omit)
+def _clip_chunk(
+    x: Array, limit: Any, over: tuple[int, ...], omit: bool, ord: float
+) -> tuple[Array, Array]:
+    clipped, scale = clip_block(x, limit, over, omit_nan=omit, ord=ord)
     return clipped, scale.norm
 
 
 def _require_finite(x: Array, limit: Any, over: tuple[int, ...], block_info: Any = None) -> Array:
-    if float(limit) != math.inf:
-        where = block_info[0]
-        start = [first for first, _ in where["array-location"]]
-        require_finite(x, over, start, lambda _: where["chunk-location"])
+    where = block_info[0]
+    start = [first for first, _ in where["array-location"]]
+    require_finite(x, over, limit, start, lambda _: where["chunk-location"])
     return x
 
 
@@ -165,25 +166,9 @@ def _rescale_made(recipe: Recipe, inputs: list[Any], scale: Scale) -> Array:
     return rescale(recipe.make(inputs), scale)
 
 
-def _first(pair: tuple[Array, Array]) -> Array:
-    return pair[0]
+def _global_scale(summed: Partial, limit: Any, dtype: Any) -> Scale:
+    return finalize(nan_if_infinite(summed), limit, dtype)
 
 
-def _second(pair: tuple[Array, Array]) -> Array:
-    return pair[1]
-
-
-def _norm(scale: Scale) -> Array:
-    return scale.norm
-
-
-def _total(parts: list[Partial]) -> Partial:
-    return combine_all(parts)
-
-
-def _global_scale(partial: Partial, limit: Any, dtype: Any) -> Scale:
-    return finalize(nan_if_infinite(partial), float(limit), dtype)
-
-
-def _global_norm(partial: Partial) -> Any:
-    return finalize(partial, math.inf, np.dtype(float)).norm
+def _global_norm(summed: Partial) -> Any:
+    return finalize(summed, math.inf, np.dtype(float)).norm

@@ -6,27 +6,23 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from daskclip import objects
 from daskclip.errors import (
     DaskClipError,
-    StorageError,
     TargetError,
     TargetExistsError,
     TargetPermissionError,
-    TemporaryError,
     reason,
 )
-from daskclip.retries import refused, retrying, transient
-
-T = TypeVar("T")
+from daskclip.retries import T, refused, remedied, retrying
 
 log = logging.getLogger("daskclip")
 BEAT, LEASE = 5.0, 20.0  # seconds between signs of life, and without one until a lock is void
@@ -56,9 +52,10 @@ class Objects:
         (made,) = self._do("writing", lambda: objects.create(self.store, [(self._key(name), data)]))
         return made
 
-    def put_once(self, name: str, data: bytes) -> None:
-        """Make an object; there may be the same one."""
-        self._do("writing", lambda: objects.put_once(self.store, [(self._key(name), data)]))
+    def put_once(self, named: Sequence[tuple[str, bytes]]) -> None:
+        """Make objects, in no order; there may be the same ones."""
+        keyed = [(self._key(name), data) for name, data in named]
+        self._do("writing", lambda: objects.put_once(self.store, keyed))
 
     def names(self, below: str = "") -> list[str]:
         """Names of all objects, or of those below a name, in order."""
@@ -86,8 +83,8 @@ class Objects:
                 raise TargetPermissionError(f"{text}; check credentials and rights") from error
             if isinstance(error, FileNotFoundError):
                 raise TargetError(f"{text}; check the bucket") from error
-            kind = TemporaryError if transient(error) else StorageError
-            raise kind(f"{text}; run the same command again to resume") from error
+            kind, remedy = remedied(error)
+            raise kind(f"{text}; {remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class Lease:
         finally:
             stop.set()
             beating.join()
-            with suppress(StorageError, TargetError, TargetPermissionError):  # void in a while
+            with suppress(DaskClipError):  # void in a while
                 self.objects.delete([name])
 
     def is_held(self) -> bool:

@@ -57,17 +57,11 @@ def tree(
 
 
 def map_objects(
-    function: Callable[..., Any], *arrays: da.Array, name: str, chunks: Any = None, **kwargs: Any
+    function: Callable[..., Any], x: da.Array, *args: Any, name: str, **kwargs: Any
 ) -> da.Array:
     """`map_blocks` for blocks that are not ndarrays; ``name`` is the whole layer name."""
     mapped: da.Array = da.map_blocks(
-        function,
-        *arrays,
-        name=name,
-        chunks=chunks,
-        dtype=object,
-        meta=no_block(arrays[0].ndim if chunks is None else len(chunks)),
-        **kwargs,
+        function, x, *args, name=name, dtype=object, meta=no_block(x.ndim), **kwargs
     )
     return mapped
 

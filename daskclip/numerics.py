@@ -14,7 +14,7 @@ from daskclip import kernels
 from daskclip.blocks import boxes, ceil_div, index, tile_shape, tiles
 from daskclip.errors import NonFiniteError
 from daskclip.exact import partial_norm
-from daskclip.factor import PRECISION, Scale, finalize
+from daskclip.factor import PRECISION, Scale, finalize, limit_at
 from daskclip.partials import SLICES, combine
 
 Array = npt.NDArray[Any]
@@ -62,17 +62,18 @@ def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
                 out[...] = x
         elif x.dtype.itemsize == 8:
             _rescale_double(x, scale, out)
-        elif scale.toward_zero or not kernels.rescale(x, scale.factor, out):
+        elif np.any(scale.toward_zero) or not kernels.rescale(x, scale.factor, out):
             _rescale_tiles(x, scale, out)
     return out
 
 
 def clip_block(
     x: Array,
-    clip_norm: float,
+    clip_norm: Any,
     axes: tuple[int, ...],
     *,
     omit_nan: bool = False,
+    ord: float = 2,
     out: Array | None = None,
 ) -> tuple[Array, Scale]:
     """Clip the slices of a block that holds them whole.
@@ -81,12 +82,14 @@ def clip_block(
     ----------
     x : ndarray
         Floating point or complex.
-    clip_norm : float
+    clip_norm : float or array that broadcasts against the norms with reduced axes of size 1
         See `finalize`.
     axes : tuple of int
         Axes to reduce, not negative, without repetition.
     omit_nan : bool
         NaN elements do not count.
+    ord : float
+        See `partial_norm`.
     out : ndarray, optional
         Of the shape and dtype of ``x``; may be ``x`` itself.
 
@@ -110,7 +113,8 @@ def clip_block(
         out = np.empty_like(x, subok=False)
     shape = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
     done = Scale(np.empty(shape), None, False, np.empty(shape), np.zeros(shape, np.uint8))
-    rows = kernels.clip_rows(x, clip_norm, axes, out)
+    limit = np.asarray(clip_norm, np.float64)
+    rows = kernels.clip_rows(x, float(limit), axes, out) if ord == 2 and not limit.ndim else None
     if rows is not None:
         done.factor.reshape(-1)[:], done.norm.reshape(-1)[:], left = rows
         source, target = x.reshape(len(left), -1), out.reshape(len(left), -1)
@@ -118,7 +122,7 @@ def clip_block(
         step = ceil_div(kernels.LONGEST, source.shape[1])
         for at in (found[i : i + step] for i in range(0, len(found), step)):
             some = source[at]
-            scale = finalize(partial_norm(some, (1,), omit_nan=omit_nan), clip_norm, x.dtype)
+            scale = finalize(partial_norm(some, (1,), omit_nan=omit_nan), limit, x.dtype)
             target[at] = rescale(some, scale, some)
             for field in ("factor", "norm", "flags"):
                 getattr(done, field).reshape(-1)[at] = getattr(scale, field)[:, 0]
@@ -126,36 +130,35 @@ def clip_block(
     for kept in boxes(shape, tile_shape(shape, SLICES)):
         region = index(tuple(slice(None) if k in axes else s for k, s in enumerate(kept)))
         part = x[region]
-        scale = finalize(partial_norm(part, axes, omit_nan=omit_nan), clip_norm, x.dtype)
+        summed = partial_norm(part, axes, omit_nan=omit_nan, ord=ord)
+        scale = finalize(summed, limit_at(limit, shape, kept), x.dtype)
         rescale(part, scale, out[region])
         done.factor[kept], done.norm[kept], done.flags[kept] = scale.factor, scale.norm, scale.flags
     return out, done
 
 
 def clip_array(
-    x: Array, clip_norm: float, axes: tuple[int, ...], *, omit_nan: bool, threads: int
+    x: Array, clip_norm: Any, axes: tuple[int, ...], *, threads: int, ord: float = 2, omit_nan: bool
 ) -> tuple[Array, Scale]:
     """`clip_block`, a large one in parts along the axis that memory runs along slowest."""
+    how: Any = {"omit_nan": omit_nan, "ord": ord}
     if x.nbytes < LARGE or threads < 2:
-        return clip_block(x, clip_norm, axes, omit_nan=omit_nan)
+        return clip_block(x, clip_norm, axes, **how)
     out = np.empty_like(x, subok=False)
+    kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
     axis = max(range(x.ndim), key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
     step = ceil_div(x.shape[axis], PARTS * threads)
     parts = [(slice(None),) * axis + (slice(i, i + step),) for i in range(0, x.shape[axis], step)]
 
     def clip(part: Any) -> Scale:
-        return clip_block(x[part], clip_norm, axes, omit_nan=omit_nan, out=out[part])[1]
+        return clip_block(x[part], limit_at(clip_norm, kept, part), axes, out=out[part], **how)[1]
 
     with ThreadPoolExecutor(threads) as pool:
         if axis not in axes:
-            scales = list(pool.map(clip, parts))
-            joined = (
-                np.concatenate(part, axis)
-                for part in zip(*((s.factor, s.norm, s.flags) for s in scales), strict=True)
-            )
-            factor, norm, flags = joined
+            found = ((s.factor, s.norm, s.flags) for s in pool.map(clip, parts))
+            factor, norm, flags = (np.concatenate(a, axis) for a in zip(*found, strict=True))
             return out, Scale(factor, None, False, norm, flags)
-        partials = pool.map(lambda part: partial_norm(x[part], axes, omit_nan=omit_nan), parts)
+        partials = pool.map(lambda part: partial_norm(x[part], axes, **how), parts)
         scale = finalize(combine(list(partials)), clip_norm, x.dtype)
         list(pool.map(lambda part: rescale(x[part], scale, out[part]), parts))
     return out, scale
@@ -172,14 +175,16 @@ def warm_up(dtype: np.dtype[Any], size: int) -> None:
 def require_finite(
     x: Array,
     axes: tuple[int, ...],
+    limit: Any,
     start: Sequence[int] | None = None,
     chunk_of: Callable[[list[int]], Sequence[int]] | None = None,
 ) -> None:
-    """Raise for the first slice of a block that holds NaN or infinity.
+    """Raise for the first slice of a block that holds NaN or infinity and has a limit.
 
     ``start`` is the place of the block in its array; ``chunk_of`` tells the chunk of an element.
     """
     bad = ~np.isfinite(x)
+    bad &= np.not_equal(limit, math.inf)
     found = np.argwhere(bad.any(axis=axes, keepdims=True))
     if not len(found):
         return
@@ -201,30 +206,31 @@ def _rescale_tiles(x: Array, scale: Scale, out: Array) -> None:
     order = sorted(range(x.ndim), key=lambda k: -abs(x.strides[k]))
     source, target = x.transpose(order), out.transpose(order)
     factor = np.broadcast_to(scale.factor, x.shape).transpose(order)
+    cut = np.any(scale.toward_zero)
+    toward_zero = np.broadcast_to(scale.toward_zero, x.shape).transpose(order)
     scratch = np.empty(min(TILE, x.size))
     for t in tiles(source.shape, TILE):
         tile = source[index(t)]
         z = scratch[: tile.size].reshape(tile.shape)
         np.multiply(tile, factor[t], out=z)
         z.view(np.int64)[...] &= keep
-        if scale.toward_zero:
+        if cut:
             z *= math.ldexp(1.0, -lowest)
-            np.trunc(z, out=z)
+            np.trunc(z, out=z, where=toward_zero[t])
             z *= math.ldexp(1.0, lowest)
         target[t] = z
 
 
 def _rescale_double(x: Array, scale: Scale, out: Array) -> None:
     shift = 0 if scale.shift is None else scale.shift
-    if not scale.toward_zero:
-        np.multiply(x, scale.factor, out=out)
-        if scale.shift is not None:
-            np.ldexp(out, shift, out=out)
-        return
-    mantissa, exponent = np.frexp(scale.factor)
-    up = np.where(np.abs(x) < 1.0, 100, 0)
-    y = np.ldexp(x, up) * mantissa
-    down = exponent + shift - up
-    small = np.ldexp(y, down)
-    raised = np.abs(np.ldexp(small, -down)) > np.abs(y)
-    out[...] = np.where(raised, np.nextafter(small, 0.0), small)
+    cut = np.any(scale.toward_zero)
+    if cut:  # products with room for all bits; first, since `out` may be `x`
+        mantissa, exponent = np.frexp(scale.factor)
+        up = np.where(np.abs(x) < 1.0, 100, 0)
+        y, down = np.abs(np.ldexp(x, up) * mantissa), exponent + shift - up
+    np.multiply(x, scale.factor, out=out)
+    if scale.shift is not None:
+        np.ldexp(out, shift, out=out)
+    if cut:
+        raised = (np.abs(np.ldexp(out, -down)) > y) & scale.toward_zero
+        np.copyto(out, np.nextafter(out, 0.0), where=raised)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from typing import Any
 
 from zarr.core.buffer import default_buffer_prototype
@@ -31,21 +31,18 @@ def at(url: str, options: dict[str, Any] | None) -> tuple[Any, str]:
 def url(store: Any, path: str) -> str:
     """Where an object is, for people."""
     if isinstance(store, FsspecStore):
-        return str(store.fs.unstrip_protocol(_join(store.path, path)))
+        return str(store.fs.unstrip_protocol(join(store.path, path)))
     bucket = getattr(getattr(store, "store", None), "config", {}).get("bucket")
     if bucket:
-        return "s3://" + _join(bucket, str(store.store.prefix or ""), path)
-    return _join(str(store), path)
+        return "s3://" + join(bucket, str(store.store.prefix or ""), path)
+    return join(str(store), path)
 
 
 def get(store: Any, keys: Iterable[str]) -> list[Any]:
     """Bytes of each object, as arrays, or None; fetched together."""
     prototype = default_buffer_prototype()
-
-    async def fetched() -> list[Any]:
-        return await asyncio.gather(*(store.get(key, prototype) for key in keys))
-
-    return [None if b is None else b.as_numpy_array() for b in sync(fetched())]
+    found = sync(_together(store.get(key, prototype) for key in keys))
+    return [None if b is None else b.as_numpy_array() for b in found]
 
 
 def put(store: Any, key: str, data: bytes) -> None:
@@ -59,7 +56,7 @@ def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
     async def created(key: str, data: bytes) -> bool:
         try:
             if isinstance(store, FsspecStore):
-                await store.fs._pipe_file(_join(store.path, key), data, mode="create")
+                await store.fs._pipe_file(join(store.path, key), data, mode="create")
             else:
                 await store.store.put_async(key, data, mode="create")
         except Exception as error:
@@ -68,10 +65,7 @@ def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
             return False
         return True
 
-    async def all_created() -> list[bool]:
-        return await asyncio.gather(*(created(key, data) for key, data in objects))
-
-    return sync(all_created())
+    return sync(_together(created(key, data) for key, data in objects))
 
 
 def put_once(store: Any, objects: list[tuple[str, bytes]]) -> None:
@@ -87,18 +81,14 @@ def put_once(store: Any, objects: list[tuple[str, bytes]]) -> None:
 
 def delete(store: Any, keys: Iterable[str]) -> None:
     """Remove objects; those that are not there are none the worse."""
-
-    async def deleted() -> None:
-        await asyncio.gather(*(store.delete(key) for key in keys))
-
-    sync(deleted())
+    sync(_together(store.delete(key) for key in keys))
 
 
 def listed(store: Any, prefix: str) -> Iterator[Stored]:
     """All objects whose key begins with ``prefix``, a slash and more; keys without these."""
     root = f"{prefix}/" if prefix else ""
     if isinstance(store, FsspecStore):
-        top = _join(store.path, prefix)
+        top = join(store.path, prefix)
         # what another program wrote meanwhile is not in what fsspec remembers
         store.fs.invalidate_cache()
         found = sync(store.fs._find(top, detail=True))
@@ -118,11 +108,16 @@ def listed(store: Any, prefix: str) -> Iterator[Stored]:
             yield Stored(key.removeprefix(root), 0, "")
 
 
+async def _together(calls: Iterable[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*calls)
+
+
 async def _collected(keys: Any) -> list[str]:
     return [key async for key in keys]
 
 
-def _join(*parts: str) -> str:
+def join(*parts: str) -> str:
+    """Key of what has these names, one below the other; some may be empty."""
     return "/".join(part.rstrip("/") for part in parts if part)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numbers
-import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,9 +13,11 @@ import numpy.typing as npt
 from dask.utils import parse_bytes
 
 from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, shown
+from daskclip.orders import ORDERS
 
 Array = npt.NDArray[Any]
 NonFinite = Literal["propagate", "omit", "raise"]
+Check = Callable[[Any], None]
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
@@ -39,16 +43,15 @@ def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
         return tuple(range(ndim))
     if isinstance(axes, np.ndarray) and axes.dtype.kind in "iu":
         axes = axes.tolist() if axes.ndim < 2 else [axes.tolist()]
-    if isinstance(axes, str | bytes | bool | np.bool_ | numbers.Real) and not _integer(axes):
+    sequence = [axes] if _integer(axes) else axes
+    if isinstance(axes, str | bytes) or not np.iterable(sequence):
         raise InvalidTypeError(f"axes {shown(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}")
-    sequence = [axes] if _integer(axes) else list(_iterable(axes))
+    result = []
     for axis in sequence:
         if not _integer(axis):
             raise InvalidTypeError(
                 f"axes {shown(axes)} holds a {type(axis).__name__}; {_AXES_REMEDY}"
             )
-    result = []
-    for axis in map(operator.index, sequence):
         if not -ndim <= axis < ndim:
             raise AxesError(
                 f"axis {axis} is out of bounds for an array of {ndim} dimensions; "
@@ -56,10 +59,42 @@ def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
                 if ndim
                 else f"axis {axis} is out of bounds for a 0-d array; use None or []"
             )
-        result.append(axis % ndim)
+        result.append(int(axis) % ndim)
     if len(set(result)) < len(result):
         raise InvalidValueError(f"axes {shown(axes)} names an axis twice; give each axis once")
     return tuple(sorted(result))
+
+
+def parse_dim(dim: Any, known: Sequence[Any]) -> list[Any]:
+    """The names in ``dim``, one or several of those that are known; None and ``...`` are all.
+
+    Examples
+    --------
+    >>> parse_dim("time", ["time", "x"]), parse_dim(None, ["time", "x"])
+    (['time'], ['time', 'x'])
+    """
+    if dim is None or dim is ...:
+        return list(known)
+    names = [dim] if isinstance(dim, str) or not isinstance(dim, Iterable) else list(dim)
+    for name in names:
+        if name is None or name not in known:
+            listed = ", ".join(str(n) for n in known if n is not None) or "none"
+            raise InvalidValueError(f"dim {shown(name)} is not a dimension; there are: {listed}")
+        if names.count(name) > 1:
+            raise InvalidValueError(f"dim {shown(dim)} names {shown(name)} twice; give it once")
+    return names
+
+
+def axes_named(dim: Any, names: Sequence[Any] | None, axes: Any) -> Any:
+    """Axes of the dimensions in ``dim``, which are given instead of ``axes``."""
+    if dim is None:
+        return axes
+    if axes is not None:
+        raise InvalidValueError(f"axes {shown(axes)} and dim {shown(dim)} are given; give one")
+    if not names or not any(names):
+        raise InvalidValueError(f"dim {shown(dim)}: the array names no dimensions; give axes")
+    wanted = parse_dim(dim, names)
+    return [a for a, name in enumerate(names) if name in wanted]
 
 
 _AXES_REMEDY = "give None, an int or a sequence of ints"
@@ -69,15 +104,6 @@ def _integer(axis: Any) -> bool:
     if isinstance(axis, np.ndarray):
         return axis.ndim == 0 and axis.dtype.kind in "iu"
     return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
-
-
-def _iterable(axes: Any) -> Any:
-    try:
-        return iter(axes)
-    except TypeError:
-        raise InvalidTypeError(
-            f"axes {shown(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}"
-        ) from None
 
 
 def check_scalar(ndim: int, dtype: Any, shape: Any, what: str = "clip_norm") -> None:
@@ -107,6 +133,36 @@ def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
         ) from None
     check_scalar(value.ndim, value.dtype, value.shape, what)
     return float(value)
+
+
+def parse_ord(ord: Any, dtype: np.dtype[Any]) -> float:
+    """Key of `ORDERS` for a norm of arrays of ``dtype``."""
+    if isinstance(ord, bool) or not isinstance(ord, numbers.Real) or ord not in ORDERS:
+        raise InvalidValueError(f"ord {shown(ord)} is not a norm; use 1, 2 or inf")
+    if dtype.kind == "c" and ord != 2:
+        raise DTypeError(
+            f"the norm of ord {ord:g} of dtype {dtype} is not exact, since it takes the roots of "
+            "its elements; use ord=2, or clip .real and .imag"
+        )
+    return float(ord)
+
+
+def parse_limit(clip_norm: Any) -> float | Fraction:
+    """A real number, or the percentage of the norms that are to be at most the limit.
+
+    Examples
+    --------
+    >>> parse_limit(2), parse_limit("p99.9")
+    (2.0, Fraction(999, 10))
+    """
+    if not isinstance(clip_norm, str):
+        return parse_clip_norm(clip_norm)
+    if not re.fullmatch(r"p[0-9]{1,3}(\.[0-9]{1,9})?", clip_norm) or Fraction(clip_norm[1:]) > 100:
+        raise InvalidTypeError(
+            f"clip_norm {shown(clip_norm)} is not a real number; give a number, or 'p' and a "
+            "percentage of the norms such as 'p99'"
+        )
+    return Fraction(clip_norm[1:])
 
 
 def check_nonfinite(nonfinite: Any) -> None:

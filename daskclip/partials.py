@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from daskclip.orders import ORDERS
+
 Array = npt.NDArray[Any]
 
 LIMB = 32
@@ -18,7 +20,9 @@ SLICES = 1 << 13  # that are worked on at a time
 
 
 class Partial(NamedTuple):
-    """Exact sum of squares of every slice of a block, or of several blocks.
+    """Exact sum of every slice of a block, or of several blocks, that its norm is made from.
+
+    See `Order`: of squares, of magnitudes, or the largest magnitude for the order inf.
 
     Equal sums have equal fields: leading and trailing limbs that are zero in all slices are cut.
     """
@@ -30,7 +34,9 @@ class Partial(NamedTuple):
     flags: Array
     """uint8 of shape kept: NAN and INF, for what was met; neither is in the sum."""
     terms: int
-    """Squares per slice (two for a complex element)."""
+    """Elements per slice (two for a complex one)."""
+    ord: float = 2
+    """Key of `ORDERS`."""
 
 
 def combine(parts: Sequence[Partial]) -> Partial:
@@ -49,17 +55,32 @@ def combine(parts: Sequence[Partial]) -> Partial:
     terms = sum(p.terms for p in parts)
     full = [p for p in parts if len(p.limbs)]
     if not full:
-        return Partial(parts[0].limbs, 0, flags, terms)
+        return parts[0]._replace(flags=flags, terms=terms)
     low = min(p.low for p in full)
+    ord = parts[0].ord
     sums = np.zeros((max(p.low + len(p.limbs) for p in full) - low, *flags.shape), np.int64)
     for p in full:
-        sums[p.low - low : p.low - low + len(p.limbs)] += p.limbs
+        place = slice(p.low - low, p.low - low + len(p.limbs))
+        if not ORDERS[ord].largest:
+            sums[place] += p.limbs
+            continue
+        other = np.zeros_like(sums)
+        other[place] = p.limbs
+        _take_larger(sums, other)
     limbs, low = canonical(sums, low)
-    return Partial(limbs, low, flags, terms)
+    return Partial(limbs, low, flags, terms, ord)
+
+
+def _take_larger(limbs: Array, other: Array) -> None:
+    """Replace the numbers that are smaller than the others."""
+    differ = limbs != other
+    top = len(limbs) - 1 - differ[::-1].argmax(axis=0, keepdims=True)  # the first that differs
+    larger = np.take_along_axis(other, top, 0) > np.take_along_axis(limbs, top, 0)
+    np.copyto(limbs, other, where=larger)
 
 
 def combine_all(parts: Sequence[Partial]) -> Partial:
-    """Sum over all slices of several partials, as one slice of shape ().
+    """Sum of squares over all slices of several partials, as one slice of shape ().
 
     Examples
     --------

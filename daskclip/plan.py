@@ -24,36 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from daskclip.blocks import Box, box, box_shape, ceil_div, grid
+from daskclip.blocks import Box, Spans, box, box_shape, ceil_div, grid
 from daskclip.errors import MemoryBudgetError
+from daskclip.pages import MIB, fragment, shared_rows, shown_axes, shown_size
 
-MIB = 2**20
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 CALL = 1024  # units of a block
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
 SCRATCH = 12 * MIB  # numerics, pages to write from, and what the allocator keeps; per thread
-SLICE = 48  # norm, factor and flags of a slice of a block on its way, and what counts them
+SLICE = 48  # limit, norm, factor and flags of a slice of a block, and what counts them
 WINDOW = 16  # blocks of a window per thread
-
-
-@dataclass(frozen=True, slots=True)
-class Spans:
-    """``range(n)`` in ranges of ``step``, made as they are iterated over: there may be 10**9."""
-
-    n: int
-    step: int
-
-    def __len__(self) -> int:
-        return ceil_div(self.n, self.step)
-
-    def __iter__(self) -> Iterator[range]:
-        return map(self._range, range(0, self.n, self.step))
-
-    def __reversed__(self) -> Iterator[range]:
-        return map(self._range, reversed(range(0, self.n, self.step)))
-
-    def _range(self, start: int) -> range:
-        return range(start, min(start + self.step, self.n))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +53,7 @@ class ClipPlan:
     window: int
     """Blocks of a window, at most."""
     passes: int
-    """1 if a block holds its slices whole, else 2."""
+    """How often it is read: 1 if norms are saved or a block holds its slices, else 2; 0 copied."""
     processes: int
     """Processes that run blocks."""
     threads: int
@@ -89,6 +69,11 @@ class ClipPlan:
         return grid(self.shape, self.block)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether a block holds its slices whole."""
+        return all(self.block[a] >= self.shape[a] for a in self.axes)
+
+    @property
     def slabs(self) -> int:
         """Number of slabs."""
         return math.prod(n for a, n in enumerate(self.grid) if a not in self.axes)
@@ -101,7 +86,12 @@ class ClipPlan:
     @property
     def slices(self) -> int:
         """Number of slices."""
-        return math.prod(n for a, n in enumerate(self.shape) if a not in self.axes)
+        return math.prod(self.kept.values())
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Lengths of the axes that are not reduced."""
+        return {a: n for a, n in enumerate(self.shape) if a not in self.axes}
 
     @property
     def nbytes(self) -> int:
@@ -117,6 +107,18 @@ class ClipPlan:
     def tasks(self) -> int:
         """Blocks to run, over all passes; combining norms takes some more."""
         return self.blocks * self.passes
+
+    def rows(self) -> dict[str, str]:
+        """The figures for people."""
+        return {
+            "array": f"{self.shape}, {shown_size(self.nbytes)}, axes {shown_axes(self.axes)}",
+            "slices": f"{self.slices:,}",
+            "units": f"{self.unit} written as one object",
+            "blocks": f"{self.blocks:,} of {self.block}, {self.slabs:,} slabs",
+        } | shared_rows(self)
+
+    def _repr_html_(self) -> str:
+        return fragment("daskclip plan", self.rows(), None)
 
     def region(self, slab: int, index: int) -> Box:
         """Where a block of a slab lies in the array."""
@@ -193,6 +195,8 @@ def make_plan(
     processes: int,
     threads: int,
     fewest: int,
+    shared: bool = False,
+    beside: int = 0,
 ) -> ClipPlan:
     """Choose blocks that keep within ``memory``.
 
@@ -206,6 +210,10 @@ def make_plan(
         See `ClipPlan`.
     threads, fewest : int
         Threads of each process, and to how many of them the plan may go down.
+    shared : bool
+        Whether the one slice goes on in other arrays, so that no block holds it whole.
+    beside : int
+        Bytes of a chunk that is read beside those of the array.
 
     Returns
     -------
@@ -220,14 +228,17 @@ def make_plan(
     unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
     units = CALL * math.prod(unit)
 
+    def is_whole(block: tuple[int, ...]) -> bool:
+        return not shared and all(block[a] >= shape[a] for a in axes)
+
     def projected(block: tuple[int, ...], threads: int) -> tuple[int, int]:
         """Bytes of one process, and blocks of a window."""
         size = math.prod(block) * itemsize
         # a chunk on its way is there as read, decoded, encoded, and once more in the allocator
-        thread = size + 4 * stored + SCRATCH
+        thread = size + 4 * (stored + beside) + SCRATCH
         window = WINDOW * threads
         slices = math.prod(n for a, n in enumerate(block) if a not in axes)
-        if all(block[a] >= shape[a] for a in axes):
+        if is_whole(block):
             return FIXED + threads * (thread + SLICE * slices), window * processes
         sums = state * slices
         # a thread sums in integers twice as wide before it has its result
@@ -244,15 +255,14 @@ def make_plan(
         threads -= 1
 
     # along the first axes first: the chunks of a block lie in its memory one after the other
-    reduced = [a for a in range(len(shape)) if a in axes]
-    kept = [a for a in range(len(shape)) if a not in axes]
+    order = sorted(range(len(shape)), key=lambda a: a not in axes)
     whole = tuple(
         max(1, n) if a in axes else u for a, (n, u) in enumerate(zip(shape, unit, strict=True))
     )
     # a slab that a single thread would read for long is faster in two passes of all threads
     few = math.prod(grid(shape, whole)) < at_once
     small = math.prod(whole) * itemsize <= BLOCK
-    block = whole if fits(whole) and (small or not few) else unit
+    block = whole if fits(whole) and (small or not few) and not shared else unit
     if not fits(block):
         need = projected(block, threads)[0]
         run = "1 thread needs" if threads == 1 else f"{threads} threads need"
@@ -262,7 +272,7 @@ def make_plan(
             f"for blocks of one chunk or shard {unit}; "
             f"give memory='{ceil_div(need, MIB)}MiB'{fewer}"
         )
-    block = _grown(block, shape, [*reduced, *kept], min(BLOCK // itemsize, units), fits)
+    block = grown(block, shape, order, min(BLOCK // itemsize, units), fits)
     need, window = projected(block, threads)
     return ClipPlan(
         shape=shape,
@@ -271,7 +281,7 @@ def make_plan(
         itemsize=itemsize,
         block=block,
         window=window,
-        passes=1 if all(block[a] >= shape[a] for a in axes) else 2,
+        passes=1 if is_whole(block) else 2,
         processes=processes,
         threads=threads,
         memory=memory,
@@ -279,7 +289,7 @@ def make_plan(
     )
 
 
-def _grown(
+def grown(
     block: tuple[int, ...],
     shape: tuple[int, ...],
     order: Iterable[int],

@@ -7,48 +7,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from daskclip import objects, storage
+from daskclip import objects
 from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
+from daskclip.hierarchy import MADE_BY, Hierarchy, at_place
 from daskclip.journal import Entry
 from daskclip.leases import Lease, Objects
-from daskclip.publish import (
-    CONSOLIDATED,
-    JOURNAL,
-    RECORD,
-    consolidated,
-    document,
-    is_consolidated,
-)
+from daskclip.preflight import CONSOLIDATED, RECORD, refuse_consolidated
+from daskclip.publish import JOURNAL
 
 LINES = 64  # of a journal, in one object: each window stores its object again
+TOGETHER = 64  # documents that are stored at a time
 LOCK, DISCARDED = f"{RECORD}/lock", f"{RECORD}/discarded"
 
 
-@dataclass(frozen=True)
-class Prefix:
+class Prefix(Objects):
     """A target in an object store; what a run keeps lies below it, under ``.daskclip/``."""
 
-    store: Any
-    path: str
-
-    def __str__(self) -> str:
-        return str(self.stored)
-
     @property
-    def stored(self) -> Objects:
-        """All that there is."""
-        return Objects(self.store, self.path)
+    def kept(self) -> str:
+        """Name below which the journal is."""
+        home = self.open().home if self.exists() else ""
+        return f"{home}/{RECORD}".lstrip("/")
 
     def exists(self) -> bool:
-        return any(found is not None for found in self.stored.get("zarr.json", ".zarray"))
+        return any(found is not None for found in self.get(*MADE_BY))
 
-    def open(self) -> Any:
-        """The array that is there."""
-        return storage.open_at(self.store, self.path)
+    def open(self) -> Hierarchy:
+        """What is there."""
+        return at_place(self.store, self.path)
 
-    def check(self, source: Any, *, overwrite: bool, in_place: bool) -> None:
+    def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a place where the target of a source cannot be made; changes nothing."""
         if overwrite or in_place:
             raise TargetError(
@@ -64,7 +53,7 @@ class Prefix:
             raise TargetPermissionError(
                 f"the store of target {self} is read-only; open it to write"
             )
-        here, there = f"{storage.location(source)}/", f"{self}/"
+        here, there = f"{source}/", f"{self}/"
         if here.startswith(there) or there.startswith(here):
             raise TargetError(
                 f"target {there} and source {here} lie in each other; choose another target"
@@ -72,33 +61,41 @@ class Prefix:
         parts = self.path.split("/")
         for i in range(len(parts) if self.path else 0):
             group = Objects(self.store, "/".join(parts[:i]))
-            for name, data in zip(CONSOLIDATED, group.get(*CONSOLIDATED), strict=True):
-                if data is not None and is_consolidated(name, document(data.tobytes())):
-                    raise consolidated(self, group)
+            found = (b"" if data is None else data for data in group.get(*CONSOLIDATED))
+            refuse_consolidated(self, group, *found)
 
     @contextmanager
     def locked(self) -> Iterator[PrefixWork]:
         """What a run keeps, for one alone; removed unless there is a journal."""
-        with Lease(self.stored, LOCK).held() as require, _pulled(self.stored) as folder:
-            work = PrefixWork(folder, self, require)
-            if self.stored.get(DISCARDED) != [None]:
-                work.clear()
-            yield work
+        with Lease(self, LOCK).held() as require:
+            kept = self.kept
+            if kept != RECORD:
+                self.tidy(LOCK)  # stopped between publishing and cleaning up
+            with _pulled(self, kept) as folder:
+                work = PrefixWork(folder, self, require)
+                if self.get(DISCARDED) != [None]:
+                    work.clear()
+                yield work
+
+    def tidy(self, *stays: str) -> None:
+        """Remove what a run kept that has ended, but what begins with one of those names."""
+        names = self.names(RECORD)
+        self.delete([name for name in names if not name.startswith(stays)])
 
     def busy(self) -> bool:
         """Whether a run holds the lock."""
-        return Lease(self.stored, LOCK).is_held()
+        return Lease(self, LOCK).is_held()
 
     @contextmanager
     def journals(self) -> Iterator[tuple[Path, Path]]:
         """Journals of the run that made the array and of one that is not finished, if any."""
-        with _pulled(self.stored) as folder:
+        with _pulled(self, self.kept) as folder:
             both = folder / JOURNAL, folder / "none"
             yield both if self.exists() else both[::-1]
 
     def unfinished(self) -> bool:
         """Whether a run has left something that is no array yet."""
-        return not self.exists() and bool(self.stored.names())
+        return not self.exists() and bool(self.names())
 
 
 @dataclass
@@ -117,48 +114,49 @@ class PrefixWork:
 
     def mirror(self) -> Mirror:
         """What keeps the journal in the store too."""
-        return Mirror(self.target.stored, self.folder / JOURNAL, self.require)
+        return Mirror(self.target, self.folder / JOURNAL, self.require)
 
     @property
     def files(self) -> list[str]:
         """Files that whoever writes must see."""
         return []
 
-    def begin(self, source: Any, name: str) -> None:
+    def begin(self, source: Hierarchy, name: str) -> None:
         """Require that nothing is there yet."""
-        there = [n for n in self.target.stored.names() if not n.startswith(RECORD)]
+        there = [n for n in self.target.names() if not n.startswith(RECORD)]
         if there:
             raise TargetExistsError(
                 f"there are objects at target {self.target} ({there[0]}); remove them or choose "
                 "another target"
             )
 
-    def staging(self, source: Any, name: str) -> tuple[Any, None]:
-        """Array to write, whose chunks stay where they are put."""
-        return storage.like(source, self.target.store, self.target.path), None
+    def staging(self, source: Hierarchy, name: str) -> tuple[Hierarchy, None]:
+        """What to write, whose chunks stay where they are put."""
+        return source.at(self.target.store, self.target.path), None
 
-    def complete(self, source: Any, name: str, last: Entry) -> bool:
+    def complete(self, source: Hierarchy, name: str, last: Entry) -> bool:
         """Whether all chunks are there, if the end of the journal tells of them."""
         return "made" not in last or last["made"] == self.made(source, self.staging(source, "")[0])
 
-    def made(self, source: Any, staged: Any) -> Entry:
-        """What tells the array from another state, once its metadata is there."""
-        metadata = storage.digest_of(storage.documents(source).items())
-        return storage.fingerprint(staged, changes=False) | {"metadata": metadata}
+    def made(self, source: Hierarchy, staged: Hierarchy) -> Entry:
+        """What tells it from another state, once its metadata is there."""
+        return staged.fingerprint(changes=False) | {"metadata": source.digest()}
 
-    def publish(self, source: Any, staged: Any, replace: bool) -> None:
-        """Let the complete array appear by its metadata."""
+    def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
+        """Let what is complete appear by its metadata."""
         self.require()
-        for key, data in storage.documents(source).items():
-            self.target.stored.put_once(key, data)
-        kept = self.target.stored.names(RECORD)
-        self.target.stored.delete(
-            [n for n in kept if not n.startswith((LOCK, f"{RECORD}/{JOURNAL}"))]
-        )
+        there, (*documents, last) = self.target, source.documents.items()
+        if source.home:
+            journal = (self.folder / JOURNAL).read_bytes()
+            there.put(f"{source.home}/{RECORD}/{JOURNAL}", journal)
+        for i in range(0, len(documents), TOGETHER):
+            there.put_once(documents[i : i + TOGETHER])
+        there.put_once([last])
+        self.target.tidy(LOCK, *(() if source.home else (f"{RECORD}/{JOURNAL}",)))
 
     def clear(self) -> None:
         """Remove all that a run has stored but its lock."""
-        there = self.target.stored
+        there = self.target
         there.put(DISCARDED, b"")  # from here on the journal means nothing
         names = [n for n in there.names() if not n.startswith((LOCK, DISCARDED))]
         there.delete([n for n in names if not n.startswith(RECORD)])
@@ -210,11 +208,11 @@ class Mirror:
 
 
 @contextmanager
-def _pulled(there: Objects) -> Iterator[Path]:
+def _pulled(there: Objects, place: str) -> Iterator[Path]:
     """A scratch folder with the journal and its sums, if there are any."""
     with tempfile.TemporaryDirectory(prefix="daskclip-") as scratch:
         folder = Path(scratch)
-        for name in there.names(RECORD):
+        for name in there.names(place):
             kind = Path(name).name
             if name.startswith((LOCK, DISCARDED)):
                 continue

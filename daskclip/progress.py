@@ -60,8 +60,8 @@ def show(progress: Any) -> Show:
         )
     if mode == "auto":
         mode = "bar" if sys.stderr.isatty() else "lines"
-    shows: dict[str, Show] = {"bar": _bar, "lines": _Lines(), "json": _json, "none": _nothing}
-    return shows[mode]
+    shows: dict[str, Show] = {"bar": _bar, "lines": _Lines(), "json": _json}
+    return shows.get(mode, lambda state: None)
 
 
 def _text(state: State) -> str:
@@ -72,8 +72,9 @@ def _text(state: State) -> str:
     )
 
 
-def _nothing(state: State) -> None:
-    pass
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def _json(state: State) -> None:
@@ -81,15 +82,13 @@ def _json(state: State) -> None:
         "done": state.done, "total": state.total, "pass": state.pass_, "passes": state.passes,
         "seconds": round(state.seconds, 3), "rate": round(state.rate), "left": round(state.left, 3),
     }  # fmt: skip
-    sys.stderr.write(json.dumps(fields) + "\n")
-    sys.stderr.flush()
+    _write(json.dumps(fields) + "\n")
 
 
 def _bar(state: State) -> None:
     full = WIDTH * state.done // max(1, state.total)
     end = "\n" if state.done >= state.total else ""
-    sys.stderr.write(f"\r[{'#' * full}{' ' * (WIDTH - full)}] {_text(state)}\x1b[K{end}")
-    sys.stderr.flush()
+    _write(f"\r[{'#' * full}{' ' * (WIDTH - full)}] {_text(state)}\x1b[K{end}")
 
 
 class _Lines:
@@ -99,5 +98,4 @@ class _Lines:
     def __call__(self, state: State) -> None:
         if time.monotonic() >= self.next or state.done >= state.total:
             self.next = time.monotonic() + EVERY
-            sys.stderr.write(f"daskclip: {_text(state)}\n")
-            sys.stderr.flush()
+            _write(f"daskclip: {_text(state)}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,14 +16,27 @@ except ImportError:  # not POSIX: importing daskclip must work all the same
     fcntl = None  # type: ignore[assignment]
 
 from daskclip import files, storage
-from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
+from daskclip.errors import (
+    DaskClipError,
+    StorageError,
+    TargetError,
+    TargetExistsError,
+    TargetPermissionError,
+)
+from daskclip.hierarchy import DOCUMENTS, Hierarchy, at_folder
 from daskclip.journal import Entry, header
+from daskclip.preflight import (
+    CONSOLIDATED,
+    RECORD,
+    check_nesting,
+    content,
+    is_node,
+    refuse_consolidated,
+    refuse_strangers,
+    require_exchange,
+)
 
-CONSOLIDATED = ("zarr.json", ".zmetadata")
 JOURNAL = "journal"
-RECORD = ".daskclip"
-"""Journal of the run that made an array, in its folder; zarr takes no notice of it."""
-TAKEN = "is being written by another run; wait for it or stop it"
 
 
 @dataclass(frozen=True)
@@ -41,17 +53,25 @@ class Folder:
         """Where a run keeps what is not yet published."""
         return self.path.parent / f".{self.path.name}.daskclip"
 
+    @property
+    def record(self) -> Path:
+        """Journal of the run that made what is there, if there is one."""
+        home = ""
+        with suppress(OSError, ValueError, DaskClipError):  # else there is none
+            home = at_folder(self.path).home
+        return self.path / home / RECORD
+
     def exists(self) -> bool:
         return os.path.lexists(self.path)
 
-    def open(self) -> Any:
-        """The array that is there."""
-        return storage.open_made(self.path)
+    def open(self) -> Hierarchy:
+        """What is there."""
+        return at_folder(self.path)
 
-    def check(self, source: Any, *, overwrite: bool, in_place: bool) -> None:
+    def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a place where the target of a source cannot be made; changes nothing."""
         path, parent = self.path, self.path.parent
-        if not (overwrite or in_place or (path / RECORD).exists()):
+        if not (overwrite or in_place or self.record.exists()):
             refuse_existing(self)
         if path.is_symlink() or os.path.ismount(path):
             raise TargetError(
@@ -60,12 +80,13 @@ class Folder:
         if not parent.is_dir():
             raise TargetError(f"folder {parent} of the target does not exist; create it")
         if not in_place:
-            _check_nesting(path, storage.local_path(source))
+            check_nesting(path, source.folder)
             for folder in (parent, *parent.parents):
-                _refuse_consolidated(folder, path)
-            if overwrite and path.exists() and not _is_array(path):
+                refuse_consolidated(path, folder, *(content(folder / n) for n in CONSOLIDATED))
+            kind = "group" if source.is_group else "array"
+            if overwrite and path.exists() and not is_node(path, kind):
                 raise TargetError(
-                    f"target {path} is no zarr array; remove it or choose another path"
+                    f"target {path} is no zarr {kind}; remove it or choose another path"
                 )
         if not os.access(parent, os.W_OK | os.X_OK):
             raise TargetPermissionError(
@@ -76,7 +97,8 @@ class Folder:
     @contextmanager
     def locked(self) -> Iterator[FolderWork]:
         """What a run keeps, for one alone; removed unless there is a journal."""
-        work, taken = self.work, f"target {self} {TAKEN}"
+        work = self.work
+        taken = f"target {self} is being written by another run; wait for it or stop it"
         try:
             work.mkdir(exist_ok=True)
         except OSError as error:
@@ -109,19 +131,17 @@ class Folder:
 
     def busy(self) -> bool:
         """Whether a run holds the lock."""
-        try:
-            with (self.work / "lock").open() as lock:
+        with suppress(FileNotFoundError), (self.work / "lock").open() as lock:
+            try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except FileNotFoundError:
-            pass
+            except BlockingIOError:
+                return True
         return False
 
     @contextmanager
     def journals(self) -> Iterator[tuple[Path, Path]]:
         """Journals of the run that made the array and of one that is not finished, if any."""
-        yield self.path / RECORD, self.work / JOURNAL
+        yield self.record, self.work / JOURNAL
 
     def unfinished(self) -> bool:
         """Whether a run has left something that is no array yet."""
@@ -137,8 +157,8 @@ class FolderWork:
 
     @property
     def record(self) -> Path:
-        """Journal of the run that made the array, if there is one."""
-        return self.target.path / RECORD
+        """Journal of the run that made what is there, if there is one."""
+        return self.target.record
 
     def mirror(self) -> None:
         """What keeps the journal elsewhere too."""
@@ -148,42 +168,48 @@ class FolderWork:
         """Files that whoever writes must see."""
         return [str(self.folder / "lock")]
 
-    def begin(self, source: Any, name: str) -> None:
-        """Make an array without chunks in staging, of that name."""
+    def begin(self, source: Hierarchy, name: str) -> None:
+        """Make the metadata without chunks in staging, of that name."""
         self.clear()  # of a run that was stopped before it had a journal
         if self.target.exists():
-            _require_exchange(self.folder)
-            if self.target.path == storage.local_path(source):
-                _refuse_strangers(self.target.path)
-        storage.create_like(source, self.folder / name)
+            require_exchange(self.folder)
+            if self.target.path == source.folder:
+                refuse_strangers(source)
+        source.make(self.folder / name)
         files.sync(self.folder)
 
-    def staging(self, source: Any, name: str) -> tuple[Any, str]:
-        """Array to write, and its folder."""
-        return storage.open_made(self.folder / name), str(self.folder / name)
+    def staging(self, source: Hierarchy, name: str) -> tuple[Hierarchy, str]:
+        """What to write, and its folder."""
+        staged = source.moved(self.folder / name)
+        with suppress(ValueError):  # of metadata that is no JSON any more
+            if staged.stored().documents == source.documents:
+                return staged, str(staged)
+        raise StorageError(
+            f"metadata in {staged} is not what it was; discard the run and begin again"
+        )
 
-    def complete(self, source: Any, name: str, last: Entry) -> bool:
+    def complete(self, source: Hierarchy, name: str, last: Entry) -> bool:
         """Whether what was staged is there, and not what it was exchanged for."""
         if not (self.folder / name).is_dir():
             return False
         return "made" not in last or is_made(lambda: self.staging(source, name)[0], last)
 
-    def made(self, source: Any, staged: Any) -> Entry:
+    def made(self, source: Hierarchy, staged: Hierarchy) -> Entry:
         """What tells what was staged from another state; of exactly the files to be published."""
-        folder = Path(storage.location(staged))
-        for key, *_ in storage.listed(staged):
-            if not files.CHUNK.fullmatch(key) and key not in storage.METADATA:
-                (folder / key).unlink()
-        return storage.fingerprint(staged, changes=False)
+        for array in staged.arrays.values():
+            for key, *_ in storage.listed(array):
+                if not files.CHUNK.fullmatch(key) and key not in DOCUMENTS:
+                    (Path(storage.location(array)) / key).unlink()
+        return staged.fingerprint(changes=False)
 
-    def publish(self, source: Any, staged: Any, replace: bool) -> None:
-        """Let the complete array appear in one step, then remove what it replaced."""
-        folder, path = Path(storage.location(staged)), self.target.path
+    def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
+        """Let what is complete appear in one step, then remove what it replaced."""
+        folder, path = Path(str(staged)), self.target.path
         if not replace and self.target.exists():
             raise TargetExistsError(
                 f"target {path} was made by something else meanwhile; remove it and run again"
             )
-        shutil.copyfile(self.folder / JOURNAL, folder / RECORD)
+        shutil.copyfile(self.folder / JOURNAL, folder / source.home / RECORD)
         files.sync(folder)
         if self.target.exists():
             files.exchange(folder, path)
@@ -211,7 +237,7 @@ def can_lock() -> bool:
 def is_made(opened: Callable[[], Any], last: Entry) -> bool:
     """Whether an array is what the last entry of its journal says."""
     with suppress(Exception):  # zarr raises anything for what is no array any more
-        return bool(last["made"] == storage.fingerprint(opened(), changes=False))
+        return bool(last["made"] == opened().fingerprint(changes=False))
     return False
 
 
@@ -221,81 +247,3 @@ def refuse_existing(target: Any) -> None:
         raise TargetExistsError(
             f"target {target} exists; remove it or choose another path, or overwrite it"
         )
-
-
-def _check_nesting(path: Path, source: Path | None) -> None:
-    if source is None:
-        return
-    source = source.resolve()
-    if path == source:
-        raise TargetError(f"target {path} is the source; clip it in place or choose another path")
-    if path.is_relative_to(source):
-        raise TargetError(f"target {path} lies inside the source {source}; choose another path")
-    if source.is_relative_to(path):
-        raise TargetError(f"source {source} lies inside the target {path}; choose another path")
-
-
-def _refuse_consolidated(folder: Path, target: Path) -> None:
-    """A group with consolidated metadata would not list what is added behind its back."""
-    for name in CONSOLIDATED:
-        if is_consolidated(name, _document(folder / name)):
-            raise consolidated(target, folder)
-
-
-def is_consolidated(name: str, document: dict[str, Any]) -> bool:
-    """Whether metadata of a group, in a file of that name, lists the arrays in it."""
-    return bool(document) and (name == ".zmetadata" or bool(document.get("consolidated_metadata")))
-
-
-def consolidated(target: Any, group: Any) -> TargetError:
-    """The reason not to make an array in a group."""
-    return TargetError(
-        f"target {target} lies in a group with consolidated metadata ({group}); write elsewhere, "
-        "or remove the consolidated metadata and make it again afterwards"
-    )
-
-
-def _is_array(folder: Path) -> bool:
-    document = _document(folder / "zarr.json")
-    return document.get("node_type") == "array" or (folder / ".zarray").is_file()
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        return document(path.read_bytes())
-    except OSError:
-        return {}
-
-
-def document(data: bytes) -> dict[str, Any]:
-    """A JSON object; empty if it is none."""
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _refuse_strangers(folder: Path) -> None:
-    """Refuse a folder with files that would be lost when another takes its place."""
-    for entry in os.scandir(folder):
-        part = files.CHUNK.fullmatch(entry.name) or entry.name in (*storage.METADATA, RECORD)
-        if not part:
-            raise TargetError(f"{entry.path} is no part of the array in its folder; move it away")
-
-
-def _require_exchange(work: Path) -> None:
-    """Refuse a file system on which two folders cannot change places."""
-    pair = work / "a", work / "b"
-    for path in pair:
-        path.mkdir(exist_ok=True)
-    try:
-        files.exchange(*pair)
-    except OSError as error:
-        raise TargetError(
-            f"the file system of {work.parent} cannot exchange folders ({error.strerror}), which "
-            "overwriting and clipping in place need; clip to a new target"
-        ) from error
-    finally:
-        for path in pair:
-            path.rmdir()

@@ -95,7 +95,7 @@ def _put(array: Any, encoded: Iterable[tuple[str, Any]]) -> int:
         if folder is not None:
             files.write(folder, key, data, token)
             continue
-        batch.append((storage.full_key(array, key), bytes(data)))
+        batch.append((objects.join(array.path, key), bytes(data)))
         if sum(len(data) for _, data in batch) >= TOGETHER:
             objects.put_once(array.store, batch)
             batch = []
@@ -128,5 +128,5 @@ def _stored(array: Any, names: list[str], rooms: list[Any]) -> Iterator[Any]:
     together = max(1, TOGETHER // storage.unit_nbytes(array))
     for i in range(0, len(names), together):
         yield from objects.get(
-            array.store, [storage.full_key(array, k) for k in names[i : i + together]]
+            array.store, [objects.join(array.path, k) for k in names[i : i + together]]
         )

@@ -7,7 +7,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from daskclip.plan import MIB, ClipPlan
+from daskclip import sketch
+from daskclip.group_plan import GroupPlan
+from daskclip.pages import fragment, page, shown_axes, shown_size
+from daskclip.plan import ClipPlan
+from daskclip.progress import State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +24,16 @@ class ClipReport:
     """Where the array was read."""
     target: str
     """Where the clipped one is."""
-    clip_norm: float
-    """The limit."""
-    axes: tuple[int, ...]
-    """Axes the norms were taken over."""
+    clip_norm: float | None
+    """The limit; None if each slice had its own."""
+    ord: float
+    """Which norm: 1, 2 or inf."""
+    axes: tuple[int, ...] | None
+    """Axes the norms were taken over; None for all axes of each array of a group."""
+    arrays: int
+    """Number of arrays that were clipped."""
+    copied: int
+    """Number of arrays of the group that were carried over as they are."""
     slices: int
     """Number of slices."""
     clipped: int
@@ -62,9 +72,47 @@ class ClipReport:
     digest: str | None
     """Sum of digests of all that is stored for the target, metadata too; it does not depend on
     where that is or on how it got there. None if nothing was written."""
+    pictures: dict[str, Any] | None = None
+    """What the pictures of the page show, if that was collected."""
+
+    def rows(self) -> dict[str, str]:
+        """The figures for people."""
+        share = 100 * self.clipped / self.slices if self.slices else 0.0
+        norms = "none finite"
+        if self.largest_norm is not None:
+            norms = f"{self.smallest_norm:.6g} to {self.largest_norm:.6g}"
+        passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
+        peak, projected = shown_size(self.peak_memory), shown_size(self.projected_memory)
+        arrays = {"arrays": f"{self.arrays:,}, {self.copied:,} more are copied"}
+        kind = "" if self.ord == 2 else f", ord {self.ord:g}"
+        return {
+            "status": self.status,
+            "source": self.source,
+            "target": self.target,
+            **(arrays if self.arrays + self.copied > 1 else {}),
+            "clip_norm": f"{self._limit} over axes {shown_axes(self.axes)}{kind}",
+            "slices": f"{self.slices:,}",
+            "clipped": f"{self.clipped:,} ({share:.1f} %)",
+            "non-finite": f"{self.nonfinite:,}",
+            "norms": norms,
+            "read": f"{shown_size(self.bytes_read)} in {passes}",
+            "written": shown_size(self.bytes_written),
+            "blocks": f"{self.blocks:,}",
+            "digest": self.digest or "none",
+            "time": f"{self.seconds:.2f} s",
+            "peak memory": f"{peak} of {projected} projected",
+        }
+
+    @property
+    def _limit(self) -> str:
+        return "a limit each" if self.clip_norm is None else f"{self.clip_norm:g}"
 
     def __str__(self) -> str:
         return as_text(self)
+
+    def _repr_html_(self) -> str:
+        title = f"{self.source} clipped to {self._limit}"
+        return fragment(title, self.rows(), self.pictures, self.clip_norm)
 
     def to_json(self) -> str:
         """One JSON document; an infinite figure is the string "inf"."""
@@ -81,8 +129,8 @@ class VerifyReport:
     """Array that it was derived from once more, if that was asked for."""
     run: str
     """Id of the run that made it."""
-    clip_norm: float
-    """The limit."""
+    clip_norm: float | None
+    """The limit; None if each slice had its own."""
     blocks: int
     """Blocks whose files are those that were written."""
     slices: int
@@ -94,74 +142,59 @@ class VerifyReport:
     seconds: float
     """What it took."""
 
+    def rows(self) -> dict[str, str]:
+        """The figures for people."""
+        return {k: str(v) for k, v in asdict(self).items() if v is not None}
+
     def __str__(self) -> str:
         return as_text(self)
 
 
-def as_document(figures: ClipReport | ClipPlan) -> str:
+def run_pictures(
+    norms: Any, plan: GroupPlan, states: list[State], actual: tuple[int, int, int, float]
+) -> dict[str, Any] | None:
+    """What pictures of a run show; it took so many bytes of memory, read, written, and seconds."""
+    if norms is None:
+        return None
+    peak, read, written, seconds = actual
+    expected = f"{states[0].seconds + states[0].left:.2f} s" if states else ""
+    return sketch.figures(sketch.Norms(*norms), plan.kept) | {
+        "slices": plan.slices,
+        "throughput": [(0.0, 0), *((s.seconds, s.done - s.skipped) for s in states)],
+        "plan": [
+            ("memory", shown_size(plan.projected_memory), shown_size(peak)),
+            ("bytes read", shown_size(plan.bytes_read), shown_size(read)),
+            ("bytes written", shown_size(plan.nbytes), shown_size(written)),
+            ("time, by the first window", expected, f"{seconds:.2f} s"),
+        ],
+    }
+
+
+def as_document(figures: Any) -> str:
     """One JSON document of all figures; JSON has no infinity, so it becomes a string."""
     fields = asdict(figures)
-    if isinstance(figures, ClipPlan):
+    if isinstance(figures, ClipPlan | GroupPlan):
         derived = ("slices", "slabs", "blocks", "tasks", "bytes_read")
         fields |= {k: getattr(figures, k) for k in derived}
-    plain = {
-        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()
-    }
-    return json.dumps(plain, indent=2, allow_nan=False)
+    return json.dumps(_plain(fields), indent=2, allow_nan=False)
 
 
-def as_text(figures: ClipReport | ClipPlan | VerifyReport) -> str:
+def _plain(value: Any) -> Any:
+    """Value without infinities and NaN in it."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_page(figures: Any) -> str:
+    """An HTML document with the figures, and with pictures where there is something to show."""
+    return page("daskclip", figures._repr_html_())
+
+
+def as_text(figures: Any) -> str:
     """The figures for people, a line each."""
-    if isinstance(figures, VerifyReport):
-        rows = {k: str(v) for k, v in asdict(figures).items() if v is not None}
-    else:
-        rows = _report(figures) if isinstance(figures, ClipReport) else _plan(figures)
+    rows = figures.rows()
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
-
-
-def _report(done: ClipReport) -> dict[str, str]:
-    share = 100 * done.clipped / done.slices if done.slices else 0.0
-    norms = "none finite"
-    if done.largest_norm is not None:
-        norms = f"{done.smallest_norm:.6g} to {done.largest_norm:.6g}"
-    passes = "1 pass" if done.passes == 1 else f"{done.passes} passes"
-    return {
-        "status": done.status,
-        "source": done.source,
-        "target": done.target,
-        "clip_norm": f"{done.clip_norm:g} over axes {_axes(done.axes)}",
-        "slices": f"{done.slices:,}",
-        "clipped": f"{done.clipped:,} ({share:.1f} %)",
-        "non-finite": f"{done.nonfinite:,}",
-        "norms": norms,
-        "read": f"{_size(done.bytes_read)} in {passes}",
-        "written": _size(done.bytes_written),
-        "blocks": f"{done.blocks:,}",
-        "digest": done.digest or "none",
-        "time": f"{done.seconds:.2f} s",
-        "peak memory": f"{_size(done.peak_memory)} of {_size(done.projected_memory)} projected",
-    }
-
-
-def _plan(plan: ClipPlan) -> dict[str, str]:
-    return {
-        "array": f"{plan.shape}, {_size(plan.nbytes)}, axes {_axes(plan.axes)}",
-        "slices": f"{plan.slices:,}",
-        "units": f"{plan.unit} written as one object",
-        "blocks": f"{plan.blocks:,} of {plan.block}, {plan.slabs:,} slabs",
-        "passes": str(plan.passes),
-        "read": _size(plan.bytes_read),
-        "written": _size(plan.nbytes),
-        "tasks": f"{plan.tasks:,} in windows of {plan.window}",
-        "threads": f"{plan.threads} a process, {plan.threads * plan.processes} in all",
-        "memory": f"{_size(plan.projected_memory)} of {_size(plan.memory)} a process",
-    }
-
-
-def _axes(axes: tuple[int, ...]) -> str:
-    return ",".join(map(str, axes)) or "none"
-
-
-def _size(size: int) -> str:
-    return f"{size / MIB:,.1f} MiB"

@@ -7,11 +7,15 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from daskclip import journal, storage
+from daskclip import journal
 from daskclip.blocks import ceil_div
-from daskclip.errors import MemoryBudgetError, TargetExistsError
+from daskclip.errors import MemoryBudgetError, SourceChangedError, TargetExistsError
+from daskclip.group_plan import GroupPlan
+from daskclip.hierarchy import Hierarchy
 from daskclip.journal import Entry, Journal
-from daskclip.plan import MIB, ClipPlan
+from daskclip.limits import described
+from daskclip.pages import MIB
+from daskclip.plan import ClipPlan
 from daskclip.prefixes import PrefixWork
 from daskclip.publish import JOURNAL, FolderWork, is_made
 from daskclip.report import ClipReport
@@ -21,18 +25,17 @@ from daskclip.workers import workers
 
 Work = FolderWork | PrefixWork
 
-VERSION = 3
+VERSION = 4
 """Of what a journal says; another one can neither be resumed nor verified."""
 DISCARD = "discard it with: daskclip discard TARGET"
 
 
-def describe(array: Any, target: Target, **parameters: Any) -> Entry:
+def describe(source: Hierarchy, target: Target, **parameters: Any) -> Entry:
     """What makes two runs the same one."""
-    places = {"source": storage.location(array), "target": str(target)}
     return {
         "version": VERSION,
-        "parameters": places | parameters,
-        "source": storage.fingerprint(array, changes=True),
+        "parameters": {"source": str(source), "target": str(target)} | parameters,
+        "source": source.fingerprint(changes=True),
     }
 
 
@@ -48,11 +51,12 @@ def finished(work: Work, run: Entry) -> ClipReport | None:
         return None
     *_, (last, _) = journal.entries(path)
     if is_made(work.target.open, last):
-        return ClipReport(**last["report"] | {"axes": tuple(last["report"]["axes"])})
+        axes = last["report"]["axes"]
+        return ClipReport(**last["report"] | {"axes": None if axes is None else tuple(axes)})
     return None
 
 
-def resumed(work: Work, source: Any, run: Entry, memory: int) -> Entry | None:
+def resumed(work: Work, source: Hierarchy, run: Entry, memory: int) -> Entry | None:
     """The unfinished run in ``work``, if there is one; refused if it is another one."""
     old = journal.header(work.folder / JOURNAL)
     if old is None:
@@ -75,10 +79,24 @@ def resumed(work: Work, source: Any, run: Entry, memory: int) -> Entry | None:
     *_, (last, _) = journal.entries(work.folder / JOURNAL)
     if not work.complete(source, old["run"], last):
         raise TargetExistsError(f"{where} has lost its files; {DISCARD}")
-    return old | {"plan": asdict(planned(old, memory))}
+    return old | stored_plan(planned(old, memory))
 
 
-def planned(run: Entry, memory: int) -> ClipPlan:
+def require_unchanged(source: Hierarchy, limits: dict[str, Any], run: Entry) -> None:
+    """Require source and limits to be what they were when the run began."""
+    now = source.fingerprint(changes=True)
+    if now != run["source"]:
+        raise SourceChangedError(
+            f"source {source} (chunk {now.get('newest')}) changed during the run; "
+            "let nothing write to it and run again"
+        )
+    if described(limits) != run["parameters"]["limits"]:
+        raise SourceChangedError("limits changed during the run; let nothing write to them")
+
+
+def planned(
+    run: Entry, memory: int, of: str = "the unfinished run needs with", otherwise: str = DISCARD
+) -> GroupPlan:
     """The plan that a run began with, on the workers and in the memory that there are now."""
     plan = plan_of(run)
     _, most, fewest = workers()
@@ -86,24 +104,31 @@ def planned(run: Entry, memory: int) -> ClipPlan:
     need = ceil_div(plan.projected_memory * max(threads, plan.threads), plan.threads)
     if need > memory:
         raise MemoryBudgetError(
-            f"memory {memory / MIB:.1f} MiB holds less than the {need / MIB:.1f} MiB that the "
-            f"unfinished run needs with {threads} threads; give memory='{ceil_div(need, MIB)}MiB', "
-            f"or {DISCARD}"
+            f"memory {memory / MIB:.1f} MiB holds less than the {need / MIB:.1f} MiB that {of} "
+            f"{threads} threads; give memory='{ceil_div(need, MIB)}MiB', or {otherwise}"
         )
-    return replace(plan, threads=threads, memory=memory, projected_memory=need)
+    now: Any = {"threads": threads, "memory": memory, "projected_memory": need}
+    return replace(plan, plans={name: replace(p, **now) for name, p in plan.plans.items()})
 
 
-def plan_of(run: Entry) -> ClipPlan:
+def stored_plan(plan: GroupPlan) -> Entry:
+    """A plan as it is kept in a journal."""
+    return {"plans": {name: asdict(one) for name, one in plan.plans.items()}}
+
+
+def plan_of(run: Entry) -> GroupPlan:
     """The plan in a journal."""
-    stored: dict[str, Any] = run["plan"]
-    fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-    return ClipPlan(**fields)
+    plans = {}
+    for name, stored in run["plans"].items():
+        fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        plans[name] = ClipPlan(**fields)
+    return GroupPlan(plans, run["parameters"]["global_norm"])
 
 
-def begun(work: Work, source: Any, run: Entry, plan: ClipPlan) -> Entry:
+def begun(work: Work, source: Hierarchy, run: Entry, plan: GroupPlan) -> Entry:
     """A new run, of which nothing is done."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    run |= {"run": uuid4().hex, "began": began, "plan": asdict(plan)}
+    run |= {"run": uuid4().hex, "began": began} | stored_plan(plan)
     work.begin(source, run["run"])
     journal.begin(work.folder / JOURNAL, run)
     return run

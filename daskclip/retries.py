@@ -38,16 +38,10 @@ def failing(doing: str) -> Iterator[None]:
     except DaskClipError:
         raise
     except Exception as error:
-        if transient(error):
-            raise TemporaryError(
-                f"{doing} failed: {reason(error)}; run the same command again to resume"
-            ) from error
-        if not (isinstance(error, OSError | MemoryError) or refused(error)):
+        if not (isinstance(error, OSError | MemoryError) or transient(error) or refused(error)):
             raise
-        raise StorageError(
-            f"{doing} failed: {reason(error)}; mend the cause and run the same command again to "
-            "resume"
-        ) from error
+        kind, remedy = remedied(error)
+        raise kind(f"{doing} failed: {reason(error)}; {remedy}") from error
 
 
 def retrying(function: Callable[[], T]) -> T:
@@ -63,6 +57,14 @@ def retrying(function: Callable[[], T]) -> T:
             log.warning("%s: %s; again in %.1f s", type(error).__name__, reason(error), seconds)
         time.sleep(seconds)
     return function()
+
+
+def remedied(error: BaseException) -> tuple[type[StorageError], str]:
+    """Kind of error that a failure is told as, and what to do about it."""
+    again = "run the same command again to resume"
+    if transient(error):
+        return TemporaryError, again
+    return StorageError, f"mend the cause and {again}"
 
 
 def transient(error: BaseException) -> bool:

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
 from daskclip import tally, tasks
-from daskclip.factor import Scale, finalize
+from daskclip.factor import Scale, finalize, nan_if_infinite
+from daskclip.jobs import Job
 from daskclip.journal import Journal
 from daskclip.tally import Tally
-from daskclip.tasks import Job
 
 
 @dataclass(slots=True)
 class Scales:
-    """What the slices of some slabs are multiplied by; made from their sums when it is needed."""
+    """What the slices of some slabs are multiplied by; made from their sums when it is needed.
 
-    job: Job
+    The slabs are those of one array, or the only one that several arrays share.
+    """
+
+    jobs: Sequence[Job]
     journal: Journal
     name: str
     """Of their sums in the journal."""
-    _made: list[Scale] = field(default_factory=list)
+    slabs: Sequence[int]
+    """Of the first of the arrays."""
+    shared: bool
+    """Whether the arrays share their one slice."""
+    _made: dict[tuple[int, str], Scale] = field(default_factory=dict)
 
-    def load(self) -> list[Scale]:
-        if not self._made:
-            limit, dtype = self.job.clip_norm, self.job.source.dtype
-            terms = tasks.terms(self.job, self.job.plan.shape)  # of what is not stored too
-            sums = (p._replace(terms=terms) for p in self.journal.load(self.name))
-            self._made = [finalize(p, limit, dtype) for p in sums]
-        return self._made
+    def of(self, row: int, job: Job) -> tuple[str, Scale]:
+        """Scale of the slices of a slab, with a name for it."""
+        kind = row, job.source.dtype.str
+        if kind not in self._made:
+            # of what is not stored too
+            terms = sum(tasks.terms(job, job.plan.shape) for job in self.jobs)
+            sums = self.journal.load(self.name)[row]._replace(terms=terms)
+            if self.shared:  # as clip_by_global_norm has it
+                sums = nan_if_infinite(sums)
+            limit = tasks.limit_of(job, job.plan.region(int(self.slabs[row]), 0))
+            self._made[kind] = finalize(sums, limit, job.source.dtype)
+        return "-".join(map(str, kind)), self._made[kind]
+
+    def save(self) -> bool:
+        """Write the norms to where they are wanted, if they are."""
+        job = self.jobs[0]
+        for i, slab in enumerate(self.slabs):
+            tasks.save_norms(job, self.of(i, job)[1], job.plan.region(int(slab), 0))
+        return job.target is not None
 
     def tally(self) -> Tally:
-        return reduce(tally.add, map(tally.count, self.load()))
+        """Counts over all slices."""
+        job = self.jobs[0]
+        regions = (job.plan.region(int(slab), 0) for slab in self.slabs)
+        found = (tasks.tally(job, self.of(i, job)[1], r) for i, r in enumerate(regions))
+        return reduce(tally.add, found)

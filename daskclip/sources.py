@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-
-import zarr
-from zarr.storage import StorePath
 
 from daskclip import chunks
 from daskclip.blocks import grid
@@ -22,9 +19,11 @@ from daskclip.errors import (
     reason,
     shown,
 )
+from daskclip.hierarchy import Hierarchy, at_folder, at_place
+from daskclip.packing import check_decoded
 from daskclip.parameters import check_dtype
 from daskclip.retries import refused, transient
-from daskclip.storage import METADATA, is_array, location, place, write_unit
+from daskclip.storage import V2_NAMES, attributes, location, place, write_unit
 
 # codecs that give back every bit; a lossy one could lift a clipped slice above the limit again
 LOSSLESS = {
@@ -32,15 +31,57 @@ LOSSLESS = {
     "blosc", "gzip", "zstd", "zlib", "lz4", "bz2", "lzma", "shuffle", "pcodec",
     "crc32", "adler32", "fletcher32", "jenkins_lookup3",
 }  # fmt: skip
-METADATA_SIZE = 1 << 24  # bytes of JSON: what decodes it takes many times as much
 UNITS = 10**10  # more than any file system holds
 
 
-def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> zarr.Array[Any]:
-    """Open an array for reading, or say why it is none; reads metadata only."""
-    array = source if is_array(source) else _open(source, storage_options)
-    check_dtype(array.dtype)
+def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> Hierarchy:
+    """What is stored at a source, or say why there is nothing; reads metadata only."""
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else shown(source)
+    try:
+        found = place(source, storage_options)
+        if found is None:
+            raise SourceError(
+                f"source is a {type(source).__name__}; give a path, a URL, a zarr array, group or "
+                "store"
+            )
+        if isinstance(found, str):
+            if not os.path.exists(found):
+                raise SourceNotFoundError(f"source {name} does not exist; check the path")
+            opened = at_folder(os.path.realpath(found))
+        else:
+            opened = at_place(*found)
+        if not opened.documents:
+            raise SourceError(f"source {name} is not a zarr array or group; give the path of one")
+        opened.arrays  # noqa: B018
+    except DaskClipError:
+        raise
+    except Exception as error:  # broken metadata makes zarr raise anything
+        where, why = f"source {name}", reason(error)
+        if "data type" in str(error):
+            raise DTypeError(
+                f"{where} has a dtype that cannot be clipped ({why}); store it as floating point "
+                "or complex"
+            ) from error
+        if refused(error):
+            raise SourceError(
+                f"{where} cannot be read ({why}); check credentials and rights"
+            ) from error
+        if transient(error):
+            raise TemporaryError(f"{where} cannot be reached ({why}); run again") from error
+        raise SourceError(
+            f"{where} is not a zarr array or group ({why}); give the path of one"
+        ) from error
+    return opened
+
+
+def check_source(array: Any, check: Callable[[Any], None] = check_dtype) -> None:
+    """Refuse an array that cannot be clipped right; reads metadata only."""
     where = f"source {location(array)}"
+    named = attributes(array)
+    if V2_NAMES in named:  # then xarray takes what is not stored as missing
+        named.setdefault("_FillValue", array.fill_value)
+    check_decoded(array.dtype, named, where)
+    check(array.dtype)
     try:
         unit = write_unit(array)
     except NotImplementedError as error:
@@ -69,60 +110,9 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> z
         raise SourceError(
             f"{where} has codecs that do not fit it ({reason(error)}); check its metadata"
         ) from error
-    return array
 
 
-def _open(source: Any, storage_options: dict[str, Any] | None) -> zarr.Array[Any]:
-    name = os.fspath(source) if isinstance(source, str | os.PathLike) else shown(source)
-    try:
-        found = place(source, storage_options)
-        if found is None:
-            raise SourceError(
-                f"source is a {type(source).__name__}; give a path, a URL, a zarr array or store"
-            )
-        if isinstance(found, str):
-            if not os.path.exists(found):
-                raise SourceNotFoundError(f"source {name} does not exist; check the path")
-            found = os.path.realpath(found)
-            _check_files(Path(found))
-        opened = zarr.open(found if isinstance(found, str) else StorePath(*found), mode="r")
-    except DaskClipError:
-        raise
-    except Exception as error:  # broken metadata makes zarr raise anything
-        where, why = f"source {name}", reason(error)
-        if "data type" in str(error):
-            raise DTypeError(
-                f"{where} has a dtype that cannot be clipped ({why}); store it as floating point "
-                "or complex"
-            ) from error
-        if refused(error):
-            raise SourceError(
-                f"{where} cannot be read ({why}); check credentials and rights"
-            ) from error
-        if transient(error):
-            raise TemporaryError(f"{where} cannot be reached ({why}); run again") from error
-        raise SourceError(f"{where} is not a zarr array ({why}); give the path of one") from error
-    if isinstance(opened, zarr.Group):
-        arrays = ", ".join(sorted(opened.array_keys())[:5]) or "none"
-        raise SourceError(f"source {name} is a group; give one of its arrays ({arrays})")
-    return opened
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse metadata that leads elsewhere, or that is too large to be taken in."""
-    for path in (folder / name for name in METADATA):
-        if path.is_symlink():
-            raise SourceError(f"{path} is a symbolic link; copy what it leads to")
-        if path.exists() and not path.is_file():
-            raise SourceError(f"{path} is not a regular file; move it away")
-        if path.is_file() and path.stat().st_size > METADATA_SIZE:
-            raise SourceError(
-                f"{path} has {path.stat().st_size} bytes, above the {METADATA_SIZE} of metadata "
-                "that are read; move large attributes elsewhere"
-            )
-
-
-def _codecs(array: zarr.Array[Any]) -> list[str]:
+def _codecs(array: Any) -> list[str]:
     """Names of all codecs, those inside shards too, without the prefix of their library."""
     document: dict[str, Any] = dict(array.metadata.to_dict())
     if document["zarr_format"] == 2:

@@ -15,17 +15,15 @@ import numpy.typing as npt
 import zarr
 from dask.base import tokenize
 from zarr.abc.store import Store
-from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, StorePath
 
 from daskclip import files, objects
 from daskclip.blocks import grid
-from daskclip.errors import SourceError, StorageError, reason
-from daskclip.retries import refused, retrying
+from daskclip.retries import retrying
 
 Array = npt.NDArray[Any]
 
-METADATA = ("zarr.json", ".zarray", ".zattrs")
+V2_NAMES = "_ARRAY_DIMENSIONS"
 NUMBER = re.compile(r"\d+")
 
 
@@ -44,6 +42,33 @@ def unit_nbytes(array: zarr.Array[Any]) -> int:
     return math.prod(write_unit(array)) * array.dtype.itemsize
 
 
+def make_norms(
+    folder: Path,
+    *,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    names: list[str | None] | None,
+    attributes: dict[str, Any],
+) -> None:
+    """Make an array for norms in a folder; what is not stored of it is 0."""
+    zarr.create_array(
+        LocalStore(folder), shape=shape, chunks=chunks, dtype="float64", fill_value=0.0,
+        zarr_format=3, dimension_names=names, attributes=attributes,
+    )  # fmt: skip
+
+
+def dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
+    """Names of the dimensions, in format 2 by xarray's attribute."""
+    names = getattr(array.metadata, "dimension_names", None) or attributes(array).get(V2_NAMES)
+    return list(names) if isinstance(names, list | tuple) and len(names) == array.ndim else None
+
+
+def attributes(array: zarr.Array[Any]) -> dict[str, Any]:
+    """Attributes of an array; none where the document has something else."""
+    found: Any = array.metadata.attributes
+    return dict(found) if isinstance(found, dict) else {}
+
+
 def as_dask(array: zarr.Array[Any]) -> da.Array:
     """Lazy array with one chunk for each stored object."""
     token = tokenize(
@@ -53,48 +78,24 @@ def as_dask(array: zarr.Array[Any]) -> da.Array:
     return lazy
 
 
-def location(array: zarr.Array[Any]) -> str:
-    """Where an array is, for people."""
+def location(array: Any) -> str:
+    """Where an array or a group is, for people."""
     return str(local_path(array) or objects.url(array.store, array.path))
 
 
-def local_path(array: zarr.Array[Any]) -> Path | None:
-    """Folder of an array on a local file system."""
+def local_path(array: Any) -> Path | None:
+    """Folder of an array or a group on a local file system."""
     if not isinstance(array.store, LocalStore):
         return None
-    return (array.store.root / array.path).absolute()
-
-
-def local_paths(array: zarr.Array[Any]) -> list[str]:
-    """Files that whoever reads the array must see."""
-    folder = local_path(array)
-    return [] if folder is None else [str(p) for p in map(folder.joinpath, METADATA) if p.exists()]
-
-
-def fingerprint(array: zarr.Array[Any], *, changes: bool) -> dict[str, Any]:
-    """What tells one state of an array from another, without reading a chunk.
-
-    With ``changes``, by times that a copy does not keep.
-    """
-    largest = 2 * unit_nbytes(array) + (1 << 24)
-    found = {"metadata": digest_stored(array, METADATA)}
-    try:
-        return found | retrying(lambda: files.fingerprint(listed(array, changes=changes), largest))
-    except ValueError as error:
-        where = location(array)
-        raise SourceError(f"{reason(error)} in {where}; store regular files there") from error
-    except Exception as error:
-        # by a store that cannot list, or may not
-        if local_path(array) is None and (isinstance(error, NotImplementedError) or refused(error)):
-            return found
-        raise
+    return Path(array.store.root, array.path).absolute()
 
 
 def listed(array: zarr.Array[Any], *, changes: bool = False) -> Iterator[files.Stored]:
     """All that is stored for an array, but what is hidden."""
     folder = local_path(array)
     if folder is not None:
-        return files.listed(folder, depth(array), changes=changes)
+        depth = array.metadata.encode_chunk_key((0,) * array.ndim).count("/") + 1
+        return files.listed(folder, depth, changes=changes)
     found = objects.listed(array.store, array.path)
     return (stored for stored in found if "/." not in f"/{stored.key}")
 
@@ -113,14 +114,9 @@ def digest_of(stored: Iterable[tuple[str, Any]]) -> int:
     return sum(files.digest_file(key, files.digest(data)) for key, data in stored) % files.DIGESTS
 
 
-def depth(array: zarr.Array[Any]) -> int:
-    """Number of names in the key of a chunk."""
-    return array.metadata.encode_chunk_key((0,) * array.ndim).count("/") + 1
-
-
 def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] | None:
     """Path of a folder, or store and key, that something means; None if nothing."""
-    if is_array(target):
+    if isinstance(target, zarr.Array | zarr.Group):
         target = target.store_path
     if isinstance(target, str | os.PathLike):
         name = os.fspath(target).removeprefix("file://")
@@ -131,50 +127,9 @@ def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] 
     return (store, path) if isinstance(store, Store) else None
 
 
-def open_at(store: Any, path: str) -> zarr.Array[Any]:
-    """An array of ours in an object store, for reading."""
-    return zarr.open_array(StorePath(store, path), mode="r")
-
-
-def open_made(folder: Path) -> zarr.Array[Any]:
-    """An array of ours, for reading and writing."""
-    try:
-        return zarr.open_array(folder, mode="r+")
-    except Exception as error:  # broken metadata makes zarr raise anything
-        raise StorageError(
-            f"{folder} cannot be opened any more ({reason(error)}); discard the run and begin again"
-        ) from error
-
-
-def documents(array: zarr.Array[Any]) -> dict[str, bytes]:
-    """Metadata as it is stored, to the byte; the last one makes an array of what is there."""
-    folder, found = local_path(array), {}
-    made = array.metadata.to_buffer_dict(default_buffer_prototype())
-    for key in sorted(made, reverse=True):
-        if folder is None:
-            stored = _get(array, key)
-            data = None if stored is None else stored.tobytes()
-        else:
-            data = (folder / key).read_bytes() if (folder / key).is_file() else None
-        found[key] = made[key].to_bytes() if data is None else data
-    return found
-
-
 def _get(array: zarr.Array[Any], key: str) -> Any:
-    (data,) = retrying(lambda: objects.get(array.store, [full_key(array, key)]))
+    (data,) = retrying(lambda: objects.get(array.store, [objects.join(array.path, key)]))
     return data
-
-
-def create_like(array: zarr.Array[Any], folder: Path) -> None:
-    """Array without chunks in ``folder``, with the metadata of ``array`` to the byte."""
-    folder.mkdir()
-    for key, data in documents(array).items():
-        (folder / key).write_bytes(data)
-
-
-def like(array: zarr.Array[Any], store: Any, path: str) -> zarr.Array[Any]:
-    """Array with the metadata of ``array`` in another place, where nothing is stored yet."""
-    return zarr.Array.from_dict(StorePath(store, path), array.metadata.to_dict())
 
 
 def stored_blocks(
@@ -203,8 +158,3 @@ def cells(array: zarr.Array[Any]) -> Iterator[tuple[str, tuple[int, ...] | None]
         cell = tuple(numbers[-ndim:] if ndim else ())
         inside = len(cell) == ndim and all(i < n for i, n in zip(cell, ends, strict=True))
         yield key, cell if inside and key == array.metadata.encode_chunk_key(cell) else None
-
-
-def full_key(array: zarr.Array[Any], key: str) -> str:
-    """Key in the store."""
-    return f"{array.path}/{key}".lstrip("/")

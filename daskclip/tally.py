@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from daskclip import sketch
 from daskclip.factor import Scale
+from daskclip.partials import NAN
 
 
 class Tally(NamedTuple):
@@ -21,6 +24,8 @@ class Tally(NamedTuple):
     """Smallest finite norm."""
     largest: float
     """Largest finite norm."""
+    norms: Any = None
+    """`sketch.Norms` of them, or their fields from JSON; None if they were not collected."""
 
 
 NONE = Tally(0, 0, 0, math.inf, -math.inf)
@@ -39,12 +44,30 @@ def count(scale: Scale) -> Tally:
     )
 
 
+def collect(scale: Scale, axes: Sequence[int], start: Sequence[int], shape: Any) -> Tally:
+    """Tally with the norms of the slices over ``axes`` of a box, of an array of some shape."""
+    counted, kept = count(scale), [a for a in range(len(shape)) if a not in axes]
+    norm, flags, factor = (x.squeeze(tuple(axes)) for x in (scale.norm, scale.flags, scale.factor))
+    norms = sketch.collect(
+        norm,
+        (flags & NAN != 0, flags != 0),
+        (flags == 0) & (factor != 1.0),
+        [start[a] for a in kept],
+        [shape[a] for a in kept],
+    )
+    return counted._replace(norms=norms)
+
+
 def add(a: Tally, b: Tally) -> Tally:
     """Tally of disjoint sets of slices."""
+    if not (a.slices and b.slices):
+        return a if a.slices else b
+    collected = a.norms is not None and b.norms is not None
     return Tally(
         a.slices + b.slices,
         a.clipped + b.clipped,
         a.nonfinite + b.nonfinite,
         min(a.smallest, b.smallest),
         max(a.largest, b.largest),
+        sketch.add(sketch.Norms(*a.norms), sketch.Norms(*b.norms)) if collected else None,
     )

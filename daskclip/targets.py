@@ -8,6 +8,7 @@ from typing import Any
 
 from daskclip import storage
 from daskclip.errors import InvalidValueError, TargetError, reason, shown
+from daskclip.hierarchy import Hierarchy
 from daskclip.prefixes import Prefix
 from daskclip.publish import Folder, can_lock
 
@@ -15,7 +16,12 @@ Target = Folder | Prefix
 
 
 def open_target(
-    target: Any, source: Any, options: dict[str, Any] | None, *, overwrite: bool, in_place: bool
+    target: Any,
+    source: Hierarchy,
+    options: dict[str, Any] | None,
+    *,
+    overwrite: bool,
+    in_place: bool,
 ) -> Target:
     """A target that can be made, or the reason why not; changes nothing."""
     if in_place and (overwrite or target is not None):
@@ -25,8 +31,7 @@ def open_target(
     if target is None and not in_place:
         raise InvalidValueError("there is no target; give its path, or clip in place")
     if in_place:
-        folder = storage.local_path(source)
-        target = source if folder is None else folder.resolve()
+        target = source.place
     place = find_target(target, options)
     place.check(source, overwrite=overwrite, in_place=in_place)
     return place

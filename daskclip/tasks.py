@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial, wraps
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from threading import Condition, get_ident
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -21,36 +17,13 @@ from daskclip.blocks import Box, box_shape, boxes, index, shift
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
 from daskclip.exact import partial_norm
 from daskclip.factor import Scale, finalize
+from daskclip.jobs import Job, room_for, under_way
+from daskclip.limits import limits_at
 from daskclip.numerics import clip_block, require_finite, rescale
 from daskclip.partials import Partial, combine
-from daskclip.plan import ClipPlan
-from daskclip.tally import Tally, count
+from daskclip.tally import Tally, collect, count
 
 EMPTY = 0  # digest of a block of which nothing is stored
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
-class Job:
-    """What all blocks of a run have in common."""
-
-    run: str
-    """Name of this attempt at the run."""
-    plan: ClipPlan
-    """Where the blocks are."""
-    source: Any
-    """Zarr array to read."""
-    target: Any
-    """Zarr array to write, or to compare with; None if only norms are wanted."""
-    staged: str | None
-    """Folder of the target, for a run that writes to files."""
-    in_place: bool
-    """Whether blocks that stay as they are need not be written at once."""
-    clip_norm: float
-    """The limit."""
-    nonfinite: str
-    """Policy for NaN and infinity."""
-    missing: str
-    """Policy for chunks that are not stored."""
 
 
 class Sums(NamedTuple):
@@ -58,8 +31,8 @@ class Sums(NamedTuple):
 
     partial: Partial
     """Their exact sums."""
-    digests: dict[int, int]
-    """Digests of what was read, by block."""
+    digests: dict[tuple[int, int, int], int]
+    """Digests of what was read, by number of the job, slab, and block in it."""
 
 
 def add_sums(parts: list[Sums]) -> Sums:
@@ -68,50 +41,48 @@ def add_sums(parts: list[Sums]) -> Sums:
     return Sums(combine([p.partial for p in parts]), digests)
 
 
-_rooms: WeakKeyDictionary[Job, dict[int, Any]] = WeakKeyDictionary()
-_blocks: Counter[str] = Counter()
-_ended: set[str] = set()
-_changed = Condition()
+def each(
+    function: Callable[..., Any],
+    jobs: Sequence[Job],
+    cells: Sequence[tuple[int, ...]],
+    scales: Sequence[Scale],
+) -> list[Any]:
+    """``function`` of some blocks, one after the other; what they write is there to stay then.
+
+    None begins in this process after the end of its run.
+    """
+    folder = jobs[0].staged
+    with under_way(jobs[0].run):
+        more: list[tuple[Any, ...]] = [(scale,) for scale in scales] or [()] * len(jobs)
+        done = [
+            function(job, cell[0], cell[1], *scale, *cell[2:])
+            for job, cell, scale in zip(jobs, cells, more, strict=True)
+        ]
+        if folder and function is not sum_block and any(map(_is_written, done)):
+            region = jobs[0].plan.region(*cells[0][:2])
+            with attempting("writing", jobs[0].target, region, lambda _: None):
+                files.sync(Path(folder))
+        return done
 
 
-def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Count the blocks under way in this process; none begins after the end of its run."""
-
-    @wraps(function)
-    def counted(job: Job, *args: Any) -> Any:
-        with _changed:
-            if job.run in _ended:
-                raise StorageError("the run was stopped")
-            _blocks[job.run] += 1
-        try:
-            return function(job, *args)
-        finally:
-            with _changed:
-                _blocks[job.run] -= 1
-                _changed.notify_all()
-
-    return counted
+def _is_written(result: Any) -> bool:
+    return (result[1] if isinstance(result, tuple) else result) is not None
 
 
-def end(run: str) -> None:
-    """Let no block of ``run`` begin in this process, and return once none is under way."""
-    with _changed:
-        _ended.add(run)
-        _changed.wait_for(lambda: not _blocks[run])
-
-
-@_counted
 def sum_block(job: Job, slab: int, block: int) -> Sums:
     """First pass: read a block, return its exact sums."""
-    region = job.plan.region(slab, block)
+    region, place = job.plan.region(slab, block), (job.number, slab, block)
     if _is_empty(job, region):
-        return Sums(_no_sums(job, region), {job.plan.number(slab, block): EMPTY})
-    x = _read_first(job, region)
-    partial = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit")
-    return Sums(partial, {job.plan.number(slab, block): files.digest(x)})
+        sums, digest = _no_sums(job, region), EMPTY
+    else:
+        x = _read_first(job, region)
+        sums = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit", ord=job.ord)
+        digest = files.digest(x)
+    if job.shared:  # with arrays of other dimensions
+        sums = sums._replace(limbs=sums.limbs.reshape(-1), flags=sums.flags.reshape(()))
+    return Sums(sums, {place: digest})
 
 
-@_counted
 def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) -> int | None:
     """Second pass: read a block again, write it rescaled; returns the digest of its files."""
     region = job.plan.region(slab, block)
@@ -123,31 +94,38 @@ def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
     return _write(job, region, x)
 
 
-@_counted
 def clip_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = job.plan.region(slab, block)
-    empty = _is_empty(job, region)
-    if empty:
-        x, scale = None, finalize(_no_sums(job, region), job.clip_norm, job.source.dtype)
-    else:
-        x = _read_first(job, region)
-        omit = job.nonfinite == "omit"
-        x, scale = clip_block(x, job.clip_norm, job.plan.axes, omit_nan=omit, out=x)
-    if _untouched(job, scale, empty):
-        return count(scale), _keep(job, region, empty)
+    x, scale = _clipped(job, region)
+    counted = tally(job, scale, region)
+    if _untouched(job, scale, x is None):
+        return counted, _keep(job, region, x is None)
     if x is None:
         x = rescale(_read_first(job, region), scale)
-    return count(scale), _write(job, region, x)
+    return counted, _write(job, region, x)
 
 
-@_counted
+def count_slab(job: Job, slab: int, block: int) -> tuple[Tally, int | None]:
+    """One pass that clips nothing: read a block that is a whole slab."""
+    region = job.plan.region(slab, block)
+    scale = _clipped(job, region)[1]
+    return tally(job, scale, region), save_norms(job, scale, region)
+
+
+def save_norms(job: Job, scale: Scale, region: Box) -> int | None:
+    """Write the norms of the slices that meet a region, if they are wanted."""
+    if job.target is None:
+        return None
+    kept = tuple(s for a, s in enumerate(region) if a not in job.plan.axes)
+    return _write(job, kept, scale.norm.reshape(box_shape(kept)))
+
+
 def copy_block(job: Job, slab: int, block: int) -> int:
     """Last pass, in place: copy the files of a block that stays as it is."""
     return _copy(job, job.plan.region(slab, block))
 
 
-@_counted
 def check_block(job: Job, slab: int, block: int, expected: int) -> None:
     """Compare the files of a block with the digest they had when they were written."""
     region = job.plan.region(slab, block)
@@ -164,7 +142,6 @@ def check_block(job: Job, slab: int, block: int, expected: int) -> None:
             )
 
 
-@_counted
 def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) -> None:
     """Second pass of a verification: rescale a block again and compare it with what is there."""
     region = job.plan.region(slab, block)
@@ -182,6 +159,29 @@ def compare_block(job: Job, slab: int, block: int, scale: Scale, expected: int) 
             )
 
 
+def tally(job: Job, scale: Scale, region: Box) -> Tally:
+    """What is counted of the slices that meet a region."""
+    if not job.collect:
+        return count(scale)
+    if job.shared:
+        return collect(scale, (), (), ())
+    found = collect(scale, job.plan.axes, [s.start for s in region], job.plan.shape)
+    if not job.name:
+        return found
+    # axes of other arrays are others
+    worst = [(norm, [job.name, *place]) for norm, place in found.norms.worst]
+    return found._replace(norms=found.norms._replace(worst=worst, clipped=[], largest=[]))
+
+
+def _clipped(job: Job, region: Box) -> tuple[Any, Scale]:
+    """Values of a block that is a whole slab, clipped; None if nothing is stored of it."""
+    limit = limit_of(job, region)
+    if _is_empty(job, region):
+        return None, finalize(_no_sums(job, region), limit, job.source.dtype)
+    x, omit = _read_first(job, region), job.nonfinite == "omit"
+    return clip_block(x, limit, job.plan.axes, omit_nan=omit, ord=job.ord, out=x)
+
+
 def _is_empty(job: Job, region: Box) -> bool:
     """Whether a block is all zeros because nothing is stored."""
     return job.missing == "fill" and regions.is_empty(job.source, region)
@@ -197,11 +197,16 @@ def _no_sums(job: Job, region: Box) -> Partial:
     shape = box_shape(region)
     kept = tuple(1 if k in job.plan.axes else n for k, n in enumerate(shape))
     flags = np.zeros(kept, np.uint8)
-    return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(job, shape))
+    return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(job, shape), job.ord)
+
+
+def limit_of(job: Job, region: Box) -> Any:
+    """The limit of the slices of a region, or those of each."""
+    return job.clip_norm if job.limits is None else limits_at(job.limits, region, job.missing)
 
 
 def terms(job: Job, shape: tuple[int, ...]) -> int:
-    """Squares in the sum of each slice of a region."""
+    """Terms of the sum of each slice of a region."""
     number = math.prod(shape[a] for a in job.plan.axes)
     return number * (2 if job.source.dtype.kind == "c" else 1)
 
@@ -219,7 +224,7 @@ def _keep(job: Job, region: Box, empty: bool) -> int | None:
 
 
 def _copy(job: Job, region: Box) -> int:
-    return _synced(job, region, lambda part: regions.copy(job.source, job.target, part))
+    return _stored(job, region, lambda part: regions.copy(job.source, job.target, part))
 
 
 def _write(job: Job, region: Box, x: Any) -> int:
@@ -227,11 +232,11 @@ def _write(job: Job, region: Box, x: Any) -> int:
         inside = shift(part, tuple(slice(-s.start, None) for s in region))
         return regions.write(job.target, part, x[index(inside)])
 
-    return _synced(job, region, write)
+    return _stored(job, region, write)
 
 
-def _synced(job: Job, region: Box, write: Callable[[Box], int]) -> int:
-    """Digest of what ``write`` stores, once it is there to stay."""
+def _stored(job: Job, region: Box, write: Callable[[Box], int]) -> int:
+    """Digest of what ``write`` stores."""
 
     def checked(part: Box) -> int:
         if job.staged and not os.path.exists(job.staged):
@@ -240,8 +245,6 @@ def _synced(job: Job, region: Box, write: Callable[[Box], int]) -> int:
 
     with attempting("writing", job.target, region, checked) as written:
         digest: int = written(region)
-        if job.staged:
-            files.sync(Path(job.staged))
         return digest
 
 
@@ -260,11 +263,12 @@ def _read_same(job: Job, region: Box, expected: int, empty: bool) -> Any:
 def _read_first(job: Job, region: Box) -> Any:
     """Read for the first time: the second pass has nothing left to refuse."""
     x = _read(job, region)
-    if job.nonfinite == "raise" and job.clip_norm != math.inf:
+    if job.nonfinite == "raise":
         unit = job.plan.unit
         require_finite(
             x,
             job.plan.axes,
+            limit_of(job, region),
             [s.start for s in region],
             lambda place: [i // u for i, u in zip(place, unit, strict=True)],
         )
@@ -273,14 +277,13 @@ def _read_first(job: Job, region: Box) -> Any:
 
 def _read(job: Job, region: Box) -> Any:
     """Values of a block, in memory that the next block of this thread takes."""
-    rooms, me = _rooms.setdefault(job, {}), get_ident()
-    if me not in rooms:
-        size = math.prod(job.plan.block) * job.source.dtype.itemsize
-        rooms[me] = np.frombuffer(files.memory(size), job.source.dtype)
+    size = math.prod(job.plan.block) * job.source.dtype.itemsize
+    room, new = room_for(job.run, size)
+    if new:
         # glibc keeps for the next chunk what is as large as what it once had to take from the
         # system; fresh pages for all that codecs return would cost a third of their time
         np.empty(2 * storage.unit_nbytes(job.source), np.uint8)
-    room = rooms[me]
+    room = room.view(job.source.dtype)
 
     def read(part: Box) -> Any:
         values = room[: math.prod(box_shape(part))].reshape(box_shape(part))

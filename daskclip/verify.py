@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,21 +11,26 @@ from uuid import uuid4
 
 import numpy as np
 
-from daskclip import journal, storage, tasks
+from daskclip import journal, storage
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
-from daskclip.journal import Entry, Journal
-from daskclip.passes import Passes
-from daskclip.publish import JOURNAL, Folder
+from daskclip.hierarchy import DOCUMENTS, Hierarchy
+from daskclip.jobs import end
+from daskclip.journal import Entry
+from daskclip.limits import described, open_limits
+from daskclip.measure import unkept
+from daskclip.publish import Folder
 from daskclip.report import VerifyReport
 from daskclip.resume import VERSION, plan_of, planned
 from daskclip.retries import failing
+from daskclip.run import jobs_of
 from daskclip.sources import open_source
 from daskclip.targets import Target, find_target
-from daskclip.tasks import Job
 from daskclip.workers import running
 
 
-def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyReport:
+def verify_zarr(
+    target: str | os.PathLike[str], source: Any = None, *, limits: Any = None
+) -> VerifyReport:
     """Verify an array that `clip_zarr` wrote.
 
     Parameters
@@ -38,6 +39,8 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
         Array of any shape, with the record of its run.
     source : str, path or zarr.Array, optional
         What it was made from, to derive each block again and compare it bit for bit.
+    limits : NumPy array, str, path, zarr.Array or dict of these, optional
+        Those that it was made with, if each slice had its own.
 
     Returns
     -------
@@ -84,54 +87,46 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
             raise SourceNotFoundError(f"target {place} does not exist; check the path")
         with place.journals() as (record, _):
             run, made, digests = _record(place, record)
+        plan = planned(run, plan_of(run).memory)
         try:
-            array = open_source(place.path if isinstance(place, Folder) else place.open())
-            _check_keys(array, place, made)
+            there = open_source(place.path if isinstance(place, Folder) else place.open().place)
+            _check_keys(there, place, made)
         except DaskClipError as error:
             raise VerificationError(str(error)) from error
         parameters = run["parameters"]
-        job = Job(
-            run=uuid4().hex,
-            plan=planned(run, plan_of(run).memory),
-            source=array,
-            target=None,
-            staged=None,
-            in_place=False,
-            clip_norm=float(parameters["clip_norm"]),
-            nonfinite="omit" if parameters["nonfinite"] == "omit" else "propagate",
-            missing="fill",
-        )
+        each = _same_limits(there, limits, run)
+        limit = None if each else float(run.get("limit", parameters["clip_norm"]))
+        common: dict[str, Any] = {"staged": None, "in_place": False, "clip_norm": limit}
+        omit = "omit" if parameters["nonfinite"] == "omit" else "propagate"
+        common |= {"ord": parameters["ord"], "nonfinite": omit}
+        attempt = uuid4().hex
+        jobs = jobs_of(plan, there, None, attempt, each, missing="fill", **common)
         again = None if source is None else open_source(source)
-        if again is not None and (again.shape, again.dtype) != (array.shape, array.dtype):
-            raise VerificationError(
-                f"source {storage.location(again)} is {again.dtype} of shape {again.shape}, target "
-                f"{place} {array.dtype} of {array.shape}; give the source that it was made from"
-            )
-        with running(job.plan.threads, partial(tasks.end, job.run)) as how:
-            with _passes(job, how) as norms:
-                norms.check(digests)
+        if again is not None:
+            _check_source(again, there, place)
+        with running(plan.threads, partial(end, jobs[0].run)) as how:
+            with unkept(jobs, how, plan.window) as norms:
+                norms.check(digests, range(len(jobs)))
                 norms.measure()
             total = norms.total
             if total.clipped:
+                above = "its limit" if limit is None else f"{limit:g}"
                 raise VerificationError(
-                    f"{total.clipped} slices of {place} have a norm above {job.clip_norm:g}, up to "
+                    f"{total.clipped} slices of {place} have a norm above {above}, up to "
                     f"{total.largest:.17g}; clip it again"
                 )
             if again is not None:
-                job = replace(
-                    job,
-                    source=again,
-                    target=array,
-                    missing=parameters["missing"],
-                )
-                with _passes(job, how) as comparison:
+                common |= {"missing": parameters["missing"]}
+                both = jobs_of(plan, again, there, attempt, each, **common)
+                with unkept(both, how, plan.window) as comparison:
                     comparison.compare()
+                    comparison.check(digests, comparison.copied)
     return VerifyReport(
         target=str(place),
-        source=None if again is None else storage.location(again),
+        source=None if again is None else str(again),
         run=run["run"],
-        clip_norm=job.clip_norm,
-        blocks=job.plan.blocks,
+        clip_norm=limit,
+        blocks=plan.blocks,
         slices=total.slices,
         nonfinite=total.nonfinite,
         largest_norm=total.largest if total.slices > total.nonfinite else None,
@@ -139,14 +134,14 @@ def verify_zarr(target: str | os.PathLike[str], source: Any = None) -> VerifyRep
     )
 
 
-@contextmanager
-def _passes(job: Job, how: dict[str, Any]) -> Iterator[Passes]:
-    """Passes whose journal is not kept."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / JOURNAL
-        journal.begin(path, {})
-        with Journal(path) as entries:
-            yield Passes(job, how, entries, lambda *_: None)
+def _same_limits(there: Hierarchy, limits: Any, run: Entry) -> dict[str, Any]:
+    """Those a run had, if it had any."""
+    over = {name: plan.axes for name, plan in plan_of(run).clipped.items()}
+    each = open_limits(limits, None, there, over, None)
+    was, given = run["parameters"]["limits"], described(each)
+    if given != was:
+        raise VerificationError(f"{there} was clipped with limits {was}, not {given}; give those")
+    return each
 
 
 def _record(place: Target, path: Path) -> tuple[Entry, Entry, Any]:
@@ -167,10 +162,27 @@ def _record(place: Target, path: Path) -> tuple[Entry, Entry, Any]:
     return run, made, digests
 
 
-def _check_keys(array: Any, place: Target, made: Entry) -> None:
+def _check_keys(there: Hierarchy, place: Target, made: Entry) -> None:
     """Require the metadata that was written, and no file but those of chunks."""
-    if storage.fingerprint(array, changes=False)["metadata"] != made["metadata"]:
+    if there.fingerprint(changes=False)["metadata"] != made["metadata"]:
         raise VerificationError(f"the metadata of {place} is not what was written; clip it again")
-    for key, cell in storage.cells(array):
-        if cell is None and key not in storage.METADATA:
-            raise VerificationError(f"{place}/{key} is no chunk of the array; remove it")
+    for name, array in there.arrays.items():
+        for key, cell in storage.cells(array):
+            if cell is None and key not in DOCUMENTS:
+                inside = f"{name}/{key}".lstrip("/")
+                raise VerificationError(f"{place}/{inside} is no chunk of the array; remove it")
+
+
+def _check_source(source: Hierarchy, there: Hierarchy, place: Target) -> None:
+    """Require arrays of the same names, shapes and dtypes."""
+    kinds = [
+        {n: f"{a.dtype} of shape {a.shape}" for n, a in h.arrays.items()} for h in (source, there)
+    ]
+    for name in sorted(kinds[0].keys() | kinds[1].keys()):
+        one, other = (kind.get(name, "missing") for kind in kinds)
+        if one != other:
+            what = f" array {name}" if name else ""
+            raise VerificationError(
+                f"source {source}{what} is {one}, target {place} {other}; give the source that it "
+                "was made from"
+            )

@@ -109,7 +109,8 @@ def running(threads: int, end: Callable[[], None]) -> Iterator[dict[str, Any]]:
     """Arguments of ``dask.compute``; no block is under way any more when the context ends.
 
     When one block fails, Dask goes on with those that it began before. ``end`` lets no block begin
-    in its process and returns once none is under way. A pool of our own has ``threads``.
+    in its process, returns once none is under way, and lets go of what was held for them. A pool
+    of our own has ``threads``.
     """
     try:
         if _own_pool():
@@ -120,14 +121,13 @@ def running(threads: int, end: Callable[[], None]) -> Iterator[dict[str, Any]]:
                     pool.shutdown(cancel_futures=True)
         else:
             yield {}
-    except BaseException:
+    finally:
         client = _client()
         if client is None:
             end()
         else:
-            with suppress(Exception):  # the first error is the one to tell
+            with suppress(Exception):  # an error before is the one to tell
                 _everywhere(client, end, 60)
-        raise
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from daskclip import clip_by_norm
 from daskclip.blocks import boxes
 from daskclip.exact import partial_norm
 from daskclip.factor import finalize
+from daskclip.hierarchy import at_folder
 from daskclip.numerics import rescale
 from daskclip.partials import combine
 from daskclip.publish import Folder
@@ -33,7 +34,7 @@ def main(tmp):
     chunks = (read(source, region, "fill") for region in regions)
     partials = [partial_norm(chunk, axes) for chunk in chunks]
 
-    # the tree: any order and any grouping gives the same bits, since the sums are exact
+    # the tree: any order and grouping gives the same bits, since the sums are exact
     total = combine(partials)
     assert (total.limbs == combine(partials[::-1]).limbs).all()
 
@@ -43,12 +44,11 @@ def main(tmp):
 
     # second pass: read again, rescale, write beside the target, then let it appear in one step
     with Folder(folder / "y.zarr").locked() as work:
-        work.begin(source, "staged")
-        target, staged = work.staging(source, "staged")
+        whole = at_folder(folder / "x.zarr")  # of a group, all its arrays
+        work.begin(whole, "staged")
+        target, staged = work.staging(whole, "staged")
         for region in regions:
-            chunk = rescale(read(source, region, "fill"), scale)
-            write(target, region, chunk)
-        assert not (folder / "y.zarr").exists()
+            write(target.arrays[""], region, rescale(read(source, region, "fill"), scale))
         Path(staged).rename(folder / "y.zarr")
 
     clipped = zarr.open_array(folder / "y.zarr", mode="r")[:]

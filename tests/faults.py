@@ -23,9 +23,10 @@ from itertools import cycle
 from pathlib import Path
 
 import dask
+import zarr
 from stores import create, some, stored
 
-from daskclip import clip_zarr, engine, files, plan
+from daskclip import clip_zarr, files, plan, prepare
 from daskclip.errors import DaskClipError
 
 OPERATIONS = ("fsync", "replace", "rename", "remove", "unlink", "rmdir", "mkdir", "truncate")
@@ -152,7 +153,7 @@ def in_child(function, hooks=None, defect=None):
             hooks = hooks or Hooks()
             for name, size in SIZES.items():
                 setattr(plan, name, size)
-            engine.STATE = {2: 1, 4: 1, 8: 1}
+            prepare.STATE = {2: 1, 4: 1, 8: 1}
             if defect:
                 defect()
             hooks.install()
@@ -186,9 +187,21 @@ class Case:
     clip_norm: float = 1.0
     memory: int = 2**30
     mode: str = "copy"
+    global_norm: bool | None = None
+    """Of a group; None for an array."""
 
     def prepare(self, folder):
         """Source, and an array to replace."""
+        if self.global_norm is not None:
+            group = zarr.create_group(folder / "x")
+            group.create_array("n", shape=(6,), chunks=(3,), dtype="i4")[:] = range(6)
+            for name, shape in {"a": (12, 4), "in/b": (9,), "in/c": (2, 3)}.items():
+                chunks = (2, 4)[-len(shape) :]
+                array = group.create_array(
+                    name, shape=shape, chunks=chunks, dtype="f4", compressors=None
+                )
+                array[...] = some(shape, "f4", len(name))
+            return
         values = some((12, 8), "f4")
         values[4:8] *= 1e-6
         values[:, 4:] *= 1e-6  # blocks where nothing is clipped, by rows and by columns
@@ -199,6 +212,7 @@ class Case:
     def run(self, folder, clip_norm=None):
         """Status and norms of the run."""
         options = {} if self.mode == "copy" else {self.mode: True}
+        options |= {"global_norm": True} if self.global_norm else {}
         target = None if self.mode == "in_place" else folder / "y"
         with dask.config.set(scheduler="synchronous"):
             report = clip_zarr(
@@ -218,6 +232,8 @@ CASES = [
     Case("overwrite in two passes", None, memory=572, mode="overwrite"),
     Case("in place in one pass", 1, mode="in_place"),
     Case("in place in two passes", 0, memory=312, mode="in_place"),
+    Case("a group by its own norms, in place", None, mode="in_place", global_norm=False),
+    Case("a group by one norm", None, memory=572, global_norm=True),
 ]
 
 

@@ -52,6 +52,16 @@ def squares(x, axes):
     return np.asarray(np.add.reduce(np.asarray(total, object), axis=axes, keepdims=True), object)
 
 
+def totals(x, axes, ord):
+    """Squares of the exact norms of any order, in the units of `squares`."""
+    if ord == 2:
+        return squares(x, axes)
+    magnitudes = np.asarray(abs(integers(x)[..., 0]), object)
+    combine = np.add if ord == 1 else np.maximum
+    found = combine.reduce(magnitudes, axis=axes, keepdims=True, initial=0)
+    return np.asarray(found**2, object)
+
+
 def tall_squares(x):
     """`squares` of a float16 or float32 array of shape (n, k) over axis 0, n below 2**28."""
     mantissa, exponent = np.frexp(x)

@@ -179,7 +179,7 @@ class Place:
         return {
             key: store.get(key).bytes().to_bytes()
             for key in sorted(found)
-            if not key.startswith(".daskclip/journal")
+            if ".daskclip/journal" not in key
         }
 
 

@@ -16,7 +16,7 @@ def some(shape, dtype, seed=0):
     rng = np.random.default_rng(seed)
     dtype = np.dtype(dtype)
     parts = (*shape, 2) if dtype.kind == "c" else shape
-    x = rng.standard_normal(parts) * np.exp2(rng.integers(-8, 8, parts))
+    x = np.array(rng.standard_normal(parts) * np.exp2(rng.integers(-8, 8, parts)))
     x[rng.random(parts) < 0.1] = 0.0
     x = np.copysign(x, rng.standard_normal(parts))
     return (x.view("c16")[..., 0] if dtype.kind == "c" else x).astype(dtype)

@@ -9,7 +9,7 @@ import dask
 import dask.array as da
 import numpy as np
 from hypothesis import strategies as st
-from reference import BFLOAT16, DTYPES, FORMATS, native, root, squares
+from reference import BFLOAT16, DTYPES, FORMATS, native, root, totals
 
 # one step off the native layout each; ml_dtypes has no swapped bfloat16
 LAYOUTS = {
@@ -104,14 +104,14 @@ def spoil(draw, x):
 
 
 @st.composite
-def cases(draw, special=False):
-    """A `Case`; with ``special``, some elements are NaN or infinite."""
-    dtype = draw(one_of(*DTYPES))
+def cases(draw, special=False, ord=2):
+    """A `Case` for a norm; with ``special``, some elements are NaN or infinite."""
+    dtype = draw(one_of(*(d for d in DTYPES if ord == 2 or d.kind != "c")))
     shape = draw(shapes())
     plain = elements(draw, shape, dtype)
     axes = tuple(k for k in range(len(shape)) if draw(flags))
-    totals = squares(plain, axes).ravel()
-    norm = root(totals[draw(integers(0, 99)) % len(totals)]) if len(totals) else 1.0
+    norms = totals(plain, axes, ord).ravel()
+    norm = root(norms[draw(integers(0, 99)) % len(norms)]) if len(norms) else 1.0
     clip_norm = min(draw(limits)(norm if math.isfinite(norm) else 1.0), sys.float_info.max)
     if special and plain.size:
         spoil(draw, plain)

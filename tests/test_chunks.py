@@ -11,7 +11,8 @@ from reference import bits
 from stores import read, some
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
-from daskclip import chunks, clip_by_norm, clip_zarr, files, regions, storage
+from daskclip import chunks, clip_by_norm, clip_zarr, files, regions
+from daskclip.hierarchy import at_folder
 
 SHAPE, CHUNKS = (37, 50), (8, 10)
 STORED = {
@@ -48,8 +49,7 @@ def test_what_zarr_wrote_is_read_and_what_is_written_zarr_reads(tmp_path, layout
     region = (slice(0, 37), slice(0, 50))
     values = regions.read(array, region, "fill")
     assert bits(values) == bits(read(tmp_path / "x"))
-    storage.create_like(array, tmp_path / "y")
-    made = storage.open_made(tmp_path / "y")
+    made = at_folder(tmp_path / "x").make(tmp_path / "y").arrays[""]
     digest = regions.write(made, region, x)
     assert bits(read(tmp_path / "y")) == bits(x)
     assert digest == files.digest_files(tmp_path / "y", regions.keys(made, region))

@@ -14,7 +14,7 @@ from distributed import Client
 from reference import bits
 from stores import create, finished, read, some, stored
 
-from daskclip import clip_by_norm, clip_zarr, engine, plan, workers
+from daskclip import clip_by_norm, clip_zarr, plan, prepare, workers
 from daskclip.errors import StorageError, TemporaryError
 from daskclip.journal import Journal
 
@@ -28,9 +28,9 @@ MEMORY = {0: 360, 1: 4096}
 PASSES = {0: 2, 1: 1}
 CLIP_NORM = 100.0
 SMALL = (
-    "from daskclip import engine, plan; "
+    "from daskclip import engine, prepare, plan; "
     + "; ".join(f"plan.{name} = {size}" for name, size in SIZES.items())
-    + f"; engine.STATE = {STATE}; "
+    + f"; prepare.STATE = {STATE}; "
 )
 # waits at the fifth line of the journal for a file
 GATED = """
@@ -181,7 +181,7 @@ def folder(tmp_path):
 def small(monkeypatch):
     for name, size in SIZES.items():
         monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(engine, "STATE", STATE)
+    monkeypatch.setattr(prepare, "STATE", STATE)
 
 
 class Run:

@@ -30,13 +30,22 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.codecs import numcodecs as bundled
 from zarr.core.sync import sync
 
-from daskclip import clip_by_norm, clip_zarr, engine, journal, plan, regions, storage, verify_zarr
+from daskclip import (
+    clip_by_norm,
+    clip_zarr,
+    journal,
+    plan,
+    prepare,
+    regions,
+    verify_zarr,
+)
 from daskclip.errors import (
     DaskClipError,
     StorageError,
     TargetExistsError,
     VerificationError,
 )
+from daskclip.hierarchy import DOCUMENTS, at_folder
 from daskclip.resume import discard, plan_of
 
 SIZES = {"BLOCK": 2048, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 1}
@@ -167,7 +176,7 @@ def damage(chain, folder, situation, number):
     """Damage a source over and over; prints a JSON line each time."""
     for name, size in (SIZES | {"WINDOW": 8}).items():
         setattr(plan, name, size)
-    engine.STATE = STATE
+    prepare.STATE = STATE
     generator = random.Random(f"{chain} {situation}")
     values = np.repeat(some((SHAPE[0], SHAPE[1] // 4), "f4"), 4, axis=1)
     source = create(Path(folder) / chain / "x", values, CHUNKS, **CHAINS[chain])
@@ -226,7 +235,7 @@ def small(monkeypatch):
     """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
     for name, size in SIZES.items():
         monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(engine, "STATE", STATE)
+    monkeypatch.setattr(prepare, "STATE", STATE)
 
 
 LAYOUTS = {name: FORMATS[name] for name in FORMATS} | {
@@ -296,7 +305,7 @@ def stopped(folder, monkeypatch, axes, lines):
     monkeypatch.setattr(journal.Journal, "append", original)
     run = journal.header(folder / ".y.daskclip" / "journal")
     staged = folder / ".y.daskclip" / run["run"]
-    array, blocks = storage.open_made(staged), plan_of(run)
+    array, blocks = at_folder(staged).arrays[""], plan_of(run).plans[""]
     each = blocks.blocks // blocks.slabs
     cells = [divmod(int(number), each) for entry in done for number in entry]
     keys = [key for cell in cells for key in regions.keys(array, blocks.region(*cell))]
@@ -332,7 +341,7 @@ def test_a_run_whose_staged_metadata_is_damaged_can_be_discarded(tmp_path, monke
     staged, _ = stopped(tmp_path, monkeypatch, None, 1)
     document = staged / (".zarray" if layout == "format 2" else "zarr.json")
     document.write_bytes(document.read_bytes()[:-3])
-    with pytest.raises(StorageError, match=r"cannot be opened.*discard") as caught:
+    with pytest.raises(StorageError, match=r"is not what it was.*discard") as caught:
         clip_zarr(tmp_path / "x", y, 1.0, memory=TWO_PASSES)
     assert "\n" not in str(caught.value)
     assert discard(y)
@@ -412,7 +421,7 @@ def test_added_files_are_found(tmp_path, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_changed_metadata_is_found(tmp_path, layout):
     y = written(tmp_path, layout)
-    documents = [p for p in y.iterdir() if p.name in storage.METADATA]
+    documents = [p for p in y.iterdir() if p.name in DOCUMENTS]
     assert documents
     generator = random.Random(layout)
     for document in documents:

@@ -10,8 +10,19 @@ from types import SimpleNamespace
 import pytest
 from faults import CASES, Hooks, Sweep, contents, in_child, warm
 
-from daskclip import engine, files, journal, publish, regions, resume, storage, tasks, verify_zarr
+from daskclip import (
+    engine,
+    files,
+    jobs,
+    journal,
+    publish,
+    regions,
+    resume,
+    tasks,
+    verify_zarr,
+)
 from daskclip.errors import DaskClipError
+from daskclip.hierarchy import Hierarchy
 from daskclip.journal import Journal
 
 COPY, ONE_PASS, OVERWRITE = CASES[:3]
@@ -85,7 +96,7 @@ def a_block_of_an_earlier_run(defect):
         raise KeyboardInterrupt
 
     def wake():
-        tasks._ended.clear()  # it was in another process
+        jobs._ended.clear()  # it was in another process
         for late in taken:
             with suppress(DaskClipError):
                 REAL.rescale(*late)
@@ -197,12 +208,12 @@ def no_digest_of_what_is_read():
 
 
 def no_look_at_the_source_before_publishing():
-    storage.fingerprint = lambda array, changes: {}
+    Hierarchy.fingerprint = lambda self, *, changes: {}
 
 
 def rename_before_sync():
     def unsynced(work, source, staged, replace):
-        folder, target = storage.local_path(staged), work.target.path
+        folder, target = staged.folder, work.target.path
         shutil.copyfile(work.folder / "journal", folder / ".daskclip")
         (files.exchange if target.exists() else os.rename)(folder, target)
         files.sync(target.parent)
@@ -220,7 +231,7 @@ def no_lock():
 
 
 def blocks_are_not_synced():
-    tasks._synced = lambda job, region, write: write(region)
+    tasks.files = SimpleNamespace(**vars(files) | {"sync": lambda folder: None})
 
 
 def journal_removed_last():
@@ -259,7 +270,7 @@ def strays_are_published():
 
 def old_array_removed_first():
     def publishing(work, source, staged, replace):
-        folder, target = storage.local_path(staged), work.target.path
+        folder, target = staged.folder, work.target.path
         shutil.copyfile(work.folder / "journal", folder / ".daskclip")
         files.sync(folder)
         shutil.rmtree(target, ignore_errors=True)

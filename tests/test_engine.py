@@ -21,11 +21,11 @@ from stores import FORMATS, create, finished, read, some, stored
 from daskclip import (
     clip_by_norm,
     clip_zarr,
-    engine,
     files,
     norm,
     plan,
     plan_zarr,
+    prepare,
     publish,
     regions,
     tasks,
@@ -56,7 +56,7 @@ def small(monkeypatch):
     for name, size in {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}.items():
         monkeypatch.setattr(plan, name, size)
     # sums that weigh less than the elements, as those of large chunks do
-    monkeypatch.setattr(engine, "STATE", {2: 1, 4: 1, 8: 1})
+    monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
 def cluster_of(workers):

@@ -11,7 +11,8 @@ from daskclip import files
 CODES = [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT]
 case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 # together they go through all that the others do
-three = pytest.mark.parametrize("case", [CASES[0], *CASES[2:4]], ids=lambda case: case.name)
+some = [CASES[0], *CASES[2:4], CASES[5]]
+four = pytest.mark.parametrize("case", some, ids=lambda case: case.name)
 
 
 def without_syncing():
@@ -29,16 +30,16 @@ def test_some_kills(case, power):
 
 
 @pytest.mark.slow
-@three
+@four
 def test_a_kill_at_every_file_operation(case):
     sweep = Sweep(case)
     sweep.kills(range(1, sweep.operations + 1))
-    assert sweep.points > 1.9 * sweep.operations > 150
+    assert sweep.points > 1.9 * sweep.operations > 140
     assert not sweep.violations
 
 
 @pytest.mark.slow
-@three
+@four
 def test_a_power_loss_at_every_file_operation(case):
     sweep = Sweep(case)
     sweep.kills(range(1, sweep.operations + 1), power=True)

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from reference import bits
 from stores import create, read, some, stored
 
-from daskclip import clip_by_norm, clip_zarr, engine, files, plan, publish, regions, tasks
+from daskclip import clip_by_norm, clip_zarr, files, plan, prepare, publish, regions, tasks
 from daskclip.cli import main
 from daskclip.journal import Journal, entries
 
@@ -35,7 +35,7 @@ def small(monkeypatch):
     """Small blocks, one after the other."""
     for name, size in SIZES.items():
         monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(engine, "STATE", STATE)
+    monkeypatch.setattr(prepare, "STATE", STATE)
     with dask.config.set(scheduler="synchronous"):
         yield
 
@@ -122,7 +122,7 @@ def test_of_four_processes_with_the_same_command_one_clips(tmp_path, x, rounds):
 
 # --- interrupted ---------------------------------------------------------------------------------
 
-PATCHES = f"from daskclip import cli, engine, plan; engine.STATE = {STATE}; " + "".join(
+PATCHES = f"from daskclip import cli, engine, prepare, plan; prepare.STATE = {STATE}; " + "".join(
     f"plan.{name} = {size}; " for name, size in SIZES.items()
 )
 # a block tells that it began; from one on they wait until the process was told to stop, so that

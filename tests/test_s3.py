@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -73,6 +74,24 @@ def test_the_bytes_and_digests_are_those_of_a_folder(arrays, place, tmp_path, ki
     if kind != "url":
         verified = verify_zarr(target, source)
         assert (verified.slices, verified.target) == (local.slices, place.name)
+
+
+@pytest.mark.parametrize("kind", ["url", "fsspec", "obstore"])
+@pytest.mark.parametrize("global_norm", [False, True])
+def test_a_group_goes_there_and_back(place, tmp_path, kind, global_norm):
+    group = zarr.create_group(tmp_path / "x", attributes={"step": 1})
+    for i, name in enumerate(["b", "in/a", "in/deep/er"]):
+        group.create_array(name, shape=(5, 3), chunks=(2, 3), dtype="f4")[...] = i + 1.0
+    group.create_array("n", shape=(4,), chunks=(2,), dtype="i4")[:] = 1
+    local = clip_zarr(tmp_path / "x", tmp_path / "y", 2.0, global_norm=global_norm)
+    target, options = place.as_(kind)
+    report = clip_zarr(tmp_path / "x", target, 2.0, global_norm=global_norm, **options)
+    assert place.objects() == files_of(tmp_path / "y")
+    assert report.digest == local.digest
+    again = clip_zarr(tmp_path / "x", target, 2.0, global_norm=global_norm, **options)
+    assert again.status == "up to date"
+    back = clip_zarr(target, tmp_path / "back", math.inf, global_norm=global_norm, **options)
+    assert (files_of(tmp_path / "back"), back.digest) == (place.objects(), local.digest)
 
 
 def test_a_source_of_other_bytes_is_copied_to_the_byte(place, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from servers import Place, Proxy, missing
 from stores import create, files_of, some
 
-from daskclip import clip_zarr, engine, leases, plan
+from daskclip import clip_zarr, leases, plan, prepare
 from daskclip.errors import TemporaryError
 
 WITHOUT = missing("weed", "s3fs", "obstore")
@@ -23,7 +23,7 @@ SIZES = {"BLOCK": 4096, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
 STATE = {2: 1, 4: 1, 8: 1}
 BEATS = {"BEAT": 0.2, "LEASE": 2.0}
 SMALL = (
-    f"from daskclip import cli, engine, leases, plan; engine.STATE = {STATE}; "
+    f"from daskclip import cli, prepare, leases, plan; prepare.STATE = {STATE}; "
     + "".join(f"plan.{name} = {size}; " for name, size in SIZES.items())
     + "".join(f"leases.{name} = {size}; " for name, size in BEATS.items())
 )
@@ -32,7 +32,7 @@ MEMORY = 30_000
 
 @pytest.fixture
 def small(monkeypatch):
-    for module, sizes in ((plan, SIZES), (leases, BEATS), (engine, {"STATE": STATE})):
+    for module, sizes in ((plan, SIZES), (leases, BEATS), (prepare, {"STATE": STATE})):
         for name, size in sizes.items():
             monkeypatch.setattr(module, name, size)
 

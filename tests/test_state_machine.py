@@ -37,11 +37,11 @@ from stores import FORMATS, create, read, some
 from daskclip import (
     clip_by_norm,
     clip_zarr,
-    engine,
     files,
     journal,
     plan,
     plan_zarr,
+    prepare,
     publish,
     verify_zarr,
 )
@@ -349,7 +349,7 @@ class Machine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         for name, size in SIZES.items():
             self.patch.setattr(plan, name, size)
-        self.patch.setattr(engine, "STATE", {2: 1, 4: 1, 8: 1})
+        self.patch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
         # one operation after the other, so that a number always means the same one
         self.configured = [
             dask.config.set(scheduler="synchronous"),

@@ -45,12 +45,12 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from faults import CASES, SIZES, warm
-from daskclip import engine, plan
+from daskclip import engine, prepare, plan
 from daskclip.errors import DaskClipError
 warm()
 for name, size in SIZES.items():
     setattr(plan, name, size)
-engine.STATE = {{2: 1, 4: 1, 8: 1}}
+prepare.STATE = {{2: 1, 4: 1, 8: 1}}
 print("ready", flush=True)
 sys.stdin.readline()
 try:

@@ -1,0 +1,134 @@
+"""Everything that can be refused, and all that is planned, before a chunk is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from daskclip.errors import DaskClipError, InvalidTypeError, InvalidValueError, shown
+from daskclip.group_plan import GroupPlan, plan_group
+from daskclip.hierarchy import Hierarchy
+from daskclip.limits import described, nbytes, open_limits
+from daskclip.members import members, patterns
+from daskclip.parameters import (
+    axes_named,
+    check_nonfinite,
+    parse_axes,
+    parse_dim,
+    parse_limit,
+    parse_memory,
+    parse_ord,
+)
+from daskclip.saved import SavedNorms, open_norms
+from daskclip.sources import check_source, open_source
+from daskclip.storage import dimension_names, write_unit
+from daskclip.workers import workers
+
+# bytes that the exact sum of a slice may take; float64 data that spans more than 10**80 takes more
+STATE = {2: 24, 4: 80, 8: 80}
+
+
+def prepare(
+    source: Any,
+    clip_norm: Any,
+    axes: Any,
+    dim: Any,
+    *,
+    memory: Any,
+    nonfinite: Any,
+    missing: Any,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    global_norm: Any,
+    ord: Any,
+    limits: Any,
+    storage_options: dict[str, Any] | None,
+    norms: Any = None,
+) -> tuple[Hierarchy, GroupPlan, dict[str, Any], SavedNorms | None, dict[str, Any]]:
+    """What is at a source, how it will be clipped, by which limits, and what tells runs apart."""
+    limit = parse_limit(clip_norm) if limits is None else None
+    check_nonfinite(nonfinite)
+    if missing not in ("fill", "error"):
+        raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
+    if not isinstance(global_norm, bool):
+        raise InvalidTypeError(
+            f"global_norm {shown(global_norm)} is a {type(global_norm).__name__}; give a bool"
+        )
+    if global_norm and not (axes is None and dim is None):
+        raise InvalidValueError(
+            f"a global norm has no axes, and {shown(axes if dim is None else dim)} is given; leave "
+            "out one of them"
+        )
+    if global_norm and limits is not None:
+        raise InvalidValueError("a global norm has one limit, and limits are given; give clip_norm")
+    budget = parse_memory(memory)
+    opened = open_source(source, storage_options)
+    names = members(opened, include, exclude)
+    if opened.is_group and dim is not None:
+        names, dim = _having(opened, names, dim)
+    clipped = {name: _clipped(opened, name, axes, dim, ord) for name in names}
+    over = {name: one["axes"] for name, one in clipped.items()}
+    each = open_limits(limits, clip_norm, opened, over, storage_options)
+    for name, one in each.items():
+        clipped[name]["beside"] = nbytes(one)
+    copied = {
+        name: {"shape": array.shape, "unit": write_unit(array), "itemsize": array.dtype.itemsize}
+        for name, array in opened.arrays.items()
+        if name not in clipped
+    }
+    processes, threads, fewest = workers()
+    common = {"memory": budget, "processes": processes, "fewest": fewest}
+    plan = plan_group(clipped, copied, threads, global_norm, **common)
+    taken = axes if opened.is_group else plan.plans[""].axes
+    parameters = {
+        "clip_norm": clip_norm if isinstance(limit, Fraction) else str(limit),
+        "axes": None if taken is None else [int(a) for a in np.atleast_1d(taken)],
+        "dim": dim if opened.is_group else None,
+        "ord": float(ord),
+        "limits": described(each),
+        "nonfinite": nonfinite,
+        "missing": missing,
+        "include": patterns(include, "include"),
+        "exclude": patterns(exclude, "exclude"),
+        "global_norm": global_norm,
+        "norms": None if norms is None else str(norms),
+    }
+    saved = None
+    if norms is not None:
+        saved, plan = open_norms(norms, opened, parameters, budget)
+    return opened, plan, each, saved, parameters
+
+
+def _having(source: Hierarchy, names: list[str], dim: Any) -> tuple[list[str], list[str]]:
+    """Those of the arrays that have any of the dimensions, and these."""
+    having = {name: dimension_names(source.arrays[name]) or [] for name in names}
+    known = list(dict.fromkeys(d for named in having.values() for d in named if d is not None))
+    wanted = parse_dim(dim, known)
+    return [name for name in names if {*having[name]} & {*wanted}], wanted
+
+
+def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> dict[str, Any]:
+    """What the plan of an array has to know."""
+    array = source.arrays[name]
+    named = dimension_names(array)
+    if source.is_group and dim is not None:
+        dim = [d for d in dim if d in (named or ())]
+    try:
+        check_source(array)
+        parse_ord(ord, array.dtype)
+        taken = parse_axes(axes_named(dim, named, axes), array.ndim)
+    except DaskClipError as error:
+        if name and name not in str(error):
+            raise type(error)(f"array {name}: {error}") from error
+        raise
+    itemsize = array.dtype.itemsize
+    return {
+        "shape": array.shape,
+        "axes": taken,
+        "unit": write_unit(array),
+        "itemsize": itemsize,
+        "state": STATE[itemsize // (2 if array.dtype.kind == "c" else 1)],
+    }

@@ -1,0 +1,155 @@
+"""One attempt at a run: its jobs, all passes, and the report at the end of the journal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from daskclip import sketch
+from daskclip.blocks import grid
+from daskclip.files import DIGESTS
+from daskclip.group_plan import GroupPlan
+from daskclip.hierarchy import Hierarchy
+from daskclip.jobs import Job, end
+from daskclip.journal import Entry, Journal
+from daskclip.numerics import warm_up
+from daskclip.passes import Passes
+from daskclip.progress import State
+from daskclip.publish import JOURNAL
+from daskclip.report import ClipReport, run_pictures
+from daskclip.resume import Work, record
+from daskclip.saved import SavedNorms
+from daskclip.storage import stored_blocks
+from daskclip.workers import memory_used, running, versions
+
+OTHERS = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")
+
+
+def jobs_of(
+    plan: GroupPlan,
+    source: Hierarchy,
+    target: Hierarchy | None,
+    run: str,
+    limits: dict[str, Any],
+    **common: Any,
+) -> list[Job]:
+    """A job for each array of a plan; ``run`` names the attempt."""
+    return [
+        Job(
+            run=run,
+            number=i,
+            name=name,
+            plan=one,
+            source=source.arrays[name],
+            target=None if target is None else target.arrays[name],
+            shared=plan.global_norm,
+            limits=limits.get(name),
+            **common,
+        )
+        for i, (name, one) in enumerate(plan.plans.items())
+    ]
+
+
+def clip_passes(
+    jobs: list[Job],
+    plan: GroupPlan,
+    source: Hierarchy,
+    staged: Hierarchy,
+    work: Work,
+    display: Callable[[State], None],
+    started: float,
+    run: Entry,
+    measured: int,
+    saved: SavedNorms | None,
+) -> ClipReport:
+    """All passes, up to the end of the journal; ``measured`` bytes were read before."""
+    first, parameters = jobs[0], run["parameters"]
+    before = memory_used(partial(_warm_up, [job for job in jobs if job.plan.passes]))
+
+    states: list[State] = []
+    begun = time.monotonic()
+
+    def progress(done: int, skipped: int, at: int) -> None:
+        seconds, total = time.monotonic() - begun, plan.bytes_read
+        at = min(at, plan.passes)
+        figures = {"done": min(done, total), "skipped": skipped, "total": total, "pass_": at}
+        states.append(State(passes=plan.passes, seconds=seconds, **figures))
+        display(states[-1])
+        del states[1 : -1 if len(states) > sketch.PLACES else 1 : 2]  # the rest says enough
+
+    with (
+        Journal(work.folder / JOURNAL, work.mirror) as entries,
+        running(plan.threads, partial(end, first.run)) as how,
+    ):
+        passes = Passes(jobs, how, entries, progress, plan.window, stored_of(jobs, run))
+        if saved is not None:
+            passes.saved = saved.entries()
+        written = passes.clip()
+        after = memory_used()
+        total = passes.total
+        made = work.made(source, staged) if written else {}
+        digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
+        axes, asked = parameters["axes"], (*OTHERS, *(["clip_norm"] if "limit" in run else []))
+        peak = max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0)
+        seconds = time.monotonic() - started
+        actual = peak, passes.read, passes.written, seconds
+        report = ClipReport(
+            status="clipped" if written else "nothing to clip",
+            source=str(source),
+            target=str(work.target),
+            clip_norm=first.clip_norm,
+            ord=first.ord,
+            axes=None if axes is None else tuple(axes),
+            arrays=len(plan.clipped),
+            copied=len(plan.plans) - len(plan.clipped),
+            slices=total.slices,
+            clipped=total.clipped,
+            nonfinite=total.nonfinite,
+            smallest_norm=total.smallest if total.slices > total.nonfinite else None,
+            largest_norm=total.largest if total.slices > total.nonfinite else None,
+            bytes_read=passes.read + measured,
+            bytes_written=passes.written,
+            passes=plan.passes + ("limit" in run and saved is None),
+            blocks=plan.blocks,
+            seconds=seconds,
+            peak_memory=peak,
+            projected_memory=plan.projected_memory,
+            run=run["run"],
+            began=run["began"],
+            parameters={k: parameters[k] for k in asked if parameters[k]} | {"memory": plan.memory},
+            versions=versions(),
+            source_fingerprint=run["source"].get("hash", "unknown"),
+            digest=f"{digest:016x}" if written else None,
+            pictures=run_pictures(total.norms, plan, states, actual),
+        )
+        if written:
+            record(entries, made, report)
+    return report
+
+
+def _warm_up(jobs: list[Job]) -> None:
+    """Load compiled loops for the largest block of each dtype."""
+    sizes: dict[Any, int] = {}
+    for job in jobs:
+        size = job.plan.nbytes_of(0, 0) if job.plan.blocks else 0
+        sizes[job.source.dtype] = max(size, sizes.get(job.source.dtype, 0))
+    for dtype, size in sizes.items():
+        warm_up(dtype, size)
+
+
+def stored_of(jobs: list[Job], run: Entry) -> list[Any]:
+    """Whether anything of each block is stored; None to look at all: a limit may be NaN."""
+    parameters = run["parameters"]
+    everything = parameters["missing"] == "error" or parameters["clip_norm"] in ("nan", "None")
+    units = sum(math.prod(grid(job.plan.shape, job.plan.unit)) for job in jobs)
+    if run["source"].get("chunks", units) >= units:
+        return [None] * len(jobs)
+    return [
+        None
+        if (everything and job.plan.passes) or not job.plan.blocks
+        else stored_blocks(job.source, job.plan.block, job.plan.weights, job.plan.blocks)
+        for job in jobs
+    ]

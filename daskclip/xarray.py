@@ -1,0 +1,243 @@
+"""The operation on labelled arrays: dimensions by name, labels kept, missing values left out.
+
+Importing this module gives every DataArray and Dataset an accessor, ``.daskclip``, with the same
+two functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from daskclip import clip
+from daskclip.arrays import as_limit
+from daskclip.errors import DTypeError, InvalidTypeError, shown
+from daskclip.packing import SCALES, SENTINELS, check_decoded, numbers
+from daskclip.parameters import DTYPES, NonFinite, check_dtype, parse_dim
+
+__all__ = ["DaskClipAccessor", "clip_by_norm", "norm"]
+
+Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
+# encoding by which saving rounds, so that the bound would not hold in what is read again
+ROUNDING = {
+    *SCALES, "_Unsigned", "filters", "serializer",
+    "least_significant_digit", "significant_digits", "quantize_mode",
+}  # fmt: skip
+
+
+def clip_by_norm(
+    obj: Labelled, clip_norm: Any, dim: Any = None, *, skipna: bool | None = None
+) -> Labelled:
+    """Clip the L2-norm of every slice of labelled arrays over ``dim`` to at most ``clip_norm``.
+
+    Of a Dataset, every floating point or complex variable is clipped by its own norm over those
+    of ``dim`` that it has. Those that have none of them, other variables and coordinates are kept.
+
+    Parameters
+    ----------
+    obj : xarray.DataArray or xarray.Dataset of any shape
+        Backed by NumPy or Dask.
+    clip_norm : float or 0-d array
+        See `daskclip.clip_by_norm`; also a DataArray.
+    dim : str, sequence of str, ... or None
+        Dimensions over which the norm is taken; None and ``...`` take all.
+    skipna : bool, optional
+        Whether NaN elements are missing values: they do not count and stay NaN. False: a NaN makes
+        its slice NaN. None is True, as in the reductions of xarray for floating point, whereas
+        `daskclip.clip_by_norm` has no missing values unless told.
+
+    Returns
+    -------
+    xarray.DataArray or xarray.Dataset of the shape of obj
+        With the names, coordinates, attributes and dtypes of ``obj``; lazy where ``obj`` is.
+
+    Raises
+    ------
+    TypeError
+        If ``obj`` is of another type, is or holds packed integers (with the attributes
+        ``scale_factor`` or ``add_offset``), or has nothing that is floating point or complex.
+    ValueError
+        If ``dim`` is not a dimension of what can be clipped, or ``clip_norm`` is not 0-D, or
+        missing values are not decoded to NaN.
+
+    See Also
+    --------
+    daskclip.clip_by_norm : On arrays without labels; says what the result is.
+    daskclip.clip_zarr : From storage to storage, with ``dim`` too.
+
+    Notes
+    -----
+    Reads and memory are those of `daskclip.clip_by_norm`.
+
+    Variables that another one names as its ``bounds`` belong to its coordinates and are carried.
+
+    Encoding is kept but for what would round when the result is saved, since rounding lifts norms
+    above the limit: ``scale_factor`` and ``add_offset``, a ``dtype`` other than that of the result,
+    netCDF's quantization and Zarr's filters. So packed integers become floating point numbers.
+    ``_FillValue`` and ``missing_value`` are kept if no clipped value can equal them, that is if
+    they are NaN or larger than ``clip_norm``. A lossy compressor is kept, and breaks the bound.
+
+    Examples
+    --------
+    >>> x = xr.DataArray(np.float32([[3, 4], [0.3, np.nan]]), dims=["time", "x"])
+    >>> clip_by_norm(x, 1.0, dim="x").values
+    array([[0.59999996, 0.79999995],
+           [0.3       ,        nan]], dtype=float32)
+    """
+    policy = _nonfinite(skipna)
+    limit = clip_norm.data if isinstance(clip_norm, xr.DataArray) else clip_norm
+    largest = math.inf if isinstance(limit, da.Array) else max(as_limit(limit), 0.0)
+    clipped: dict[Hashable, xr.DataArray] = {}
+    for name, (x, dims) in _slices(obj, dim).items():
+        axes = x.get_axis_num(dims)
+        data = clip.clip_by_norm(_plain(x.data), limit, axes, nonfinite=policy)
+        clipped[name] = x.copy(deep=False, data=data)
+        clipped[name].encoding = _encoding(x.encoding, data.dtype, largest)
+    if isinstance(obj, xr.Dataset):
+        # variables, not arrays: their coordinates need not be compared
+        return obj.assign({name: x.variable for name, x in clipped.items()})
+    return clipped[obj.name]
+
+
+def norm(obj: Labelled, dim: Any = None, *, skipna: bool | None = None) -> Labelled:
+    """L2-norm of every slice of labelled arrays over ``dim``.
+
+    Parameters
+    ----------
+    obj : xarray.DataArray or xarray.Dataset of any shape
+        Backed by NumPy or Dask.
+    dim : str, sequence of str, ... or None
+        Dimensions over which the norm is taken; None and ``...`` take all.
+    skipna : bool, optional
+        See `clip_by_norm`.
+
+    Returns
+    -------
+    xarray.DataArray or xarray.Dataset of the shape of obj without dim
+        float64, correctly rounded; lazy where ``obj`` is. A Dataset has what `clip_by_norm` clips.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `clip_by_norm`.
+
+    See Also
+    --------
+    daskclip.norm : On arrays without labels.
+
+    Notes
+    -----
+    Reads each chunk once; holds what `daskclip.clip_by_norm` holds for the partial sums, and one
+    copy of a NumPy array.
+
+    Examples
+    --------
+    >>> x = xr.DataArray(np.float32([[3, 4], [6, np.nan]]), dims=["time", "x"])
+    >>> norm(x, dim="x").values
+    array([5., 6.])
+    """
+    policy = _nonfinite(skipna)
+    sliced = _slices(obj, dim)
+    own = list(dict.fromkeys(d for _, dims in sliced.values() for d in dims))
+    if isinstance(obj, xr.Dataset):
+        obj = obj[list(sliced)]
+    return obj.reduce(_norm, own, keep_attrs=True, nonfinite=policy)
+
+
+@xr.register_dataset_accessor("daskclip")
+@xr.register_dataarray_accessor("daskclip")
+class DaskClipAccessor:
+    """The functions of `daskclip.xarray` as methods of a DataArray or Dataset.
+
+    Parameters
+    ----------
+    obj : xarray.DataArray or xarray.Dataset
+        What the methods are called on.
+
+    Examples
+    --------
+    >>> x = xr.DataArray(np.float32([3, 4]), dims="x")
+    >>> x.daskclip.norm("x").item()
+    5.0
+    """
+
+    def __init__(self, obj: Any) -> None:
+        self._obj = obj
+
+    def clip_by_norm(self, clip_norm: Any, dim: Any = None, *, skipna: bool | None = None) -> Any:
+        """See `daskclip.xarray.clip_by_norm`."""
+        return clip_by_norm(self._obj, clip_norm, dim, skipna=skipna)
+
+    def norm(self, dim: Any = None, *, skipna: bool | None = None) -> Any:
+        """See `daskclip.xarray.norm`."""
+        return norm(self._obj, dim, skipna=skipna)
+
+
+def _slices(obj: Any, dim: Any) -> dict[Hashable, tuple[xr.DataArray, list[Hashable]]]:
+    """What of ``obj`` is clipped, by its name, and the dimensions its slices have."""
+    if isinstance(obj, xr.DataArray):
+        check_decoded(obj.dtype, obj.attrs, f"array {shown(obj.name)}")
+        check_dtype(obj.dtype)
+        return {obj.name: (obj, parse_dim(dim, obj.dims))}
+    if not isinstance(obj, xr.Dataset):
+        raise InvalidTypeError(
+            f"obj is a {type(obj).__name__}; give a DataArray or Dataset of xarray, "
+            "or use daskclip.clip_by_norm"
+        )
+    for name, x in obj.data_vars.items():
+        check_decoded(x.dtype, x.attrs, f"variable {shown(name)}")
+    bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in obj.variables.values()}
+    data = {name: x for name, x in obj.data_vars.items() if name not in bounds}
+    found = {name: x for name, x in data.items() if x.dtype.name in DTYPES}
+    if not found:
+        raise DTypeError(
+            f"none of the {len(obj.data_vars)} variables can be clipped; cast one to one of "
+            f"{', '.join(DTYPES)}"
+        )
+    dims = parse_dim(dim, list(dict.fromkeys(d for x in found.values() for d in x.dims)))
+    own = {name: [d for d in x.dims if d in dims] for name, x in found.items()}
+    # without any dimension asked for, every element is a slice
+    is_whole = dim is None or dim is ... or not dims
+    return {name: (x, own[name]) for name, x in found.items() if own[name] or is_whole}
+
+
+def _plain(data: Any) -> Any:
+    """Data, if it is of a library whose arrays can be clipped."""
+    if not isinstance(data, np.ndarray | da.Array):
+        kind = type(data)
+        raise DTypeError(
+            f"data of type {kind.__module__}.{kind.__name__} cannot be clipped; "
+            "convert it to an array of numpy or dask"
+        )
+    return data
+
+
+def _norm(data: Any, axis: Any = None, *, nonfinite: NonFinite) -> Any:
+    # the infinite limit changes nothing
+    return clip.clip_by_norm(_plain(data), math.inf, axis, nonfinite=nonfinite, return_norm=True)[1]
+
+
+def _nonfinite(skipna: Any) -> NonFinite:
+    if skipna is not None and not isinstance(skipna, bool | np.bool_):
+        raise InvalidTypeError(f"skipna {shown(skipna)} is not a bool; give True, False or None")
+    return "omit" if skipna is None or skipna else "propagate"
+
+
+def _encoding(encoding: Mapping[Any, Any], dtype: Any, largest: float) -> dict[Any, Any]:
+    """What of an encoding saves values of ``dtype`` as they are, clipped to ``largest``."""
+    kept = {k: v for k, v in encoding.items() if k not in ROUNDING}
+    is_packed = any(name in encoding for name in SCALES)
+    if not np.can_cast(dtype, encoding.get("dtype", dtype), "equiv"):
+        is_packed = True
+        del kept["dtype"]
+    for name in SENTINELS:
+        if is_packed or not all(
+            math.isnan(number) or abs(number) > largest for number in numbers(kept.get(name))
+        ):
+            kept.pop(name, None)
+    return kept
