@@ -420,7 +420,7 @@ def test_a_thousand_arrays_killed_at_fifty_moments(tmp_path):
     while killed < 50:
         process = start(tmp_path / "y")
         try:
-            process.wait(chance.uniform(0, whole / 2))  # what is done stays done
+            process.wait(chance.uniform(0, whole / 3))  # what is done stays done
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
