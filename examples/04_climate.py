@@ -20,10 +20,10 @@ SPACE = ["latitude", "longitude"]
 
 def main(tmp):
     source, target = Path(tmp) / "sst.zarr", Path(tmp) / "clipped.zarr"
-    with xr.open_dataset(distribution("eofs").locate_file(DATA), decode_coords="all") as file:
-        # the file has 1e20 for land: without its encoding, Zarr has NaN
-        ds = file.drop_encoding().chunk(time=10)
-        ds.to_zarr(source, consolidated=False)
+    file = xr.load_dataset(distribution("eofs").locate_file(DATA), decode_coords="all")
+    # the file has 1e20 for land: without its encoding, Zarr has NaN
+    ds = file.drop_encoding().chunk(time=10)
+    ds.to_zarr(source, consolidated=False)
 
     winters = ds.sst.daskclip.norm(SPACE).compute()
     limit = round(float(winters.quantile(0.75)), 3)

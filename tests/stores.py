@@ -1,7 +1,13 @@
 """Zarr arrays to clip, and what is left of them on disk."""
 
+import bisect
+
 import numpy as np
 import zarr
+
+from daskclip import plan_zarr
+from daskclip.errors import MemoryBudgetError
+from daskclip.journal import Journal
 
 # name: options of `zarr.create_array` for an array of two dimensions in chunks of (2, 4)
 FORMATS = {
@@ -64,3 +70,31 @@ def files_of(folder):
     """Bytes of the files of an array but the journal, by key."""
     paths = [p for p in folder.rglob("*") if p.is_file() and p.name != ".daskclip"]
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+
+
+def least_memory(source, target, *args, **how):
+    """The smallest budget, to a few bytes, that a plan fits."""
+
+    def fits(memory):
+        try:
+            plan_zarr(source, target, *args, memory=memory, **how)
+        except MemoryBudgetError:
+            return False
+        return True
+
+    budgets = range(64, 2**16, 64)
+    return budgets[bisect.bisect_left(budgets, True, key=fits)]
+
+
+def stopping_at(monkeypatch):
+    """A list of the number of lines of journals after which a run is interrupted; 0 for never."""
+    append, left = Journal.append, [0]
+
+    def stopping(self, entry):
+        append(self, entry)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "append", stopping)
+    return left

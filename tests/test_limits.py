@@ -1,6 +1,5 @@
 """A limit for each slice: every one does what clip_norm does, in memory, lazily, from storage."""
 
-import bisect
 import math
 
 import dask
@@ -13,14 +12,13 @@ from distributed import Client, LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import BFLOAT16, bits, slices
-from stores import create, finished, read, some
+from stores import create, finished, least_memory, read, some, stopping_at
 from strategies import cases
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan, plan_zarr, prepare, regions, verify_zarr
 from daskclip.cli import main
 from daskclip.errors import (
     DaskClipError,
-    MemoryBudgetError,
     NonFiniteError,
     SourceChangedError,
     StorageError,
@@ -148,16 +146,7 @@ def memory_of(source, axes, passes, limits):
     """The smallest budget, to a few bytes, or one that everything fits."""
     if passes == 1:
         return 2**30
-
-    def fits(memory):
-        try:
-            plan_zarr(source, source.parent / "no", None, axes, limits=limits, memory=memory)
-        except MemoryBudgetError:
-            return False
-        return True
-
-    budgets = range(64, 2**16, 64)
-    return budgets[bisect.bisect_left(budgets, True, key=fits)]
+    return least_memory(source, source.parent / "no", None, axes, limits=limits)
 
 
 def limits_of(shape):
@@ -281,15 +270,7 @@ def test_a_run_is_resumed_with_the_same_limits_only(tmp_path, monkeypatch, passe
     limits = create(tmp_path / "limits", numbers, (1, 5))
     other = create(tmp_path / "other", 2 * numbers, (1, 5))
     how = {"memory": memory_of(x, 0, passes, limits)}
-    append, left = Journal.append, [0]
-
-    def stopping(self, entry):
-        append(self, entry)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "append", stopping)
+    left = stopping_at(monkeypatch)
     for left[0] in (1, 1):
         with pytest.raises(KeyboardInterrupt):
             clip_zarr(x, tmp_path / "y", None, 0, limits=limits, **how)

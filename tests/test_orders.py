@@ -1,6 +1,5 @@
 """The orders 1 and inf keep every rule that 2 keeps, in memory, lazily and from storage."""
 
-import bisect
 import json
 import math
 from itertools import pairwise
@@ -13,14 +12,13 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import BFLOAT16, bits, integer, is_ideal, is_rounded, native, slices, totals
-from stores import create, finished, read, some
+from stores import create, finished, least_memory, read, some, stopping_at
 from strategies import LAYOUTS, cases
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan, plan_zarr, prepare, verify_zarr
 from daskclip.cli import main
-from daskclip.errors import DaskClipError, MemoryBudgetError, TargetExistsError, VerificationError
+from daskclip.errors import DaskClipError, TargetExistsError, VerificationError
 from daskclip.exact import partial_norm
-from daskclip.journal import Journal
 from daskclip.partials import combine
 
 many = settings(max_examples=80, derandomize=True, deadline=None)
@@ -204,16 +202,7 @@ def memory_of(source, passes):
     """The smallest budget, to a few bytes, or one that everything fits."""
     if passes == 1:
         return 2**30
-
-    def fits(memory):
-        try:
-            plan_zarr(source, source.parent / "absent", 1.0, 0, memory=memory)
-        except MemoryBudgetError:
-            return False
-        return True
-
-    budgets = range(64, 2**16, 64)
-    return budgets[bisect.bisect_left(budgets, True, key=fits)]
+    return least_memory(source, source.parent / "absent", 1.0, 0)
 
 
 @pytest.mark.usefixtures("small")
@@ -247,15 +236,7 @@ def test_a_run_in_two_passes_that_is_stopped_anywhere(tmp_path, monkeypatch, ord
     values = some((20, 24), "f8")
     x = create(tmp_path / "x", values, (4, 4))
     expected = clip_by_norm(values, 2.0, 0, ord=ord)
-    append, left, memory = Journal.append, [0], memory_of(x, 2)
-
-    def stopping(self, entry):
-        append(self, entry)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "append", stopping)
+    left, memory = stopping_at(monkeypatch), memory_of(x, 2)
     for number in range(1, 100, 7):
         left[0] = number
         target = tmp_path / f"y{number}"

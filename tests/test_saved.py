@@ -12,7 +12,7 @@ import zarr
 from click.testing import CliRunner
 from distributed import Client, LocalCluster
 from reference import bits
-from stores import create, read, some, stored
+from stores import create, read, some, stopping_at, stored
 
 from daskclip import (
     clip_by_norm,
@@ -140,18 +140,10 @@ def test_in_place_and_where_little_is_stored(tmp_path, passes):
 
 
 def test_a_run_with_saved_norms_that_is_stopped_anywhere(source, tmp_path, monkeypatch):
-    append, left, memory = Journal.append, [0], memory_of(source, 0, 2)
+    left, memory = stopping_at(monkeypatch), memory_of(source, 0, 2)
     how = {"memory": memory, "norms": tmp_path / "norms"}
     stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
     clip_zarr(source, tmp_path / "y", 2.0, 0, memory=memory)
-
-    def stopping(self, entry):
-        append(self, entry)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "append", stopping)
     for number in range(1, 100, 3):
         left[0], target = number, tmp_path / f"y{number}"
         try:
