@@ -171,6 +171,8 @@ def clip_zarr(
             )
         if not (overwrite or in_place):
             refuse_existing(place)
+        if saved:  # not before: after a run in place its source is gone
+            saved.require_of(opened)
         require_alike([*work.files, *opened.paths, *paths(each)])
         old = resumed(work, opened, run, plan.memory)
         limit, measured = parameters["clip_norm"], 0
@@ -267,7 +269,7 @@ def plan_zarr(
     """
     show(progress)
     with failing("looking at source and target"):
-        opened, plan, *_ = prepare(
+        opened, plan, _, saved, _ = prepare(
             source, clip_norm, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
             global_norm=global_norm, ord=ord, limits=limits, storage_options=storage_options,
@@ -276,4 +278,6 @@ def plan_zarr(
         place = open_target(target, opened, storage_options, overwrite=overwrite, in_place=in_place)
         if not (overwrite or in_place):
             refuse_existing(place)
+        if saved:
+            saved.require_of(opened)
     return plan if opened.is_group else plan.plans[""]

@@ -41,6 +41,15 @@ class SavedNorms:
     """Folder of their array."""
     total: Tally
     """Of all slices."""
+    source: Entry
+    """Fingerprint of what they were taken of."""
+
+    def require_of(self, source: Hierarchy) -> None:
+        """Require the source to be what it was when they were saved."""
+        if self.source != source.fingerprint(changes=True):
+            raise SourceChangedError(
+                f"source {source} is not what it was when norms {self.path} were saved; {AGAIN}"
+            )
 
     def entries(self) -> Iterator[Entry]:
         """Those of the first pass, each with the folder of its sums."""
@@ -107,16 +116,12 @@ def open_norms(
     different = [f"{k} {was[k]} and not {parameters[k]}" for k in ALIKE if was[k] != parameters[k]]
     if different:
         raise InvalidValueError(f"norms {place} have {', '.join(different)}; {AGAIN}")
-    if run["source"] != source.fingerprint(changes=True):
-        raise SourceChangedError(
-            f"source {source} is not what it was when norms {place} were saved; {AGAIN}"
-        )
     *_, (last, _) = journal.entries(at)
     if "total" not in last:
         raise SourceError(f"norms {place} are damaged; {AGAIN}")
     plan = planned(run, memory, f"norms {place} need with", AGAIN)
     plans = {name: replace(one, passes=1) for name, one in plan.plans.items()}
-    return SavedNorms(place.path, Tally(*last["total"])), replace(plan, plans=plans)
+    return SavedNorms(place.path, Tally(*last["total"]), run["source"]), replace(plan, plans=plans)
 
 
 def _folder(path: Any) -> Folder:
