@@ -203,9 +203,11 @@ def shared_rows(plan: Any) -> dict[str, str]:
     }
 
 
-def shown_axes(axes: tuple[int, ...] | None) -> str:
-    """Axes as the command line takes them."""
-    return "all" if axes is None else ",".join(map(str, axes)) or "none"
+def shown_over(axes: Sequence[int] | None, dim: Sequence[str] | None = None) -> str:
+    """What norms are taken over, as the command line takes it."""
+    if dim:
+        return f"dim {','.join(dim)}"
+    return f"axes {'all' if axes is None else ','.join(map(str, axes)) or 'none'}"
 
 
 def shown_size(size: int) -> str:

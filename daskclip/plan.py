@@ -26,7 +26,7 @@ import numpy as np
 
 from daskclip.blocks import Box, Spans, box, box_shape, ceil_div, grid
 from daskclip.errors import MemoryBudgetError
-from daskclip.pages import MIB, fragment, shared_rows, shown_axes, shown_size
+from daskclip.pages import MIB, fragment, shared_rows, shown_over, shown_size
 
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 CALL = 1024  # units of a block
@@ -111,7 +111,7 @@ class ClipPlan:
     def rows(self) -> dict[str, str]:
         """The figures for people."""
         return {
-            "array": f"{self.shape}, {shown_size(self.nbytes)}, axes {shown_axes(self.axes)}",
+            "array": f"{self.shape}, {shown_size(self.nbytes)}, {shown_over(self.axes)}",
             "slices": f"{self.slices:,}",
             "units": f"{self.unit} written as one object",
             "blocks": f"{self.blocks:,} of {self.block}, {self.slabs:,} slabs",

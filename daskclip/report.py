@@ -9,7 +9,7 @@ from typing import Any
 
 from daskclip import sketch
 from daskclip.group_plan import GroupPlan
-from daskclip.pages import fragment, page, shown_axes, shown_size
+from daskclip.pages import fragment, page, shown_over, shown_size
 from daskclip.plan import ClipPlan
 from daskclip.progress import State
 
@@ -85,12 +85,14 @@ class ClipReport:
         peak, projected = shown_size(self.peak_memory), shown_size(self.projected_memory)
         arrays = {"arrays": f"{self.arrays:,}, {self.copied:,} more are copied"}
         kind = "" if self.ord == 2 else f", ord {self.ord:g}"
+        over = shown_over(self.axes, self.parameters.get("dim"))
+        over = "all arrays" if self.parameters.get("global_norm") else over
         return {
             "status": self.status,
             "source": self.source,
             "target": self.target,
             **(arrays if self.arrays + self.copied > 1 else {}),
-            "clip_norm": f"{self._limit} over axes {shown_axes(self.axes)}{kind}",
+            "clip_norm": f"{self._limit} over {over}{kind}",
             "slices": f"{self.slices:,}",
             "clipped": f"{self.clipped:,} ({share:.1f} %)",
             "non-finite": f"{self.nonfinite:,}",

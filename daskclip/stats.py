@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from daskclip import sketch
 from daskclip.measure import measure
-from daskclip.pages import fragment, shown_axes, shown_size
+from daskclip.pages import fragment, shown_over, shown_size
 from daskclip.parameters import NonFinite
 from daskclip.prepare import prepare
 from daskclip.progress import Mode, show
@@ -37,6 +37,8 @@ class StatsReport:
     """Where the array was read."""
     axes: tuple[int, ...] | None
     """Axes the norms were taken over; None for all axes of each array of a group."""
+    dim: list[str] | None
+    """Dimensions of a group they were taken over, if these were given."""
     ord: float
     """Which norm: 1, 2 or inf."""
     arrays: int
@@ -79,7 +81,7 @@ class StatsReport:
     def rows(self) -> dict[str, str]:
         """The figures for people."""
         rows = {
-            "source": f"{self.source}, axes {shown_axes(self.axes)}",
+            "source": f"{self.source}, {shown_over(self.axes, self.dim)}",
             "slices": f"{self.slices:,}",
             "zero": f"{self.zeros:,}",
             "NaN": f"{self.nan:,}",
@@ -195,6 +197,7 @@ def stats_zarr(
     return StatsReport(
         source=str(opened),
         axes=None if taken is None else tuple(taken),
+        dim=parameters["dim"],
         ord=float(ord),
         arrays=len(plan.clipped),
         slices=total.slices,

@@ -375,6 +375,8 @@ def test_the_command_line(tmp_path):
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
     report = json.loads(done.stdout)
     assert (report["arrays"], report["copied"], report["slices"]) == (3, 6, 1)
+    again = clip_zarr(tmp_path / "x", tmp_path / "z", 1.0, global_norm=True)
+    assert again.rows()["clip_norm"] == "1 over all arrays"
     assert report["parameters"]["exclude"] == ["layers/*", "empty"]
 
 
@@ -389,6 +391,7 @@ def test_dimensions_by_name(tmp_path):
         one[...] = values[name]
     report = clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, dim=["x", "time"])
     assert (report.arrays, report.copied, report.slices) == (2, 2, 8)
+    assert report.rows()["clip_norm"] == "1 over dim x,time"
     for name, axes in {"a": 0, "b": 1}.items():
         assert bits(read(tmp_path / "y", name)) == bits(clip_by_norm(values[name], 1.0, axes))
     for name in "cd":
