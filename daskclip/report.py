@@ -13,6 +13,12 @@ from daskclip.pages import fragment, page, shown_over, shown_size
 from daskclip.plan import ClipPlan
 from daskclip.progress import State
 
+# what a plan of an array and one of a group have, and their fields do not tell
+PLANNED = (
+    "slices", "slabs", "blocks", "tasks", "passes", "bytes_read",
+    "processes", "threads", "memory", "projected_memory",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipReport:
@@ -176,8 +182,7 @@ def as_document(figures: Any) -> str:
     """One JSON document of all figures; JSON has no infinity, so it becomes a string."""
     fields = asdict(figures)
     if isinstance(figures, ClipPlan | GroupPlan):
-        derived = ("slices", "slabs", "blocks", "tasks", "bytes_read")
-        fields |= {k: getattr(figures, k) for k in derived}
+        fields |= {k: getattr(figures, k) for k in PLANNED}
     return json.dumps(_plain(fields), indent=2, allow_nan=False)
 
 

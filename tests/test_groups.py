@@ -372,8 +372,11 @@ def test_the_command_line(tmp_path):
         BIN / "daskclip", "run", tmp_path / "x", tmp_path / "y",
         "--clip-norm", "1", "--global", "--exclude", "layers/*", "--exclude", "empty", "--json",
     ]  # fmt: skip
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
-    report = json.loads(done.stdout)
+    report, planned = (
+        json.loads(subprocess.run([*map(str, w)], capture_output=True, text=True).stdout)
+        for w in (words, [words[0], "plan", words[2], tmp_path / "other", *words[4:]])
+    )
+    assert planned["projected_memory"] == report["projected_memory"] <= planned["memory"]
     assert (report["arrays"], report["copied"], report["slices"]) == (3, 6, 1)
     again = clip_zarr(tmp_path / "x", tmp_path / "z", 1.0, global_norm=True)
     assert again.rows()["clip_norm"] == "1 over all arrays"

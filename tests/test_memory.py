@@ -80,11 +80,20 @@ def grown(source, target, memory, *options):
     """Bytes above the imports that a run holds; at most the budget and what the plan foresaw."""
     command = [source, target, "--clip-norm", "1", "--memory", f"{memory // MIB}MiB", *options]
     planned = json.loads(output(*DASKCLIP, "plan", *command, "--json"))
-    held = peak(*DASKCLIP, "run", *command) - imports(zarr.open_array(source, mode="r").dtype)
+    opened = zarr.open(source, mode="r")
+    dtype = getattr(opened, "dtype", np.dtype("f4"))
+    held = peak(*DASKCLIP, "run", *command) - imports(dtype)
     assert held <= memory
     assert held <= planned["projected_memory"] <= memory
-    assert zarr.open_array(target).shape == zarr.open_array(source).shape
+    assert shapes(zarr.open(target, mode="r")) == shapes(opened)
     return held
+
+
+def shapes(opened):
+    """Shapes of what is an array, or of those in a group."""
+    if isinstance(opened, zarr.Array):
+        return opened.shape
+    return {n: a.shape for n, a in opened.members(max_depth=None) if isinstance(a, zarr.Array)}
 
 
 def test_256_mib_in_128_mib(arrays, tmp_path):
@@ -173,3 +182,29 @@ def layout(request, tmp_path_factory):
 def test_the_projection_holds(layout, tmp_path, axes, memory):
     options = [] if axes is None else ["--axes", axes]
     grown(layout, tmp_path / "y", memory * MIB, *options)
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory):
+    """A group of some large arrays of all kinds, of small ones, and of integers in one chunk."""
+    path = tmp_path_factory.mktemp("group") / "x"
+    zarr.create_group(path).create_group("layers")
+    for name, how in LAYOUTS.items():
+        make(path / name.replace(" ", "_"), (4096, 4096), **how)
+    for i in range(64):
+        make(path / "layers" / str(i), (64 + i, 1024), (64 + i, 1024), FAST)
+    make(path / "integers", (8192, 4096), (8192, 4096), FAST, dtype="i4")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--global"], ["--axes", "1"], ["--axes", "1", "--clip-norm", "p99"], ["--html"]],
+    ids=" ".join,
+)
+def test_a_group_of_unlike_arrays(unlike, tmp_path, options):
+    if options == ["--html"]:
+        options = ["--html", tmp_path / "page.html"]
+    grown(unlike, tmp_path / "y", 72 * MIB, *options)
