@@ -9,17 +9,16 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 MIB = 2**20
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 240, 66, 16, 22, 44  # of a picture
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 240, 66, 28, 22, 44  # of a picture
 STYLE = """
 .daskclip { --ink: #1b1f24; --paper: #fff; --bar: #2f6fb3; --mark: #b5391a; --grid: #0002;
   color: var(--ink); background: var(--paper); font: 14px/1.45 sans-serif; padding: 8px 16px; }
 @media (prefers-color-scheme: dark) { .daskclip {
   --ink: #e6e8ea; --paper: #16191d; --bar: #6ea8e6; --mark: #ff9a6b; --grid: #fff3; } }
 .daskclip h1 { font-size: 20px; overflow-wrap: anywhere; }
-.daskclip h2 { font-size: 15px; margin: 12px 0 4px; }
-.daskclip .all { display: grid; gap: 8px 32px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
-.daskclip figure { margin: 0; max-width: 560px; min-width: 0; }
+.daskclip h2 { font-size: 15px; margin: 0 0 4px; }
+.daskclip .all { columns: 380px; column-gap: 32px; }
+.daskclip figure { margin: 0 0 12px; max-width: 560px; break-inside: avoid; }
 .daskclip svg text { font: 12px sans-serif; fill: var(--ink); }
 .daskclip .bar { fill: var(--bar); } .daskclip .grid { stroke: var(--grid); }
 .daskclip .line { fill: none; stroke: var(--bar); stroke-width: 2; }
@@ -134,11 +133,11 @@ def _chart(
     for y in _ticks(0, most):
         _, h = at(span[0], y)
         drawn.append(f'<path class="grid" d="M{left} {h}H{right}"/>')
-        drawn.append(f'<text x="{left - 6}" y="{h + 4}" text-anchor="end">{y:.4g}</text>')
+        drawn.append(f'<text x="{left - 6}" y="{h + 4}" text-anchor="end">{y:g}</text>')
     for x in _ticks(*span, log):
         w, _ = at(x, 0)
         drawn.append(f'<path class="grid" d="M{w} {bottom}v5"/>')
-        drawn.append(f'<text x="{w}" y="{bottom + 18}" text-anchor="middle">{x:.4g}</text>')
+        drawn.append(f'<text x="{w}" y="{bottom + 18}" text-anchor="middle">{x:g}</text>')
     for kind, points in shapes:
         places = [at(*p) for p in points]
         if kind == "bar":

@@ -159,13 +159,13 @@ class VerifyReport:
 
 
 def run_pictures(
-    norms: Any, plan: GroupPlan, states: list[State], actual: tuple[int, int, int, float]
+    norms: Any, plan: GroupPlan, states: list[State], peak: int, read: int, written: int
 ) -> dict[str, Any] | None:
-    """What pictures of a run show; it took so many bytes of memory, read, written, and seconds."""
+    """What pictures of a run show; it took so many bytes of memory, read and written."""
     if norms is None:
         return None
-    peak, read, written, seconds = actual
     expected = f"{states[0].seconds + states[0].left:.2f} s" if states else ""
+    taken = f"{states[-1].seconds:.2f} s" if states else ""
     return sketch.figures(sketch.Norms(*norms), plan.kept) | {
         "slices": plan.slices,
         "throughput": [(0.0, 0), *((s.seconds, s.done - s.skipped) for s in states)],
@@ -173,7 +173,7 @@ def run_pictures(
             ("memory", shown_size(plan.projected_memory), shown_size(peak)),
             ("bytes read", shown_size(plan.bytes_read), shown_size(read)),
             ("bytes written", shown_size(plan.nbytes), shown_size(written)),
-            ("time, by the first window", expected, f"{seconds:.2f} s"),
+            ("time of the passes, by the first window", expected, taken),
         ],
     }
 

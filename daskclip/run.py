@@ -94,8 +94,6 @@ def clip_passes(
         digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
         axes, asked = parameters["axes"], (*OTHERS, *(["clip_norm"] if "limit" in run else []))
         peak = max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0)
-        seconds = time.monotonic() - started
-        actual = peak, passes.read, passes.written, seconds
         report = ClipReport(
             status="clipped" if written else "nothing to clip",
             source=str(source),
@@ -114,7 +112,7 @@ def clip_passes(
             bytes_written=passes.written,
             passes=plan.passes + ("limit" in run and saved is None),
             blocks=plan.blocks,
-            seconds=seconds,
+            seconds=time.monotonic() - started,
             peak_memory=peak,
             projected_memory=plan.projected_memory,
             run=run["run"],
@@ -123,7 +121,7 @@ def clip_passes(
             versions=versions(),
             source_fingerprint=run["source"].get("hash", "unknown"),
             digest=f"{digest:016x}" if written else None,
-            pictures=run_pictures(total.norms, plan, states, actual),
+            pictures=run_pictures(total.norms, plan, states, peak, passes.read, passes.written),
         )
         if written:
             record(entries, made, report)

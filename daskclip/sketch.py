@@ -150,14 +150,20 @@ def above(norms: Norms, limit: float) -> int:
 
 
 def histogram(norms: Norms, bars: int = 64) -> list[tuple[float, float, int]]:
-    """Edges and counts of neighbouring bins, put together to at most so many bars."""
+    """Edges and counts of neighbouring bins, put together to at most so many bars.
+
+    They are as wide as each other on a logarithmic axis, as far as bins allow.
+    """
     if not norms.bins:
         return []
-    first, last = norms.bins[0], norms.bins[-1]
-    step = -(-(last - first + 1) // bars)
-    counts = np.zeros(-(-(last - first + 1) // step), np.int64)
-    np.add.at(counts, (np.array(norms.bins) - first) // step, norms.counts)
-    at = edges(first - 1 + step * np.arange(counts.size + 1)).tolist()
+    octaves, places = np.divmod(np.array([norms.bins[0] - 1, norms.bins[-1]]), BINS)
+    low, high = octaves + np.log2(1 + places / BINS)
+    marks = np.linspace(low, high, bars + 1)
+    octaves = np.floor(marks)
+    ends = np.unique(np.rint(BINS * (octaves + np.exp2(marks - octaves) - 1)).astype(np.int64))
+    counts = np.zeros(ends.size - 1, np.int64)
+    np.add.at(counts, np.searchsorted(ends, norms.bins) - 1, norms.counts)
+    at = edges(ends).tolist()
     return list(zip(at[:-1], at[1:], counts.tolist(), strict=True))
 
 

@@ -155,8 +155,11 @@ def test_a_few_round_numbers_on_an_axis(low, ratio):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1300])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_the_page(source, tmp_path, width, scheme):
-    page = tmp_path / "page.html"
+@pytest.mark.parametrize("rows", [250, 200_000])
+def test_a_browser_shows_the_page(tmp_path, width, scheme, rows):
+    page, rng = tmp_path / "page.html", np.random.default_rng(0)
+    x = rng.standard_normal((rows, 4, 3)) * np.exp(rng.standard_normal((rows, 4, 1)))
+    source = create(tmp_path / "x", x.astype("f4"), (rows // 5, 4, 3))
     run("run", source, tmp_path / "y", "--axes", 2, "--clip-norm", "p90", "--html", page)
     # told by the browser itself: text that lies over other text of its picture, or outside of it
     look = """<script>

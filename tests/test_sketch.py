@@ -115,3 +115,20 @@ def test_bars_hold_all_norms():
     assert sum(n for *_, n in bars) == 1000
     assert [((x > a) & (x <= b)).sum() for a, b, _ in bars] == [n for *_, n in bars]
     assert histogram(sketch.nothing((3,))) == []
+
+
+@pytest.mark.parametrize("low", [5e-324, 1e-310, 1e-5, 1.0])
+@pytest.mark.parametrize("high", [1.01, 7.0, 1e9, np.finfo(float).max])
+def test_bars_are_of_one_width_on_a_logarithmic_axis(low, high):
+    octaves = np.log2(high) - np.log2(low)
+    with np.errstate(over="ignore", under="ignore"):
+        x = np.clip(np.exp2(np.linspace(np.log2(low), np.log2(high), 5000)), low, high)
+    bars = histogram(norms_of(x))
+    assert sum(n for *_, n in bars) == 5000
+    assert [a for a, *_ in bars[1:]] == [b for _, b, _ in bars[:-1]]
+    assert all(a < b for a, b, _ in bars)
+    assert bars[0][0] <= x[0]
+    assert bars[-1][1] >= x[-1]
+    if octaves > 64 / BINS:
+        widths = [np.log2(b) - np.log2(a) for a, b, _ in bars if a >= 2.0**-1022]
+        assert max(widths) - min(widths) < 4 / BINS
