@@ -37,6 +37,10 @@ class NonFiniteError(DaskClipError, FloatingPointError):
 class MemoryBudgetError(DaskClipError, ValueError):
     """The memory budget holds less than the least that the run needs."""
 
+    def __init__(self, text: str, need: int = 0) -> None:
+        super().__init__(text)
+        self.need = need
+
 
 class SourceNotFoundError(DaskClipError, FileNotFoundError):
     """There is nothing at the source's path."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
-from daskclip.errors import DaskClipError
+from daskclip.errors import MemoryBudgetError
 from daskclip.pages import fragment, shared_rows, shown_size
 from daskclip.plan import BLOCK, CALL, ClipPlan, grown, make_plan
 
@@ -121,14 +122,17 @@ def plan_group(
     """
 
     def plan(name: str, threads: int) -> ClipPlan:
-        try:
-            return make_plan(**clipped[name], **common, threads=threads, shared=global_norm)
-        except DaskClipError as error:
-            if name:
-                raise type(error)(f"array {name}: {error}") from error
-            raise
+        return make_plan(**clipped[name], **common, threads=threads, shared=global_norm)
 
-    plans = {name: plan(name, threads) for name in clipped}
+    plans, refused = {}, []
+    for name in clipped:
+        try:
+            plans[name] = plan(name, threads)
+        except MemoryBudgetError as error:
+            refused.append((error.need, name, error))
+    if refused:
+        _, name, most = max(refused, key=itemgetter(0))
+        raise MemoryBudgetError(f"array {name}: {most}" if name else str(most)) from most
     fewest = min(p.threads for p in plans.values())
     if fewest < threads:
         plans = {name: plan(name, fewest) for name in clipped}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -45,7 +45,8 @@ def members(
 
 def patterns(given: Any, what: str) -> list[str]:
     """Names or patterns as a list."""
-    found = [given] if isinstance(given, str) else list(given or ())
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+    found = list(given) if several else [] if given is None else [given]
     for pattern in found:
         if not isinstance(pattern, str):
             raise InvalidTypeError(f"{what} {shown(pattern)} is no text; give names or patterns")

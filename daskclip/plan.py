@@ -268,9 +268,10 @@ def make_plan(
         run = "1 thread needs" if threads == 1 else f"{threads} threads need"
         fewer = "" if threads == 1 else " or use workers of fewer threads"
         raise MemoryBudgetError(
-            f"memory {_mib(memory)} holds less than the {_mib(need)} that {run} "
+            f"memory {shown_size(memory)} holds less than the {shown_size(need)} that {run} "
             f"for blocks of one chunk or shard {unit}; "
-            f"give memory='{ceil_div(need, MIB)}MiB'{fewer}"
+            f"give memory='{ceil_div(need, MIB)}MiB'{fewer}",
+            need,
         )
     block = grown(block, shape, order, min(BLOCK // itemsize, units), fits)
     need, window = projected(block, threads)
@@ -304,7 +305,3 @@ def grown(
                 break
             block = wider
     return block
-
-
-def _mib(size: int) -> str:
-    return f"{size / MIB:.1f} MiB"

@@ -103,19 +103,19 @@ def prepare(
 
 
 def _having(source: Hierarchy, names: list[str], dim: Any) -> tuple[list[str], list[str]]:
-    """Those of the arrays that have any of the dimensions, and these."""
+    """Those of the arrays that have any of the dimensions, all if there are none, and these."""
     having = {name: dimension_names(source.arrays[name]) or [] for name in names}
     known = list(dict.fromkeys(d for named in having.values() for d in named if d is not None))
     wanted = parse_dim(dim, known)
-    return [name for name in names if {*having[name]} & {*wanted}], wanted
+    return [name for name in names if not wanted or {*having[name]} & {*wanted}], wanted
 
 
 def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> dict[str, Any]:
     """What the plan of an array has to know."""
     array = source.arrays[name]
     named = dimension_names(array)
-    if source.is_group and dim is not None:
-        dim = [d for d in dim if d in (named or ())]
+    if source.is_group and dim is not None and axes is None:
+        dim, axes = None, [a for a, d in enumerate(named or ()) if d in dim]
     try:
         check_source(array)
         parse_ord(ord, array.dtype)

@@ -14,7 +14,7 @@ from daskclip.group_plan import GroupPlan
 from daskclip.hierarchy import Hierarchy
 from daskclip.journal import Entry, Journal
 from daskclip.limits import described
-from daskclip.pages import MIB
+from daskclip.pages import MIB, shown_size
 from daskclip.plan import ClipPlan
 from daskclip.prefixes import PrefixWork
 from daskclip.publish import JOURNAL, FolderWork, is_made
@@ -104,7 +104,7 @@ def planned(
     need = ceil_div(plan.projected_memory * max(threads, plan.threads), plan.threads)
     if need > memory:
         raise MemoryBudgetError(
-            f"memory {memory / MIB:.1f} MiB holds less than the {need / MIB:.1f} MiB that {of} "
+            f"memory {shown_size(memory)} holds less than the {shown_size(need)} that {of} "
             f"{threads} threads; give memory='{ceil_div(need, MIB)}MiB', or {otherwise}"
         )
     now: Any = {"threads": threads, "memory": memory, "projected_memory": need}

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from daskclip import files, journal, storage
 from daskclip.errors import (
+    InvalidTypeError,
     InvalidValueError,
     SourceChangedError,
     SourceError,
@@ -125,6 +126,8 @@ def open_norms(
 
 
 def _folder(path: Any) -> Folder:
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidTypeError(f"norms {shown(path)} is not a path; give the path of a folder")
     place = find_target(path)
     if not isinstance(place, Folder):
         raise InvalidValueError(f"norms {shown(path)} are not on a local file system; give a path")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from daskclip import (
 from daskclip.errors import (
     DaskClipError,
     InvalidValueError,
+    MemoryBudgetError,
     SourceError,
     TargetError,
     VerificationError,
@@ -333,6 +335,7 @@ REFUSED = {
         integers, {"global_norm": True, "axes": 0}, InvalidValueError, "global norm has no axes"
     ),
     "include that is no text": (integers, {"include": [1]}, TypeError, "include 1 is no text"),
+    "exclude that is no list": (integers, {"exclude": 1}, TypeError, "exclude 1 is no text"),
 }  # fmt: skip
 
 
@@ -351,6 +354,18 @@ def test_an_axis_that_an_array_has_not_is_told_with_its_name(tmp_path):
     make(tmp_path / "x")
     with pytest.raises(np.exceptions.AxisError, match="array bias: axis 1 is out of bounds"):
         clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, axes=1)
+
+
+@pytest.mark.parametrize("global_norm", [False, True])
+def test_memory_that_is_too_small_is_told_for_the_array_that_needs_most(tmp_path, global_norm):
+    group = zarr.create_group(tmp_path / "x")
+    for name, n in {"a": 1, "b": 3, "c": 2}.items():
+        group.create_array(name, shape=(n << 20, 2), chunks=(n << 20, 2), dtype="f4")
+    how = {"axes": None if global_norm else 1, "global_norm": global_norm}
+    with pytest.raises(MemoryBudgetError, match=r"array b: .* give memory='[0-9]+MiB'") as caught:
+        plan_zarr(tmp_path / "x", tmp_path / "y", 1.0, memory="48MiB", **how)
+    enough = re.search("memory='(.*)'", str(caught.value))[1]
+    assert plan_zarr(tmp_path / "x", tmp_path / "y", 1.0, memory=enough, **how).threads == 1
 
 
 def test_patterns_are_for_groups(tmp_path):
@@ -399,6 +414,9 @@ def test_dimensions_by_name(tmp_path):
         assert bits(read(tmp_path / "y", name)) == bits(clip_by_norm(values[name], 1.0, axes))
     for name in "cd":
         assert bits(read(tmp_path / "y", name)) == bits(values[name])
+    clip_zarr(tmp_path / "x", tmp_path / "each", 0.5, dim=[])
+    for name, x in values.items():
+        assert bits(read(tmp_path / "each", name)) == bits(clip_by_norm(x, 0.5, []))
     with pytest.raises(InvalidValueError, match=r"dim 'lat' is not a dimension.*time, y, x, z"):
         clip_zarr(tmp_path / "x", tmp_path / "z", 1.0, dim="lat")
     with pytest.raises(InvalidValueError, match="global norm has no axes, and 'x'"):

@@ -27,6 +27,7 @@ from daskclip import (
 from daskclip.cli import main
 from daskclip.errors import (
     DaskClipError,
+    InvalidTypeError,
     InvalidValueError,
     MemoryBudgetError,
     SourceChangedError,
@@ -237,7 +238,7 @@ def wrong(tmp_path, source):
         ((source, 0, 1.0, {"norms": source}), SourceError, "x were not saved by this daskclip"),
         ((source, 0, 1.0, {"norms": damaged}), SourceError, "damaged are damaged; save them"),
         ((source, 0, 1.0, {"norms": "s3://a/b"}), DaskClipError, "a/b"),
-        ((source, 0, 1.0, {"norms": 3}), DaskClipError, "3 is not a path"),
+        ((source, 0, 1.0, {"norms": 3}), InvalidTypeError, "norms 3 is not a path"),
         ((source, 0, np.nan, {"norms": good}), InvalidValueError, "do not go with clip_norm nan"),
         (
             (source, 0, None, {"norms": good, "limits": np.ones((1, 24))}),
