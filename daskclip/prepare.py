@@ -69,6 +69,8 @@ def prepare(
     names = members(opened, include, exclude)
     if opened.is_group and dim is not None:
         names, dim = _having(opened, names, dim)
+        if not dim and axes is None:
+            axes, dim = [], None
     clipped = {name: _clipped(opened, name, axes, dim, ord) for name in names}
     over = {name: one["axes"] for name, one in clipped.items()}
     each = open_limits(limits, clip_norm, opened, over, storage_options)

@@ -414,7 +414,8 @@ def test_dimensions_by_name(tmp_path):
         assert bits(read(tmp_path / "y", name)) == bits(clip_by_norm(values[name], 1.0, axes))
     for name in "cd":
         assert bits(read(tmp_path / "y", name)) == bits(values[name])
-    clip_zarr(tmp_path / "x", tmp_path / "each", 0.5, dim=[])
+    report = clip_zarr(tmp_path / "x", tmp_path / "each", 0.5, dim=[])
+    assert report.rows()["clip_norm"] == "0.5 over axes none"
     for name, x in values.items():
         assert bits(read(tmp_path / "each", name)) == bits(clip_by_norm(x, 0.5, []))
     with pytest.raises(InvalidValueError, match=r"dim 'lat' is not a dimension.*time, y, x, z"):
