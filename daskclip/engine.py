@@ -58,7 +58,7 @@ def clip_zarr(
     source : str, path, zarr.Array or zarr.Group, of any shape
         Floating point or complex array to read; Zarr format 2 or 3, sharded or not. Of a group,
         every such array that is no coordinate is clipped by its own norms; all else that is in it
-        is carried over as it is, byte for byte. Refused where attributes say that values are
+        is carried over as it is, byte for byte. Refused where attributes say that integers are
         packed or that numbers stand for missing values.
     target : str, path or None
         Where the clipped array will be, in an existing folder of a local file system; None with

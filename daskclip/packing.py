@@ -1,4 +1,4 @@
-"""Values that are stored as others: numbers with a scale, and those that mean "missing"."""
+"""Values that are stored as others: integers with a scale, and numbers that mean "missing"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from daskclip.errors import DTypeError, SourceError, shown
 
-SCALES = {"scale_factor": 1.0, "add_offset": 0.0}  # what changes no floating point number
+SCALES = ("scale_factor", "add_offset")
 SENTINELS = ("_FillValue", "missing_value")
 _REMEDY = (
     "open it with xarray and mask_and_scale=True, its default, and clip that, or store that after "
@@ -21,25 +21,18 @@ _REMEDY = (
 
 
 def check_decoded(dtype: Any, attributes: Mapping[Any, Any], what: str) -> None:
-    """Refuse packed values, and data in which numbers stand for what is missing."""
-    kind, given = getattr(dtype, "kind", ""), [name for name in SCALES if name in attributes]
-    used = [name for name in given if kind in "iu" or _changes(name, attributes[name])]
-    scales = [f"{name} {shown(attributes[name])}" for name in used]
-    if scales and kind in "iufc":
+    """Refuse packed integers, and data in which numbers stand for what is missing."""
+    scales = [f"{name} {shown(attributes[name])}" for name in SCALES if name in attributes]
+    if scales and getattr(dtype, "kind", "") in "iu":
         raise DTypeError(f"{what} is packed as {dtype} with {', '.join(scales)}; {_REMEDY}")
     for name in SENTINELS:
         for number in numbers(attributes.get(name)):
             # zeros add nothing to a norm and stay zeros
-            if number and not math.isnan(number) and kind in "fc":
+            if number and not math.isnan(number) and getattr(dtype, "kind", "") in "fc":
                 raise SourceError(
                     f"{what} has {name} {number:g}, which would count as data and be clipped; "
                     f"{_REMEDY}"
                 )
-
-
-def _changes(name: str, value: Any) -> bool:
-    """Whether a scale or an offset is a number that changes others."""
-    return any(math.isfinite(n) and n not in (0, SCALES[name]) for n in numbers(value))
 
 
 def numbers(value: Any) -> Iterator[float]:

@@ -59,7 +59,7 @@ def clip_by_norm(
     Raises
     ------
     TypeError
-        If ``obj`` is of another type, is or holds packed values (with the attributes
+        If ``obj`` is of another type, is or holds packed integers (with the attributes
         ``scale_factor`` or ``add_offset``), or has nothing that is floating point or complex.
     ValueError
         If ``dim`` is not a dimension of what can be clipped, or ``clip_norm`` is not 0-D, or

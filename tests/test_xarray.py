@@ -319,28 +319,6 @@ def test_packed_integers_are_refused_until_they_are_decoded(tmp_path, zarr_forma
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-@pytest.mark.parametrize(("name", "number"), [("scale_factor", 2.0), ("add_offset", -1.5)])
-def test_scaled_floats_are_refused_until_they_are_decoded(tmp_path, zarr_format, name, number):
-    path = packed(tmp_path / "x", zarr_format, dtype="f4", **{name: number})
-    words = (f"packed as float32 with {name} {number}", "mask_and_scale")
-    one_line(lambda: clip_zarr(path, tmp_path / "y", 1.0), DTypeError, *words, "wind")
-    one_line(lambda: clip_zarr(path / "wind", tmp_path / "y", 1.0), DTypeError, *words)
-    with xr.open_zarr(path, consolidated=False, mask_and_scale=False) as raw:
-        one_line(lambda: raw.daskclip.norm("lat"), DTypeError, *words, "wind")
-
-
-@pytest.mark.parametrize("zarr_format", [2, 3])
-def test_a_scale_that_changes_nothing_is_carried_over(tmp_path, zarr_format):
-    same_values = {"dtype": "f4", "scale_factor": 1.0, "add_offset": 0.0}
-    path = packed(tmp_path / "x", zarr_format, **same_values)
-    clip_zarr(path, tmp_path / "y", 1.0, dim="lat", nonfinite="omit")
-    with xr.open_zarr(path, consolidated=False) as ds:
-        expected = ds.wind.daskclip.clip_by_norm(1.0, "lat").values
-    with xr.open_zarr(tmp_path / "y", consolidated=False) as ds:
-        assert bits(ds.wind.values) == bits(expected)
-
-
-@pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize(
     "encoding",
     [
