@@ -79,7 +79,15 @@ class Hierarchy:
                 document["attributes"] = self.attributes(name)
             elif document["node_type"] != "array":
                 continue
-            found[name] = zarr.Array.from_dict(self.place / name, document)
+            try:
+                found[name] = zarr.Array.from_dict(self.place / name, document)
+            except Exception as error:  # zarr raises anything
+                if not name:
+                    raise
+                raise SourceError(
+                    f"array {name} of source {self} cannot be opened ({reason(error)}); install "
+                    "what it needs, or move it away"
+                ) from error
         return dict(sorted(found.items()))
 
     def attributes(self, name: str) -> dict[str, Any]:

@@ -320,6 +320,14 @@ def packed(group):
     group.create_array("f", shape=(2,), chunks=(2,), dtype="f4")
 
 
+def unknown(group):
+    integers(group)
+    path = group.store.root / "i" / "zarr.json"
+    document = json.loads(path.read_text())
+    document["codecs"].append({"name": "foo"})
+    path.write_text(json.dumps(document))
+
+
 def integers(group):
     group.create_array("i", shape=(2,), chunks=(2,), dtype="i2")
 
@@ -328,6 +336,7 @@ REFUSED = {
     "an empty group": (lambda group: None, {}, SourceError, "is an empty group"),
     "no floating array": (integers, {}, SourceError, "no floating point or complex array .* i;"),
     "packed integers": (packed, {}, TypeError, "is packed as int16 with scale_factor"),
+    "a codec nobody knows": (unknown, {}, SourceError, "^array i of source .*foo.*move it away"),
     "a pattern for nothing": (
         integers, {"include": "q*"}, InvalidValueError, "'q.' matches no array .* it has i"
     ),
