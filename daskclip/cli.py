@@ -68,19 +68,19 @@ READING = (
     click.option("--workers", type=click.IntRange(min=1), help="Start N local processes."),
     click.option("--scheduler", help="Address, or scheduler file, of a Dask cluster."),
     click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
-    click.option("--exclude", multiple=True, help="Arrays of a group that are left out."),
-    click.option("--include", multiple=True, help="Arrays of a group that are not: 'layers/*'."),
-    click.option("--ord", type=click.Choice(["1", "2", "inf"]), default="2", help="Norm."),
-    click.option("--dim", help="Or their stored names, such as time,lat."),
+    click.option("--exclude", multiple=True, help="Of a group: arrays that stay as they are."),
+    click.option("--include", multiple=True, help="Of a group: clip these only: 'layers/*'."),
+    click.option("--ord", type=click.Choice(["1", "2", "inf"]), default="2", help="Which norm."),
+    click.option("--dim", help="Or the names of their dimensions: time,lat."),
     click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
 )
 WRITING = (
     click.option("--in-place", is_flag=True, help="Replace SOURCE; there is no TARGET."),
     click.option("--overwrite", is_flag=True, help="Replace an array at TARGET."),
     click.option("--dry-run", is_flag=True, help="Check and plan only."),
-    click.option("--norms", help="Those that stats has saved; none is taken again."),
-    click.option("--global", "global_norm", is_flag=True, help="One norm for all arrays."),
-    click.option("--limits", help="Zarr array of a limit for each slice, for --clip-norm."),
+    click.option("--norms", help="Take those that stats --save-norms wrote."),
+    click.option("--global", "global_norm", is_flag=True, help="Of a group: one norm of all."),
+    click.option("--limits", help="Or a Zarr array of a limit for each slice."),
     click.option(
         "--clip-norm",
         type=_Limit(),
@@ -155,7 +155,7 @@ def main() -> None:
 @main.command(epilog=EXIT_CODES)
 @_options(*READING, *WRITING)
 def run(dry_run: bool, **options: Any) -> None:
-    """Clip SOURCE into a new array TARGET; resumes a run that was stopped."""
+    """Clip an array or a group SOURCE into a new TARGET; resumes a run that was stopped."""
     _call(plan_zarr if dry_run else clip_zarr, **options)
 
 
