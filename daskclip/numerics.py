@@ -168,7 +168,7 @@ def warm_up(dtype: np.dtype[Any], size: int) -> None:
     """Load what blocks of ``size`` bytes need of compiled loops: it stays, and is no block's."""
     if size > kernels.LEAST:
         x = np.ones((2, kernels.LEAST // dtype.itemsize), dtype)
-        clip_block(x, 1.0, (1,))
+        clip_block(x, 1.0, (1,), out=x)
         rescale(x, finalize(partial_norm(x, (0, 1)), 1.0, dtype), x)
 
 

@@ -299,6 +299,24 @@ def run(program, folder=None, **environment):
     subprocess.run(command, check=True, cwd=folder, env={**os.environ, **environment})
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8", "c8"])
+def test_blocks_compile_nothing_after_the_warm_up(dtype):
+    run(f"""
+import numpy as np
+from daskclip import loops, numerics
+dtype = np.dtype({dtype!r})
+numerics.warm_up(dtype, 1 << 20)
+before = {{name: len(loop.signatures) for name, loop in loops.compiled().items()}}
+x = np.random.default_rng(0).standard_normal((500, 600)).astype(dtype)
+for axes in ((0,), (1,), (0, 1)):
+    y, z = x.copy(), x.copy()
+    numerics.clip_block(y, 1.0, axes, out=y)
+    scale = numerics.finalize(numerics.partial_norm(z, axes), 1.0, dtype)
+    assert numerics.rescale(z, scale, z).tobytes() == y.tobytes()
+assert before == {{name: len(loop.signatures) for name, loop in loops.compiled().items()}}
+""")
+
+
 def test_without_numba_everything_works():
     block = "import sys\nsys.modules['numba'] = None\n"
     run(block + PROGRAM + "assert not loops.compiled()\n")
