@@ -121,6 +121,22 @@ def test_one_norm_of_all_arrays(tmp_path, memory, shards, small):
     assert again.digest == report.digest
 
 
+@pytest.mark.parametrize("empty", ["a", "z"])
+@pytest.mark.parametrize("how", [{}, {"pictures": True}, {"nonfinite": "raise"}])
+def test_one_norm_where_some_arrays_are_empty(tmp_path, empty, how):
+    group, x = zarr.create_group(tmp_path / "x"), some((6, 4), "f4", 1)
+    group.create_array(empty, shape=(3, 0, 2), chunks=(1, 1, 1), dtype="f8")
+    group.create_array("b", shape=x.shape, chunks=(2, 4), dtype="f4")[...] = x
+    report = clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, global_norm=True, **how)
+    assert (report.slices, report.clipped) == (1, 1)
+    assert bits(read(tmp_path / "y", "b")) == bits(clip_by_norm(x, 1.0))
+    assert verify_zarr(tmp_path / "y", tmp_path / "x").slices == 1
+    everything = clip_zarr(
+        tmp_path / "x", tmp_path / "z", 1.0, global_norm=True, include=empty, **how
+    )
+    assert (everything.slices, everything.clipped, everything.largest_norm) == (1, 0, 0.0)
+
+
 @pytest.mark.parametrize("name", BY_GLOBAL_NORM)
 def test_recorded_global_norms_through_storage(tmp_path, name):
     case = CASES[name]
