@@ -264,7 +264,8 @@ class Passes:
         name = f"sums-{'-'.join(map(str, rows[0][0]))}.npz"
         self.journal.save(name, sums)
         digests = {self.number(Cell(*c)): d for f in found for c, d in f.digests.items()}
-        nan = any(bool((p.flags & NAN).any()) for p in sums)
+        # an infinite norm of several arrays is as good as NaN
+        nan = any(bool((p.flags if self._shared else p.flags & NAN).any()) for p in sums)
         return {"sums": name, "nan": nan, "source": digests}
 
     def _second(

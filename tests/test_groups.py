@@ -273,6 +273,18 @@ def test_nothing_is_held_after_a_run(tmp_path):
     assert not jobs._rooms
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("nonfinite", ["propagate", "omit"])
+def test_a_norm_that_is_not_finite_makes_what_is_not_stored_nan(tmp_path, value, nonfinite):
+    group, x = zarr.create_group(tmp_path / "x"), np.float32([1, value, 2])
+    group.create_array("a", shape=(3,), chunks=(2,), dtype="f4")[...] = x
+    group.create_array("b", shape=(4,), chunks=(2,), dtype="f8")
+    clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, global_norm=True, nonfinite=nonfinite)
+    counts = not (nonfinite == "omit" and np.isnan(value))
+    assert np.isnan(read(tmp_path / "y", "b")).all() == counts
+    assert verify_zarr(tmp_path / "y", tmp_path / "x").slices == 1
+
+
 def test_chunks_that_are_not_stored_stay_so(tmp_path):
     make(tmp_path / "x")
     group = zarr.open_group(tmp_path / "x")
