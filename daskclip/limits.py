@@ -39,7 +39,7 @@ def open_limits(
         return {}
     if isinstance(limits, Mapping):
         found = dict(limits)
-    elif type(limits) is np.ndarray:
+    elif type(limits) is np.ndarray or isinstance(limits, numbers.Real):
         found = dict.fromkeys(over, limits)
     else:
         opened = _opened(limits, options)

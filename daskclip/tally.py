@@ -37,7 +37,7 @@ def count(scale: Scale) -> Tally:
     norm = scale.norm[finite]
     return Tally(
         scale.norm.size,
-        int((scale.factor[finite] != 1.0).sum()),
+        int((scale.factor[finite] < 1.0).sum()),
         scale.norm.size - norm.size,
         float(norm.min(initial=math.inf)),
         float(norm.max(initial=-math.inf)),
@@ -51,7 +51,7 @@ def collect(scale: Scale, axes: Sequence[int], start: Sequence[int], shape: Any)
     norms = sketch.collect(
         norm,
         (flags & NAN != 0, flags != 0),
-        (flags == 0) & (factor != 1.0),
+        (flags == 0) & (factor < 1.0),
         [start[a] for a in kept],
         [shape[a] for a in kept],
     )

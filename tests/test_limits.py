@@ -347,6 +347,30 @@ def test_verification_needs_the_limits_of_the_run(tmp_path):
         verify_zarr(tmp_path / "z", limits=numbers)
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("nonfinite", ["propagate", "omit"])
+@pytest.mark.parametrize("each", [True, False])
+def test_what_a_limit_of_nan_made_is_verified(tmp_path, passes, nonfinite, each):
+    x = create(tmp_path / "x", 5 * some((20, 24), "f4"), (4, 4))
+    numbers = np.where(np.arange(24) % 3 == 0, np.nan, 2.0)[None]
+    clip_norm, limits = (None, numbers) if each else (math.nan, None)
+    memory = 2**30
+    if passes == 2:
+        memory = least_memory(x, tmp_path / "no", clip_norm, 0, limits=limits)
+    report = clip_zarr(
+        x, tmp_path / "y", clip_norm, 0, limits=limits, nonfinite=nonfinite, memory=memory
+    )
+    assert (report.passes, report.clipped) == (passes, 16 if each else 0)
+    assert verify_zarr(tmp_path / "y", tmp_path / "x", limits=limits).slices == 24
+
+
+def test_one_number_is_a_limit_for_all(tmp_path):
+    x = create(tmp_path / "x", 5 * some((8, 6), "f4"), (2, 2))
+    clip_zarr(x, tmp_path / "y", None, 1, limits=2.0)
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 2.0, 1))
+
+
 def test_what_exceeds_its_limit_is_found(tmp_path):
     x = create(tmp_path / "x", some((20, 24), "f8"), (4, 4))
     limits = create(tmp_path / "limits", np.full((20, 1), 2.0), (5, 1))
