@@ -35,7 +35,7 @@ class NonFiniteError(DaskClipError, FloatingPointError):
 
 
 class MemoryBudgetError(DaskClipError, ValueError):
-    """The memory budget holds less than the least that the run needs."""
+    """The memory budget holds less than the ``need`` of the run, in bytes, where that is given."""
 
     def __init__(self, text: str, need: int = 0) -> None:
         super().__init__(text)

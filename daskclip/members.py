@@ -45,8 +45,10 @@ def members(
 
 def patterns(given: Any, what: str) -> list[str]:
     """Names or patterns as a list."""
-    several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
-    found = list(given) if several else [] if given is None else [given]
+    if given is None:
+        return []
+    one = isinstance(given, str | bytes) or not isinstance(given, Iterable)
+    found = [given] if one else list(given)
     for pattern in found:
         if not isinstance(pattern, str):
             raise InvalidTypeError(f"{what} {shown(pattern)} is no text; give names or patterns")

@@ -143,7 +143,7 @@ class Passes:
                     seen[int(number)] = digest
             if not name:  # nothing is stored
                 continue
-            some = [self.jobs[k] for k in jobs if self.jobs[k].plan.blocks]
+            some = [self.jobs[k] for k in jobs if self.jobs[k].plan.blocks]  # else no region
             scales = Scales(some, self.journal, name, slabs, self._shared)
             if second is None:
                 self.total = tally.add(self.total, scales.tally())

@@ -13,7 +13,7 @@ from daskclip.pages import fragment, page, shown_over, shown_size
 from daskclip.plan import ClipPlan
 from daskclip.progress import State
 
-# what a plan of an array and one of a group have, and their fields do not tell
+# of a plan, of an array or of a group, beside its fields
 PLANNED = (
     "slices", "slabs", "blocks", "tasks", "passes", "bytes_read",
     "processes", "threads", "memory", "projected_memory",

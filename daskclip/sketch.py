@@ -156,6 +156,7 @@ def histogram(norms: Norms, bars: int = 64) -> list[tuple[float, float, int]]:
     """
     if not norms.bins:
         return []
+    # the edge of bin k lies k // BINS + log2(1 + k % BINS / BINS) octaves along the axis
     octaves, places = np.divmod(np.array([norms.bins[0] - 1, norms.bins[-1]]), BINS)
     low, high = octaves + np.log2(1 + places / BINS)
     marks = np.linspace(low, high, bars + 1)

@@ -7,13 +7,15 @@ import dask
 import numpy as np
 import pytest
 import zarr
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import bits
 from stores import some, stopping_at
 
 from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, plan, verify_zarr
 from daskclip.errors import MemoryBudgetError
+
+PLAIN = st.just({"z": ({"shape": (3,), "chunks": (2,), "dtype": "f4"}, np.float32([3, 4, 0]), 8)})
 
 
 @st.composite
@@ -42,9 +44,6 @@ def groups(draw):
     return found if any(o["dtype"] != "i4" for o, *_ in found.values()) else found | draw(PLAIN)
 
 
-PLAIN = st.just({"z": ({"shape": (3,), "chunks": (2,), "dtype": "f4"}, np.float32([3, 4, 0]), 8)})
-
-
 def make(path, group):
     """Store a group; returns the values that are read from it."""
     root = zarr.create_group(path)
@@ -65,10 +64,7 @@ HOW = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Object at")  # of zarr, about what a run keeps
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None)
 @given(
     group=groups(),
     how=st.sampled_from(["global", *HOW]),
@@ -77,11 +73,7 @@ HOW = {
     in_place=st.booleans(),
     stop=st.integers(0, 4),
 )
-def test_it_is_what_numpy_makes_of_its_arrays(
-    monkeypatch, group, how, memory, limit, in_place, stop
-):
-    monkeypatch.setattr(plan, "FIXED", 0)
-    monkeypatch.setattr(plan, "SCRATCH", 0)
+def test_it_is_what_numpy_makes_of_its_arrays(group, how, memory, limit, in_place, stop):
     if any(o["dtype"] == "c8" for o, *_ in group.values()) and how == "largest":
         how = "own"
     options = HOW[how]
@@ -90,6 +82,8 @@ def test_it_is_what_numpy_makes_of_its_arrays(
         dask.config.set(num_workers=2),
         pytest.MonkeyPatch.context() as patch,
     ):
+        patch.setattr(plan, "FIXED", 0)
+        patch.setattr(plan, "SCRATCH", 0)
         source, target = Path(folder) / "x", Path(folder) / ("x" if in_place else "y")
         values = make(source, group)
         floats = {n: x for n, x in values.items() if x.dtype.kind in "fc"}

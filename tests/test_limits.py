@@ -142,11 +142,11 @@ def small(monkeypatch):
     monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
-def memory_of(source, axes, passes, limits):
+def memory_of(source, axes, passes, limits, clip_norm=None):
     """The smallest budget, to a few bytes, or one that everything fits."""
     if passes == 1:
         return 2**30
-    return least_memory(source, source.parent / "no", None, axes, limits=limits)
+    return least_memory(source, source.parent / "no", clip_norm, axes, limits=limits)
 
 
 def limits_of(shape):
@@ -355,9 +355,7 @@ def test_what_a_limit_of_nan_made_is_verified(tmp_path, passes, nonfinite, each)
     x = create(tmp_path / "x", 5 * some((20, 24), "f4"), (4, 4))
     numbers = np.where(np.arange(24) % 3 == 0, np.nan, 2.0)[None]
     clip_norm, limits = (None, numbers) if each else (math.nan, None)
-    memory = 2**30
-    if passes == 2:
-        memory = least_memory(x, tmp_path / "no", clip_norm, 0, limits=limits)
+    memory = memory_of(x, 0, passes, limits, clip_norm)
     report = clip_zarr(
         x, tmp_path / "y", clip_norm, 0, limits=limits, nonfinite=nonfinite, memory=memory
     )
