@@ -7,14 +7,7 @@ errors         every error, with its exit code
 retries        which errors pass, what is tried again
 blocks         grid arithmetic
 files          local files: durable, exchanged, listed, digested
-orders         the norms that there are
-digits         sums of squares or magnitudes of a matrix as integers
-partials       exact sums as integers, and adding them up
-loops          sums and products that numba compiles
-kernels        exact sums and rescaled blocks by those loops, where numba is installed
-exact          exact sums of NumPy blocks
-factor         from a sum to the norm and the factor
-numerics       rescaled blocks
+numerics       exact norms of NumPy blocks, factors and rescaling: a room with a C kernel
 sketch         histograms of norms, their quantiles, the largest
 tally          counts over slices
 packing        values that are stored as others
@@ -73,7 +66,7 @@ from daskclip.indexed import IndexedSlices
 from daskclip.stats import stats_zarr
 from daskclip.verify import verify_zarr
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "IndexedSlices",

@@ -12,11 +12,9 @@ from dask.system import CPU_COUNT
 
 from daskclip import lazy
 from daskclip.arrays import as_array, as_limit, check_name
-from daskclip.exact import partial_norm
-from daskclip.factor import finalize
 from daskclip.indexed import IndexedSlices, is_indexed
 from daskclip.limits import as_limits
-from daskclip.numerics import clip_array, require_finite
+from daskclip.numerics import clip_array, finalize, partial_norm, require_finite
 from daskclip.parameters import NonFinite, check_nonfinite, parse_axes, parse_ord
 
 
@@ -96,7 +94,7 @@ def clip_by_norm(
     several chunks need of an array 16 times smaller, such as a mean, is made once and held, and so
     is a chunk upstream that more than 64 chunks need.
 
-    Memory: a chunk and its result per thread, some 10 MB of scratch, and for each slice the
+    Memory: a chunk and its result per thread, some 2 MB of scratch, and for each slice the
     partial sums (some 20 bytes; at most 80 for float32, 550 for float64) of the chunks that Dask
     combines at a time, and 8 bytes for ``limits``. NumPy: the result and the scratch.
 

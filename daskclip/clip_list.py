@@ -11,11 +11,8 @@ import numpy as np
 
 from daskclip import lazy
 from daskclip.arrays import as_arrays, as_limit, check_name
-from daskclip.exact import partial_norm
-from daskclip.factor import finalize, nan_if_infinite
 from daskclip.indexed import IndexedSlices, is_indexed
-from daskclip.numerics import rescale
-from daskclip.partials import Partial, combine_all
+from daskclip.numerics import Partial, combine_all, finalize, nan_if_infinite, partial_norm, rescale
 
 
 def global_norm(t_list: Sequence[Any]) -> Any:

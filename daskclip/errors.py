@@ -34,6 +34,12 @@ class NonFiniteError(DaskClipError, FloatingPointError):
     """NaN or infinity was met under ``nonfinite="raise"``."""
 
 
+class KernelError(DaskClipError, ImportError):
+    """The compiled kernel is not there or cannot be loaded."""
+
+    exit_code = 1
+
+
 class MemoryBudgetError(DaskClipError, ValueError):
     """The memory budget holds less than the ``need`` of the run, in bytes, where that is given."""
 

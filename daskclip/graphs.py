@@ -12,9 +12,9 @@ import dask.array as da
 
 from daskclip import plan, storage, tasks
 from daskclip.attempts import shown_region
-from daskclip.factor import Scale
 from daskclip.jobs import Job
 from daskclip.norms import no_block, tree
+from daskclip.numerics import Scale
 from daskclip.recipes import Constant
 from daskclip.workers import gathered, surviving
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from daskclip.files import digest, write_durably
-from daskclip.partials import Partial
+from daskclip.numerics import Partial
 
 Entry = dict[str, Any]
 

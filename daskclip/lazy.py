@@ -13,11 +13,19 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 from dask.highlevelgraph import HighLevelGraph
 
-from daskclip.exact import partial_norm
-from daskclip.factor import Scale, finalize, nan_if_infinite
 from daskclip.norms import map_objects, tree
-from daskclip.numerics import Array, clip_block, require_finite, rescale
-from daskclip.partials import Partial, combine_all
+from daskclip.numerics import (
+    Array,
+    Partial,
+    Scale,
+    clip_block,
+    combine_all,
+    finalize,
+    nan_if_infinite,
+    partial_norm,
+    require_finite,
+    rescale,
+)
 from daskclip.recipes import Recipe, recipes
 
 HOLD = 16 * 2**20  # bytes of the chunks that share their slices, up to which they are held

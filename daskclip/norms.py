@@ -14,7 +14,7 @@ import dask.array as da
 import numpy as np
 from dask.core import flatten
 
-from daskclip.partials import combine
+from daskclip.numerics import combine
 
 
 def tree(

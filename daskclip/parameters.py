@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dask.utils import parse_bytes
 
 from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, shown
-from daskclip.orders import ORDERS
+from daskclip.numerics import ORDERS
 
 Array = npt.NDArray[Any]
 NonFinite = Literal["propagate", "omit", "raise"]

@@ -15,7 +15,7 @@ from daskclip.files import digest_file
 from daskclip.graphs import Cell, Row, compute, together
 from daskclip.jobs import Job
 from daskclip.journal import Entry, Journal
-from daskclip.partials import NAN, combine
+from daskclip.numerics import NAN, combine
 from daskclip.saved import saved_sums
 from daskclip.scales import Scales
 from daskclip.tally import Tally

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ from daskclip.pages import MIB, fragment, shared_rows, shown_over, shown_size
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 CALL = 1024  # units of a block
 FIXED = 16 * MIB  # graph, scheduler, zarr's threads
-SCRATCH = 12 * MIB  # numerics, pages to write from, and what the allocator keeps; per thread
-SLICE = 48  # limit, norm, factor and flags of a slice of a block, and what counts them
+SCRATCH = 8 * MIB  # numerics, pages to write from, and what the allocator keeps; per thread
+SLICE = 36  # limit, norm, factor and flags of a slice of a block, and what counts them
 WINDOW = 16  # blocks of a window per thread
+USUAL = 80  # bytes of the exact sum of a slice that are enough unless values span 10**80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,8 @@ class ClipPlan:
     """Budget of each of them, in bytes above its imports."""
     projected_memory: int
     """What each of them will need at most, in bytes."""
+    state: int = 0
+    """Bytes that the exact sum of a slice may take; 0 if there is room for values of any spread."""
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -184,7 +188,38 @@ class ClipPlan:
                 yield some, [there[j : j + step] for j in range(0, len(there), step)]
 
 
-def make_plan(
+def make_plan(*, state: int, **sizes: Any) -> ClipPlan:
+    """Choose blocks that keep within ``memory``.
+
+    Parameters
+    ----------
+    state : int
+        Bytes that the exact sum of a slice takes at most, for values of any spread. The plan has
+        room for them unless that takes threads away: then for `USUAL` ones, and a run that needs
+        more is refused when it does.
+    **sizes
+        See `_plan`.
+
+    Returns
+    -------
+    ClipPlan
+
+    Raises
+    ------
+    MemoryBudgetError
+        If blocks of one unit do not fit the fewest threads.
+    """
+    plan = _plan(state=min(state, USUAL), **sizes)
+    if state <= USUAL:
+        return plan
+    with suppress(MemoryBudgetError):
+        wide = _plan(state=state, **sizes)
+        if wide.threads == plan.threads:
+            return wide
+    return replace(plan, state=USUAL)
+
+
+def _plan(
     *,
     shape: tuple[int, ...],
     axes: tuple[int, ...],
@@ -198,7 +233,7 @@ def make_plan(
     shared: bool = False,
     beside: int = 0,
 ) -> ClipPlan:
-    """Choose blocks that keep within ``memory``.
+    """`make_plan` for sums of ``state`` bytes a slice.
 
     Parameters
     ----------
@@ -241,8 +276,8 @@ def make_plan(
         if is_whole(block):
             return FIXED + threads * (thread + SLICE * slices), window * processes
         sums = state * slices
-        # a thread sums in integers twice as wide before it has its result
-        base = FIXED + threads * (thread + 3 * sums)
+        # a thread puts its result together from parts
+        base = FIXED + threads * (thread + 2 * sums)
         room = (memory - base) // max(1, sums) - 1
         window = max(threads, min(window, room))
         return base + (window + 1) * sums, window * processes

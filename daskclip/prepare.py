@@ -27,8 +27,8 @@ from daskclip.sources import check_source, open_source
 from daskclip.storage import dimension_names, write_unit
 from daskclip.workers import workers
 
-# bytes that the exact sum of a slice may take; float64 data that spans more than 10**80 takes more
-STATE = {2: 24, 4: 80, 8: 80}
+# bytes that the exact sum of a slice may take, by the size of an element
+STATE = {2: 24, 4: 80, 8: 544}
 
 
 def prepare(

@@ -15,7 +15,6 @@ from daskclip.group_plan import GroupPlan
 from daskclip.hierarchy import Hierarchy
 from daskclip.jobs import Job, end
 from daskclip.journal import Entry, Journal
-from daskclip.numerics import warm_up
 from daskclip.passes import Passes
 from daskclip.progress import State
 from daskclip.publish import JOURNAL
@@ -67,7 +66,7 @@ def clip_passes(
 ) -> ClipReport:
     """All passes, up to the end of the journal; ``measured`` bytes were read before."""
     first, parameters = jobs[0], run["parameters"]
-    before = memory_used(partial(_warm_up, [job for job in jobs if job.plan.passes]))
+    before = memory_used()
 
     states: list[State] = []
     begun = time.monotonic()
@@ -126,16 +125,6 @@ def clip_passes(
         if written:
             record(entries, made, report)
     return report
-
-
-def _warm_up(jobs: list[Job]) -> None:
-    """Load compiled loops for the largest block of each dtype."""
-    sizes: dict[Any, int] = {}
-    for job in jobs:
-        size = job.plan.nbytes_of(0, 0) if job.plan.blocks else 0
-        sizes[job.source.dtype] = max(size, sizes.get(job.source.dtype, 0))
-    for dtype, size in sizes.items():
-        warm_up(dtype, size)
 
 
 def stored_of(jobs: list[Job], run: Entry) -> list[Any]:

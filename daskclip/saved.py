@@ -22,7 +22,7 @@ from daskclip.errors import (
 from daskclip.group_plan import GroupPlan
 from daskclip.hierarchy import Hierarchy, at_folder
 from daskclip.journal import Entry
-from daskclip.partials import Partial
+from daskclip.numerics import Partial
 from daskclip.publish import JOURNAL, Folder, refuse_existing
 from daskclip.resume import VERSION, planned, stored_plan
 from daskclip.tally import Tally

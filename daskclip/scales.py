@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 from daskclip import tally, tasks
-from daskclip.factor import Scale, finalize, nan_if_infinite
 from daskclip.jobs import Job
 from daskclip.journal import Journal
+from daskclip.numerics import Scale, finalize, nan_if_infinite
 from daskclip.tally import Tally
 
 

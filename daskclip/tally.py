@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from daskclip import sketch
-from daskclip.factor import Scale
-from daskclip.partials import NAN
+from daskclip.numerics import NAN, Scale
 
 
 class Tally(NamedTuple):
@@ -34,13 +35,12 @@ NONE = Tally(0, 0, 0, math.inf, -math.inf)
 def count(scale: Scale) -> Tally:
     """Tally of the slices of ``scale``."""
     finite = scale.flags == 0
-    norm = scale.norm[finite]
     return Tally(
         scale.norm.size,
-        int((scale.factor[finite] < 1.0).sum()),
-        scale.norm.size - norm.size,
-        float(norm.min(initial=math.inf)),
-        float(norm.max(initial=-math.inf)),
+        int(np.count_nonzero((scale.factor < 1.0) & finite)),
+        int(finite.size - np.count_nonzero(finite)),
+        float(scale.norm.min(initial=math.inf, where=finite)),
+        float(scale.norm.max(initial=-math.inf, where=finite)),
     )
 
 

@@ -15,12 +15,18 @@ from daskclip import files, regions, storage
 from daskclip.attempts import attempting, shown_region
 from daskclip.blocks import Box, box_shape, boxes, index, shift
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
-from daskclip.exact import partial_norm
-from daskclip.factor import Scale, finalize
 from daskclip.jobs import Job, room_for, under_way
 from daskclip.limits import limits_at
-from daskclip.numerics import clip_block, require_finite, rescale
-from daskclip.partials import Partial, combine
+from daskclip.numerics import (
+    Partial,
+    Scale,
+    clip_block,
+    combine,
+    finalize,
+    partial_norm,
+    require_finite,
+    rescale,
+)
 from daskclip.tally import Tally, collect, count
 
 EMPTY = 0  # digest of a block of which nothing is stored
@@ -33,12 +39,15 @@ class Sums(NamedTuple):
     """Their exact sums."""
     digests: dict[tuple[int, int, int], int]
     """Digests of what was read, by number of the job, slab, and block in it."""
+    state: int
+    """Bytes of the sum of a slice that are planned for; 0 for any number."""
 
 
 def add_sums(parts: list[Sums]) -> Sums:
     """Sums of all the blocks."""
     digests = {block: d for p in parts for block, d in p.digests.items()}
-    return Sums(combine([p.partial for p in parts]), digests)
+    state = parts[0].state
+    return Sums(combine([p.partial for p in parts], max_nbytes=state), digests, state)
 
 
 def each(
@@ -76,11 +85,12 @@ def sum_block(job: Job, slab: int, block: int) -> Sums:
         sums, digest = _no_sums(job, region), EMPTY
     else:
         x = _read_first(job, region)
-        sums = partial_norm(x, job.plan.axes, omit_nan=job.nonfinite == "omit", ord=job.ord)
+        omit = job.nonfinite == "omit"
+        sums = partial_norm(x, job.plan.axes, omit_nan=omit, ord=job.ord, max_nbytes=job.plan.state)
         digest = files.digest(x)
     if job.shared:  # with arrays of other dimensions
         sums = sums._replace(limbs=sums.limbs.reshape(-1), flags=sums.flags.reshape(()))
-    return Sums(sums, {place: digest})
+    return Sums(sums, {place: digest}, job.plan.state)
 
 
 def rescale_block(job: Job, slab: int, block: int, scale: Scale, expected: int) -> int | None:

@@ -10,7 +10,6 @@ from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -179,13 +178,13 @@ def _way_back_cancelled(error: BaseException) -> bool:
     return bool(last.f_globals["__name__"] == "distributed.utils")
 
 
-def memory_used(first: Callable[[], Any] = bool) -> dict[Any, tuple[int, int]]:
-    """Bytes of every process that runs blocks, now and at the highest; after ``first`` there."""
+def memory_used() -> dict[Any, tuple[int, int]]:
+    """Bytes of every process that runs blocks, now and at the highest."""
     client = _client()
     if client is not None:
         with surviving(str):
-            return _everywhere(client, partial(_own_memory, first), 10)
-    return {os.getpid(): _own_memory(first)}
+            return _everywhere(client, _own_memory, 10)
+    return {os.getpid(): _own_memory()}
 
 
 def _everywhere(client: Any, function: Callable[[], Any], seconds: float) -> dict[str, Any]:
@@ -203,9 +202,8 @@ def _everywhere(client: Any, function: Callable[[], Any], seconds: float) -> dic
     return results
 
 
-def _own_memory(first: Callable[[], Any]) -> tuple[int, int]:
+def _own_memory() -> tuple[int, int]:
     """Resident bytes of this process, now and at its highest; 0 where /proc does not say."""
-    first()
     try:
         with open("/proc/self/status") as status:
             fields = dict(line.split(":", 1) for line in status)

@@ -12,11 +12,8 @@ import zarr
 
 from daskclip import clip_by_norm
 from daskclip.blocks import boxes
-from daskclip.exact import partial_norm
-from daskclip.factor import finalize
 from daskclip.hierarchy import at_folder
-from daskclip.numerics import rescale
-from daskclip.partials import combine
+from daskclip.numerics import combine, finalize, partial_norm, rescale
 from daskclip.publish import Folder
 from daskclip.regions import read, write
 

@@ -39,10 +39,9 @@ def peak(*command):
 
 
 @cache
-def imports(dtype):
-    """Bytes of the imports alone, and of the compiled loops for a dtype where there are some."""
-    code = "import daskclip, zarr, dask.array, distributed, numpy; from daskclip import numerics; "
-    code += f"numerics.warm_up(numpy.dtype({dtype.str!r}), 1 << 20)"
+def imports():
+    """Bytes of the imports alone."""
+    code = "import daskclip, zarr, dask.array, distributed, numpy"
     return peak(sys.executable, "-c", code)
 
 
@@ -81,8 +80,7 @@ def grown(source, target, memory, *options):
     command = [source, target, "--clip-norm", "1", "--memory", f"{memory // MIB}MiB", *options]
     planned = json.loads(output(*DASKCLIP, "plan", *command, "--json"))
     opened = zarr.open(source, mode="r")
-    dtype = getattr(opened, "dtype", np.dtype("f4"))
-    held = peak(*DASKCLIP, "run", *command) - imports(dtype)
+    held = peak(*DASKCLIP, "run", *command) - imports()
     assert held <= memory
     assert held <= planned["projected_memory"] <= memory
     assert shapes(zarr.open(target, mode="r")) == shapes(opened)
@@ -208,3 +206,47 @@ def test_a_group_of_unlike_arrays(unlike, tmp_path, options):
     if options == ["--html"]:
         options = ["--html", tmp_path / "page.html"]
     grown(unlike, tmp_path / "y", 72 * MIB, *options)
+
+
+SPREADS = {"softmax f4": 0, "softmax f8": 0, "any f4": 120, "any f8": 1000}
+
+
+@pytest.fixture(scope="module", params=SPREADS)
+def spread(request, tmp_path_factory):
+    """Values that lie many powers of two apart: rows of probabilities, and any exponents."""
+    dtype, most = request.param[-2:], SPREADS[request.param]
+    path, rng = tmp_path_factory.mktemp("spread") / "x", np.random.default_rng(0)
+    array = zarr.create_array(path, shape=(4096, 4096), chunks=(512, 1024), dtype=dtype)
+    for start in range(0, 4096, 512):
+        if most:
+            exponent = rng.integers(-most, most, (512, 4096), endpoint=True)
+            values = np.ldexp(rng.uniform(1, 2, exponent.shape), exponent)
+        else:
+            values = np.exp(20 * rng.standard_normal((512, 4096)))
+            values /= values.sum(axis=1, keepdims=True)
+        array[start : start + 512] = values.astype(dtype)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ord", [1, 2])
+@pytest.mark.parametrize("axes", [0, 1])
+@pytest.mark.parametrize("memory", [64, 128, 512])
+def test_values_of_wide_spread_keep_the_budget(spread, tmp_path, memory, axes, ord):
+    grown(spread, tmp_path / "y", memory * MIB, "--axes", axes, "--ord", ord)
+
+
+FIRST_CLIP = """
+import dask.array, numpy, zarr
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+import daskclip
+daskclip.clip_by_norm(numpy.ones((100, 100), "f4"), 1.0, axes=1)
+print(resident() - before)
+"""
+
+
+def test_import_and_a_first_clip_take_5_mb():
+    assert int(output(sys.executable, "-c", FIRST_CLIP)) <= 5_000_000

@@ -18,8 +18,7 @@ from strategies import LAYOUTS, cases
 from daskclip import clip_by_norm, clip_zarr, norm, plan, plan_zarr, prepare, verify_zarr
 from daskclip.cli import main
 from daskclip.errors import DaskClipError, TargetExistsError, VerificationError
-from daskclip.exact import partial_norm
-from daskclip.partials import combine
+from daskclip.numerics import combine, partial_norm
 
 many = settings(max_examples=80, derandomize=True, deadline=None)
 orders = pytest.mark.parametrize("ord", [1, math.inf])

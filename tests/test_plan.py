@@ -215,3 +215,13 @@ def test_a_petabyte_is_planned_in_the_memory_of_a_gigabyte(axes):
     assert len(slabs) * len(blocks) <= plan.window
     assert [s.stop for s in last] == [10**9, 256, 1024]
     assert highest < MIB
+
+
+def test_sums_of_any_spread_have_room_unless_they_take_threads_away():
+    thin = {"shape": (400, 1000, 1000), "unit": (1, 1000, 1000), "itemsize": 8, "axes": (0,)}
+    host = HOST | {"threads": 2, "fewest": 1, "state": 544}
+    assert make_plan(**thin, **host | {"memory": 2**33}).state == 0
+    usual = make_plan(**thin, **host | {"memory": 2**30})
+    assert usual.state == 80
+    assert usual.threads == 2
+    assert usual.projected_memory <= 2**30

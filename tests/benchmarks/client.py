@@ -20,7 +20,7 @@ import zarr
 from dask.distributed import Client
 
 from daskclip import clip_zarr, plan_zarr, tally, tasks
-from daskclip.exact import partial_norm
+from daskclip.numerics import partial_norm
 
 from .contenders import THREADS, measured
 from .storage import SMALL, Case, Runs, make, remove, say

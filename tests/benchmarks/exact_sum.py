@@ -9,17 +9,24 @@ import statistics
 import sys
 import time
 
+import ml_dtypes
 import numpy as np
 
-from daskclip.exact import partial_norm
-from daskclip.factor import finalize
-from daskclip.loops import compiled
+from daskclip.numerics import finalize, partial_norm
 
 from .tables import machine, write
 
 NBYTES = 2**26
 REPEAT = 7
-DTYPES = ("float32", "float64", "float16")
+# name, dtype and spread of the values; log-normal ones span 40 powers of two, softmax 200
+DATA = [
+    *((name, name, "normal") for name in ("float32", "float64", "float16", "bfloat16")),
+    *(
+        (f"{name}, {kind}", name, kind)
+        for name in ("float32", "float64")
+        for kind in ("log-normal", "softmax")
+    ),
+]
 # name, shape of the array from its number of elements, axes
 CASES = [
     ("whole array", lambda n: (n,), (0,)),
@@ -43,39 +50,48 @@ def copy(x, axes, out):
 FUNCTIONS = (exact, plain, copy)
 
 
+def values(dtype, kind, n):
+    """Normal values, or what is made of them."""
+    x = np.random.default_rng(0).standard_normal(n)
+    if kind == "log-normal":
+        x = np.exp(4 * x)
+    if kind == "softmax":
+        x = np.exp(20 * x.reshape(-1, 1024))
+        x = (x / x.sum(axis=1, keepdims=True)).ravel()
+    return x.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+
+
 def measure(nbytes=NBYTES, repeat=REPEAT):
-    """Seconds of every repetition, by (dtype, case, function)."""
-    random = np.random.default_rng(0)
+    """Seconds of every repetition, by (data, case, function)."""
     arrays = {}
-    for dtype in DTYPES:
-        x = random.standard_normal(nbytes // np.dtype(dtype).itemsize).astype(dtype)
-        arrays[dtype] = x, np.empty_like(x)
-        exact(x, (0,), None)  # compiles the loops, where numba is installed
+    for label, dtype, kind in DATA:
+        x = values(dtype, kind, nbytes // np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize)
+        arrays[label] = x, np.empty_like(x)
     seconds = {}
     for _ in range(repeat):
-        for dtype, (flat, spare) in arrays.items():
+        for label, (flat, spare) in arrays.items():
             for name, shape, axes in CASES:
                 x, out = (a.reshape(shape(a.size)) for a in (flat, spare))
                 for function in FUNCTIONS:
                     start = time.perf_counter()
                     function(x, axes, out)
                     taken = time.perf_counter() - start
-                    seconds.setdefault((dtype, name, function), []).append(taken)
+                    seconds.setdefault((label, name, function), []).append(taken)
     return seconds
 
 
 def table(seconds, nbytes):
     """Markdown of the rates; best of the repetitions, then their median."""
     lines = [
-        "| dtype | slices | exact | NumPy float64 | copy | exact / NumPy |",
+        "| values | slices | exact | NumPy float64 | copy | exact / NumPy |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for dtype in DTYPES:
+    for label, *_ in DATA:
         for name, _, _ in CASES:
-            taken = [seconds[dtype, name, f] for f in FUNCTIONS]
+            taken = [seconds[label, name, f] for f in FUNCTIONS]
             rates = [rate(min(t), statistics.median(t), nbytes) for t in taken]
             ratio = statistics.median(b / a for a, b in zip(taken[0], taken[1], strict=True))
-            lines.append(f"| {dtype} | {name} | {' | '.join(rates)} | {ratio:.2f} |")
+            lines.append(f"| {label} | {name} | {' | '.join(rates)} | {ratio:.2f} |")
     return "\n".join(lines)
 
 
@@ -84,14 +100,14 @@ def rate(best, median, nbytes):
 
 
 def context(nbytes, repeat, load):
-    numba = ["numba"] if compiled() else []
     return (
         f"GB/s of input on one core, best of {repeat} interleaved repetitions (median in "
-        f"brackets); standard normal values, {nbytes / 2**20:.0f} MiB in memory. Exact is "
+        "brackets); standard normal values where nothing else is said, "
+        f"{nbytes / 2**20:.0f} MiB in memory. Exact is "
         "`partial_norm` and `finalize`; NumPy is `sqrt(square(x, dtype=float64).sum(axes))`, "
         "neither exact nor safe from overflow; copy is `copyto`. The machine is shared and noisy: "
         "ratios count. The last column is the median ratio of runs next to each other.\n\n"
-        f"{machine('numpy', *numba)}; load average {load:.1f} before the run."
+        f"{machine('numpy')}; load average {load:.1f} before the run."
     )
 
 

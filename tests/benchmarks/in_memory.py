@@ -1,6 +1,6 @@
 """Arrays in memory: `python -m tests.benchmarks.in_memory [--write] [--repeat N]`.
 
-The same clipping by NumPy, TensorFlow, PyTorch and daskclip, with and without its compiled loops.
+The same clipping by NumPy, TensorFlow, PyTorch and daskclip.
 Every repetition starts a process for each contender, which makes the array, clips it once to warm
 up and then measures. What cannot be imported is left out and named under the table.
 """
@@ -21,7 +21,7 @@ from .tables import machine, options, write
 SHAPE = (2**17, 2**10)  # 0.5 GiB of float32
 # name, axes, limit: about half of the rows and columns, and the whole array, are above it
 CASES = (("all", None, 1000.0), ("rows", 1, 32.0), ("columns", 0, 362.0))
-WITHOUT, WITH = "daskclip", "daskclip[fast]"
+OURS = "daskclip"
 
 
 def numpy(x):
@@ -62,15 +62,12 @@ CONTENDERS = {
     "NumPy": (numpy, "numpy"),
     "TensorFlow": (tensorflow, "tensorflow"),
     "PyTorch": (torch, "torch"),
-    WITHOUT: (daskclip, "dask"),
-    WITH: (daskclip, "numba"),
+    OURS: (daskclip, "dask"),
 }
 
 
 def child(name):
     """Seconds of each case, as JSON."""
-    if name == WITHOUT:
-        sys.modules["numba"] = None  # as if it were not installed
     clip = CONTENDERS[name][0](np.random.default_rng(0).standard_normal(SHAPE, np.float32))
     seconds = {}
     for case, axes, limit in CASES:
@@ -104,14 +101,14 @@ def table(seconds, names):
         rates = (f"{nbytes / statistics.median(seconds[name, c]) / 1e9:.1f}" for c, *_ in CASES)
         lines.append(f"| {name} | {' | '.join(rates)} |")
     for peer in names:
-        if WITH in names and peer not in (WITHOUT, WITH):
+        if peer != OURS:
             ratios = (
                 statistics.median(
-                    a / b for a, b in zip(seconds[peer, c], seconds[WITH, c], strict=True)
+                    a / b for a, b in zip(seconds[peer, c], seconds[OURS, c], strict=True)
                 )
                 for c, *_ in CASES
             )
-            lines.append(f"| {WITH} / {peer} | {' | '.join(f'{r:.1f}' for r in ratios)} |")
+            lines.append(f"| {OURS} / {peer} | {' | '.join(f'{r:.1f}' for r in ratios)} |")
     return "\n".join(lines)
 
 

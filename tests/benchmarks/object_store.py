@@ -66,9 +66,8 @@ def child(name, url, source, target, codec, clip_norm, axes):
     """One run; prints seconds, CPU seconds and bytes above the imports."""
     import dask
 
-    from daskclip import clip_zarr, numerics
+    from daskclip import clip_zarr
 
-    numerics.warm_up(np.dtype("f4"), 1 << 20)
     places = [Place(SimpleNamespace(url=url)), Place(SimpleNamespace(url=url))]
     for place, prefix in zip(places, (source, target), strict=True):
         place.prefix = prefix

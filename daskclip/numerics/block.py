@@ -8,19 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from daskclip import kernels
-from daskclip.blocks import boxes, ceil_div, index, tile_shape, tiles
+from daskclip.blocks import ceil_div
 from daskclip.errors import NonFiniteError
-from daskclip.exact import partial_norm
-from daskclip.factor import PRECISION, Scale, finalize, limit_at
-from daskclip.partials import SLICES, combine
+from daskclip.numerics.compiled import Array, Block
+from daskclip.numerics.partial import combine, partial_norm, sum_slices
+from daskclip.numerics.scale import Scale, finalize, limit_at, scaling, trimmed
 
-Array = npt.NDArray[Any]
 LARGE = 1 << 23  # bytes from which several threads pay
 PARTS = 4  # a thread
-TILE = 1 << 14  # elements that are rescaled at a time: they stay in the cache
 
 
 def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
@@ -42,28 +38,22 @@ def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
 
     Notes
     -----
-    Holds 128 KiB of scratch beside the result.
+    Holds 1 MB of scratch beside the result.
 
     Examples
     --------
+    >>> from daskclip.numerics import finalize, partial_norm
     >>> x = np.float32([[3, 4]])
     >>> rescale(x, finalize(partial_norm(x, (1,)), 1.0, x.dtype))
     array([[0.59999996, 0.79999995]], dtype=float32)
     """
     if out is None:
         out = np.empty_like(x, subok=False)
-    if x.dtype.kind == "c":
-        rescale(x.real, scale, out.real)
-        rescale(x.imag, scale, out.imag)
-        return out
-    with np.errstate(all="ignore"):
-        if (scale.factor == 1.0).all():
-            if out is not x:
-                out[...] = x
-        elif x.dtype.itemsize == 8:
-            _rescale_double(x, scale, out)
-        elif np.any(scale.toward_zero) or not kernels.rescale(x, scale.factor, out):
-            _rescale_tiles(x, scale, out)
+    if x.size:
+        block = Block(x.dtype, **scale._asdict())
+        kept = scale.factor.shape
+        block.describe(x, (1,) * (x.ndim - len(kept)) + kept, out)
+        block.run("rescale_slices")
     return out
 
 
@@ -98,11 +88,11 @@ def clip_block(
     clipped : ndarray
         ``out``, of the shape and dtype of ``x``.
     scale : Scale
-        What was done, for the record; its shifts are left out.
+        What was done.
 
     Notes
     -----
-    Works on 2**13 slices at a time, so that what it holds per slice stays at some 4 MB.
+    Holds 2 MB of scratch beside the results.
 
     Examples
     --------
@@ -111,30 +101,14 @@ def clip_block(
     """
     if out is None:
         out = np.empty_like(x, subok=False)
-    shape = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
-    done = Scale(np.empty(shape), None, False, np.empty(shape), np.zeros(shape, np.uint8))
-    limit = np.asarray(clip_norm, np.float64)
-    rows = kernels.clip_rows(x, float(limit), axes, out) if ord == 2 and not limit.ndim else None
-    if rows is not None:
-        done.factor.reshape(-1)[:], done.norm.reshape(-1)[:], left = rows
-        source, target = x.reshape(len(left), -1), out.reshape(len(left), -1)
-        found = np.flatnonzero(left)
-        step = ceil_div(kernels.LONGEST, source.shape[1])
-        for at in (found[i : i + step] for i in range(0, len(found), step)):
-            some = source[at]
-            scale = finalize(partial_norm(some, (1,), omit_nan=omit_nan), limit, x.dtype)
-            target[at] = rescale(some, scale, some)
-            for field in ("factor", "norm", "flags"):
-                getattr(done, field).reshape(-1)[at] = getattr(scale, field)[:, 0]
-        return out, done
-    for kept in boxes(shape, tile_shape(shape, SLICES)):
-        region = index(tuple(slice(None) if k in axes else s for k, s in enumerate(kept)))
-        part = x[region]
-        summed = partial_norm(part, axes, omit_nan=omit_nan, ord=ord)
-        scale = finalize(summed, limit_at(limit, shape, kept), x.dtype)
-        rescale(part, scale, out[region])
-        done.factor[kept], done.norm[kept], done.flags[kept] = scale.factor, scale.norm, scale.flags
-    return out, done
+    kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
+    terms = math.prod(x.shape[k] for k in axes) * (2 if x.dtype.kind == "c" else 1)
+    if not x.size:
+        return out, finalize(partial_norm(x, axes, omit_nan=omit_nan, ord=ord), clip_norm, x.dtype)
+    block, scale = scaling(kept, clip_norm, x.dtype, terms, ord)
+    block.describe(x, kept, out)
+    sum_slices(block, x.dtype, ord, omit_nan)
+    return out, trimmed(scale)
 
 
 def clip_array(
@@ -157,19 +131,11 @@ def clip_array(
         if axis not in axes:
             found = ((s.factor, s.norm, s.flags) for s in pool.map(clip, parts))
             factor, norm, flags = (np.concatenate(a, axis) for a in zip(*found, strict=True))
-            return out, Scale(factor, None, False, norm, flags)
+            return out, Scale(factor, None, None, norm, flags)
         partials = pool.map(lambda part: partial_norm(x[part], axes, **how), parts)
         scale = finalize(combine(list(partials)), clip_norm, x.dtype)
         list(pool.map(lambda part: rescale(x[part], scale, out[part]), parts))
     return out, scale
-
-
-def warm_up(dtype: np.dtype[Any], size: int) -> None:
-    """Load what blocks of ``size`` bytes need of compiled loops: it stays, and is no block's."""
-    if size > kernels.LEAST:
-        x = np.ones((2, kernels.LEAST // dtype.itemsize), dtype)
-        clip_block(x, 1.0, (1,), out=x)
-        rescale(x, finalize(partial_norm(x, (0, 1)), 1.0, dtype), x)
 
 
 def require_finite(
@@ -198,39 +164,3 @@ def require_finite(
         f"slice [{', '.join(shown)}] holds nan or infinity{where}; "
         "use nonfinite='propagate' or 'omit'"
     )
-
-
-def _rescale_tiles(x: Array, scale: Scale, out: Array) -> None:
-    bits, lowest = PRECISION[x.dtype.name]
-    keep = -(1 << (53 - bits))
-    order = sorted(range(x.ndim), key=lambda k: -abs(x.strides[k]))
-    source, target = x.transpose(order), out.transpose(order)
-    factor = np.broadcast_to(scale.factor, x.shape).transpose(order)
-    cut = np.any(scale.toward_zero)
-    toward_zero = np.broadcast_to(scale.toward_zero, x.shape).transpose(order)
-    scratch = np.empty(min(TILE, x.size))
-    for t in tiles(source.shape, TILE):
-        tile = source[index(t)]
-        z = scratch[: tile.size].reshape(tile.shape)
-        np.multiply(tile, factor[t], out=z)
-        z.view(np.int64)[...] &= keep
-        if cut:
-            z *= math.ldexp(1.0, -lowest)
-            np.trunc(z, out=z, where=toward_zero[t])
-            z *= math.ldexp(1.0, lowest)
-        target[t] = z
-
-
-def _rescale_double(x: Array, scale: Scale, out: Array) -> None:
-    shift = 0 if scale.shift is None else scale.shift
-    cut = np.any(scale.toward_zero)
-    if cut:  # products with room for all bits; first, since `out` may be `x`
-        mantissa, exponent = np.frexp(scale.factor)
-        up = np.where(np.abs(x) < 1.0, 100, 0)
-        y, down = np.abs(np.ldexp(x, up) * mantissa), exponent + shift - up
-    np.multiply(x, scale.factor, out=out)
-    if scale.shift is not None:
-        np.ldexp(out, shift, out=out)
-    if cut:
-        raised = (np.abs(np.ldexp(out, -down)) > y) & scale.toward_zero
-        np.copyto(out, np.nextafter(out, 0.0), where=raised)
