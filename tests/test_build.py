@@ -202,6 +202,6 @@ def test_tests_of_the_kernel_pass_with_sanitizers(tmp_path):
     code, said = python("-c", USE, cwd=tmp_path, env=env)
     assert code == 0, said
     assert said == used(tmp_path)
-    tests = ["tests/test_kernel.py", "tests/test_exact.py", "tests/test_properties.py"]
+    tests = ["tests/test_kernel.py", "tests/test_recorded.py"]
     code, said = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=ROOT, env=env)
     assert code == 0, said

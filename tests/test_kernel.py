@@ -130,7 +130,7 @@ def test_levels_layouts_places_and_threads_change_nothing(case, omit, share, dat
         ((4, 20, 3, 20), ()),
     ],
 )
-@pytest.mark.parametrize("spread", [0, 2, 30, 60, 300])
+@pytest.mark.parametrize("spread", [1, 30, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("level")
 def test_sums_of_every_form_are_exact(shape, axes, spread, dtype):

@@ -20,7 +20,7 @@ FILES = {
 }
 TABLE = [line.split()[0] for line in daskclip.__doc__.split("=\n")[1].splitlines()[:-1]]
 OUTSIDE = {"numpy", "dask", "zarr", "click"}
-LINES = 310
+LINES = 400
 
 
 def imports(tree):

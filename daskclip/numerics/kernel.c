@@ -46,6 +46,7 @@ static const i64 SIZE[] = {2, 2, 4, 8}, FIRST[] = {-11, -11, -11, -69}, LIMBS[] 
 #define GRID0 0x1.8p2   /* 1.5 * 2**(52 - 50) */
 #define GRID1 0x1.8p-48
 #define GRID2 0x1.8p-98
+#define GRID3 0x1.8p-148
 #define QUIET 0x7FF8000000000000 /* the NaN that the operation makes */
 
 /* A sum by its highest 128 bits: (high * 2**64 + low + more) * 2**exponent, where high has its top bit
@@ -62,7 +63,7 @@ typedef struct {
     i64 used[2]; /* limbs in use: the first, and one past the last */
     i64 zero;    /* place of the bit that weighs 1 */
     u64 top[LANES], low[LANES];
-    i64 s[3][LANES];
+    i64 s[4][LANES];
     u8 flags[LANES]; /* of slices; then what is made of their sums: the root is (root + rest) * 2**half, */
     leading sum[LANES]; /* the limit mantissa * 2**power, and their quotient, lowered, factor */
     double upper[LANES], lower[LANES], root[LANES], rest[LANES], mantissa[LANES], factor[LANES];
@@ -140,6 +141,7 @@ static inline double error_of(double a, double b, double p) {
 
 /* Add part * 2**unit to the limbs of a slice. */
 static inline void put(work *w, i64 *limbs, i64 unit, i64 part) {
+    if (!part) return; /* its unit may lie below all limbs */
     unit += w->zero;
     i64 i = unit >> 5, shift = unit & 31, low = (part & 0xFFFFFFFF) << shift, high = (part >> 32) << shift;
     limbs[i] += low & 0xFFFFFFFF;

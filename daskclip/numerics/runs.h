@@ -13,7 +13,8 @@
    below 1 (or, the same, the grids are). The square is cut on the grids 2**-50, 2**-100 and, for double,
    2**-150. A float has 24 bits and, above 2**-27 of the largest (DEEP = 26), a square that is exact in
    double and a multiple of 2**-100. A double has 53 bits and, above 2**-23, a product and an error of it
-   that are multiples of 2**-150. Each part is below 2**50: an int64 holds the sum of 2**12 of them. */
+   that are multiples of 2**-150. Each part is below 2**50: an int64 holds the sum of 2**12 of them. Where
+   the run spans more, one grid more reaches 25 powers of two further (`deep`). */
 
 #ifndef NAME
 #define PASTE(a, b) a##b
@@ -44,9 +45,10 @@ static void NAME(scan_)(const T *x, i64 n, BITS *top, BITS *low) {
     *top = t, *low = l;
 }
 
-/* Tell whether the grids hold all elements of a run with these bits exactly. */
-static inline int NAME(is_near_)(BITS top, BITS low) {
-    return top < INFINITE && (i64)(top >> MANTISSA) - (i64)(((u64)low + 1) >> MANTISSA) <= DEEP;
+/* Grids that a run with these bits needs: 0 for the usual ones, 1 for one more, 2 where none reach. */
+static inline int NAME(reach_)(BITS top, BITS low) {
+    i64 span = (i64)(top >> MANTISSA) - (i64)(((u64)low + 1) >> MANTISSA);
+    return top >= INFINITE || span > DEEP + 25 ? 2 : span > DEEP;
 }
 
 /* Scale of the elements of a run, or, where no square leaves the range of double, that of the grids. */
@@ -56,31 +58,40 @@ static inline double NAME(scale_)(BITS top, int power) {
 }
 
 /* Add an element, or its square, on each grid. */
-static inline void NAME(cut_)(T x, int power, double scale, i64 *s0, i64 *s1, i64 *s2) {
+static INLINE void NAME(cut_)(T x, int power, int deep, double scale, i64 *s0, i64 *s1, i64 *s2, i64 *s3) {
     double grid0 = WIDE ? GRID0 : GRID0 * scale, grid1 = WIDE ? GRID1 : GRID1 * scale;
     double v = WIDE ? x * scale : x, p = power == 2 ? v * v : __builtin_fabs(v);
-    double t = p + grid0, r = p - (t - grid0), u = r + grid1;
+    double t = p + grid0, r = p - (t - grid0), u = r + grid1, rest = r - (u - grid1);
     *s0 += bits_of(t), *s1 += bits_of(u);
+    if (!WIDE && deep) *s2 += bits_of(rest + GRID2 * scale);
     if (!WIDE) return;
-    /* p has bits below the second grid where v is tiny: they join the error, without rounding */
-    double e = (power == 2 ? error_of(v, v, p) : 0.0) + (r - (u - GRID1)), last = e + GRID1;
-    *s1 += bits_of(last), *s2 += bits_of((e - (last - GRID1)) + GRID2);
+    double e = power == 2 ? error_of(v, v, p) : 0.0;
+    /* p has bits below the second grid where v is tiny: they join the error if that is exact */
+    if (deep)
+        *s2 += bits_of(rest + GRID2);
+    else
+        e += rest;
+    double first = e + GRID1, left = e - (first - GRID1), second = left + GRID2;
+    *s1 += bits_of(first), *s2 += bits_of(second);
+    if (deep) *s3 += bits_of((left - (second - GRID2)) + GRID3);
 }
 
 /* Add the sums of n elements to the limbs of a slice. */
-static inline void NAME(put_sums_)(work *w, i64 *limbs, int power, BITS top, i64 n, i64 s0, i64 s1, i64 s2) {
+static INLINE void NAME(put_sums_)(work *w, i64 *limbs, int power, int deep, BITS top, i64 n, i64 s0, i64 s1,
+                                   i64 s2, i64 s3) {
     i64 unit = power * ((i64)(top >> MANTISSA) - BIAS);
     double scale = WIDE ? 1.0 : NAME(scale_)(top, power);
     put(w, limbs, unit - 50, s0 - n * bits_of(GRID0 * scale));
-    put(w, limbs, unit - 100, s1 - n * bits_of(GRID1 * scale) * (WIDE ? 2 : 1));
-    if (WIDE) put(w, limbs, unit - 150, s2 - n * bits_of(GRID2));
+    put(w, limbs, unit - 100, s1 - n * bits_of(GRID1 * scale) * (1 + WIDE));
+    if (deep || WIDE) put(w, limbs, unit - 150, s2 - n * bits_of(GRID2 * scale) * (deep && WIDE ? 2 : 1));
+    if (deep && WIDE) put(w, limbs, unit - 200, s3 - n * bits_of(GRID3));
 }
 
-static INLINE void NAME(add_run_)(work *w, i64 *limbs, const T *x, i64 n, int power, BITS top) {
-    i64 s0 = 0, s1 = 0, s2 = 0;
+static INLINE void NAME(add_run_)(work *w, i64 *limbs, const T *x, i64 n, int power, int deep, BITS top) {
+    i64 s0 = 0, s1 = 0, s2 = 0, s3 = 0;
     double scale = NAME(scale_)(top, power);
-    for (i64 i = 0; i < n; i++) NAME(cut_)(x[i], power, scale, &s0, &s1, &s2);
-    NAME(put_sums_)(w, limbs, power, top, n, s0, s1, s2);
+    for (i64 i = 0; i < n; i++) NAME(cut_)(x[i], power, deep, scale, &s0, &s1, &s2, &s3);
+    NAME(put_sums_)(w, limbs, power, deep, top, n, s0, s1, s2, s3);
 }
 
 /* The integer of an element. */
@@ -153,18 +164,21 @@ static void NAME(flush_)(const block *b, i64 *limbs) {
 
 /* Add a run of at most RUN elements to the limbs of a slice, or to the bins. */
 static void NAME(add_row_)(const block *b, const T *x, i64 n, i64 *limbs, u8 *flags) {
+    work *w = b->scratch;
     BITS top, low;
     NAME(scan_)(x, n, &top, &low);
+    int reach = NAME(reach_)(top, low);
     if (b->alone && top < INFINITE)
         limbs[0] = top > limbs[0] ? (i64)top : limbs[0];
-    else if (!NAME(is_near_)(top, low)) {
-        if (n < MANY || b->power == 1 || b->paired) return NAME(add_each_)(b, x, n, 1, 0, limbs, flags);
-        if (b->scratch->count > 1 << 15) NAME(flush_)(b, limbs);
+    else if (reach == 2 && (n < MANY || b->power == 1 || b->paired))
+        NAME(add_each_)(b, x, n, 1, 0, limbs, flags);
+    else if (reach == 2) {
+        if (w->count > 1 << 15) NAME(flush_)(b, limbs);
         NAME(add_to_bins_)(b, x, n, flags);
     } else if (top && b->power == 2)
-        NAME(add_run_)(b->scratch, limbs, x, n, 2, top);
+        reach ? NAME(add_run_)(w, limbs, x, n, 2, 1, top) : NAME(add_run_)(w, limbs, x, n, 2, 0, top);
     else if (top)
-        NAME(add_run_)(b->scratch, limbs, x, n, 1, top);
+        reach ? NAME(add_run_)(w, limbs, x, n, 1, 1, top) : NAME(add_run_)(w, limbs, x, n, 1, 0, top);
 }
 
 static INLINE void NAME(scan_lanes_)(const T *restrict x, i64 n, BITS *restrict top, BITS *restrict low) {
@@ -175,9 +189,14 @@ static INLINE void NAME(scan_lanes_)(const T *restrict x, i64 n, BITS *restrict 
     }
 }
 
-static INLINE void NAME(add_lanes_)(const T *restrict x, i64 n, int power, const double *restrict scale,
-                                    i64 *restrict s0, i64 *restrict s1, i64 *restrict s2) {
-    for (i64 j = 0; j < n; j++) NAME(cut_)(x[j], power, scale[j], s0 + j, s1 + j, s2 + j);
+static INLINE void NAME(add_lanes_)(const T *x, i64 n, i64 stride, i64 width, int power, int deep, work *w) {
+    double *restrict scale = w->scale;
+    i64 *restrict s0 = w->s[0], *restrict s1 = w->s[1], *restrict s2 = w->s[2], *restrict s3 = w->s[3];
+    for (i64 i = 0; i < n; i++, x += stride) {
+        const T *restrict row = x;
+        for (i64 j = 0; j < width; j++)
+            NAME(cut_)(row[j], power, deep, scale[j], s0 + j, s1 + j, s2 + j, s3 + j);
+    }
 }
 
 /* Add n rows of lanes side by side: `beside` lanes of each of `period` slices from `base` on, and again. */
@@ -185,21 +204,26 @@ static void NAME(add_columns_)(const block *b, const T *x, i64 n, i64 stride, i6
                                i64 beside, i64 period) {
     work *w = b->scratch;
     BITS *top = (BITS *)w->top, *low = (BITS *)w->low;
-    i64 *s0 = w->s[0], *s1 = w->s[1], *s2 = w->s[2];
-    for (i64 j = 0; j < width; j++) top[j] = 0, low[j] = ABS, s0[j] = s1[j] = s2[j] = 0;
+    int deep = 0, p = b->power;
+    for (i64 j = 0; j < width; j++) top[j] = 0, low[j] = ABS, w->s[0][j] = w->s[1][j] = w->s[2][j] = w->s[3][j] = 0;
     for (i64 i = 0; i < n; i++) NAME(scan_lanes_)(x + i * stride, width, top, low);
-    for (i64 j = 0; j < width; j++) w->scale[j] = NAME(scale_)(top[j], b->power);
-    for (i64 i = 0; i < n && b->power == 2 && !b->alone; i++) NAME(add_lanes_)(x + i * stride, width, 2, w->scale, s0, s1, s2);
-    for (i64 i = 0; i < n && b->power == 1 && !b->alone; i++) NAME(add_lanes_)(x + i * stride, width, 1, w->scale, s0, s1, s2);
+    for (i64 j = 0; j < width; j++) {
+        w->scale[j] = NAME(scale_)(top[j], p);
+        deep |= NAME(reach_)(top[j], low[j]) == 1;
+    }
+    if (!b->alone && deep)
+        p == 2 ? NAME(add_lanes_)(x, n, stride, width, 2, 1, w) : NAME(add_lanes_)(x, n, stride, width, 1, 1, w);
+    else if (!b->alone)
+        p == 2 ? NAME(add_lanes_)(x, n, stride, width, 2, 0, w) : NAME(add_lanes_)(x, n, stride, width, 1, 0, w);
     for (i64 j = 0, k = base, part = 0; j < width; j++) {
         i64 *limbs = w->sums + k * b->limbs_of_slice;
         int partner = b->paired && top[j ^ 1] > INFINITE; /* its NaN leaves out the whole element */
         if (b->alone && top[j] < INFINITE)
             limbs[0] = top[j] > limbs[0] ? (i64)top[j] : limbs[0];
-        else if (partner || !NAME(is_near_)(top[j], low[j]))
+        else if (partner || NAME(reach_)(top[j], low[j]) == 2)
             NAME(add_each_)(b, x + j, n, stride, j, limbs, w->flags + k);
         else if (top[j])
-            NAME(put_sums_)(w, limbs, b->power, top[j], n, s0[j], s1[j], s2[j]);
+            NAME(put_sums_)(w, limbs, p, deep, top[j], n, w->s[0][j], w->s[1][j], w->s[2][j], w->s[3][j]);
         if (++part == beside) part = 0, k = k + 1 < base + period ? k + 1 : base;
     }
 }
