@@ -177,22 +177,30 @@ def rows_near_ties(draw, name, ord):
     bits, unit = (19, 0) if real == "float16" else (53, 8)
     width = draw.one_of(64, 64, 100, 514)
     rows = np.zeros((draw.between(1, 4), width), np.float64)
-    kind, step = draw.one_of("float", "float", "halfway"), draw.one_of(-1, 0, 0, 1)
+    kind, step = draw.one_of("float", "float", "halfway", "beneath"), draw.one_of(-1, 0, 0, 1)
+    if real == "float64" and power == 2 and draw.chance(40):
+        kind = "subnormal"
     for row in rows:
         norm = (1 << bits) + draw.below(1 << bits) // draw.one_of(1, 1 << bits // 2)
-        norm = norm & ~1 if kind == "float" else norm | 1
+        norm = norm | 1 if kind == "halfway" else norm & ~1
         left = (norm << unit) ** power + step
+        if kind == "beneath" and unit:  # halfway from a power of two to the float below it
+            left = ((1 << bits + unit) - (1 << unit - 1)) ** power + step
+        if kind == "subnormal":  # a quarter of a square below halfway, or three above
+            norm = draw.one_of(draw.below(1 << draw.between(20, 51)), (1 << 52) - 1)
+            left = norm * norm + norm + draw.one_of(0, 1)
         numbers = []
         while left and len(numbers) < 63:
             part = left if power == 1 else math.isqrt(left)
             cut = max(0, part.bit_length() - significant)
             part = part >> cut << cut
-            numbers.append(math.ldexp(part, -unit - 10))
+            numbers.append(math.ldexp(part, -1074 if kind == "subnormal" else -unit - 10))
             left -= part**power
         row[draw.order(width)[: len(numbers)]] = numbers
-    rows = rows if real == "float16" else np.ldexp(rows, draw.one_of(0, 0, draw.between(-40, 30)))
+    if real != "float16" and kind != "subnormal":
+        rows = np.ldexp(rows, draw.one_of(0, 0, draw.between(-40, 30)))
     rows = rows.astype(REALS[real])
-    for row in rows:
+    for row in rows if kind != "subnormal" else ():
         at = draw.below(width)
         if not row[at] and draw.chance(50):
             row[at] = dust(draw, real)
@@ -392,9 +400,13 @@ def any_case(draw, name, ord):
 
 
 def special_case(draw, name, ord):
-    x = elements(draw, name, any_shape(draw))
+    shape, axes = draw.one_of(*RUNS)
+    if draw.chance(60):
+        shape = any_shape(draw)
+        axes = draw.some(len(shape))
+    x = elements(draw, name, shape)
     spoil(draw, x)
-    return case_of(draw, x, draw.some(x.ndim), ord, nonfinite=draw.one_of("propagate", "omit"))
+    return case_of(draw, x, axes, ord, nonfinite=draw.one_of("propagate", "omit"))
 
 
 def limits_case(draw, name, ord):
@@ -473,6 +485,7 @@ RUNS = (
     ((4, 50, 30), (1,)), ((4, 50, 30), (0, 2)), ((20, 3, 20), (0, 2)), ((4, 20, 3, 20), (1, 3)),
     ((4, 20, 3, 20), (0, 2)), ((999, 2), (0,)), ((35, 60), (0,)),
 )  # fmt: skip
+CARRIES = (((40_000,), (0,)), ((3, 20_000), (1,)), ((20_000, 3), (0,)), ((1000, 20), (0,)))
 LONG = (
     ((20_000,), (0,)), ((100, 200), (1,)), ((200, 100), (0,)), ((20, 1000), (1,)),
     ((1000, 20), (0,)), ((20, 10, 100), (0, 2)), ((10, 20, 10, 10), (1, 3)), ((1111, 18), (1,)),
@@ -483,6 +496,21 @@ LARGE = (
     ((16, 2**13 + 50), (0,)), ((2**13 + 50, 36), (1,)), ((300, 1000), (0, 1)),
 )  # fmt: skip
 HUGE = (((1100, 1000), (0,)), ((1100, 1000), (1,)), ((1100, 1000), (0, 1)))
+
+
+def carries_case(draw, name, ord):
+    """Many equal elements with all bits set: the largest sums that there are."""
+    real = COMPLEX.get(name, name)
+    fraction_bits, exponent_bits = FIELDS[real]
+    last = (1 << exponent_bits) - 2
+    exponent = min(last, max(0, last // 2 + draw.between(-16, 16)))
+    value = from_fields(real, draw.below(2), exponent, (1 << fraction_bits) - 1)
+    shape, axes = draw.one_of(*CARRIES)
+    x = np.full((*shape, 2) if name in COMPLEX else shape, value)
+    x = x.view(name)[..., 0] if name in COMPLEX else x
+    if draw.chance(50):  # one is too small to be added with the others
+        x.flat[draw.below(x.size)] = from_fields(real, 0, 0, 1)
+    return case_of(draw, x, axes, ord)
 
 
 def of_shapes(pairs):
@@ -520,6 +548,7 @@ THEMES = {
     "runs": (of_shapes(RUNS), 20, KINDS),
     "long": (of_shapes(LONG), 10, KINDS),
     "large": (of_shapes(LARGE), 2, KINDS),
+    "carries": (carries_case, 20, KINDS),
     "far": (far_case, 30, [kind for kind in KINDS if kind[0] in ("float64", "complex128")]),
     "huge": (of_shapes(HUGE), 1, [("float64", 1), ("float64", 2), ("complex128", 2)]),
     "lists": (list_case, 200, [("mixed", 2)]),

@@ -153,6 +153,23 @@ def random_values(rng, shape, dtype, spread):
     return x.view(dtype)[..., 0] if dtype.kind == "c" else x
 
 
+@pytest.mark.parametrize("ord", [1, 2])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.usefixtures("level")
+def test_sums_at_the_reach_of_the_grids_are_exact(dtype, ord):
+    """Elements of all bits that lie 2**span below the largest of their slice."""
+    spans = np.arange(15, 65)
+    x = np.random.default_rng(0).uniform(1, 2, (len(spans), 64)).astype(dtype)
+    x[:, 1:] = np.ldexp(x[:, 1:], -spans[:, None])
+    lowest = np.finfo(dtype).minexp
+    for exponent in (0, *range(lowest, lowest + 60, 3)):  # some of them subnormal
+        y = np.ldexp(x, exponent)
+        for rows, axis in ((y, 1), (np.ascontiguousarray(y.T), 0)):
+            sums = value(partial_norm(rows, (axis,), ord=ord))
+            expected = totals(rows, (axis,), ord)
+            assert (sums == expected if ord == 2 else sums * sums == expected << 2148).all()
+
+
 def special(dtype):
     """Values at the edges of a format, by name."""
     info = np.finfo(dtype)

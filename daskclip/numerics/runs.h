@@ -66,14 +66,12 @@ static INLINE void NAME(cut_)(T x, int power, int deep, double scale, i64 *s0, i
     if (!WIDE && deep) *s2 += bits_of(rest + GRID2 * scale);
     if (!WIDE) return;
     double e = power == 2 ? error_of(v, v, p) : 0.0;
-    /* p has bits below the second grid where v is tiny: they join the error if that is exact */
-    if (deep)
-        *s2 += bits_of(rest + GRID2);
-    else
-        e += rest;
+    /* what is left of p, where v is tiny, joins what is left of the error once that is exact */
+    double third = rest + GRID2, below = rest - (third - GRID2);
+    if (!deep) e += rest;
     double first = e + GRID1, left = e - (first - GRID1), second = left + GRID2;
     *s1 += bits_of(first), *s2 += bits_of(second);
-    if (deep) *s3 += bits_of((left - (second - GRID2)) + GRID3);
+    if (deep) *s2 += bits_of(third), *s3 += bits_of(((left - (second - GRID2)) + below) + GRID3);
 }
 
 /* Add the sums of n elements to the limbs of a slice. */
