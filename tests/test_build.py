@@ -24,7 +24,7 @@ from builds import (
 
 from hatch_build import SOURCE, ZIG, command, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 needs_gcc = pytest.mark.skipif(bool(WITHOUT_GCC), reason=WITHOUT_GCC)
 needs_zig = pytest.mark.skipif(bool(WITHOUT_ZIG), reason=WITHOUT_ZIG)
 needs_qemu = pytest.mark.skipif(
@@ -196,7 +196,6 @@ def test_kernel_runs_on_aarch64(tmp_path):
 
 
 @needs_gcc
-@pytest.mark.timeout(1200)
 def test_tests_of_the_kernel_pass_with_sanitizers(tmp_path):
     env = sanitized(tmp_path)
     code, said = python("-c", USE, cwd=tmp_path, env=env)
