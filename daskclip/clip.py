@@ -127,8 +127,8 @@ def clip_by_norm(
             require_finite(x, over, limit)
         threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
         omit = nonfinite == "omit"
-        clipped, scale = clip_array(x, limit, over, omit_nan=omit, ord=ord, threads=threads)
-        norms = scale.norm.squeeze(over)[()]
+        clipped, norms = clip_array(x, limit, over, omit_nan=omit, ord=ord, threads=threads)
+        norms = norms.squeeze(over)[()]
         if x.ndim == 0 and not isinstance(t, np.ndarray):
             clipped = clipped[()]
     if is_indexed(t):

@@ -113,29 +113,33 @@ def clip_block(
 
 def clip_array(
     x: Array, clip_norm: Any, axes: tuple[int, ...], *, threads: int, ord: float = 2, omit_nan: bool
-) -> tuple[Array, Scale]:
-    """`clip_block`, a large one in parts along the axis that memory runs along slowest."""
+) -> tuple[Array, Array]:
+    """`clip_block`, a large one in parts along the axis that memory runs along slowest.
+
+    Returns the clipped array and the norms, with reduced axes of size 1.
+    """
     how: Any = {"omit_nan": omit_nan, "ord": ord}
     if x.nbytes < LARGE or threads < 2:
-        return clip_block(x, clip_norm, axes, **how)
+        out, scale = clip_block(x, clip_norm, axes, **how)
+        return out, scale.norm
     out = np.empty_like(x, subok=False)
-    kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
+    norm = np.empty(tuple(1 if k in axes else n for k, n in enumerate(x.shape)))
     axis = max(range(x.ndim), key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
     step = ceil_div(x.shape[axis], PARTS * threads)
     parts = [(slice(None),) * axis + (slice(i, i + step),) for i in range(0, x.shape[axis], step)]
 
-    def clip(part: Any) -> Scale:
-        return clip_block(x[part], limit_at(clip_norm, kept, part), axes, out=out[part], **how)[1]
+    def clip(part: Any) -> None:
+        limit = limit_at(clip_norm, norm.shape, part)
+        norm[part] = clip_block(x[part], limit, axes, out=out[part], **how)[1].norm
 
     with ThreadPoolExecutor(threads) as pool:
         if axis not in axes:
-            found = ((s.factor, s.norm, s.flags) for s in pool.map(clip, parts))
-            factor, norm, flags = (np.concatenate(a, axis) for a in zip(*found, strict=True))
-            return out, Scale(factor, None, None, norm, flags)
+            list(pool.map(clip, parts))
+            return out, norm
         partials = pool.map(lambda part: partial_norm(x[part], axes, **how), parts)
         scale = finalize(combine(list(partials)), clip_norm, x.dtype)
         list(pool.map(lambda part: rescale(x[part], scale, out[part]), parts))
-    return out, scale
+    return out, scale.norm
 
 
 def require_finite(
