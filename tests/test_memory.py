@@ -230,8 +230,7 @@ def spread(request, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("ord", [1, 2])
-@pytest.mark.parametrize("axes", [0, 1])
+@pytest.mark.parametrize(("axes", "ord"), [(0, 1), (0, 2), (1, 2)])
 @pytest.mark.parametrize("memory", [64, 128, 512])
 def test_values_of_wide_spread_keep_the_budget(spread, tmp_path, memory, axes, ord):
     grown(spread, tmp_path / "y", memory * MIB, "--axes", axes, "--ord", ord)
