@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import create, least_memory
 
+from daskclip import clip_zarr, plan, plan_zarr
 from daskclip.errors import MemoryBudgetError
 from daskclip.plan import MIB, make_plan
 
@@ -225,3 +227,17 @@ def test_sums_of_any_spread_have_room_unless_they_take_threads_away():
     assert usual.state == 80
     assert usual.threads == 2
     assert usual.projected_memory <= 2**30
+
+
+def test_sums_that_take_more_than_was_planned_are_refused(tmp_path, monkeypatch):
+    sizes = {"FIXED": 0, "SCRATCH": 0, "SLICE": 0, "BLOCK": 256, "USUAL": 8}
+    for name, size in sizes.items():
+        monkeypatch.setattr(plan, name, size)
+    values = np.ldexp(1.0, np.arange(-256, 256)).reshape(8, 64)
+    x = create(tmp_path / "x", values, (1, 64))
+    memory = least_memory(x, tmp_path / "y", 1.0, 0)
+    assert plan_zarr(x, tmp_path / "y", 1.0, 0, memory=memory).state == 8
+    with pytest.raises(MemoryBudgetError, match=r"exact sums .* allows 8; give \d+ times"):
+        clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory)
+    assert not (tmp_path / "y").exists()
+    clip_zarr(x, tmp_path / "z", 1.0, 0, memory=100 * memory)
