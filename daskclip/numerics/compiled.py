@@ -123,10 +123,12 @@ def real_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def kernel() -> ctypes.CDLL:
     """Load the kernel for the processor at hand."""
     names = sorted(path.name for path in FOLDER.glob("_kernel*.so"))
-    return load(names[-1] if len(names) == 1 or has_level_3() else names[0]) if names else load()
+    if len(names) > 1 and not has_level_3():
+        names = names[:1]
+    return load(names[-1] if names else "_kernel.so")
 
 
-def load(name: str = "_kernel.so") -> ctypes.CDLL:
+def load(name: str) -> ctypes.CDLL:
     """Load a kernel that was compiled when the package was installed."""
     try:
         loaded = ctypes.CDLL(str(FOLDER / name))
