@@ -230,8 +230,9 @@ def spread(request, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("axes", "ord"), [(0, 1), (0, 2), (1, 2)])
-@pytest.mark.parametrize("memory", [64, 128, 512])
+@pytest.mark.parametrize(
+    ("memory", "axes", "ord"), [(64, 0, 1), (64, 0, 2), (64, 1, 2), (128, 0, 2), (512, 0, 2)]
+)
 def test_values_of_wide_spread_keep_the_budget(spread, tmp_path, memory, axes, ord):
     grown(spread, tmp_path / "y", memory * MIB, "--axes", axes, "--ord", ord)
 
