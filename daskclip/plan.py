@@ -249,15 +249,6 @@ def _plan(
         Whether the one slice goes on in other arrays, so that no block holds it whole.
     beside : int
         Bytes of a chunk that is read beside those of the array.
-
-    Returns
-    -------
-    ClipPlan
-
-    Raises
-    ------
-    MemoryBudgetError
-        If blocks of one unit do not fit the fewest threads.
     """
     stored = math.prod(unit) * itemsize  # a chunk is decoded whole, beyond the shape too
     unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
