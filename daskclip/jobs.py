@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Job:
 
 _rooms: dict[str, dict[int, Any]] = {}
 _blocks: Counter[str] = Counter()
-_ended: set[str] = set()
+_ended: deque[str] = deque(maxlen=1000)  # a worker may live for months, and run many
 _changed = Condition()
 
 
@@ -76,8 +76,9 @@ def under_way(run: str) -> Iterator[None]:
 def end(run: str) -> None:
     """Let no block of ``run`` begin in this process, and return once none is under way."""
     with _changed:
-        _ended.add(run)
+        _ended.append(run)
         _changed.wait_for(lambda: not _blocks[run])
+        del _blocks[run]
     _rooms.pop(run, None)
 
 

@@ -22,6 +22,7 @@ from daskclip import (
     clip_by_norm,
     clip_zarr,
     files,
+    jobs,
     norm,
     plan,
     plan_zarr,
@@ -698,3 +699,11 @@ def test_a_target_opens_as_part_of_its_group(tmp_path):
     group.create_array("x", data=some(SHAPE, "f4"), chunks=CHUNKS)
     clipped(tmp_path / "group" / "x", tmp_path / "group" / "y")
     assert sorted(group.array_keys()) == ["x", "y"]
+
+
+def test_a_process_keeps_nothing_of_runs_that_ended(tmp_path):
+    source = create(tmp_path / "x", np.ones((4, 4), np.float32), (2, 4))
+    clip_zarr(source, tmp_path / "y", 1.0, axes=1)
+    assert not jobs._blocks
+    assert not jobs._rooms
+    assert jobs._ended.maxlen
