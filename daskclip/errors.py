@@ -12,6 +12,8 @@ class DaskClipError(Exception):
 
     exit_code = 3
     """Exit code of the command line; 3 says that a parameter or the source was rejected."""
+    resumable = False
+    """Whether the journal of a run that this error stopped is kept, so that it can be resumed."""
 
 
 class InvalidValueError(DaskClipError, ValueError):
@@ -38,6 +40,7 @@ class KernelError(DaskClipError, ImportError):
     """The compiled kernel is not there or cannot be loaded."""
 
     exit_code = 1
+    resumable = True
 
 
 class MemoryBudgetError(DaskClipError, ValueError):
@@ -76,12 +79,14 @@ class TargetExistsError(DaskClipError, FileExistsError):
     """There is something at the target's path already, or a run is under way or unfinished."""
 
     exit_code = 5
+    resumable = True
 
 
 class StorageError(DaskClipError, OSError):
     """Reading or writing failed while the run was under way; what is done is kept."""
 
     exit_code = 1
+    resumable = True
 
 
 class TemporaryError(StorageError):
