@@ -60,10 +60,10 @@ def clip_zarr(
         every such array that is no coordinate is clipped by its own norms; all else that is in it
         is carried over as it is, byte for byte. Refused where attributes say that integers are
         packed or that numbers stand for missing values.
-    target : str, path or None
-        Where the clipped array will be, in an existing folder of a local file system; None with
-        ``in_place``. Chunks, shards, codecs, fill value, attributes and dimension names are those
-        of the source.
+    target : str, path, zarr store or None
+        Where the clipped array will be: a path in an existing folder of a local file system, a
+        URL, or a store and path of zarr; None with ``in_place``. Chunks, shards, codecs, fill
+        value, attributes and dimension names are those of the source.
     clip_norm : float or str
         See `clip_by_norm`; or ``'p99'``, for the quantile of 99 % of the norms of finite slices.
     axes : None, int or sequence of int
@@ -89,7 +89,7 @@ def clip_zarr(
         All arrays are clipped by one factor, that of their common norm, as
         `clip_by_global_norm` does; without ``axes``.
     storage_options : dict, optional
-        For a source given as URL.
+        Options of fsspec for a source, a target and limits that are given as URLs.
     progress : bool or {'auto', 'bar', 'lines', 'json', 'none'}
         What is shown on stderr; True is ``'auto'``.
     dim : str or sequence of str, optional
@@ -196,7 +196,7 @@ def clip_zarr(
             )
             require_unchanged(opened, each, run)
         except DaskClipError as error:
-            if error.exit_code == 3:  # the source will not do: there is nothing to resume
+            if not error.resumable:
                 work.clear()
             raise
         if report.status == "clipped":
