@@ -59,7 +59,7 @@ class ClipReport:
     blocks: int
     """Number of blocks."""
     seconds: float
-    """From the first window to the renaming."""
+    """Seconds from the start of the call until the result was complete, before it is published."""
     peak_memory: int
     """Bytes that the largest process which ran blocks grew by at its highest; more than the run
     needed if that process had been larger before."""
@@ -70,7 +70,8 @@ class ClipReport:
     began: str
     """When its first call began, in UTC."""
     parameters: dict[str, Any]
-    """The other arguments: nonfinite, missing, memory in bytes."""
+    """Other arguments that differ from their defaults, and always nonfinite, missing and memory, in
+    bytes; clip_norm as it was given if that was a quantile."""
     versions: dict[str, str]
     """Of Python and of the packages that read, clip and write."""
     source_fingerprint: str
