@@ -136,10 +136,15 @@ class PrefixWork:
 
     def complete(self, source: Hierarchy, name: str, last: Entry) -> bool:
         """Whether all chunks are there, if the end of the journal tells of them."""
-        return "made" not in last or last["made"] == self.made(source, self.staging(source, "")[0])
+        return "made" not in last or last["made"] == self.fingerprint_staged(
+            source, self.staging(source, "")[0]
+        )
 
-    def made(self, source: Hierarchy, staged: Hierarchy) -> Entry:
-        """What tells it from another state, once its metadata is there."""
+    def remove_stray_files(self, staged: Hierarchy) -> None:
+        """Do nothing: a store holds no unfinished objects."""
+
+    def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Entry:
+        """Fingerprint of what was stored, as it is once its metadata is there."""
         return staged.fingerprint(changes=False) | {"metadata": source.digest()}
 
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:

@@ -194,12 +194,15 @@ class FolderWork:
             return False
         return "made" not in last or is_made(lambda: self.staging(source, name)[0], last)
 
-    def made(self, source: Hierarchy, staged: Hierarchy) -> Entry:
-        """What tells what was staged from another state; of exactly the files to be published."""
+    def remove_stray_files(self, staged: Hierarchy) -> None:
+        """Remove files from staging that are neither chunks nor metadata."""
         for array in staged.arrays.values():
             for key, *_ in storage.listed(array):
                 if not files.CHUNK.fullmatch(key) and key not in DOCUMENTS:
                     (Path(storage.location(array)) / key).unlink()
+
+    def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Entry:
+        """Fingerprint of what was staged, without reading chunks."""
         return staged.fingerprint(changes=False)
 
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:

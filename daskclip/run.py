@@ -89,7 +89,10 @@ def clip_passes(
         written = passes.clip()
         after = memory_used()
         total = passes.total
-        made = work.made(source, staged) if written else {}
+        made = {}
+        if written:
+            work.remove_stray_files(staged)
+            made = work.fingerprint_staged(source, staged)
         digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
         axes, asked = parameters["axes"], (*OTHERS, *(["clip_norm"] if "limit" in run else []))
         peak = max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0)
