@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from daskclip.files import digest, write_durably
-from daskclip.numerics import Partial
 
 Entry = dict[str, Any]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 def begin(path: Path, first: Entry) -> None:
@@ -43,13 +44,13 @@ def entries(path: Path) -> Iterator[tuple[Entry, int]]:
 class Journal:
     """The entries of earlier attempts at a run, one after the other, then new ones.
 
-    An entry may name a file of sums beside the journal, in ``sums``. ``mirror`` gives what is told
-    of each line and file, if anything.
+    An entry may name a file of arrays beside the journal, in ``sums``. ``mirror`` gives what is
+    told of each line and file, if anything.
     """
 
     def __init__(self, path: Path, mirror: Callable[[], Any] = bool) -> None:
         self._folder = path.parent
-        self._last: tuple[str, Sequence[Partial]] = "", ()
+        self._last: tuple[str, Arrays] = "", {}
         ends = [(end, entry.get("sums")) for entry, end in entries(path)]
         while ends[-1][1] and not self._readable(ends[-1][1]):
             ends.pop()
@@ -78,27 +79,23 @@ class Journal:
         if self._mirror:
             self._mirror.append(line)
 
-    def save(self, name: str, sums: Sequence[Partial]) -> None:
-        """Keep sums in a file of that name."""
-        arrays: dict[str, Any] = {}
-        for i, p in enumerate(sums):
-            arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags, f"rest{i}": [p.low, p.terms]}
-            arrays[f"ord{i}"] = p.ord
+    def save(self, name: str, arrays: Arrays) -> None:
+        """Keep arrays in a file of that name."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         write_durably(self._folder / name, buffer.getvalue())
         if self._mirror:
             self._mirror.save(name, buffer.getvalue())
-        self._last = name, sums
+        self._last = name, arrays
 
-    def load(self, name: str) -> Sequence[Partial]:
-        """The sums of that name."""
+    def load(self, name: str) -> Arrays:
+        """Load the arrays of that name."""
         if self._last[0] != name:
             self._last = name, load(self._folder / name)
         return self._last[1]
 
     def forget(self, name: str) -> None:
-        """Remove the sums of that name, if there are any."""
+        """Remove the arrays of that name, if there are any."""
         if name:
             (self._folder / name).unlink(missing_ok=True)
             if self._mirror:
@@ -111,15 +108,11 @@ class Journal:
             return False
 
 
-def load(path: Path) -> list[Partial]:
-    """The sums in a file."""
+def load(path: Path) -> Arrays:
+    """Load the arrays in a file."""
     # numpy leaves open what it opened itself, if it is torn
     with path.open("rb") as file, np.load(file) as stored:
-        return [
-            Partial(stored[f"limbs{i}"], int(low), stored[f"flags{i}"], int(terms), ord)
-            for i in range(len(stored.files) // 4)
-            for (low, terms), ord in [(stored[f"rest{i}"], stored[f"ord{i}"].item())]
-        ]
+        return {name: stored[name] for name in stored.files}
 
 
 def _line(entry: Entry) -> bytes:

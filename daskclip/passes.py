@@ -16,7 +16,7 @@ from daskclip.graphs import Cell, Row, compute, together
 from daskclip.jobs import Job
 from daskclip.journal import Entry, Journal
 from daskclip.numerics import NAN, combine
-from daskclip.saved import saved_sums
+from daskclip.saved import arrays_of, partials_of, saved_sums
 from daskclip.scales import Scales
 from daskclip.tally import Tally
 
@@ -253,16 +253,19 @@ class Passes:
         """An entry of the first pass of another run."""
         sums = saved_sums(saved)
         if sums is not None:
-            self.journal.save(saved["sums"], sums)
+            self.journal.save(saved["sums"], arrays_of(sums))
         return {k: saved[k] for k in ("sums", "nan", "source")}
 
     def _sum(self, rows: list[Row], before: str) -> Entry:
         found = compute(tasks.sum_block, self.jobs, rows, self.how, combined=True)
         sums = [f.partial for f in found]
         if before:
-            sums = [combine(pair) for pair in zip(self.journal.load(before), sums, strict=True)]
+            sums = [
+                combine(pair)
+                for pair in zip(partials_of(self.journal.load(before)), sums, strict=True)
+            ]
         name = f"sums-{'-'.join(map(str, rows[0][0]))}.npz"
-        self.journal.save(name, sums)
+        self.journal.save(name, arrays_of(sums))
         digests = {self.number(Cell(*c)): d for f in found for c, d in f.digests.items()}
         # an infinite norm of several arrays is as good as NaN
         nan = any(bool((p.flags if self._shared else p.flags & NAN).any()) for p in sums)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+import numpy as np
 
 from daskclip import files, journal, storage
 from daskclip.errors import (
@@ -21,7 +23,7 @@ from daskclip.errors import (
 )
 from daskclip.group_plan import GroupPlan
 from daskclip.hierarchy import Hierarchy, at_folder
-from daskclip.journal import Entry
+from daskclip.journal import Arrays, Entry
 from daskclip.numerics import Partial
 from daskclip.publish import JOURNAL, Folder, refuse_existing
 from daskclip.resume import VERSION, planned, stored_plan
@@ -63,9 +65,28 @@ def saved_sums(entry: Entry) -> list[Partial] | None:
     """Sums that an entry of `SavedNorms` names; kept after the last window of a slab only."""
     path = Path(entry["folder"], entry["sums"])
     try:
-        return journal.load(path) if path.exists() else None
+        return partials_of(journal.load(path)) if path.exists() else None
     except Exception as error:  # of a damaged file, numpy and zipfile raise anything
         raise SourceError(f"norms {path.parent.parent} are damaged; {AGAIN}") from error
+
+
+def arrays_of(sums: Sequence[Partial]) -> Arrays:
+    """Arrays that a journal keeps for sums."""
+    arrays: Arrays = {}
+    for i, p in enumerate(sums):
+        arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags}
+        arrays |= {f"rest{i}": np.array([p.low, p.terms]), f"ord{i}": np.array(p.ord)}
+    return arrays
+
+
+def partials_of(arrays: Arrays) -> list[Partial]:
+    """Sums in the arrays that a journal keeps."""
+    sums = []
+    for i in range(len(arrays) // 4):
+        low, terms = arrays[f"rest{i}"].tolist()
+        ord = arrays[f"ord{i}"].item()
+        sums.append(Partial(arrays[f"limbs{i}"], low, arrays[f"flags{i}"], terms, ord))
+    return sums
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from daskclip import tally, tasks
 from daskclip.jobs import Job
 from daskclip.journal import Journal
 from daskclip.numerics import Scale, finalize, nan_if_infinite
+from daskclip.saved import partials_of
 from daskclip.tally import Tally
 
 
@@ -36,7 +37,7 @@ class Scales:
         if kind not in self._made:
             # of what is not stored too
             terms = sum(tasks.terms(job, job.plan.shape) for job in self.jobs)
-            sums = self.journal.load(self.name)[row]._replace(terms=terms)
+            sums = partials_of(self.journal.load(self.name))[row]._replace(terms=terms)
             if self.shared:  # as clip_by_global_norm has it
                 sums = nan_if_infinite(sums)
             limit = tasks.limit_of(job, job.plan.region(int(self.slabs[row]), 0))
