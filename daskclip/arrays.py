@@ -8,11 +8,19 @@ from typing import Any
 import dask.array as da
 import numpy as np
 from dask import config
+from dask.base import tokenize
 
 from daskclip import storage
 from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, shown
 from daskclip.indexed import is_indexed
-from daskclip.parameters import Check, check_dtype, check_scalar, parse_clip_norm
+from daskclip.parameters import (
+    Check,
+    check_dtype,
+    check_limits,
+    check_limits_dtype,
+    check_scalar,
+    parse_clip_norm,
+)
 
 
 def check_name(name: Any) -> None:
@@ -27,7 +35,7 @@ def as_array(t: Any, check: Check = check_dtype) -> Any:
     """``t`` as a NumPy or Dask array of a dtype and of blocks that can be clipped."""
     if storage.is_array(t):
         check(t.dtype)
-        t = storage.as_dask(t)
+        t = _as_dask(t)
     if isinstance(t, da.Array):
         if config.get("array.query-planning", None):
             raise InvalidTypeError(
@@ -62,6 +70,13 @@ def as_limit(clip_norm: Any, what: str = "clip_norm") -> Any:
     return parse_clip_norm(clip_norm, what)
 
 
+def as_limits(limits: Any, clip_norm: Any, x: Any, axes: tuple[int, ...]) -> Any:
+    """Limits for a NumPy or Dask array, of as many axes."""
+    limits = as_array(limits, check_limits_dtype)
+    check_limits(limits, clip_norm, x.shape, axes)
+    return limits.astype(np.float64)[(None,) * (x.ndim - limits.ndim) + (...,)]
+
+
 def as_arrays(t_list: Any, is_lazy: bool = False) -> tuple[list[Any], bool]:
     """Arrays of a list, all of them Dask arrays if one is; the second result says so."""
     if not isinstance(t_list, Sequence) or isinstance(t_list, str | bytes):
@@ -71,3 +86,13 @@ def as_arrays(t_list: Any, is_lazy: bool = False) -> tuple[list[Any], bool]:
     if is_lazy:
         arrays = [da.from_array(x, chunks=-1) if isinstance(x, np.ndarray) else x for x in arrays]
     return arrays, is_lazy
+
+
+def _as_dask(array: Any) -> da.Array:
+    """Lazy array with one chunk for each stored object."""
+    token = tokenize(
+        str(array.store), array.path, array.metadata.to_dict(), ensure_deterministic=True
+    )
+    chunks = storage.write_unit(array)
+    lazy: da.Array = da.from_array(array, chunks=chunks, name=f"zarr-{token}")
+    return lazy

@@ -11,9 +11,8 @@ import numpy as np
 from dask.system import CPU_COUNT
 
 from daskclip import lazy
-from daskclip.arrays import as_array, as_limit, check_name
+from daskclip.arrays import as_array, as_limit, as_limits, check_name
 from daskclip.indexed import IndexedSlices, is_indexed
-from daskclip.limits import as_limits
 from daskclip.numerics import clip_array, finalize, partial_norm, require_finite
 from daskclip.parameters import NonFinite, check_nonfinite, parse_axes, parse_ord
 

@@ -12,20 +12,12 @@ from typing import Any
 import numpy as np
 
 from daskclip import files, regions, storage
-from daskclip.arrays import as_array
 from daskclip.attempts import attempting
 from daskclip.blocks import Box, box, box_shape, ceil_div, index
 from daskclip.errors import DaskClipError, InvalidValueError, shown
 from daskclip.hierarchy import Hierarchy, at_place
-from daskclip.parameters import check_scalar
+from daskclip.parameters import check_limits, check_limits_dtype
 from daskclip.sources import check_source, open_source
-
-
-def as_limits(limits: Any, clip_norm: Any, x: Any, axes: tuple[int, ...]) -> Any:
-    """Limits for a NumPy or Dask array, of as many axes."""
-    limits = as_array(limits, _check_dtype)
-    _check(limits, clip_norm, x.shape, axes)
-    return limits.astype(np.float64)[(None,) * (x.ndim - limits.ndim) + (...,)]
 
 
 def open_limits(
@@ -63,10 +55,10 @@ def _usable(limits: Any, clip_norm: Any, shape: Any, axes: Any, options: Any) ->
         limits = _opened(limits, options).arrays.get("")
         if limits is None:
             raise InvalidValueError("limits of an array are a group; give an array")
-    _check_dtype(limits.dtype)
+    check_limits_dtype(limits.dtype)
     if storage.is_array(limits):
-        check_source(limits, _check_dtype)
-    _check(limits, clip_norm, shape, axes)
+        check_source(limits, check_limits_dtype)
+    check_limits(limits, clip_norm, shape, axes)
     return limits.astype(np.float64, order="C") if isinstance(limits, np.ndarray) else limits
 
 
@@ -121,23 +113,6 @@ def nbytes(limits: Any) -> int:
     if limits is None:
         return 0
     return limits.nbytes if isinstance(limits, np.ndarray) else storage.unit_nbytes(limits)
-
-
-def _check_dtype(dtype: Any) -> None:
-    check_scalar(0, dtype, (), "an array of limits")
-
-
-def _check(limits: Any, clip_norm: Any, shape: Any, axes: tuple[int, ...]) -> None:
-    """Refuse limits beside a clip_norm, and those that are not for the norms."""
-    if clip_norm is not None:
-        raise InvalidValueError(f"clip_norm {shown(clip_norm)} and limits are both given; give one")
-    kept = tuple(1 if k in axes else n for k, n in enumerate(shape))
-    pairs = zip(limits.shape[::-1], kept[::-1], strict=False)
-    if limits.ndim > len(kept) or any(n not in (1, m) for n, m in pairs):
-        raise InvalidValueError(
-            f"limits of shape {tuple(limits.shape)} do not broadcast against norms of shape "
-            f"{kept}; give each axis that size, or 1"
-        )
 
 
 def _shared(other: Box, region: Box) -> Any:

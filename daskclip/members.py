@@ -9,12 +9,14 @@ from typing import Any
 from daskclip.errors import InvalidTypeError, InvalidValueError, SourceError, shown
 from daskclip.hierarchy import Hierarchy
 from daskclip.packing import check_decoded
-from daskclip.parameters import DTYPES
 from daskclip.storage import attributes, dimension_names
 
 
 def members(
-    source: Hierarchy, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+    source: Hierarchy,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    dtypes: Sequence[str],
 ) -> list[str]:
     """Names of the arrays of a source that are clipped; '' for one that is an array itself."""
     chosen = patterns(include, "include"), patterns(exclude, "exclude")
@@ -34,7 +36,7 @@ def members(
         array = source.arrays[name]
         if array.dtype.kind in "iu":
             check_decoded(array.dtype, attributes(array), f"array {name} of source {source}")
-    clipped = [name for name in found if source.arrays[name].dtype.name in DTYPES]
+    clipped = [name for name in found if source.arrays[name].dtype.name in dtypes]
     if not clipped:
         raise SourceError(
             f"source {source} has no floating point or complex array to clip among "

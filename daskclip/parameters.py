@@ -114,6 +114,24 @@ def check_scalar(ndim: int, dtype: Any, shape: Any, what: str = "clip_norm") -> 
         raise InvalidValueError(f"{what} has shape {tuple(shape)}; give one number (0-d)")
 
 
+def check_limits_dtype(dtype: Any) -> None:
+    """Refuse limits that are not real numbers."""
+    check_scalar(0, dtype, (), "an array of limits")
+
+
+def check_limits(limits: Any, clip_norm: Any, shape: Any, axes: tuple[int, ...]) -> None:
+    """Refuse limits beside a clip_norm, and those that do not broadcast against the norms."""
+    if clip_norm is not None:
+        raise InvalidValueError(f"clip_norm {shown(clip_norm)} and limits are both given; give one")
+    kept = tuple(1 if k in axes else n for k, n in enumerate(shape))
+    pairs = zip(limits.shape[::-1], kept[::-1], strict=False)
+    if limits.ndim > len(kept) or any(n not in (1, m) for n, m in pairs):
+        raise InvalidValueError(
+            f"limits of shape {tuple(limits.shape)} do not broadcast against norms of shape "
+            f"{kept}; give each axis that size, or 1"
+        )
+
+
 def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
     """A real number as an exact float64."""
     if isinstance(clip_norm, numbers.Real):

@@ -14,7 +14,9 @@ from daskclip.hierarchy import Hierarchy
 from daskclip.limits import described, nbytes, open_limits
 from daskclip.members import members, patterns
 from daskclip.parameters import (
+    DTYPES,
     axes_named,
+    check_dtype,
     check_nonfinite,
     parse_axes,
     parse_dim,
@@ -66,7 +68,7 @@ def prepare(
         raise InvalidValueError("a global norm has one limit, and limits are given; give clip_norm")
     budget = parse_memory(memory)
     opened = open_source(source, storage_options)
-    names = members(opened, include, exclude)
+    names = members(opened, include, exclude, DTYPES)
     if opened.is_group and dim is not None:
         names, dim = _having(opened, names, dim)
         if not dim and axes is None:
@@ -119,7 +121,7 @@ def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> dic
     if source.is_group and dim is not None and axes is None:
         dim, axes = None, [a for a, d in enumerate(named or ()) if d in dim]
     try:
-        check_source(array)
+        check_source(array, check_dtype)
         parse_ord(ord, array.dtype)
         taken = parse_axes(axes_named(dim, named, axes), array.ndim)
     except DaskClipError as error:

@@ -21,7 +21,6 @@ from daskclip.errors import (
 )
 from daskclip.hierarchy import Hierarchy, at_folder, at_place
 from daskclip.packing import check_decoded
-from daskclip.parameters import check_dtype
 from daskclip.retries import refused, transient
 from daskclip.storage import V2_NAMES, attributes, location, place, write_unit
 
@@ -74,14 +73,14 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> H
     return opened
 
 
-def check_source(array: Any, check: Callable[[Any], None] = check_dtype) -> None:
+def check_source(array: Any, check_dtype: Callable[[Any], None]) -> None:
     """Refuse an array that cannot be clipped right; reads metadata only."""
     where = f"source {location(array)}"
     named = attributes(array)
     if V2_NAMES in named:  # then xarray takes what is not stored as missing
         named.setdefault("_FillValue", array.fill_value)
     check_decoded(array.dtype, named, where)
-    check(array.dtype)
+    check_dtype(array.dtype)
     try:
         unit = write_unit(array)
     except NotImplementedError as error:

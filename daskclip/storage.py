@@ -9,11 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import zarr
-from dask.base import tokenize
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
@@ -67,15 +65,6 @@ def attributes(array: zarr.Array[Any]) -> dict[str, Any]:
     """Attributes of an array; none where the document has something else."""
     found: Any = array.metadata.attributes
     return dict(found) if isinstance(found, dict) else {}
-
-
-def as_dask(array: zarr.Array[Any]) -> da.Array:
-    """Lazy array with one chunk for each stored object."""
-    token = tokenize(
-        str(array.store), array.path, array.metadata.to_dict(), ensure_deterministic=True
-    )
-    lazy: da.Array = da.from_array(array, chunks=write_unit(array), name=f"zarr-{token}")
-    return lazy
 
 
 def location(array: Any) -> str:
