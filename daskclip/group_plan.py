@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any
+from typing import Any, ClassVar
 
 from daskclip.errors import MemoryBudgetError
 from daskclip.pages import fragment, shared_rows, shown_size
@@ -21,6 +21,8 @@ class GroupPlan:
     """By the path of the array in the group; those that are only copied have no passes."""
     global_norm: bool
     """Whether all arrays are one slice."""
+    derived: ClassVar = ClipPlan.derived
+    """Properties that JSON has beside the fields."""
 
     @property
     def clipped(self) -> dict[str, ClipPlan]:

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -66,6 +66,11 @@ class ClipPlan:
     """What each of them will need at most, in bytes."""
     state: int = 0
     """Bytes that the exact sum of a slice may take; 0 if there is room for values of any spread."""
+    derived: ClassVar = (
+        "slices", "slabs", "blocks", "tasks", "passes", "bytes_read",
+        "processes", "threads", "memory", "projected_memory",
+    )  # fmt: skip
+    """Properties that JSON has beside the fields."""
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -7,17 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from daskclip import sketch
-from daskclip.group_plan import GroupPlan
 from daskclip.pages import fragment, page, shown_over, shown_size
-from daskclip.plan import ClipPlan
-from daskclip.progress import State
-
-# of a plan, of an array or of a group, beside its fields
-PLANNED = (
-    "slices", "slabs", "blocks", "tasks", "passes", "bytes_read",
-    "processes", "threads", "memory", "projected_memory",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,31 +149,9 @@ class VerifyReport:
         return as_text(self)
 
 
-def run_pictures(
-    norms: Any, plan: GroupPlan, states: list[State], peak: int, read: int, written: int
-) -> dict[str, Any] | None:
-    """What pictures of a run show; it took so many bytes of memory, read and written."""
-    if norms is None:
-        return None
-    expected = f"{states[0].seconds + states[0].left:.2f} s" if states else ""
-    taken = f"{states[-1].seconds:.2f} s" if states else ""
-    return sketch.figures(sketch.Norms(*norms), plan.kept) | {
-        "slices": plan.slices,
-        "throughput": [(0.0, 0), *((s.seconds, s.done - s.skipped) for s in states)],
-        "plan": [
-            ("memory", shown_size(plan.projected_memory), shown_size(peak)),
-            ("bytes read", shown_size(plan.bytes_read), shown_size(read)),
-            ("bytes written", shown_size(plan.nbytes), shown_size(written)),
-            ("time of the passes", expected, taken),
-        ],
-    }
-
-
 def as_document(figures: Any) -> str:
     """One JSON document of all figures; JSON has no infinity, so it becomes a string."""
-    fields = asdict(figures)
-    if isinstance(figures, ClipPlan | GroupPlan):
-        fields |= {k: getattr(figures, k) for k in PLANNED}
+    fields = asdict(figures) | {k: getattr(figures, k) for k in getattr(figures, "derived", ())}
     return json.dumps(_plain(fields), indent=2, allow_nan=False)
 
 

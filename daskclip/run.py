@@ -15,10 +15,11 @@ from daskclip.group_plan import GroupPlan
 from daskclip.hierarchy import Hierarchy
 from daskclip.jobs import Job, end
 from daskclip.journal import Entry, Journal
+from daskclip.pages import shown_size
 from daskclip.passes import Passes
 from daskclip.progress import State
 from daskclip.publish import JOURNAL
-from daskclip.report import ClipReport, run_pictures
+from daskclip.report import ClipReport
 from daskclip.resume import Work, record
 from daskclip.saved import SavedNorms
 from daskclip.storage import stored_blocks
@@ -143,3 +144,23 @@ def stored_of(jobs: list[Job], run: Entry) -> list[Any]:
         else stored_blocks(job.source, job.plan.block, job.plan.weights, job.plan.blocks)
         for job in jobs
     ]
+
+
+def run_pictures(
+    norms: Any, plan: GroupPlan, states: list[State], peak: int, read: int, written: int
+) -> dict[str, Any] | None:
+    """What pictures of a run show; it took so many bytes of memory, read and written."""
+    if norms is None:
+        return None
+    expected = f"{states[0].seconds + states[0].left:.2f} s" if states else ""
+    taken = f"{states[-1].seconds:.2f} s" if states else ""
+    return sketch.figures(sketch.Norms(*norms), plan.kept) | {
+        "slices": plan.slices,
+        "throughput": [(0.0, 0), *((s.seconds, s.done - s.skipped) for s in states)],
+        "plan": [
+            ("memory", shown_size(plan.projected_memory), shown_size(peak)),
+            ("bytes read", shown_size(plan.bytes_read), shown_size(read)),
+            ("bytes written", shown_size(plan.nbytes), shown_size(written)),
+            ("time of the passes", expected, taken),
+        ],
+    }
