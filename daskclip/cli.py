@@ -16,12 +16,14 @@ from typing import Any
 import click
 import dask
 
-from daskclip import resume
-from daskclip.engine import clip_zarr, plan_zarr
+from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
+from daskclip.engine import run_record as resume
 from daskclip.errors import DaskClipError, InvalidValueError
-from daskclip.report import as_document, as_page, as_text
-from daskclip.stats import stats_zarr
-from daskclip.verify import verify_zarr
+from daskclip.report import (
+    as_document,
+    as_page,
+    as_text,
+)
 
 EXIT_CODES = """\b
 Exit codes: 0 done or up to date, 1 storage failure or bug (run again to resume),

@@ -11,11 +11,16 @@ from pathlib import Path
 import zarr
 
 from daskclip import clip_by_norm
-from daskclip.blocks import boxes
-from daskclip.hierarchy import at_folder
-from daskclip.numerics import combine, finalize, partial_norm, rescale
-from daskclip.publish import Folder
-from daskclip.regions import read, write
+from daskclip.grid import boxes
+from daskclip.numerics import (
+    combine,
+    finalize,
+    partial_norm,
+    rescale,
+)
+from daskclip.storage.hierarchy import at_folder
+from daskclip.storage.regions import read, write
+from daskclip.target.directory import Folder
 
 
 def main(tmp):

@@ -11,7 +11,11 @@ import dask
 import numpy as np
 import zarr
 
-from daskclip import clip_zarr, norm, plan_zarr
+from daskclip import (
+    clip_zarr,
+    norm,
+    plan_zarr,
+)
 
 MIB = 2**20
 

@@ -1,7 +1,27 @@
-"""What several files of tests start."""
+"""What several files of tests start, and where a test goes.
+
+A test of one module goes to the folder of its room, in a file named after the module:
+
+numerics, storage, target, plan, report, lazy, engine: the rooms of the package, a folder each
+test_arguments.py, test_cli.py, test_xarray.py: modules that are in no room
+batteries: what cuts across: kills, races, damage, clusters, memory, every norm
+house: the layout of the package, README and the examples
+support: what tests share: stores, servers, faults, strategies, the exact reference
+benchmarks: times and tables; nothing there is an assertion
+
+A fault goes first to the battery of its kind, then, as an example, to the file of its module.
+"""
+
+import os
+from pathlib import Path
 
 import pytest
 from servers import Place, SeaweedFS
+
+# for the processes that tests start
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH")))
+)
 
 
 @pytest.fixture(scope="module")

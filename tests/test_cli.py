@@ -26,13 +26,17 @@ import zarr
 from click.testing import CliRunner
 from numpy.exceptions import AxisError
 from reference import bits
-from stores import create, finished, read, some, stored
+from stores import create, finished, mounted, read, some, stored
 from zarr.codecs.numcodecs import Quantize
 
-from daskclip import clip_by_norm, clip_zarr, plan_zarr
+from daskclip import (
+    clip_by_norm,
+    clip_zarr,
+    plan_zarr,
+)
 from daskclip.cli import main
 from daskclip.errors import DaskClipError
-from daskclip.report import ClipReport
+from daskclip.report.reports import ClipReport
 
 DASKCLIP = [sys.executable, "-c", "from daskclip.cli import main; main()"]
 NOBODY = 65534
@@ -541,21 +545,6 @@ def public(everything):
     shutil.copytree(everything / "x", folder / "x")
     yield folder
     shutil.rmtree(folder)
-
-
-@contextmanager
-def mounted(folder, options):
-    """A file system of its own in ``folder``; the test is skipped where mounting is refused."""
-    point = folder / "mount"
-    point.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(point)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"mounting is refused here: {done.stderr.strip()}")
-    try:
-        yield point
-    finally:
-        subprocess.run(["umount", str(point)], check=True)
 
 
 def test_a_read_only_folder_is_refused(public):

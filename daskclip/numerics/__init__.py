@@ -7,10 +7,10 @@ knows Dask, Zarr or files.
     clip_block: the same at once, for a block that holds its slices whole
 """
 
+from daskclip.numerics import histogram, tally
 from daskclip.numerics.block import clip_array, clip_block, require_finite, rescale
 from daskclip.numerics.compiled import Array
 from daskclip.numerics.partial import (
-    INF,
     NAN,
     ORDERS,
     Partial,
@@ -19,23 +19,27 @@ from daskclip.numerics.partial import (
     nan_if_infinite,
     partial_norm,
 )
-from daskclip.numerics.scale import Scale, finalize, limit_at
+from daskclip.numerics.scale import Scale, finalize
+from daskclip.numerics.tally import Tally, collect, count
 
 __all__ = [
-    "INF",
     "NAN",
     "ORDERS",
     "Array",
     "Partial",
     "Scale",
+    "Tally",
     "clip_array",
     "clip_block",
+    "collect",
     "combine",
     "combine_all",
+    "count",
     "finalize",
-    "limit_at",
+    "histogram",
     "nan_if_infinite",
     "partial_norm",
     "require_finite",
     "rescale",
+    "tally",
 ]

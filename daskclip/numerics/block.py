@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from daskclip.blocks import ceil_div
 from daskclip.errors import NonFiniteError
+from daskclip.grid import ceil_div
 from daskclip.numerics.compiled import Array, Block
 from daskclip.numerics.partial import combine, partial_norm, sum_slices
 from daskclip.numerics.scale import Scale, finalize, limit_at, scaling, trimmed

@@ -8,8 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from daskclip.blocks import box_shape, boxes, ceil_div, index, tile_shape
 from daskclip.errors import MemoryBudgetError
+from daskclip.grid import (
+    box_shape,
+    boxes,
+    ceil_div,
+    index,
+    tile_shape,
+)
 from daskclip.numerics.compiled import FORMATS, Array, Block, real_dtype
 
 LIMB = 32

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from daskclip.blocks import index
+from daskclip.grid import index
 from daskclip.numerics.compiled import FORMATS, Array, Block, real_dtype
 from daskclip.numerics.partial import ORDERS, Partial
 

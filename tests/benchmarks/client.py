@@ -19,8 +19,9 @@ import numpy as np
 import zarr
 from dask.distributed import Client
 
-from daskclip import clip_zarr, plan_zarr, tally, tasks
-from daskclip.numerics import partial_norm
+from daskclip import clip_zarr, plan_zarr
+from daskclip.numerics import partial_norm, tally
+from daskclip.worker import tasks
 
 from .contenders import THREADS, measured
 from .storage import SMALL, Case, Runs, make, remove, say

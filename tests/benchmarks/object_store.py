@@ -24,7 +24,7 @@ from numcodecs.zstd import Zstd
 
 from .tables import machine, options, write
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "support"))
 from servers import Place, SeaweedFS
 
 CHUNK = (1024, 1024)

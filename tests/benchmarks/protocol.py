@@ -17,9 +17,13 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from daskclip import clip_zarr, files, journal, publish, tasks
-from daskclip import run as attempt
-from daskclip.hierarchy import Hierarchy
+from daskclip import clip_zarr
+from daskclip.engine import attempt
+from daskclip.storage import files
+from daskclip.storage.hierarchy import Hierarchy
+from daskclip.target import directory as publish
+from daskclip.target import journal
+from daskclip.worker import tasks
 
 from .tables import machine, write
 

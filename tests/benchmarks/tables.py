@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from daskclip import __version__
-from daskclip.parameters import parse_memory
+from daskclip.arguments import parse_memory
 
 README = Path(__file__).parents[2] / "README.md"
 END = "<!-- end -->"

@@ -1,0 +1,165 @@
+"""One attempt at a run: its jobs, all passes, and the report at the end of the journal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from daskclip.engine.cluster import (
+    memory_used,
+    running,
+    versions,
+)
+from daskclip.engine.passes import Passes
+from daskclip.engine.run_record import Work, record
+from daskclip.engine.saved_norms import SavedNorms
+from daskclip.grid import grid
+from daskclip.numerics import histogram as sketch
+from daskclip.plan import GroupPlan
+from daskclip.report import ClipReport, State, shown_size
+from daskclip.storage import DIGESTS, Hierarchy, stored_blocks
+from daskclip.target import JOURNAL, Entry, Journal
+from daskclip.worker import Job, end
+
+OTHERS = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")
+
+
+def jobs_of(
+    plan: GroupPlan,
+    source: Hierarchy,
+    target: Hierarchy | None,
+    run: str,
+    limits: dict[str, Any],
+    **common: Any,
+) -> list[Job]:
+    """A job for each array of a plan; ``run`` names the attempt."""
+    return [
+        Job(
+            run=run,
+            number=i,
+            name=name,
+            plan=one,
+            source=source.arrays[name],
+            target=None if target is None else target.arrays[name],
+            shared=plan.global_norm,
+            limits=limits.get(name),
+            **common,
+        )
+        for i, (name, one) in enumerate(plan.plans.items())
+    ]
+
+
+def clip_passes(
+    jobs: list[Job],
+    plan: GroupPlan,
+    source: Hierarchy,
+    staged: Hierarchy,
+    work: Work,
+    display: Callable[[State], None],
+    started: float,
+    run: Entry,
+    measured: int,
+    saved: SavedNorms | None,
+) -> ClipReport:
+    """All passes, up to the end of the journal; ``measured`` bytes were read before."""
+    first, parameters = jobs[0], run["parameters"]
+    before = memory_used()
+
+    states: list[State] = []
+    begun = time.monotonic()
+
+    def progress(done: int, skipped: int, at: int) -> None:
+        seconds, total = time.monotonic() - begun, plan.bytes_read
+        at = min(at, plan.passes)
+        figures = {"done": min(done, total), "skipped": skipped, "total": total, "pass_": at}
+        states.append(State(passes=plan.passes, seconds=seconds, **figures))
+        display(states[-1])
+        del states[1 : -1 if len(states) > sketch.PLACES else 1 : 2]  # the rest says enough
+
+    with (
+        Journal(work.folder / JOURNAL, work.mirror) as entries,
+        running(plan.threads, partial(end, first.run)) as how,
+    ):
+        passes = Passes(jobs, how, entries, progress, plan.window, stored_of(jobs, run))
+        if saved is not None:
+            passes.saved = saved.entries()
+        written = passes.clip()
+        after = memory_used()
+        total = passes.total
+        made = {}
+        if written:
+            work.remove_stray_files(staged)
+            made = work.fingerprint_staged(source, staged)
+        digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
+        axes, asked = parameters["axes"], (*OTHERS, *(["clip_norm"] if "limit" in run else []))
+        peak = max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0)
+        report = ClipReport(
+            status="clipped" if written else "nothing to clip",
+            source=str(source),
+            target=str(work.target),
+            clip_norm=first.clip_norm,
+            ord=first.ord,
+            axes=None if axes is None else tuple(axes),
+            arrays=len(plan.clipped),
+            copied=len(plan.plans) - len(plan.clipped),
+            slices=total.slices,
+            clipped=total.clipped,
+            nonfinite=total.nonfinite,
+            smallest_norm=total.smallest if total.slices > total.nonfinite else None,
+            largest_norm=total.largest if total.slices > total.nonfinite else None,
+            bytes_read=passes.read + measured,
+            bytes_written=passes.written,
+            passes=plan.passes + ("limit" in run and saved is None),
+            blocks=plan.blocks,
+            seconds=time.monotonic() - started,
+            peak_memory=peak,
+            projected_memory=plan.projected_memory,
+            run=run["run"],
+            began=run["began"],
+            parameters={k: parameters[k] for k in asked if parameters[k]} | {"memory": plan.memory},
+            versions=versions(),
+            source_fingerprint=run["source"].get("hash", "unknown"),
+            digest=f"{digest:016x}" if written else None,
+            pictures=run_pictures(total.norms, plan, states, peak, passes.read, passes.written),
+        )
+        if written:
+            record(entries, made, report)
+    return report
+
+
+def stored_of(jobs: list[Job], run: Entry) -> list[Any]:
+    """Whether anything of each block is stored; None to look at all: a limit may be NaN."""
+    parameters = run["parameters"]
+    everything = parameters["missing"] == "error" or parameters["clip_norm"] in ("nan", "None")
+    units = sum(math.prod(grid(job.plan.shape, job.plan.unit)) for job in jobs)
+    if run["source"].get("chunks", units) >= units:
+        return [None] * len(jobs)
+    return [
+        None
+        if (everything and job.plan.passes) or not job.plan.blocks
+        else stored_blocks(job.source, job.plan.block, job.plan.weights, job.plan.blocks)
+        for job in jobs
+    ]
+
+
+def run_pictures(
+    norms: Any, plan: GroupPlan, states: list[State], peak: int, read: int, written: int
+) -> dict[str, Any] | None:
+    """What pictures of a run show; it took so many bytes of memory, read and written."""
+    if norms is None:
+        return None
+    expected = f"{states[0].seconds + states[0].left:.2f} s" if states else ""
+    taken = f"{states[-1].seconds:.2f} s" if states else ""
+    return sketch.figures(sketch.Norms(*norms), plan.kept) | {
+        "slices": plan.slices,
+        "throughput": [(0.0, 0), *((s.seconds, s.done - s.skipped) for s in states)],
+        "plan": [
+            ("memory", shown_size(plan.projected_memory), shown_size(peak)),
+            ("bytes read", shown_size(plan.bytes_read), shown_size(read)),
+            ("bytes written", shown_size(plan.nbytes), shown_size(written)),
+            ("time of the passes", expected, taken),
+        ],
+    }

@@ -1,0 +1,218 @@
+"""The processes that run blocks: how many, with how many threads, how large."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import traceback
+from asyncio import CancelledError
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from typing import Any
+
+import dask
+from dask import config
+from dask.base import get_scheduler
+from dask.system import CPU_COUNT
+
+from daskclip.errors import (
+    ClusterError,
+    DaskClipError,
+    StorageError,
+    TemporaryError,
+    reason,
+)
+
+WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored depend on
+PACKAGES = (*WRITING, "numpy", "dask", "distributed")
+
+
+def _client() -> Any:
+    """The active distributed Client, or None."""
+    get = get_scheduler()
+    owner = getattr(get, "__self__", None)
+    return owner if hasattr(owner, "nthreads") else None
+
+
+def workers() -> tuple[int, int, int]:
+    """Processes that will run blocks, threads of the largest of them, and the fewest it may use."""
+    client = _client()
+    if client is not None:
+        with surviving(str):
+            if not client.nthreads():
+                client.wait_for_workers(1, timeout=60)
+            threads = list(client.nthreads().values())
+        most = max(threads, default=1)
+        return max(1, len(threads)), most, most
+    get = get_scheduler()
+    if get is dask.get:
+        return 1, 1, 1
+    number = config.get("num_workers", None) or CPU_COUNT
+    if get is not None and get is not dask.threaded.get:
+        return number, 1, 1
+    if _own_pool():
+        return 1, number, 1
+    number = getattr(config.get("pool"), "_max_workers", number)
+    return 1, number, number
+
+
+def versions() -> dict[str, str]:
+    """Versions of what reads, clips and writes here."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def require_alike(paths: list[str]) -> None:
+    """Refuse a cluster with a worker of other versions, or that does not see the same files."""
+    client = _client()
+    if client is None:
+        return
+    names = WRITING
+
+    # goes to workers as it is, where there may be another daskclip, or none
+    def look() -> dict[str, str]:
+        import os
+        from importlib import metadata, util
+
+        found = {name: metadata.version(name) if util.find_spec(name) else "none" for name in names}
+        return found | {path: "" if os.path.exists(path) else "no" for path in paths}
+
+    with surviving(str):
+        before = client.nthreads().keys()
+        seen = _everywhere(client, look, 60)
+        silent = (before & client.nthreads().keys()) - seen.keys()
+    if silent:
+        raise TemporaryError(
+            f"worker {min(silent)} did not say in 60 s which versions it has; it may be busy: run "
+            "again, or look at its log"
+        )
+    here = look()
+    for worker, there in seen.items():
+        for name in here:
+            if there[name] == here[name]:
+                continue
+            if name in paths:
+                raise ClusterError(
+                    f"worker {worker} does not see {name}; give it the same file system, or use "
+                    "an object store"
+                )
+            raise ClusterError(
+                f"worker {worker} has {name} {there[name]} and not {here[name]}; install there "
+                "what is here"
+            )
+
+
+def _own_pool() -> bool:
+    """Whether blocks run on threads that are made for the run."""
+    return get_scheduler() in (None, dask.threaded.get) and config.get("pool", None) is None
+
+
+@contextmanager
+def running(threads: int, end: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    """Arguments of ``dask.compute``; no block is under way any more when the context ends.
+
+    When one block fails, Dask goes on with those that it began before. ``end`` lets no block begin
+    in its process, returns once none is under way, and lets go of what was held for them. A pool
+    of our own has ``threads``.
+    """
+    try:
+        if _own_pool():
+            with ThreadPoolExecutor(threads) as pool:
+                try:
+                    yield {"pool": pool}
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        else:
+            yield {}
+    finally:
+        client = _client()
+        if client is None:
+            end()
+        else:
+            with suppress(Exception):  # an error before is the one to tell
+                _everywhere(client, end, 60)
+
+
+@contextmanager
+def surviving(block_of: Callable[[Any], str]) -> Iterator[None]:
+    """Tell the loss of workers or of the cluster on one line; ``block_of`` names a task."""
+    try:
+        yield
+    except DaskClipError:
+        raise
+    except (Exception, CancelledError) as error:
+        kind = type(error)
+        if kind.__name__ == "KilledWorker":
+            raise StorageError(
+                # Dask blames all that a worker had, not only what it was running
+                f"workers died over and over while {block_of(getattr(error, 'task', None))} or one "
+                "of its window was running; look into their logs and run the same command again "
+                "to resume"
+            ) from error
+        lost = isinstance(error, OSError | CancelledError | TimeoutError)
+        if lost or _way_back_cancelled(error) or kind.__module__.startswith("distributed"):
+            raise TemporaryError(
+                f"the cluster was lost ({kind.__name__}: {reason(error)}); "
+                "run the same command again to resume"
+            ) from error
+        raise
+
+
+def gathered(tasks: Sequence[Any], how: dict[str, Any]) -> list[Any]:
+    """Results of tasks; done again, once, if only their way back was cancelled.
+
+    That happens now and then without a reason.
+    """
+    try:
+        return list(dask.compute(*tasks, **how))
+    except UnboundLocalError as error:
+        if not _way_back_cancelled(error):
+            raise
+    return list(dask.compute(*tasks, **how))
+
+
+def _way_back_cancelled(error: BaseException) -> bool:
+    """Whether what waits for results was cancelled, which distributed tells so (its issue 8514).
+
+    A task may raise the same, but elsewhere.
+    """
+    if not isinstance(error, UnboundLocalError):
+        return False
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return bool(last.f_globals["__name__"] == "distributed.utils")
+
+
+def memory_used() -> dict[Any, tuple[int, int]]:
+    """Bytes of every process that runs blocks, now and at the highest."""
+    client = _client()
+    if client is not None:
+        with surviving(str):
+            return _everywhere(client, _own_memory, 10)
+    return {os.getpid(): _own_memory()}
+
+
+def _everywhere(client: Any, function: Callable[[], Any], seconds: float) -> dict[str, Any]:
+    """Result of ``function`` on every worker that answers in time."""
+    until = time.monotonic() + seconds
+    how = {"pure": False, "priority": 1000}  # before what else they have to do
+    calls = {w: client.submit(function, workers=[w], **how) for w in client.nthreads()}
+    results = {}
+    for worker, call in calls.items():
+        with suppress(Exception, CancelledError):
+            # one that is gone never answers
+            while not call.done() and time.monotonic() < until and worker in client.nthreads():
+                time.sleep(0.01)
+            results[worker] = call.result(timeout=10 if call.done() else 0.01)
+    return results
+
+
+def _own_memory() -> tuple[int, int]:
+    """Resident bytes of this process, now and at its highest; 0 where /proc does not say."""
+    try:
+        with open("/proc/self/status") as status:
+            fields = dict(line.split(":", 1) for line in status)
+        return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 0, 0

@@ -1,0 +1,15 @@
+"""What a run will do, in integers: blocks, slabs, windows, passes and memory.
+
+Pure functions of shapes and sizes: nothing here opens a store or holds a value of an array.
+"""
+
+from daskclip.plan import array
+from daskclip.plan.array import ClipPlan
+from daskclip.plan.group import GroupPlan, plan_group
+
+__all__ = [
+    "ClipPlan",
+    "GroupPlan",
+    "array",
+    "plan_group",
+]

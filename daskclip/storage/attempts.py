@@ -1,0 +1,55 @@
+"""Operations on a block whose storage may fail: tried again, or told by the chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from daskclip.errors import DaskClipError, reason
+from daskclip.grid import (
+    Box,
+    box_shape,
+    boxes,
+    shift,
+)
+from daskclip.storage import array as storage
+from daskclip.storage import regions
+from daskclip.storage.retry import remedied, retrying
+
+
+@contextmanager
+def attempting(
+    doing: str, array: Any, region: Box, operation: Callable[[Box], Any]
+) -> Iterator[Callable[[Box], Any]]:
+    """Try an operation on a block again where that helps, else say which chunk it fails for."""
+    try:
+        yield lambda part: retrying(lambda: operation(part))
+    except DaskClipError:
+        raise
+    except Exception as error:
+        chunk, cause = _culprit(array, region, operation, error)
+        kind, remedy = remedied(cause)
+        raise kind(
+            f"{doing} block {shown_region(region)} of {storage.location(array)} failed{chunk}: "
+            f"{type(cause).__name__}: {reason(cause)}; {remedy}"
+        ) from error
+
+
+def _culprit(
+    array: Any, region: Box, operation: Callable[[Box], Any], error: Exception
+) -> tuple[str, Exception]:
+    """The first chunk of a block that the operation fails for alone."""
+    for inside in boxes(box_shape(region), storage.write_unit(array)):
+        part = shift(inside, region)
+        key = next(regions.keys(array, part))
+        try:
+            operation(part)
+        except Exception as own:
+            return f" at chunk {key}", own
+    return "", error
+
+
+def shown_region(region: Box) -> str:
+    """A region as it is written in Python."""
+    return f"[{', '.join(f'{s.start}:{s.stop}' for s in region)}]"

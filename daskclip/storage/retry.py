@@ -1,0 +1,114 @@
+"""Errors of file systems and stores: which of them pass, what is tried again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from daskclip.errors import (
+    DaskClipError,
+    StorageError,
+    TemporaryError,
+    reason,
+)
+
+T = TypeVar("T")
+
+log = logging.getLogger("daskclip")
+
+ATTEMPTS = 5
+FIRST, LONGEST = 0.2, 5.0  # seconds, at most, before the second try and before any
+ERRNOS = {
+    errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.EPIPE, errno.ECONNRESET,
+    errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO,
+}  # fmt: skip
+# of libraries for object stores, where a connection was lost; they are not imported for it
+LOST = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteReadError"}
+LOST |= {"ConnectionError", "TransportError", "GenericError"}
+STATUS = re.compile(r"status code: (\d+)")
+
+
+@contextmanager
+def failing(doing: str) -> Iterator[None]:
+    """Say on one line what an error of a file system or a store is about."""
+    try:
+        yield
+    except DaskClipError:
+        raise
+    except Exception as error:
+        if not (isinstance(error, OSError | MemoryError) or transient(error) or refused(error)):
+            raise
+        kind, remedy = remedied(error)
+        raise kind(f"{doing} failed: {reason(error)}; {remedy}") from error
+
+
+def retrying(function: Callable[[], T]) -> T:
+    """Result of ``function``, called again after transient failures, each later than the last."""
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return function()
+        except Exception as error:
+            if not transient(error):
+                raise
+            # at random, so that a thousand workers do not come back at once
+            seconds = random.uniform(0, min(LONGEST, FIRST * 2**attempt))
+            log.warning("%s: %s; again in %.1f s", type(error).__name__, reason(error), seconds)
+        time.sleep(seconds)
+    return function()
+
+
+def remedied(error: BaseException) -> tuple[type[StorageError], str]:
+    """Kind of error that a failure is told as, and what to do about it."""
+    again = "run the same command again to resume"
+    if transient(error):
+        return TemporaryError, again
+    return StorageError, f"mend the cause and {again}"
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same call may well succeed later."""
+    return any(_transient(e) for e in _chain(error))
+
+
+def refused(error: BaseException) -> bool:
+    """Whether credentials are wrong, or allow too little."""
+    return any(
+        isinstance(e, PermissionError)
+        or _status(e) in (401, 403)
+        or type(e).__name__ in ("NoCredentialsError", "PermissionDeniedError")
+        for e in _chain(error)
+    )
+
+
+def _transient(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno is not None and error.errno != errno.EINVAL:
+        return error.errno in ERRNOS
+    status = _status(error)
+    if status:
+        return status == 429 or 500 <= status < 600
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & LOST) or isinstance(error, TimeoutError | ConnectionError)
+
+
+def _status(error: BaseException) -> int:
+    """HTTP status of an error of botocore, aiohttp, requests, httpx or obstore; 0 if none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    found = [getattr(e, k, None) for e in (error, response) for k in ("status", "status_code")]
+    told = STATUS.search(str(error)) if type(error).__module__.startswith("obstore") else None
+    found += [int(told[1])] if told else []
+    return next((status for status in found if isinstance(status, int)), 0)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

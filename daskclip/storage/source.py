@@ -1,0 +1,137 @@
+"""Sources: opened, and refused where clipping them could not be right; reads metadata only."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from daskclip.errors import (
+    DaskClipError,
+    DTypeError,
+    SourceError,
+    SourceNotFoundError,
+    TemporaryError,
+    reason,
+    shown,
+)
+from daskclip.grid import grid
+from daskclip.storage import codecs as chunks
+from daskclip.storage.array import (
+    V2_NAMES,
+    attributes,
+    location,
+    place,
+    write_unit,
+)
+from daskclip.storage.cf import check_decoded
+from daskclip.storage.codecs import codec_name
+from daskclip.storage.hierarchy import (
+    Hierarchy,
+    at_folder,
+    at_place,
+)
+from daskclip.storage.retry import refused, transient
+
+# codecs that give back every bit; a lossy one could lift a clipped slice above the limit again
+LOSSLESS = {
+    "bytes", "endian", "transpose", "sharding_indexed", "crc32c",
+    "blosc", "gzip", "zstd", "zlib", "lz4", "bz2", "lzma", "shuffle", "pcodec",
+    "crc32", "adler32", "fletcher32", "jenkins_lookup3",
+}  # fmt: skip
+UNITS = 10**10  # more than any file system holds
+
+
+def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> Hierarchy:
+    """What is stored at a source, or say why there is nothing; reads metadata only."""
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else shown(source)
+    try:
+        found = place(source, storage_options)
+        if found is None:
+            raise SourceError(
+                f"source is a {type(source).__name__}; give a path, a URL, a zarr array, group or "
+                "store"
+            )
+        if isinstance(found, str):
+            if not os.path.exists(found):
+                raise SourceNotFoundError(f"source {name} does not exist; check the path")
+            opened = at_folder(os.path.realpath(found))
+        else:
+            opened = at_place(*found)
+        if not opened.documents:
+            raise SourceError(f"source {name} is not a zarr array or group; give the path of one")
+        opened.arrays  # noqa: B018
+    except DaskClipError:
+        raise
+    except Exception as error:  # broken metadata makes zarr raise anything
+        where, why = f"source {name}", reason(error)
+        if "data type" in str(error):
+            raise DTypeError(
+                f"{where} has a dtype that cannot be clipped ({why}); store it as floating point "
+                "or complex"
+            ) from error
+        if refused(error):
+            raise SourceError(
+                f"{where} cannot be read ({why}); check credentials and rights"
+            ) from error
+        if transient(error):
+            raise TemporaryError(f"{where} cannot be reached ({why}); run again") from error
+        raise SourceError(
+            f"{where} is not a zarr array or group ({why}); give the path of one"
+        ) from error
+    return opened
+
+
+def check_source(array: Any, check_dtype: Callable[[Any], None]) -> None:
+    """Refuse an array that cannot be clipped right; reads metadata only."""
+    where = f"source {location(array)}"
+    named = attributes(array)
+    if V2_NAMES in named:  # then xarray takes what is not stored as missing
+        named.setdefault("_FillValue", array.fill_value)
+    check_decoded(array.dtype, named, where)
+    check_dtype(array.dtype)
+    try:
+        unit = write_unit(array)
+    except NotImplementedError as error:
+        raise SourceError(
+            f"{where} has chunks of uneven sizes; store it with a regular grid"
+        ) from error
+    for codec in _codecs(array):
+        if codec not in LOSSLESS:
+            raise SourceError(
+                f"{where} is stored with {codec}, which is not known to be "
+                "lossless, so that the bound could not hold; store it with another codec"
+            )
+    if min((*array.shape, 0)) < 0 or min((*unit, *array.chunks, 1)) < 1:
+        raise SourceError(
+            f"{where} has shape {array.shape} in chunks of {array.chunks}; "
+            "store it with chunks of at least one element"
+        )
+    if math.prod(grid(array.shape, unit)) > UNITS:
+        raise SourceError(
+            f"{where} has more than the {UNITS:.0e} chunks or shards that can be stored; "
+            "check its metadata"
+        )
+    try:
+        chunks.chain(array)
+    except Exception as error:  # zarr looks at some codecs only when it reads
+        raise SourceError(
+            f"{where} has codecs that do not fit it ({reason(error)}); check its metadata"
+        ) from error
+
+
+def _codecs(array: Any) -> list[str]:
+    """Names of all codecs, those inside shards too, without the prefix of their library."""
+    document: dict[str, Any] = dict(array.metadata.to_dict())
+    if document["zarr_format"] == 2:
+        used = [*(document.get("filters") or ()), document.get("compressor")]
+        return [codec["id"] for codec in used if codec]
+    names = []
+    queue: list[Any] = list(document["codecs"])
+    while queue:
+        codec = queue.pop()
+        names.append(codec_name(codec["name"]))
+        configuration = codec.get("configuration", {})
+        queue += [*configuration.get("codecs", ()), *configuration.get("index_codecs", ())]
+    return names

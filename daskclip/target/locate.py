@@ -1,0 +1,66 @@
+"""Targets as they are named: a folder, or a prefix in an object store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from daskclip.errors import (
+    InvalidValueError,
+    TargetError,
+    reason,
+    shown,
+)
+from daskclip.storage import Hierarchy
+from daskclip.storage import array as storage
+from daskclip.target.directory import Folder, can_lock
+from daskclip.target.object_store import Prefix
+
+Target = Folder | Prefix
+
+
+def open_target(
+    target: Any,
+    source: Hierarchy,
+    options: dict[str, Any] | None,
+    *,
+    overwrite: bool,
+    in_place: bool,
+) -> Target:
+    """A target that can be made, or the reason why not; changes nothing."""
+    if in_place and (overwrite or target is not None):
+        raise InvalidValueError(
+            "in place there is no target and nothing else to overwrite; leave them out"
+        )
+    if target is None and not in_place:
+        raise InvalidValueError("there is no target; give its path, or clip in place")
+    if in_place:
+        target = source.place
+    place = find_target(target, options)
+    place.check(source, overwrite=overwrite, in_place=in_place)
+    return place
+
+
+def find_target(target: Any, options: dict[str, Any] | None = None) -> Target:
+    """Where a target is, or may be."""
+    try:
+        found = storage.place(target, options)
+    except Exception as error:  # of a URL, fsspec and its file systems raise anything
+        raise TargetError(
+            f"target {shown(target)} cannot be used ({reason(error)}); check the URL, and that "
+            "what it needs is installed"
+        ) from error
+    if isinstance(found, tuple):
+        return Prefix(*found)
+    if found is None:
+        raise TargetError(
+            f"target {shown(target)} is not a path; give a path, a URL or a zarr store"
+        )
+    if not can_lock():
+        raise TargetError("this system has no flock; use clip_by_norm, which needs none")
+    path = Path(found)
+    if path.name in ("", ".."):
+        path = path.resolve()
+    # free of links and ``..``
+    return Folder(Path(os.path.realpath(path.parent), path.name))

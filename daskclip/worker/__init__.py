@@ -1,0 +1,13 @@
+"""One block in, one block out: what a process does that runs blocks.
+
+Every function can run twice and does the same again. Nothing here knows which block comes next.
+"""
+
+from daskclip.worker import tasks
+from daskclip.worker.context import Job, end
+
+__all__ = [
+    "Job",
+    "end",
+    "tasks",
+]

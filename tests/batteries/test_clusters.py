@@ -1,0 +1,495 @@
+"""Processes of a cluster that are killed, frozen and started again while a run is under way."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+from distributed import Client
+from reference import bits
+from stores import create, finished, read, some, stored
+
+from daskclip import clip_by_norm, clip_zarr
+from daskclip.engine import cluster as workers
+from daskclip.engine import request as prepare
+from daskclip.errors import StorageError, TemporaryError
+from daskclip.plan import array as plan
+from daskclip.target.journal import Journal
+
+pytestmark = pytest.mark.distributed
+
+SHAPE, CHUNKS = (32, 32), (2, 8)
+SIZES = {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 1}
+STATE = {2: 1, 4: 1, 8: 1}
+# over columns: 64 blocks of one chunk in four slabs; over rows: 16 blocks, each a slab
+MEMORY = {0: 360, 1: 4096}
+PASSES = {0: 2, 1: 1}
+CLIP_NORM = 100.0
+SMALL = (
+    "from daskclip import engine, prepare, plan; "
+    + "; ".join(f"plan.{name} = {size}" for name, size in SIZES.items())
+    + f"; prepare.STATE = {STATE}; "
+)
+# waits at the fifth line of the journal for a file
+GATED = """
+import os, time
+from daskclip.target.journal import Journal
+append, lines = Journal.append, []
+def gated(self, entry):
+    append(self, entry)
+    lines.append(entry)
+    end = time.monotonic() + 120
+    while len(lines) == 5 and not os.path.exists({!r}) and time.monotonic() < end:
+        time.sleep(0.001)
+Journal.append = gated
+"""
+# kills its process at one block, each time
+DEADLY = """
+import os, signal
+from daskclip import regions
+def deadly(array, region, *args, original=regions.{0}):
+    if [s.start for s in region] == {1}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(array, region, *args)
+regions.{0} = deadly
+"""
+# stops its process once, between the look at the staging folder and the writing into it
+FREEZING = """
+import os, signal, threading
+from pathlib import Path
+from daskclip import regions
+frozen, woken = Path({!r}), Path({!r})
+def freezing(*args, original=regions.write):
+    try:
+        os.close(os.open(frozen, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return original(*args)
+    frozen.write_text(str(os.getpid()))
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+    try:
+        return original(*args)
+    finally:
+        woken.touch()
+regions.write = freezing
+"""
+
+
+def until(condition, seconds=120):
+    """Wait for something; the time only guards against hanging."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.001)
+
+
+class Cluster:
+    """A scheduler and its workers, each a process that was started here."""
+
+    def __init__(self, folder, **settings):
+        self.folder, self.port = folder, 0
+        prefix = "DASK_DISTRIBUTED__"
+        self.environment = os.environ | {f"{prefix}{k}": str(v) for k, v in settings.items()}
+        self.workers = []
+        self.started = 0
+        self.start_scheduler()
+
+    def start(self, *command):
+        self.started += 1
+        with (self.folder / f"log{self.started}").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", *command, "--host", "127.0.0.1", "--no-dashboard"],
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+            )
+
+    def start_scheduler(self):
+        """At the address of the one before, if there was one."""
+        file = self.folder / "scheduler.json"
+        file.unlink(missing_ok=True)
+        self.scheduler = self.start(
+            "distributed.cli.dask_scheduler", "--port", str(self.port), "--scheduler-file", file
+        )
+        until(lambda: file.exists() and file.read_text().endswith("}"))
+        self.address = json.loads(file.read_text())["address"]
+        self.port = self.address.rpartition(":")[2]
+
+    def start_workers(self, number, *options):
+        command = ["distributed.cli.dask_worker", self.address, "--nthreads", "1", *options]
+        options = () if "--nanny" in options else ("--no-nanny",)
+        for _ in range(number):
+            self.workers.append(self.start(*command, *options))
+        with Client(self.address, set_as_default=False) as client:
+            client.wait_for_workers(len(self.workers), timeout=120)
+
+    def kill_worker(self):
+        worker = self.workers.pop(0)
+        worker.kill()
+        worker.wait()
+
+    def kill_scheduler(self):
+        self.scheduler.kill()
+        self.scheduler.wait()
+
+    def close(self):
+        for worker in self.workers:
+            worker.terminate()
+        for worker in self.workers:
+            worker.wait(120)
+        self.scheduler.kill()
+        self.scheduler.wait()
+
+
+@contextmanager
+def cluster_in(folder, **settings):
+    folder.mkdir(exist_ok=True)
+    cluster = Cluster(folder, **settings)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    with cluster_in(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def two(shared):
+    """A cluster of two workers."""
+    shared.start_workers(2 - len(shared.workers))
+    return shared
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A source of which a part is clipped by columns, and by rows."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    values = some(SHAPE, "f4")
+    values[:, 8:16] *= 1e-3
+    values[:8] *= 1e-3
+    create(folder / "x", values, CHUNKS)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, size in SIZES.items():
+        monkeypatch.setattr(plan, name, size)
+    monkeypatch.setattr(prepare, "STATE", STATE)
+
+
+class Run:
+    """A run from the shell or from Python, in a process of its own."""
+
+    def __init__(self, folder, axes=0, mode="copy", clip_norm=CLIP_NORM, code=""):
+        self.folder, self.axes, self.mode, self.clip_norm = folder, axes, mode, clip_norm
+        self.code = SMALL + code
+        self.values = read(folder / "x")
+        self.source = stored(folder / "x")
+        self.target = folder / ("x" if mode == "in_place" else "y")
+        if mode == "overwrite" and not self.target.exists():
+            create(self.target, some((4, 4), "f4", seed=1), (2, 4))
+
+    def shell(self, address=None):
+        """The command line."""
+        options = ["--clip-norm", self.clip_norm, "--axes", self.axes, "--progress", "none"]
+        options += ["--memory", MEMORY[self.axes], "--json"]
+        options += ["--scheduler", address] if address else []
+        options += {"copy": [], "overwrite": ["--overwrite"], "in_place": ["--in-place"]}[self.mode]
+        target = [] if self.mode == "in_place" else [self.target]
+        code = f"{self.code}\nfrom daskclip.cli import main; main()"
+        return self._start(code, "run", self.folder / "x", *target, *options)
+
+    def python(self, address):
+        """The library, with a client that does not wait long for its scheduler."""
+        target = None if self.mode == "in_place" else str(self.target)
+        call = f"clip_zarr({str(self.folder / 'x')!r}, {target!r}, {self.clip_norm}, {self.axes}"
+        call += f", memory={MEMORY[self.axes]}"
+        call += "" if self.mode == "copy" else f", {self.mode}=True"
+        code = f"""{self.code}
+import sys
+from distributed import Client
+from daskclip import clip_zarr
+from daskclip.errors import DaskClipError
+with Client({address!r}, timeout=2):
+    try:
+        print({call}).to_json())
+    except DaskClipError as error:
+        print("daskclip:", error, file=sys.stderr)
+        code = error.exit_code
+    else:
+        code = 0
+sys.exit(code)
+"""
+        return self._start(code)
+
+    def _start(self, code, *args):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def reach(self, line):
+        """Wait until the journal has so many lines."""
+        journal = self.folder / f".{self.target.name}.daskclip" / "journal"
+
+        def reached():
+            try:
+                return journal.read_bytes().count(b"\n") >= line
+            except FileNotFoundError:
+                return False
+
+        until(reached)
+
+    def finish(self, process):
+        """The run ends with NumPy's bits, and leaves the source alone and nothing else behind."""
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+        self.check()
+        figures = json.loads(out)
+        assert figures["passes"] == PASSES[self.axes]
+        assert 0 < figures["clipped"] < figures["slices"]
+        return figures
+
+    def check(self):
+        wanted = clip_by_norm(self.values, self.clip_norm, self.axes)
+        assert bits(read(self.target)) == bits(wanted)
+        if self.mode != "in_place":
+            assert stored(self.folder / "x") == self.source
+        assert {p.name for p in self.folder.iterdir()} == {"x", self.target.name}
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "lines", [(5,), pytest.param((2, 12, 25, 55), marks=pytest.mark.slow)], ids=str
+)
+def test_workers_that_are_killed_change_nothing(folder, two, monkeypatch, lines):
+    run = Run(folder)
+    append, done = Journal.append, []
+
+    def killing(self, entry):
+        append(self, entry)
+        done.append(entry)
+        if len(done) in lines:
+            two.kill_worker()
+            two.start_workers(len(lines) > 1)
+
+    monkeypatch.setattr(Journal, "append", killing)
+    with Client(two.address):
+        report = clip_zarr(folder / "x", folder / "y", CLIP_NORM, 0, memory=MEMORY[0])
+    assert (report.passes, report.blocks) == (2, 64)
+    assert len(done) > max(lines)
+    run.check()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_in_the_middle_of_a_run_from_the_shell(folder, two):
+    run = Run(folder, mode="overwrite")
+    process = run.shell(two.address)
+    for line in (3, 20):
+        run.reach(line)
+        two.kill_worker()
+        two.start_workers(1)
+    assert run.finish(process)["bytes_read"] == 2 * read(folder / "x").nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "mode", "axes", "line"),
+    [
+        (Run.shell, "copy", 0, 1),
+        (Run.python, "copy", 0, 12),
+        (Run.shell, "overwrite", 0, 22),
+        (Run.python, "in_place", 0, 5),
+        (Run.shell, "in_place", 1, 3),
+        (Run.python, "overwrite", 1, 4),
+    ],
+)
+def test_a_client_that_is_killed_can_run_again(folder, two, start, mode, axes, line):
+    run = Run(folder, axes, mode)
+    before = run.target.exists() and stored(run.target)
+    process = start(run, two.address)
+    run.reach(line)
+    kill(process)
+    assert stored(folder / "x") == run.source
+    assert (run.target.exists() and stored(run.target)) == before
+    figures = run.finish(start(run, two.address))
+    assert figures["bytes_read"] < PASSES[axes] * run.values.nbytes or line == 1
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_killed_ends_the_run_which_can_go_on(folder, tmp_path):
+    run = Run(folder)
+    with cluster_in(tmp_path / "cluster") as cluster:
+        for start, line in ((Run.python, 1), (Run.shell, 8), (Run.python, 30)):
+            cluster.start_workers(2)
+            process = start(run, cluster.address)
+            run.reach(line)
+            cluster.kill_scheduler()
+            out, err = process.communicate(timeout=120)
+            cluster.kill_worker()
+            cluster.kill_worker()
+            assert (process.returncode, out) == (75, "")
+            # what distributed logs is the affair of who calls the library, not of the shell
+            lines = err.splitlines() if start is Run.shell else re.findall("daskclip: .*", err)
+            assert len(lines) == 1
+            assert lines[0].startswith("daskclip: the cluster was lost")
+            assert "run the same command again" in lines[0]
+            assert stored(folder / "x") == run.source
+            assert not run.target.exists()
+            cluster.start_scheduler()
+        cluster.start_workers(2)
+        figures = run.finish(run.shell(cluster.address))
+        assert figures["bytes_read"] < 2 * run.values.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["published", "abandoned"])
+def test_a_frozen_worker_that_wakes_hurts_no_later_run(folder, tmp_path, end):
+    frozen, woken, go = (tmp_path / name for name in ("frozen", "woken", "go"))
+    preload = tmp_path / "freezing.py"
+    preload.write_text(FREEZING.format(str(frozen), str(woken)))
+    with cluster_in(tmp_path / "cluster", SCHEDULER__WORKER_TTL="2s") as cluster:
+        cluster.start_workers(2, "--preload", preload)
+        run = Run(folder)
+        process = run.shell(cluster.address)
+        if end == "published":
+            run.finish(process)
+        until(lambda: frozen.exists() and frozen.read_text())
+        if end == "abandoned":
+            kill(process)
+            discard = ["-c", "from daskclip.cli import main; main()", "discard", run.target]
+            subprocess.run([sys.executable, *discard], check=True, capture_output=True)
+        assert {p.name for p in folder.iterdir()} - {"y"} == {"x"}
+        mode = "overwrite" if end == "published" else "copy"
+        other = Run(folder, 1, mode, 2 * CLIP_NORM, code=GATED.format(str(go)))
+        process = other.shell()
+        other.reach(6)
+        assert not woken.exists()
+        os.kill(int(frozen.read_text()), signal.SIGCONT)
+        until(woken.exists)
+        if end == "published":
+            assert bits(read(run.target)) == bits(clip_by_norm(run.values, CLIP_NORM, 0))
+        go.touch()
+        other.finish(process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "place", "window"),
+    [("read", [4, 16], ("4:6", "6:8")), ("write", [18, 0], ("16:18", "18:20"))],
+    ids=["first", "second"],
+)
+@pytest.mark.usefixtures("small")
+def test_a_block_that_kills_its_workers_is_named(folder, tmp_path, function, place, window):
+    preload = tmp_path / "deadly.py"
+    preload.write_text(DEADLY.format(function, place))
+    run, before = Run(folder), stored(folder)
+    # the other block of the window waits on the same worker, and Dask may blame that one
+    columns = f"{place[1]}:{place[1] + 8}"
+    wanted = [f"while block [{rows}, {columns}] of {folder / 'x'} or one" for rows in window]
+    with cluster_in(tmp_path / "cluster", SCHEDULER__ALLOWED_FAILURES=1) as cluster:
+        cluster.start_workers(2, "--nanny", "--preload", preload)
+        with Client(cluster.address), pytest.raises(StorageError) as caught:
+            clip_zarr(folder / "x", folder / "y", CLIP_NORM, 0, memory=MEMORY[0])
+    assert "\n" not in str(caught.value)
+    assert any(text in str(caught.value) for text in wanted)
+    assert caught.value.exit_code == 1
+    assert finished(folder) == before
+    # without what killed them the same call goes on
+    report = clip_zarr(folder / "x", folder / "y", CLIP_NORM, 0, memory=MEMORY[0])
+    assert report.status == "clipped"
+    run.check()
+
+
+# --- workers that will not do --------------------------------------------------------------------
+
+
+@contextmanager
+def worker(cluster, *before, **environment):
+    """One worker, whose command begins with ``before``."""
+    command = ["-m", "distributed.cli.dask_worker", cluster.address, "--no-nanny", "--nthreads"]
+    process = subprocess.Popen(
+        [*before, sys.executable, *command, "1", "--host", "127.0.0.1", "--no-dashboard"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=cluster.environment | environment,
+    )
+    try:
+        with Client(cluster.address, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=120)
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def refused(cluster, folder):
+    """The line that a run ends with, with nothing left."""
+    x = create(folder / "x", some((4, 4), "f4"), (2, 4))
+    before = stored(folder)
+    command = [sys.executable, "-c", "from daskclip.cli import main; main()", "run", x]
+    command += [folder / "y", "--clip-norm", 1]
+    done = subprocess.run(
+        [*map(str, command), "--scheduler", cluster.address],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, stored(folder)) == (3, before)
+    with Client(cluster.address), pytest.raises(RuntimeError) as caught:
+        clip_zarr(x, folder / "y", 1.0)
+    _, line = done.stderr.splitlines()  # the first one names the dashboard
+    assert line == f"daskclip: {caught.value}"
+    assert stored(folder) == before
+    return line
+
+
+@pytest.mark.parametrize("package", ["daskclip", "zarr"])
+def test_workers_of_another_version_are_refused(tmp_path, package):
+    # what is found first counts, as with a second installation
+    (tmp_path / "data").mkdir()
+    info = tmp_path / "path" / f"{package}-0.0.9.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0.9\n")
+    with cluster_in(tmp_path / "logs") as cluster, worker(cluster, PYTHONPATH=str(info.parent)):
+        assert f" has {package} 0.0.9 and not " in refused(cluster, tmp_path / "data")
+
+
+def test_workers_that_do_not_see_the_files_are_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"']
+    if subprocess.run([*hidden, tmp_path, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is refused here")
+    with cluster_in(tmp_path / "logs") as cluster, worker(cluster, *hidden, str(tmp_path / "data")):
+        assert " does not see " in refused(cluster, tmp_path / "data")
+
+
+def test_a_worker_that_does_not_answer_is_no_reason_to_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_everywhere", lambda *_: {})
+    x = create(tmp_path / "x", some((4, 4), "f4"), (2, 4))
+    with (
+        cluster_in(tmp_path / "logs") as cluster,
+        worker(cluster),
+        Client(cluster.address),
+        pytest.raises(TemporaryError, match="did not say in 60 s"),
+    ):
+        clip_zarr(x, tmp_path / "y", 1.0)
+    assert not (tmp_path / "y").exists()

@@ -1,0 +1,302 @@
+"""Deliberate defects, one at a time: the battery must see each of them, and nothing without."""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from faults import CASES, Hooks, Sweep, contents, in_child, warm
+
+from daskclip import verify_zarr
+from daskclip.engine import clip as engine
+from daskclip.engine import run_record as resume
+from daskclip.errors import DaskClipError
+from daskclip.storage import files, regions
+from daskclip.storage.hierarchy import Hierarchy
+from daskclip.target import directory as publish
+from daskclip.target import journal
+from daskclip.target.journal import Journal
+from daskclip.worker import context as jobs
+from daskclip.worker import tasks
+
+COPY, ONE_PASS, OVERWRITE = CASES[:3]
+REAL = SimpleNamespace(append=Journal.append, rescale=tasks.rescale_block)
+
+
+# --- the battery: each returns what it sees ------------------------------------------------------
+
+
+def kills(case, step, power=False):
+    """Kill a job at some of its file operations."""
+
+    def look(defect):
+        if defect is None:
+            return []  # test_kills.py has looked at every operation
+        sweep = Sweep(case, defect)
+        sweep.kills(range(1, sweep.operations + 1, step), power)
+        return sweep.violations
+
+    return look
+
+
+def after_window(number, action):
+    """Do something once a run has journalled so many windows."""
+    seen = []
+
+    def append(self, entry):
+        REAL.append(self, entry)
+        seen.append(None)
+        if len(seen) == number:
+            action()
+
+    Journal.append = append
+
+
+def change(folder):
+    """Other bytes in one chunk, of the same length and time."""
+    chunk = folder / "x/c/5/0"
+    status, data = chunk.stat(), bytearray(chunk.read_bytes())
+    data[0] ^= 1
+    chunk.write_bytes(data)
+    os.utime(chunk, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def a_source_that_changes(case, window, words):
+    """Change a chunk while the run is under way: it must stop, in these words."""
+
+    def look(defect):
+        sweep = Sweep(case)
+        with sweep.folder() as folder:
+
+            def run():
+                after_window(window, lambda: change(folder))
+                return case.run(folder)
+
+            outcome = in_child(run, defect=defect)
+            return [] if words in outcome.get("error", "") else [outcome]
+
+    return look
+
+
+def a_block_of_an_earlier_run(defect):
+    """A task that was held up ends while another run is under way."""
+    other, taken = replace(COPY, clip_norm=2.0), []
+
+    def take(job, *args):
+        taken.append((job, *args))
+        return REAL.rescale(job, *args)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    def wake():
+        jobs._ended.clear()  # it was in another process
+        for late in taken:
+            with suppress(DaskClipError):
+                REAL.rescale(*late)
+
+    sweep = Sweep(other)
+    with sweep.folder() as folder:
+
+        def run():
+            tasks.rescale_block = take
+            after_window(4, stop)
+            with suppress(KeyboardInterrupt):
+                COPY.run(folder)
+            assert taken
+            resume.discard(folder / "y")
+            tasks.rescale_block = REAL.rescale
+            after_window(4, wake)
+            return other.run(folder)
+
+        outcome = in_child(run, defect=defect)
+        assert "bug" not in outcome, outcome
+        return [] if contents(folder, "y") == sweep.wanted["y"] else [outcome]
+
+
+def two_at_once(defect):
+    """A second client comes while a run is under way: it must be told so."""
+    sweep = Sweep(COPY)
+    with sweep.folder() as folder:
+        seen = []
+
+        def second():
+            try:
+                COPY.run(folder)
+            except DaskClipError as error:
+                seen.append(str(error))
+
+        def run():
+            after_window(2, second)
+            with suppress(Exception):
+                COPY.run(folder)
+            return seen
+
+        told = in_child(run, defect=defect)["value"]
+        return [] if "being written by another run" in "".join(told) else [told]
+
+
+def interrupted(folder, case, number):
+    """Leave an unfinished run behind."""
+    assert "killed" in in_child(lambda: case.run(folder), Hooks(kill=number))
+
+
+def other_parameters(defect):
+    """Run again with another limit: refused, or right."""
+    sweep = Sweep(COPY)
+    with sweep.folder() as folder:
+        interrupted(folder, COPY, 60)
+        outcome = in_child(lambda: replace(COPY, clip_norm=0.5).run(folder), defect=defect)
+        return [] if outcome.get("code") == 5 else [outcome]
+
+
+def a_journal_with_another_digit(defect):
+    """Change one digit of the journal: the run must end right all the same."""
+    sweep, seen = Sweep(ONE_PASS), []
+    for place in range(0, 60, 4):
+        with sweep.folder() as folder:
+            interrupted(folder, ONE_PASS, 48)
+            path = folder / ".y.daskclip/journal"
+            data = bytearray(path.read_bytes())
+            start = data.index(b'"tally"') + 9
+            digits = [i for i in range(start, len(data)) if chr(data[i]).isdigit()]
+            at = digits[place % len(digits)]
+            data[at] = ord("1") + (data[at] - ord("0")) % 9
+            path.write_bytes(data)
+            outcome = in_child(lambda folder=folder: ONE_PASS.run(folder), defect=defect)
+            right = outcome.get("value", [])[1:] == sweep.outcome["value"][1:]
+            checked = in_child(lambda folder=folder: bool(verify_zarr(folder / "y")))
+            if not right or "value" not in checked:
+                seen.append((outcome, checked))
+    return seen
+
+
+def kills_while_discarding(defect):
+    """Kill `discard` at every operation, then run again."""
+    sweep = Sweep(ONE_PASS)
+    for number in range(1, 40):
+        with sweep.folder() as folder:
+            interrupted(folder, ONE_PASS, 48)
+            in_child(lambda f=folder: resume.discard(f / "y"), Hooks(kill=number), defect)
+            sweep.again(folder, number)
+    return sweep.violations
+
+
+# --- the defects ---------------------------------------------------------------------------------
+
+
+def journal_before_data():
+    write, append, waiting = regions.write, Journal.append, []
+    regions.write = lambda *args: waiting.append(args) or 0
+
+    def early(self, entry):
+        append(self, entry)
+        while waiting:
+            write(*waiting.pop())
+
+    Journal.append = early
+
+
+def no_digest_of_what_is_read():
+    tasks._read_same = lambda job, region, expected, empty: tasks._read(job, region)
+
+
+def no_look_at_the_source_before_publishing():
+    Hierarchy.fingerprint = lambda self, *, changes: {}
+
+
+def rename_before_sync():
+    def unsynced(work, source, staged, replace):
+        folder, target = staged.folder, work.target.path
+        shutil.copyfile(work.folder / "journal", folder / ".daskclip")
+        (files.exchange if target.exists() else os.rename)(folder, target)
+        files.sync(target.parent)
+        work.clear()
+
+    publish.FolderWork.publish = unsynced
+
+
+def one_staging_folder_for_all_runs():
+    resume.uuid4 = lambda: SimpleNamespace(hex="staging")
+
+
+def no_lock():
+    publish.fcntl = SimpleNamespace(flock=lambda *_: None, LOCK_EX=0, LOCK_NB=0)
+
+
+def blocks_are_not_synced():
+    tasks.files = SimpleNamespace(**vars(files) | {"sync": lambda folder: None})
+
+
+def journal_removed_last():
+    def clear(work):
+        for path in [p for p in work.folder.iterdir() if p.is_dir()]:
+            shutil.rmtree(path)
+        for path in [p for p in work.folder.iterdir() if p.name != "lock"]:
+            path.unlink()
+
+    publish.FolderWork.clear = clear
+
+
+def parameters_are_not_compared():
+    compared = resume.resumed
+
+    def resumed(work, source, run, memory):
+        old = journal.header(work.folder / "journal") or run
+        return compared(work, source, run | {"parameters": old["parameters"]}, memory)
+
+    engine.resumed = resumed
+
+
+def checksums_of_lines_are_not_compared():
+    def entries(path):
+        with path.open("rb") as file:
+            for line in file:
+                with suppress(ValueError):
+                    yield json.loads(line[9:]), file.tell()
+
+    journal.entries = entries
+
+
+def strays_are_published():
+    files.CHUNK = SimpleNamespace(fullmatch=lambda key: True)
+
+
+def old_array_removed_first():
+    def publishing(work, source, staged, replace):
+        folder, target = staged.folder, work.target.path
+        shutil.copyfile(work.folder / "journal", folder / ".daskclip")
+        files.sync(folder)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(folder, target)
+        files.sync(target.parent)
+        work.clear()
+
+    publish.FolderWork.publish = publishing
+
+
+DEFECTS = [
+    (journal_before_data, kills(COPY, 2)),
+    (no_digest_of_what_is_read, a_source_that_changes(COPY, 1, "between the passes")),
+    (no_look_at_the_source_before_publishing, a_source_that_changes(ONE_PASS, 1, "during the run")),
+    (rename_before_sync, kills(OVERWRITE, 2, power=True)),
+    (one_staging_folder_for_all_runs, a_block_of_an_earlier_run),
+    (no_lock, two_at_once),
+    (blocks_are_not_synced, kills(ONE_PASS, 2, power=True)),
+    (journal_removed_last, kills_while_discarding),
+    (parameters_are_not_compared, other_parameters),
+    (checksums_of_lines_are_not_compared, a_journal_with_another_digit),
+    (strays_are_published, kills(ONE_PASS, 2)),
+    (old_array_removed_first, kills(OVERWRITE, 2)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("defect", "look"), DEFECTS, ids=[d.__name__ for d, _ in DEFECTS])
+def test_a_deliberate_defect_is_seen(defect, look):
+    warm()
+    assert not look(None)
+    assert look(defect)

@@ -1,0 +1,708 @@
+"""From storage to storage: NumPy's bits for any plan, nothing half done after a failure."""
+
+import asyncio
+import json
+import math
+from bisect import bisect_left
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from pathlib import Path
+from threading import Barrier, Event, Lock
+
+import dask
+import numpy as np
+import pytest
+import zarr
+from distributed import Client, LocalCluster
+from reference import bits
+from stores import FORMATS, create, finished, read, some, stored
+
+from daskclip import (
+    clip_by_norm,
+    clip_zarr,
+    norm,
+    plan_zarr,
+    verify_zarr,
+)
+from daskclip.engine import cluster as workers
+from daskclip.engine import request as prepare
+from daskclip.errors import (
+    DaskClipError,
+    MemoryBudgetError,
+    NonFiniteError,
+    SourceError,
+    StorageError,
+    TargetExistsError,
+    TemporaryError,
+)
+from daskclip.plan import array as plan
+from daskclip.storage import files, regions
+from daskclip.target import directory as publish
+from daskclip.target.journal import Journal
+from daskclip.worker import context as jobs
+from daskclip.worker import tasks
+
+# neither chunks nor shards divide the shape
+SHAPE, CHUNKS, SHARDS = (9, 7, 7), (2, 4, 3), (4, 4, 3)
+AXES = [None, 0, (0, 2), -1, ()]
+DTYPES = ["f2", "f4", "f8", "c8", "c16"]
+LAYOUTS = {**FORMATS, "shards": {"zarr_format": 3, "shards": SHARDS}}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
+    for name, size in {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}.items():
+        monkeypatch.setattr(plan, name, size)
+    # sums that weigh less than the elements, as those of large chunks do
+    monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
+
+
+def cluster_of(workers):
+    # without an address it takes a fixed port, and warns where that is in use
+    return LocalCluster(
+        n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    )
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two worker processes."""
+    with cluster_of(2) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(two):
+    with Client(two) as client:
+        yield client
+
+
+@pytest.fixture
+def four():
+    with cluster_of(4) as cluster, Client(cluster):
+        yield
+
+
+def tight(source, axes):
+    """The smallest budget that a plan is made for."""
+    array, absent = zarr.open_array(source, mode="r"), source.parent / "absent"
+
+    def fits(memory):
+        try:
+            return bool(plan_zarr(array, absent, 1.0, axes, memory=memory))
+        except MemoryBudgetError:
+            return False
+
+    return 1 + bisect_left(range(1, 2**20), True, key=fits)
+
+
+def memory_of(budget, source, axes):
+    """The smallest budget, or one that everything fits."""
+    return tight(source, axes) if budget == "tight" else 2**30
+
+
+def clipped(source, target, axes=None, clip_norm=1.0, **options):
+    """Clip; the result must be NumPy's, to the bit."""
+    x = read(source)
+    report = clip_zarr(source, target, clip_norm, axes, **options)
+    policy = options.get("nonfinite", "propagate")
+    assert bits(read(target)) == bits(clip_by_norm(x, clip_norm, axes, nonfinite=policy))
+    return report
+
+
+def source_of(folder, layout="format 3", dtype="f4", values=None):
+    values = some(SHAPE, dtype) if values is None else values
+    return create(folder / "x", values, CHUNKS, **LAYOUTS[layout])
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axes", AXES, ids=str)
+def test_results_are_those_of_numpy_with_little_memory(tmp_path, layout, axes):
+    x = source_of(tmp_path, layout)
+    memory = tight(x, axes)
+    planned = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+    assert planned.passes == (1 if axes == () else 2)
+    assert len([blocks for _, windows in planned.windows() for blocks in windows]) > 1
+    report = clipped(x, tmp_path / "y", axes, memory=memory)
+    assert (report.passes, report.blocks) == (planned.passes, planned.blocks)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
+def test_results_are_those_of_numpy_with_much_memory(tmp_path, layout, axes):
+    with dask.config.set(num_workers=1):  # more threads share the slices of few blocks
+        report = clipped(source_of(tmp_path, layout), tmp_path / "y", axes)
+    assert report.passes == 1
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axes", [None, 0], ids=str)
+def test_results_are_those_of_numpy_for_every_dtype(tmp_path, dtype, axes):
+    x = source_of(tmp_path, dtype=dtype)
+    clipped(x, tmp_path / "y", axes, memory=tight(x, axes))
+
+
+@pytest.mark.usefixtures("small")
+def test_both_passes_take_several_slabs_and_windows(tmp_path):
+    x = create(tmp_path / "x", some((20, 24), "f4"), (2, 8))
+    report = clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+    planned = plan_zarr(x, tmp_path / "z", 1.0, 0, memory=tight(x, 0))
+    assert report.passes == 2
+    assert planned.slabs > 1
+    assert all(len(list(windows)) > 1 for _, windows in planned.windows())
+
+
+SCHEDULERS = {
+    "threads": {"scheduler": "threads"},
+    "3 threads": {"scheduler": "threads", "num_workers": 3},
+    "synchronous": {"scheduler": "synchronous"},
+    "array default": {},
+}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("settings", SCHEDULERS)
+def test_schedulers(tmp_path, settings):
+    x = source_of(tmp_path, "shards")
+    with dask.config.set(SCHEDULERS[settings]):
+        clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_thread_pool_of_the_caller(tmp_path):
+    x = source_of(tmp_path)
+    with ThreadPoolExecutor(3) as pool, dask.config.set(pool=pool):
+        assert plan_zarr(x, tmp_path / "y", 1.0).threads == 3
+        clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+        assert pool.submit(int).result() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_the_scheduler_of_processes(tmp_path):
+    x = source_of(tmp_path)
+    with dask.config.set(scheduler="processes", num_workers=2):
+        clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("small", "client")
+@pytest.mark.parametrize(
+    ("layout", "axes"),
+    [("shards", 0), ("shards", None), ("format 3", 0), ("format 2", -1), ("format 2", ())],
+)
+def test_results_are_those_of_numpy_on_two_processes(tmp_path, layout, axes):
+    x = source_of(tmp_path, layout)
+    memory = tight(x, axes)
+    planned = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+    assert (planned.processes, planned.threads) == (2, 1)
+    assert clipped(x, tmp_path / "y", axes, memory=memory).passes == planned.passes
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("times", [1, 2])
+def test_results_whose_way_back_is_cancelled(tmp_path, client, monkeypatch, times):
+    # as happens in distributed by chance
+    x = source_of(tmp_path)
+    gather, calls = client._gather_remote, []
+
+    async def cancelled(*args):
+        if "rescale_block" in str(client._gather_keys):
+            calls.append(None)
+            if len(calls) <= times:
+                asyncio.current_task().cancel()
+        return await gather(*args)
+
+    monkeypatch.setattr(client, "_gather_remote", cancelled)
+    if times == 2:
+        with pytest.raises(TemporaryError, match="the cluster was lost"):
+            clip_zarr(x, tmp_path / "y", 1.0, 0, memory=tight(x, 0))
+    clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+    assert len(calls) > times
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("client")
+def test_a_task_that_raises_the_same_is_not_done_again(tmp_path):
+    def wrong():
+        with (tmp_path / "done").open("a") as file:
+            file.write("once")
+        if tmp_path is None:
+            value = 1
+        return value
+
+    with pytest.raises(UnboundLocalError, match="value"), workers.surviving(str):
+        workers.gathered([dask.delayed(wrong)()], {})
+    assert (tmp_path / "done").read_text() == "once"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.usefixtures("small", "four")
+@pytest.mark.parametrize(
+    ("layout", "budget"),
+    [
+        ("shards", "ample"),
+        ("format 3", "ample"),
+        ("shards", "tight"),
+        ("format 3", "tight"),
+    ],
+)
+def test_four_workers_give_numpys_result_20_times_of_20(tmp_path, monkeypatch, layout, budget):
+    # windows of many blocks, so that all workers write at once
+    monkeypatch.setattr(plan, "WINDOW", 16)
+    x = source_of(tmp_path, layout)
+    memory = memory_of(budget, x, 0)
+    wanted = bits(clip_by_norm(read(x), 1.0, 0))
+    for n in range(20):
+        clip_zarr(x, tmp_path / f"y{n}", 1.0, 0, memory=memory)
+        assert bits(read(tmp_path / f"y{n}")) == wanted
+
+
+def touched(monkeypatch, name):
+    """Counts how often each file of a chunk is read or written."""
+    counts, lock = Counter(), Lock()
+    original = getattr(files, name)
+
+    def counting(*args):
+        with lock:
+            counts[Path(args[0], *args[1:2] if name == "write" else ())] += 1
+        return original(*args)
+
+    monkeypatch.setattr(files, name, counting)
+    return counts
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
+def test_every_unit_is_written_once(tmp_path, monkeypatch, layout, axes):
+    x = source_of(tmp_path, layout)
+    memory = tight(x, axes)
+    written = touched(monkeypatch, "write")
+    clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+    made = [k for k, v in stored(tmp_path / "y").items() if v is not None]
+    keys = sorted(str(path).partition(".daskclip/")[2].partition("/")[2] for path in written)
+    assert keys == [k for k in made if k not in ("zarr.json", ".zarray", ".zattrs")]
+    assert set(written.values()) == {1}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("layout", ["format 2", "format 3"])
+@pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
+def test_every_chunk_is_read_once_a_pass(tmp_path, monkeypatch, layout, axes):
+    x = source_of(tmp_path, layout)
+    memory = tight(x, axes)
+    got = touched(monkeypatch, "read")
+    report = clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+    assert len(got) == math.prod(-(-n // c) for n, c in zip(SHAPE, CHUNKS, strict=True))
+    assert set(got.values()) == {report.passes}
+    assert all(x in path.parents for path in got)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
+@pytest.mark.parametrize("budget", ["tight", "ample"])
+def test_the_report_says_what_was_done(tmp_path, axes, budget):
+    x = source_of(tmp_path)
+    values = read(x)
+    norms = norm(values, axes)
+    limit = float(np.median(norms)) * 1.001
+    memory = memory_of(budget, x, axes)
+    report = clip_zarr(x, tmp_path / "y", limit, axes, memory=memory)
+    planned = plan_zarr(x, tmp_path / "z", limit, axes, memory=memory)
+    assert report.source == str(x)
+    assert report.target == str(tmp_path / "y")
+    assert report.clip_norm == limit
+    assert report.axes == planned.axes
+    assert report.slices == planned.slices == norms.size
+    assert report.clipped == (norms > limit).sum()
+    assert report.nonfinite == 0
+    assert (report.smallest_norm, report.largest_norm) == (norms.min(), norms.max())
+    assert report.passes == planned.passes
+    assert report.blocks == planned.blocks
+    assert report.bytes_read == values.nbytes * report.passes == planned.bytes_read
+    assert report.bytes_written == values.nbytes
+    assert report.projected_memory == planned.projected_memory <= memory
+    assert report.seconds > 0
+    assert report.peak_memory >= 0
+    fields = json.loads(report.to_json())
+    assert fields.keys() == type(report).__dataclass_fields__.keys()
+    assert fields["largest_norm"] == report.largest_norm
+    text = str(report)
+    assert f"{report.slices:,}" in text
+    assert f"{report.clipped:,}" in text
+    assert str(x) in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "slices"), [((0, 5), 0, 5), ((5, 0), 0, 0), ((0,), None, 1)]
+)
+def test_the_report_of_an_array_without_elements(tmp_path, shape, axes, slices):
+    create(tmp_path / "x", np.empty(shape, "f4"), tuple(max(1, n) for n in shape))
+    report = clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, axes)
+    norms = norm(np.empty(shape, "f4"), axes)
+    assert report.slices == norms.size == slices
+    assert report.largest_norm == (0.0 if slices else None)
+    assert (report.clipped, report.bytes_written) == (0, 0)
+
+
+def test_figures_beyond_json_are_written_as_texts(tmp_path):
+    create(tmp_path / "x", np.array([[1.5e308, 1.5e308], [1.0, 2.0]]), (1, 2))
+    report = clip_zarr(tmp_path / "x", tmp_path / "y", math.inf, 1)
+    assert (report.largest_norm, report.nonfinite, report.clipped) == (math.inf, 0, 0)
+    fields = json.loads(report.to_json(), parse_constant=pytest.fail)
+    assert (fields["largest_norm"], fields["clip_norm"]) == ("inf", "inf")
+
+
+NONFINITE = some(SHAPE, "f4")
+NONFINITE[5, 4, 3], NONFINITE[3, 6, 4] = math.nan, -math.inf
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
+@pytest.mark.parametrize("policy", ["propagate", "omit"])
+def test_nan_and_infinity(tmp_path, axes, policy):
+    x = source_of(tmp_path, values=NONFINITE)
+    report = clipped(x, tmp_path / "y", axes, memory=tight(x, axes), nonfinite=policy)
+    counted = np.where(np.isnan(NONFINITE), 0, NONFINITE) if policy == "omit" else NONFINITE
+    norms = norm(counted, axes)
+    finite = norms[np.isfinite(norms)]
+    assert report.nonfinite == norms.size - finite.size
+    assert report.largest_norm == (finite.max() if finite.size else None)
+    assert report.smallest_norm == (finite.min() if finite.size else None)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("budget", ["tight", "ample"])
+def test_raise_names_the_slice_and_the_chunk_and_leaves_nothing(tmp_path, budget):
+    values = some(SHAPE, "f4")
+    values[5, 4, 3] = math.nan
+    x = source_of(tmp_path, values=values)
+    before = stored(tmp_path)
+    memory = memory_of(budget, x, 0)
+    with pytest.raises(NonFiniteError, match=r"\b4, 3\b.*\b2, 1, 1\b") as caught:
+        clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory, nonfinite="raise")
+    assert "\n" not in str(caught.value)
+    assert stored(tmp_path) == before
+
+
+def test_raise_is_quiet_about_finite_arrays_and_limits_that_change_nothing(tmp_path):
+    x = source_of(tmp_path, values=NONFINITE)
+    clip_zarr(x, tmp_path / "y", math.inf, nonfinite="raise")
+    assert bits(read(tmp_path / "y")) == bits(NONFINITE)
+    (tmp_path / "finite").mkdir()
+    finite = source_of(tmp_path / "finite")
+    clip_zarr(finite, tmp_path / "z", 1.0, nonfinite="raise")
+    assert bits(read(tmp_path / "z")) == bits(clip_by_norm(read(finite), 1.0))
+
+
+CHUNK = {"format 3": "c/2/1/0", "format 2": "2.1.0", "shards": "c/1/1/0"}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("budget", ["tight", "ample"])
+def test_a_missing_chunk_is_named_and_nothing_is_left(tmp_path, layout, budget):
+    x = source_of(tmp_path, layout)
+    (x / CHUNK[layout]).unlink()
+    before = stored(tmp_path)
+    memory = memory_of(budget, x, 0)
+    with pytest.raises(SourceError, match=rf"chunk {CHUNK[layout]} of {x} is missing") as caught:
+        clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory, missing="error")
+    assert "\n" not in str(caught.value)
+    assert stored(tmp_path) == before
+    clipped(x, tmp_path / "y", 0, memory=memory, missing="fill")
+
+
+SPARSE = [(0, 0), (1, 1), (2, 0), (3, 1)]  # chunks, and not as many in every row or column
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Number of blocks that tasks were made for, by what they do."""
+    counts = Counter()
+
+    def counting(function):
+        def counted(*args):
+            counts[function.__name__] += 1
+            return function(*args)
+
+        return wraps(function)(counted)
+
+    for name in ("sum_block", "rescale_block", "clip_slab", "copy_block"):
+        monkeypatch.setattr(tasks, name, counting(getattr(tasks, name)))
+    return counts
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("budget", ["tight", "ample"])
+@pytest.mark.parametrize("axes", [None, 0, 1])
+@pytest.mark.parametrize("odd", [0.0, np.nan])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_what_is_stored_is_looked_at(tmp_path, looked_at, budget, axes, odd, in_place):
+    x = tmp_path / "x"
+    array = zarr.create_array(
+        x, shape=(30, 20), chunks=(2, 4), dtype="f4", zarr_format=2 + bool(odd)
+    )
+    for i, j in SPARSE:
+        array[8 * i : 8 * i + 2, 8 * j : 8 * j + 4] = some((2, 4), "f4", seed=i) + 1
+    array[8, 8] += odd
+    values, memory = read(x), memory_of(budget, x, axes)
+    y = x if in_place else tmp_path / "y"
+    with np.errstate(invalid="ignore"):
+        wanted = clip_by_norm(values, 1.0, axes)
+    report = clip_zarr(x, None if in_place else y, 1.0, axes, memory=memory, in_place=in_place)
+    norms = norm(values, axes).ravel()
+    assert bits(read(y)) == bits(wanted)
+    finite = norms[np.isfinite(norms)]
+    assert (report.slices, report.nonfinite) == (norms.size, norms.size - finite.size)
+    assert report.clipped == (finite > 1).sum()
+    if finite.size:
+        assert (report.smallest_norm, report.largest_norm) == (finite.min(), finite.max())
+    there = 7 * len(SPARSE)  # a slab of few blocks is looked at whole
+    assert 0 < looked_at["sum_block"] + looked_at["clip_slab"] <= there
+    if not odd:
+        assert looked_at["rescale_block"] <= there
+    assert verify_zarr(y).slices == norms.size
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("odd", [0.0, np.nan])
+def test_missing_chunks_and_a_run_that_is_stopped_anywhere(tmp_path, monkeypatch, odd):
+    x = tmp_path / "x"
+    array = zarr.create_array(x, shape=(30, 20), chunks=(2, 4), dtype="f4")
+    for i, j in SPARSE:
+        array[8 * i : 8 * i + 2, 8 * j : 8 * j + 4] = some((2, 4), "f4", seed=i) + 1
+    array[8, 8] += odd
+    append, lines = Journal.append, []
+
+    def stopping(self, entry):
+        append(self, entry)
+        lines.append(entry)
+        if len(lines) == stop:
+            raise KeyboardInterrupt
+
+    stop = 0
+    with dask.config.set(scheduler="synchronous"):
+        memory = tight(x, 0)
+        monkeypatch.setattr(Journal, "append", stopping)
+        with np.errstate(invalid="ignore"):
+            clipped(x, tmp_path / "wanted", 0, memory=memory)
+        number = len(lines)
+        for stop in range(1, number):
+            lines.clear()
+            with pytest.raises(KeyboardInterrupt):
+                clip_zarr(x, tmp_path / f"y{stop}", 1.0, 0, memory=memory)
+            clip_zarr(x, tmp_path / f"y{stop}", 1.0, 0, memory=memory)
+            assert stored(tmp_path / f"y{stop}") == stored(tmp_path / "wanted")
+            assert len(lines) == number
+    assert number > 8
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("budget", ["tight", "ample"])
+@pytest.mark.parametrize("axes", [None, 0])
+def test_a_limit_of_nan_where_nothing_is_stored(tmp_path, budget, axes):
+    x = tmp_path / "x"
+    zarr.create_array(x, shape=(30, 20), chunks=(2, 4), dtype="f4")[0, 0] = 1.0
+    clip_zarr(x, tmp_path / "y", math.nan, axes, memory=memory_of(budget, x, axes))
+    assert np.isnan(read(tmp_path / "y")).all()
+
+
+def broken(folder, layout, damage):
+    """A source with one chunk that cannot be decoded."""
+    x = source_of(folder, layout)
+    chunk = x / CHUNK[layout]
+    data = bytearray(chunk.read_bytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[:8] = bytes(b ^ 0xFF for b in data[:8])
+        data[-8:] = bytes(b ^ 0xFF for b in data[-8:])
+    chunk.write_bytes(data)
+    return x
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_broken_chunk_stops_the_run_and_is_named(tmp_path, layout, damage):
+    axes = 0 if damage == "cut" else ()
+    x = broken(tmp_path, layout, damage)
+    before = stored(tmp_path)
+    match = rf"reading block \[.*\] of {x} failed at chunk {CHUNK[layout]}: .*"
+    with pytest.raises(StorageError, match=match) as caught:
+        clip_zarr(x, tmp_path / "y", 1.0, axes, memory=tight(x, axes))
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert finished(tmp_path) == before
+
+
+def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
+    x = create(tmp_path / "x", some((4, 4), "f4"), (2, 4))
+    (x / "c/0/0").write_bytes(b"broken")
+    before = stored(tmp_path)
+    failed = Event()
+    original = regions.read
+
+    def one_after_the_other(array, region, *args):
+        if region[0].start:
+            assert failed.wait(60)
+        try:
+            return original(array, region, *args)
+        except Exception:
+            failed.set()
+            raise
+
+    monkeypatch.setattr(regions, "read", one_after_the_other)
+    monkeypatch.setattr(plan, "BLOCK", 32)
+    with pytest.raises(StorageError), dask.config.set(scheduler="threads", num_workers=2):
+        clip_zarr(x, tmp_path / "y", 1.0, 1)
+    assert failed.is_set()
+    assert finished(tmp_path) == before
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["broken", "nan"])
+def test_a_failure_on_workers_makes_no_target(tmp_path, monkeypatch, client, kind):
+    # blocks of many chunks, so that others are under way when the first fails
+    monkeypatch.setattr(plan, "BLOCK", 4 * 256)
+    values = some((6, 256), "f4")
+    values[0, 0] = math.nan if kind == "nan" else 1.0
+    x = create(tmp_path / "x", values, (1, 4))
+    if kind == "broken":
+        (x / "c/0/0").write_bytes(b"broken")
+    before = stored(tmp_path)
+    assert plan_zarr(x, tmp_path / "y", 1.0, 1).blocks == 6
+    with pytest.raises(NonFiniteError if kind == "nan" else StorageError) as caught:
+        clip_zarr(x, tmp_path / "y", 1.0, 1, nonfinite="raise")
+    assert "\n" not in str(caught.value)
+    # a worker of one thread runs this after the block that it had begun
+    for address in client.nthreads():
+        assert client.submit(abs, -1, workers=[address], pure=False).result() == 1
+    assert (stored if kind == "nan" else finished)(tmp_path) == before
+
+
+def test_a_second_run_on_the_same_target_is_refused(tmp_path, monkeypatch):
+    x = source_of(tmp_path)
+    original, seen = regions.read, []
+
+    def run_again(*args):
+        if not seen:
+            seen.append(None)
+            with pytest.raises(TargetExistsError, match="being written by another run") as caught:
+                clip_zarr(x, tmp_path / "y", 2.0)
+            seen.append(caught.value.exit_code)
+        return original(*args)
+
+    monkeypatch.setattr(regions, "read", run_again)
+    clipped(x, tmp_path / "y")
+    assert seen == [None, 5]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
+
+
+@pytest.mark.parametrize("step", ["mkdir", "flock"])
+def test_a_run_that_starts_while_another_one_ends_is_refused(tmp_path, monkeypatch, step):
+    x = source_of(tmp_path)
+    owner = publish.fcntl if step == "flock" else Path
+    original, done = getattr(owner, step), []
+
+    def after_a_whole_run(*args, **kwargs):
+        result = original(*args, **kwargs) if step == "mkdir" else None
+        if not done and (step == "flock" or args[0].name == ".y.daskclip"):
+            done.append(None)
+            clip_zarr(x, tmp_path / "y", 1.0)
+        return result if step == "mkdir" else original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, step, after_a_whole_run)
+    with pytest.raises(TargetExistsError):
+        clip_zarr(x, tmp_path / "y", 2.0)
+    assert done
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
+
+
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
+    x = source_of(tmp_path)
+    original = regions.read
+
+    def make_target(*args):
+        (tmp_path / "y").mkdir(exist_ok=True)
+        return original(*args)
+
+    monkeypatch.setattr(regions, "read", make_target)
+    with pytest.raises(TargetExistsError, match="meanwhile"):
+        clip_zarr(x, tmp_path / "y", 1.0)
+    assert not stored(tmp_path / "y")
+    (tmp_path / "y").rmdir()
+    clipped(x, tmp_path / "y")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
+
+
+def at_once(number, run):
+    """Results or errors of threads that start together."""
+    barrier = Barrier(number)
+
+    def start(n):
+        barrier.wait()
+        try:
+            return run(n)
+        except DaskClipError as error:
+            return error
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(start, range(number)))
+
+
+def test_of_runs_on_one_target_at_once_one_wins(tmp_path):
+    x = source_of(tmp_path)
+    wanted = bits(read(x))
+    for n in range(10):
+        target = tmp_path / f"y{n}"
+        # limits that change nothing: a run that comes late must not be the one that is done
+        results = at_once(3, lambda i, target=target: clip_zarr(x, target, 1e9 + i))
+        errors = [r for r in results if isinstance(r, DaskClipError)]
+        assert [type(e) for e in errors] == [TargetExistsError] * 2
+        assert bits(read(target)) == wanted
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", *(f"y{n}" for n in range(10))]
+
+
+def test_runs_on_several_targets_at_once(tmp_path):
+    x = source_of(tmp_path)
+    wanted = bits(clip_by_norm(read(x), 1.0))
+    for n in range(5):
+        at_once(4, lambda i, n=n: clip_zarr(x, tmp_path / f"y{n}-{i}", 1.0))
+    targets = [p for p in tmp_path.iterdir() if p != x]
+    assert len(targets) == 20
+    assert all(bits(read(target)) == wanted for target in targets)
+
+
+def test_what_an_earlier_run_left_does_not_stop_the_next(tmp_path):
+    x = source_of(tmp_path)
+    work = tmp_path / ".y.daskclip"
+    create(work / "0123456789abcdef", some(SHAPE, "f4", seed=1), CHUNKS)
+    (work / "lock").touch()
+    clipped(x, tmp_path / "y")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
+
+
+def test_a_target_opens_as_part_of_its_group(tmp_path):
+    group = zarr.create_group(tmp_path / "group")
+    group.create_array("x", data=some(SHAPE, "f4"), chunks=CHUNKS)
+    clipped(tmp_path / "group" / "x", tmp_path / "group" / "y")
+    assert sorted(group.array_keys()) == ["x", "y"]
+
+
+def test_a_process_keeps_nothing_of_runs_that_ended(tmp_path):
+    source = create(tmp_path / "x", np.ones((4, 4), np.float32), (2, 4))
+    clip_zarr(source, tmp_path / "y", 1.0, axes=1)
+    assert not jobs._blocks
+    assert not jobs._rooms
+    assert jobs._ended.maxlen

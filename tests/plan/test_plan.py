@@ -1,0 +1,244 @@
+"""Plans over shape x unit x axes x memory x threads."""
+
+import math
+import re
+import tracemalloc
+from itertools import chain, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import create, least_memory
+
+from daskclip import clip_zarr, plan_zarr
+from daskclip.errors import MemoryBudgetError
+from daskclip.plan import array as plan
+from daskclip.plan.array import MIB, make_plan
+
+many = settings(max_examples=60, derandomize=True, deadline=None)
+TALL = {"shape": (10**9, 256, 1024), "unit": (1, 256, 1024), "itemsize": 4, "state": 80}
+HOST = {"memory": 2**30, "processes": 1, "threads": 2, "fewest": 2}
+
+
+@st.composite
+def requests(draw):
+    """Arguments of `make_plan`.
+
+    A plan knows integers only: huge elements make a few of them as heavy as a real array.
+    """
+    ndim = draw(st.integers(0, 3))
+    itemsize = draw(st.sampled_from([2**10, 2**18, 2**20, 2**22]))
+    lengths = st.lists(st.integers(0, 12), min_size=ndim, max_size=ndim)
+    threads = draw(st.integers(1, 5))
+    return {
+        "shape": tuple(draw(lengths)),
+        "axes": tuple(a for a in range(ndim) if draw(st.booleans())),
+        "unit": tuple(max(1, n // 2) for n in draw(lengths)),
+        "itemsize": itemsize,
+        "state": draw(st.sampled_from([1, itemsize // 8, itemsize, 4 * itemsize])),
+        "memory": draw(st.integers(20, 400)) * MIB + draw(st.integers(0, MIB)),
+        "processes": draw(st.integers(1, 3)),
+        "threads": threads,
+        "fewest": draw(st.sampled_from([1, threads])),
+    }
+
+
+def planned(request, **changes):
+    """The plan, or None where it is refused."""
+    try:
+        return make_plan(**{**request, **changes})
+    except MemoryBudgetError:
+        return None
+
+
+@st.composite
+def plans(draw):
+    return planned(draw(requests())) or planned(draw(requests()), memory=2**40)
+
+
+def pieces(plan):
+    """Every (slab, block) in the order of a pass."""
+    for slabs, windows in plan.windows():
+        for blocks in windows:
+            yield from ((slab, block) for slab in slabs for block in blocks)
+
+
+@many
+@given(plans())
+def test_blocks_tile_the_array(plan):
+    covered = np.zeros(plan.shape, int)
+    for piece in pieces(plan):
+        covered[plan.region(*piece)] += 1
+    assert (covered == 1).all()
+
+
+@many
+@given(plans())
+def test_windows_cover_every_block_of_every_slab_once(plan):
+    seen = sorted(pieces(plan))
+    each = plan.blocks // plan.slabs if plan.blocks else 0
+    assert seen == [(slab, block) for slab in range(plan.slabs) for block in range(each)]
+    assert plan.tasks == plan.passes * len(seen)
+
+
+@many
+@given(plans())
+def test_a_window_holds_no_more_blocks_than_planned(plan):
+    for slabs, windows in plan.windows():
+        assert all(0 < len(slabs) * len(blocks) <= plan.window for blocks in windows)
+        assert len(slabs) == 1 or len(list(windows)) == 1
+
+
+@many
+@given(plans())
+def test_blocks_are_whole_units(plan):
+    for piece in pieces(plan):
+        for s, u, n in zip(plan.region(*piece), plan.unit, plan.shape, strict=True):
+            assert s.start % u == 0
+            assert s.stop % u == 0 or s.stop == n
+
+
+@many
+@given(plans())
+def test_blocks_of_a_slab_share_their_slices(plan):
+    kept = {}
+    for slab, block in pieces(plan):
+        region = plan.region(slab, block)
+        place = tuple((s.start, s.stop) for a, s in enumerate(region) if a not in plan.axes)
+        kept.setdefault(slab, set()).add(place)
+    assert all(len(places) == 1 for places in kept.values())
+    assert len(set(chain(*kept.values()))) == len(kept)
+
+
+@many
+@given(plans())
+def test_one_pass_means_that_blocks_hold_their_slices_whole(plan):
+    assert plan.passes == (1 if all(plan.block[a] >= plan.shape[a] for a in plan.axes) else 2)
+    assert plan.bytes_read == plan.passes * math.prod(plan.shape) * plan.itemsize
+
+
+@many
+@given(requests())
+def test_the_budget_is_kept_or_refused_with_a_remedy_that_works(request_):
+    try:
+        plan = make_plan(**request_)
+    except MemoryBudgetError as error:
+        text = str(error)
+    else:
+        assert plan.projected_memory <= request_["memory"]
+        return
+    assert f"memory {request_['memory'] / MIB:.1f} MiB" in text
+    assert "\n" not in text
+    enough = int(re.search(r"memory='(\d+)MiB'", text)[1]) * MIB
+    assert enough > request_["memory"]
+    assert planned(request_, memory=enough)
+
+
+@many
+@given(requests(), st.lists(st.integers(20 * MIB, 2**30), min_size=2, max_size=2))
+def test_more_memory_never_means_more_passes(request_, memories):
+    request_["fewest"] = request_["threads"]
+    few, more = (planned(request_, memory=m) for m in sorted(memories))
+    if few:
+        assert more.passes <= few.passes
+
+
+@many
+@given(requests())
+def test_more_memory_never_means_more_passes_step_by_step(request_):
+    request_["fewest"] = request_["threads"]
+    found = [planned(request_, memory=m * MIB) for m in (20, 24, 32, 48, 64, 100, 200, 2**20)]
+    passes = [3 if plan is None else plan.passes for plan in found]
+    assert all(a >= b for a, b in pairwise(passes))
+    slabs = math.prod(
+        -(-n // u)
+        for a, (n, u) in enumerate(zip(request_["shape"], request_["unit"], strict=True))
+        if a not in request_["axes"]
+    )
+    if slabs >= request_["processes"] * request_["threads"]:
+        assert passes[-1] == 1
+
+
+@many
+@given(requests())
+def test_threads_are_the_most_for_which_a_unit_fits(request_):
+    plan = planned(request_)
+    if plan and plan.threads < request_["threads"]:
+        assert plan.threads >= request_["fewest"] == 1
+        assert not planned(request_, threads=plan.threads + 1, fewest=plan.threads + 1)
+    if not plan:
+        assert not planned(request_, threads=request_["fewest"])
+
+
+def test_64_threads_fit_the_default_memory():
+    plan = make_plan(**TALL, **HOST | {"threads": 64, "fewest": 1, "memory": 2**29}, axes=(1, 2))
+    assert 1 < plan.threads < 64
+    with pytest.raises(MemoryBudgetError, match=r"64 threads need .* workers of fewer threads"):
+        make_plan(**TALL, **HOST | {"threads": 64, "fewest": 64, "memory": 2**29}, axes=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("axes", "memory", "passes", "slabs"),
+    [
+        ((0,), 2**29, 2, 1),
+        ((0,), 2**40, 2, 1),
+        ((1,), 2**29, 1, 245),
+        ((0, 1), 2**29, 2, 1),
+        ((), 2**29, 1, 245),
+    ],
+)
+def test_passes_and_slabs_of_a_tall_matrix(axes, memory, passes, slabs):
+    plan = make_plan(
+        shape=(10**6, 1024),
+        axes=axes,
+        unit=(1024, 1024),
+        itemsize=4,
+        state=80,
+        memory=memory,
+        processes=1,
+        threads=2,
+        fewest=2,
+    )
+    assert (plan.passes, plan.slabs) == (passes, slabs)
+
+
+@pytest.mark.parametrize("axes", [(), (0,), (1, 2), (0, 1, 2)])
+def test_a_petabyte_is_planned_in_the_memory_of_a_gigabyte(axes):
+    tracemalloc.start()
+    try:
+        plan = make_plan(axes=axes, **TALL, **HOST)
+        slabs, windows = next(plan.windows())
+        blocks = next(iter(windows))
+        last = plan.region(plan.slabs - 1, plan.blocks // plan.slabs - 1)
+        highest = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert plan.nbytes == 10**9 * 2**20
+    assert len(slabs) * len(blocks) <= plan.window
+    assert [s.stop for s in last] == [10**9, 256, 1024]
+    assert highest < MIB
+
+
+def test_sums_of_any_spread_have_room_unless_they_take_threads_away():
+    thin = {"shape": (400, 1000, 1000), "unit": (1, 1000, 1000), "itemsize": 8, "axes": (0,)}
+    host = HOST | {"threads": 2, "fewest": 1, "state": 544}
+    assert make_plan(**thin, **host | {"memory": 2**33}).state == 0
+    usual = make_plan(**thin, **host | {"memory": 2**30})
+    assert usual.state == 80
+    assert usual.threads == 2
+    assert usual.projected_memory <= 2**30
+
+
+def test_sums_that_take_more_than_was_planned_are_refused(tmp_path, monkeypatch):
+    sizes = {"FIXED": 0, "SCRATCH": 0, "SLICE": 0, "BLOCK": 256, "USUAL": 8}
+    for name, size in sizes.items():
+        monkeypatch.setattr(plan, name, size)
+    values = np.ldexp(1.0, np.arange(-256, 256)).reshape(8, 64)
+    x = create(tmp_path / "x", values, (1, 64))
+    memory = least_memory(x, tmp_path / "y", 1.0, 0)
+    assert plan_zarr(x, tmp_path / "y", 1.0, 0, memory=memory).state == 8
+    with pytest.raises(MemoryBudgetError, match=r"exact sums .* allows 8; give \d+ times"):
+        clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory)
+    assert not (tmp_path / "y").exists()
+    clip_zarr(x, tmp_path / "z", 1.0, 0, memory=100 * memory)
