@@ -12,13 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from dask.utils import parse_bytes
 
-from daskclip.errors import (
-    AxesError,
-    DTypeError,
-    InvalidTypeError,
-    InvalidValueError,
-    shown,
-)
+from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, shown
 from daskclip.numerics import ORDERS
 
 Array = npt.NDArray[Any]

@@ -19,11 +19,7 @@ import dask
 from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
 from daskclip.engine import run_record as resume
 from daskclip.errors import DaskClipError, InvalidValueError
-from daskclip.report import (
-    as_document,
-    as_page,
-    as_text,
-)
+from daskclip.report import as_document, as_page, as_text
 
 EXIT_CODES = """\b
 Exit codes: 0 done or up to date, 1 storage failure or bug (run again to resume),

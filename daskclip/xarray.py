@@ -14,24 +14,10 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from daskclip.arguments import (
-    DTYPES,
-    NonFinite,
-    check_dtype,
-    parse_dim,
-)
-from daskclip.errors import (
-    DTypeError,
-    InvalidTypeError,
-    shown,
-)
+from daskclip.arguments import DTYPES, NonFinite, check_dtype, parse_dim
+from daskclip.errors import DTypeError, InvalidTypeError, shown
 from daskclip.lazy import as_limit, clip
-from daskclip.storage import (
-    SCALES,
-    SENTINELS,
-    check_decoded,
-    numbers,
-)
+from daskclip.storage import SCALES, SENTINELS, check_decoded, numbers
 
 __all__ = ["DaskClipAccessor", "clip_by_norm", "norm"]
 

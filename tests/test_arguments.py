@@ -5,12 +5,7 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from daskclip import (
-    clip_by_global_norm,
-    clip_by_norm,
-    global_norm,
-    norm,
-)
+from daskclip import clip_by_global_norm, clip_by_norm, global_norm, norm
 from daskclip.errors import DaskClipError
 
 X = np.ones((4, 6), np.float32)

@@ -29,11 +29,7 @@ from reference import bits
 from stores import create, finished, mounted, read, some, stored
 from zarr.codecs.numcodecs import Quantize
 
-from daskclip import (
-    clip_by_norm,
-    clip_zarr,
-    plan_zarr,
-)
+from daskclip import clip_by_norm, clip_zarr, plan_zarr
 from daskclip.cli import main
 from daskclip.errors import DaskClipError
 from daskclip.report.reports import ClipReport

@@ -21,12 +21,7 @@ from stores import create, read, some
 import daskclip
 from daskclip import clip_zarr, plan_zarr
 from daskclip.cli import main
-from daskclip.errors import (
-    DaskClipError,
-    DTypeError,
-    InvalidTypeError,
-    InvalidValueError,
-)
+from daskclip.errors import DaskClipError, DTypeError, InvalidTypeError, InvalidValueError
 
 xr = pytest.importorskip("xarray", reason="xarray is not installed: pip install daskclip[xarray]")
 import daskclip.xarray as labelled  # noqa: E402

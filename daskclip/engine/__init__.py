@@ -13,10 +13,4 @@ from daskclip.engine.clip import clip_zarr, plan_zarr
 from daskclip.engine.stats import stats_zarr
 from daskclip.engine.verify import verify_zarr
 
-__all__ = [
-    "clip_zarr",
-    "plan_zarr",
-    "run_record",
-    "stats_zarr",
-    "verify_zarr",
-]
+__all__ = ["clip_zarr", "plan_zarr", "run_record", "stats_zarr", "verify_zarr"]

@@ -8,11 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from daskclip.engine.cluster import (
-    memory_used,
-    running,
-    versions,
-)
+from daskclip.engine.cluster import memory_used, running, versions
 from daskclip.engine.passes import Passes
 from daskclip.engine.run_record import Work, record
 from daskclip.engine.saved_norms import SavedNorms

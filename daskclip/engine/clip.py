@@ -15,13 +15,7 @@ from daskclip.engine.attempt import clip_passes, jobs_of
 from daskclip.engine.cluster import require_alike
 from daskclip.engine.measure import measure_quantile
 from daskclip.engine.request import paths, prepare, require_unchanged
-from daskclip.engine.run_record import (
-    begun,
-    describe,
-    finished,
-    plan_of,
-    resumed,
-)
+from daskclip.engine.run_record import begun, describe, finished, plan_of, resumed
 from daskclip.errors import DaskClipError
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import ClipReport, Mode, show

@@ -18,13 +18,7 @@ from dask import config
 from dask.base import get_scheduler
 from dask.system import CPU_COUNT
 
-from daskclip.errors import (
-    ClusterError,
-    DaskClipError,
-    StorageError,
-    TemporaryError,
-    reason,
-)
+from daskclip.errors import ClusterError, DaskClipError, StorageError, TemporaryError, reason
 
 WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored depend on
 PACKAGES = (*WRITING, "numpy", "dask", "distributed")

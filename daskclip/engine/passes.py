@@ -10,18 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from daskclip.engine.saved_norms import (
-    arrays_of,
-    partials_of,
-    saved_sums,
-)
+from daskclip.engine.saved_norms import arrays_of, partials_of, saved_sums
 from daskclip.engine.scales import Scales
-from daskclip.engine.window_graph import (
-    Cell,
-    Row,
-    compute,
-    together,
-)
+from daskclip.engine.window_graph import Cell, Row, compute, together
 from daskclip.numerics import NAN, Tally, combine, tally
 from daskclip.numerics import histogram as sketch
 from daskclip.storage import digest_file

@@ -8,10 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from daskclip.engine.cluster import workers
-from daskclip.errors import (
-    MemoryBudgetError,
-    TargetExistsError,
-)
+from daskclip.errors import MemoryBudgetError, TargetExistsError
 from daskclip.grid import ceil_div
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import MIB, ClipReport, shown_size

@@ -12,11 +12,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from daskclip.engine.run_record import (
-    VERSION,
-    planned,
-    stored_plan,
-)
+from daskclip.engine.run_record import VERSION, planned, stored_plan
 from daskclip.errors import (
     InvalidTypeError,
     InvalidValueError,
@@ -29,15 +25,7 @@ from daskclip.numerics import Partial, Tally
 from daskclip.plan import GroupPlan
 from daskclip.storage import Hierarchy, at_folder, files
 from daskclip.storage import array as storage
-from daskclip.target import (
-    JOURNAL,
-    Arrays,
-    Entry,
-    Folder,
-    find_target,
-    journal,
-    refuse_existing,
-)
+from daskclip.target import JOURNAL, Arrays, Entry, Folder, find_target, journal, refuse_existing
 
 SUMS = ".daskclip-sums"
 """Folder of the journal of the first pass; zarr takes no notice of it."""

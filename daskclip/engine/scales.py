@@ -7,13 +7,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 from daskclip.engine.saved_norms import partials_of
-from daskclip.numerics import (
-    Scale,
-    Tally,
-    finalize,
-    nan_if_infinite,
-    tally,
-)
+from daskclip.numerics import Scale, Tally, finalize, nan_if_infinite, tally
 from daskclip.target import Journal
 from daskclip.worker import Job, tasks
 

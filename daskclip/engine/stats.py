@@ -16,15 +16,7 @@ from daskclip.engine.measure import measure
 from daskclip.engine.request import prepare, require_unchanged
 from daskclip.engine.saved_norms import saving
 from daskclip.numerics import histogram as sketch
-from daskclip.report import (
-    Mode,
-    as_document,
-    as_text,
-    fragment,
-    show,
-    shown_over,
-    shown_size,
-)
+from daskclip.report import Mode, as_document, as_text, fragment, show, shown_over, shown_size
 from daskclip.storage import failing
 
 PERCENTS = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")

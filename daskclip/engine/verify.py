@@ -15,16 +15,8 @@ from daskclip.engine.attempt import jobs_of
 from daskclip.engine.cluster import running
 from daskclip.engine.measure import unkept
 from daskclip.engine.request import described, open_limits
-from daskclip.engine.run_record import (
-    VERSION,
-    plan_of,
-    planned,
-)
-from daskclip.errors import (
-    DaskClipError,
-    SourceNotFoundError,
-    VerificationError,
-)
+from daskclip.engine.run_record import VERSION, plan_of, planned
+from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
 from daskclip.report import VerifyReport
 from daskclip.storage import DOCUMENTS, Hierarchy, failing, open_source
 from daskclip.storage import array as storage

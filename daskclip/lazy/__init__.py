@@ -15,14 +15,6 @@ from daskclip.lazy.recipes import Constant
 from daskclip.lazy.tree import no_block, tree
 
 __all__ = [
-    "Constant",
-    "IndexedSlices",
-    "as_limit",
-    "clip",
-    "clip_by_global_norm",
-    "clip_by_norm",
-    "global_norm",
-    "no_block",
-    "norm",
-    "tree",
-]
+    "Constant", "IndexedSlices", "as_limit", "clip", "clip_by_global_norm", "clip_by_norm",
+    "global_norm", "no_block", "norm", "tree",
+]  # fmt: skip

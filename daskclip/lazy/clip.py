@@ -10,26 +10,11 @@ import dask.array as da
 import numpy as np
 from dask.system import CPU_COUNT
 
-from daskclip.arguments import (
-    NonFinite,
-    check_nonfinite,
-    parse_axes,
-    parse_ord,
-)
+from daskclip.arguments import NonFinite, check_nonfinite, parse_axes, parse_ord
 from daskclip.lazy import graph as lazy
 from daskclip.lazy.indexed_slices import IndexedSlices, is_indexed
-from daskclip.lazy.inputs import (
-    as_array,
-    as_limit,
-    as_limits,
-    check_name,
-)
-from daskclip.numerics import (
-    clip_array,
-    finalize,
-    partial_norm,
-    require_finite,
-)
+from daskclip.lazy.inputs import as_array, as_limit, as_limits, check_name
+from daskclip.numerics import clip_array, finalize, partial_norm, require_finite
 
 
 def clip_by_norm(

@@ -11,19 +11,8 @@ import numpy as np
 
 from daskclip.lazy import graph as lazy
 from daskclip.lazy.indexed_slices import IndexedSlices, is_indexed
-from daskclip.lazy.inputs import (
-    as_arrays,
-    as_limit,
-    check_name,
-)
-from daskclip.numerics import (
-    Partial,
-    combine_all,
-    finalize,
-    nan_if_infinite,
-    partial_norm,
-    rescale,
-)
+from daskclip.lazy.inputs import as_arrays, as_limit, check_name
+from daskclip.numerics import Partial, combine_all, finalize, nan_if_infinite, partial_norm, rescale
 
 
 def global_norm(t_list: Sequence[Any]) -> Any:

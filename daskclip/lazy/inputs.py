@@ -18,12 +18,7 @@ from daskclip.arguments import (
     check_scalar,
     parse_clip_norm,
 )
-from daskclip.errors import (
-    DTypeError,
-    InvalidTypeError,
-    InvalidValueError,
-    shown,
-)
+from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, shown
 from daskclip.lazy.indexed_slices import is_indexed
 from daskclip.storage import array as storage
 

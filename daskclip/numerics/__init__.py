@@ -23,23 +23,7 @@ from daskclip.numerics.scale import Scale, finalize
 from daskclip.numerics.tally import Tally, collect, count
 
 __all__ = [
-    "NAN",
-    "ORDERS",
-    "Array",
-    "Partial",
-    "Scale",
-    "Tally",
-    "clip_array",
-    "clip_block",
-    "collect",
-    "combine",
-    "combine_all",
-    "count",
-    "finalize",
-    "histogram",
-    "nan_if_infinite",
-    "partial_norm",
-    "require_finite",
-    "rescale",
-    "tally",
-]
+    "NAN", "ORDERS", "Array", "Partial", "Scale", "Tally", "clip_array", "clip_block", "collect",
+    "combine", "combine_all", "count", "finalize", "histogram", "nan_if_infinite", "partial_norm",
+    "require_finite", "rescale", "tally",
+]  # fmt: skip

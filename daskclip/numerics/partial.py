@@ -9,13 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from daskclip.errors import MemoryBudgetError
-from daskclip.grid import (
-    box_shape,
-    boxes,
-    ceil_div,
-    index,
-    tile_shape,
-)
+from daskclip.grid import box_shape, boxes, ceil_div, index, tile_shape
 from daskclip.numerics.compiled import FORMATS, Array, Block, real_dtype
 
 LIMB = 32

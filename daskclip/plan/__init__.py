@@ -7,9 +7,4 @@ from daskclip.plan import array
 from daskclip.plan.array import ClipPlan
 from daskclip.plan.group import GroupPlan, plan_group
 
-__all__ = [
-    "ClipPlan",
-    "GroupPlan",
-    "array",
-    "plan_group",
-]
+__all__ = ["ClipPlan", "GroupPlan", "array", "plan_group"]

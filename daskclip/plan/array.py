@@ -26,21 +26,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from daskclip.errors import MemoryBudgetError
-from daskclip.grid import (
-    Box,
-    Spans,
-    box,
-    box_shape,
-    ceil_div,
-    grid,
-)
-from daskclip.report import (
-    MIB,
-    fragment,
-    shared_rows,
-    shown_over,
-    shown_size,
-)
+from daskclip.grid import Box, Spans, box, box_shape, ceil_div, grid
+from daskclip.report import MIB, fragment, shared_rows, shown_over, shown_size
 
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 CALL = 1024  # units of a block

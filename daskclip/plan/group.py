@@ -9,18 +9,8 @@ from operator import itemgetter
 from typing import Any, ClassVar
 
 from daskclip.errors import MemoryBudgetError
-from daskclip.plan.array import (
-    BLOCK,
-    CALL,
-    ClipPlan,
-    grown,
-    make_plan,
-)
-from daskclip.report import (
-    fragment,
-    shared_rows,
-    shown_size,
-)
+from daskclip.plan.array import BLOCK, CALL, ClipPlan, grown, make_plan
+from daskclip.report import fragment, shared_rows, shown_size
 
 
 @dataclass(frozen=True, slots=True)

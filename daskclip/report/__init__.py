@@ -8,18 +8,6 @@ from daskclip.report.progress import Mode, Show, State, show
 from daskclip.report.reports import ClipReport, VerifyReport, as_document, as_page, as_text
 
 __all__ = [
-    "MIB",
-    "ClipReport",
-    "Mode",
-    "Show",
-    "State",
-    "VerifyReport",
-    "as_document",
-    "as_page",
-    "as_text",
-    "fragment",
-    "shared_rows",
-    "show",
-    "shown_over",
-    "shown_size",
-]
+    "MIB", "ClipReport", "Mode", "Show", "State", "VerifyReport", "as_document", "as_page",
+    "as_text", "fragment", "shared_rows", "show", "shown_over", "shown_size",
+]  # fmt: skip

@@ -9,11 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from daskclip.errors import (
-    InvalidTypeError,
-    InvalidValueError,
-    shown,
-)
+from daskclip.errors import InvalidTypeError, InvalidValueError, shown
 
 Mode = Literal["auto", "bar", "lines", "json", "none"]
 EVERY = 10.0  # seconds between two lines

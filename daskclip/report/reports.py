@@ -7,12 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from daskclip.report.html import (
-    fragment,
-    page,
-    shown_over,
-    shown_size,
-)
+from daskclip.report.html import fragment, page, shown_over, shown_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,12 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from daskclip.errors import DaskClipError, reason
-from daskclip.grid import (
-    Box,
-    box_shape,
-    boxes,
-    shift,
-)
+from daskclip.grid import Box, box_shape, boxes, shift
 from daskclip.storage import array as storage
 from daskclip.storage import regions
 from daskclip.storage.retry import remedied, retrying

@@ -10,11 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from daskclip.errors import (
-    DTypeError,
-    SourceError,
-    shown,
-)
+from daskclip.errors import DTypeError, SourceError, shown
 
 SCALES = ("scale_factor", "add_offset")
 SENTINELS = ("_FillValue", "missing_value")

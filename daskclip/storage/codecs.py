@@ -20,11 +20,7 @@ from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.dtype import UInt64
 
-from daskclip.grid import (
-    boxes,
-    grid,
-    index,
-)
+from daskclip.grid import boxes, grid, index
 from daskclip.storage.decode_guard import decoded
 
 Array = npt.NDArray[Any]

@@ -15,15 +15,9 @@ import zarr
 from zarr.storage import LocalStore, StorePath
 
 from daskclip.errors import SourceError, reason
-from daskclip.storage import (
-    array as storage,
-)
-from daskclip.storage import (
-    files,
-)
-from daskclip.storage import (
-    object_store as objects,
-)
+from daskclip.storage import array as storage
+from daskclip.storage import files
+from daskclip.storage import object_store as objects
 from daskclip.storage.retry import refused, retrying
 
 # the last one of a folder makes a node of it

@@ -6,12 +6,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from daskclip.errors import (
-    InvalidTypeError,
-    InvalidValueError,
-    SourceError,
-    shown,
-)
+from daskclip.errors import InvalidTypeError, InvalidValueError, SourceError, shown
 from daskclip.storage.array import attributes, dimension_names
 from daskclip.storage.cf import check_decoded
 from daskclip.storage.hierarchy import Hierarchy

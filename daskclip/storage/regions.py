@@ -12,25 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import SourceError
-from daskclip.grid import (
-    Box,
-    box_shape,
-    boxes,
-    index,
-    shift,
-)
-from daskclip.storage import (
-    array as storage,
-)
-from daskclip.storage import (
-    codecs as chunks,
-)
-from daskclip.storage import (
-    files,
-)
-from daskclip.storage import (
-    object_store as objects,
-)
+from daskclip.grid import Box, box_shape, boxes, index, shift
+from daskclip.storage import array as storage
+from daskclip.storage import codecs as chunks
+from daskclip.storage import files
+from daskclip.storage import object_store as objects
 
 Array = npt.NDArray[Any]
 TOGETHER = 1 << 22  # bytes of chunks that are fetched, or stored, as one waits for objects

@@ -11,12 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from daskclip.errors import (
-    DaskClipError,
-    StorageError,
-    TemporaryError,
-    reason,
-)
+from daskclip.errors import DaskClipError, StorageError, TemporaryError, reason
 
 T = TypeVar("T")
 

@@ -18,20 +18,10 @@ from daskclip.errors import (
 )
 from daskclip.grid import grid
 from daskclip.storage import codecs as chunks
-from daskclip.storage.array import (
-    V2_NAMES,
-    attributes,
-    location,
-    place,
-    write_unit,
-)
+from daskclip.storage.array import V2_NAMES, attributes, location, place, write_unit
 from daskclip.storage.cf import check_decoded
 from daskclip.storage.codecs import codec_name
-from daskclip.storage.hierarchy import (
-    Hierarchy,
-    at_folder,
-    at_place,
-)
+from daskclip.storage.hierarchy import Hierarchy, at_folder, at_place
 from daskclip.storage.retry import refused, transient
 
 # codecs that give back every bit; a lossy one could lift a clipped slice above the limit again

@@ -13,17 +13,6 @@ from daskclip.target.locate import Target, find_target, open_target
 from daskclip.target.object_store import PrefixWork
 
 __all__ = [
-    "JOURNAL",
-    "Arrays",
-    "Entry",
-    "Folder",
-    "FolderWork",
-    "Journal",
-    "PrefixWork",
-    "Target",
-    "find_target",
-    "is_made",
-    "journal",
-    "open_target",
-    "refuse_existing",
-]
+    "JOURNAL", "Arrays", "Entry", "Folder", "FolderWork", "Journal", "PrefixWork", "Target",
+    "find_target", "is_made", "journal", "open_target", "refuse_existing",
+]  # fmt: skip

@@ -22,12 +22,7 @@ from daskclip.errors import (
     TargetExistsError,
     TargetPermissionError,
 )
-from daskclip.storage import (
-    DOCUMENTS,
-    Hierarchy,
-    at_folder,
-    files,
-)
+from daskclip.storage import DOCUMENTS, Hierarchy, at_folder, files
 from daskclip.storage import array as storage
 from daskclip.target.journal import Entry, header
 from daskclip.target.preflight import (

@@ -21,12 +21,7 @@ from daskclip.errors import (
     TargetPermissionError,
     reason,
 )
-from daskclip.storage import (
-    T,
-    refused,
-    remedied,
-    retrying,
-)
+from daskclip.storage import T, refused, remedied, retrying
 from daskclip.storage import object_store as objects
 
 log = logging.getLogger("daskclip")

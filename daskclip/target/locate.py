@@ -6,12 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from daskclip.errors import (
-    InvalidValueError,
-    TargetError,
-    reason,
-    shown,
-)
+from daskclip.errors import InvalidValueError, TargetError, reason, shown
 from daskclip.storage import Hierarchy
 from daskclip.storage import array as storage
 from daskclip.target.directory import Folder, can_lock

@@ -8,25 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from daskclip.errors import (
-    TargetError,
-    TargetExistsError,
-    TargetPermissionError,
-)
-from daskclip.storage import (
-    MADE_BY,
-    Hierarchy,
-    at_place,
-)
+from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
+from daskclip.storage import MADE_BY, Hierarchy, at_place
 from daskclip.storage import object_store as objects
 from daskclip.target.directory import JOURNAL
 from daskclip.target.journal import Entry
 from daskclip.target.lease import Lease, Objects
-from daskclip.target.preflight import (
-    CONSOLIDATED,
-    RECORD,
-    refuse_consolidated,
-)
+from daskclip.target.preflight import CONSOLIDATED, RECORD, refuse_consolidated
 
 LINES = 64  # of a journal, in one object: each window stores its object again
 TOGETHER = 64  # documents that are stored at a time

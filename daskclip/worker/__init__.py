@@ -6,8 +6,4 @@ Every function can run twice and does the same again. Nothing here knows which b
 from daskclip.worker import tasks
 from daskclip.worker.context import Job, end
 
-__all__ = [
-    "Job",
-    "end",
-    "tasks",
-]
+__all__ = ["Job", "end", "tasks"]

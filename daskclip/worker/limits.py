@@ -8,20 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from daskclip.grid import (
-    Box,
-    box,
-    box_shape,
-    ceil_div,
-    index,
-)
-from daskclip.storage import (
-    array as storage,
-)
-from daskclip.storage import (
-    attempting,
-    regions,
-)
+from daskclip.grid import Box, box, box_shape, ceil_div, index
+from daskclip.storage import array as storage
+from daskclip.storage import attempting, regions
 
 
 def limits_at(limits: Any, region: Box, missing: str) -> Any:

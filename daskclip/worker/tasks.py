@@ -11,18 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from daskclip.errors import (
-    SourceChangedError,
-    StorageError,
-    VerificationError,
-)
-from daskclip.grid import (
-    Box,
-    box_shape,
-    boxes,
-    index,
-    shift,
-)
+from daskclip.errors import SourceChangedError, StorageError, VerificationError
+from daskclip.grid import Box, box_shape, boxes, index, shift
 from daskclip.numerics import (
     Partial,
     Scale,
@@ -36,20 +26,9 @@ from daskclip.numerics import (
     require_finite,
     rescale,
 )
-from daskclip.storage import (
-    array as storage,
-)
-from daskclip.storage import (
-    attempting,
-    files,
-    regions,
-    shown_region,
-)
-from daskclip.worker.context import (
-    Job,
-    room_for,
-    under_way,
-)
+from daskclip.storage import array as storage
+from daskclip.storage import attempting, files, regions, shown_region
+from daskclip.worker.context import Job, room_for, under_way
 from daskclip.worker.limits import limits_at
 
 EMPTY = 0  # digest of a block of which nothing is stored

@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 from reference import bits
 from stores import some, stopping_at
 
-from daskclip import (
-    clip_by_global_norm,
-    clip_by_norm,
-    clip_zarr,
-    verify_zarr,
-)
+from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, verify_zarr
 from daskclip.errors import MemoryBudgetError
 from daskclip.plan import array as plan
 

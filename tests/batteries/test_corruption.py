@@ -30,19 +30,10 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.codecs import numcodecs as bundled
 from zarr.core.sync import sync
 
-from daskclip import (
-    clip_by_norm,
-    clip_zarr,
-    verify_zarr,
-)
+from daskclip import clip_by_norm, clip_zarr, verify_zarr
 from daskclip.engine import request as prepare
 from daskclip.engine.run_record import discard, plan_of
-from daskclip.errors import (
-    DaskClipError,
-    StorageError,
-    TargetExistsError,
-    VerificationError,
-)
+from daskclip.errors import DaskClipError, StorageError, TargetExistsError, VerificationError
 from daskclip.plan import array as plan
 from daskclip.storage import regions
 from daskclip.storage.hierarchy import DOCUMENTS, at_folder

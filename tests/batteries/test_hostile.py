@@ -27,18 +27,8 @@ from reference import bits
 from stores import create, read, some
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from daskclip import (
-    clip_by_norm,
-    clip_zarr,
-    plan_zarr,
-    verify_zarr,
-)
-from daskclip.errors import (
-    DaskClipError,
-    SourceError,
-    TargetError,
-    TargetExistsError,
-)
+from daskclip import clip_by_norm, clip_zarr, plan_zarr, verify_zarr
+from daskclip.errors import DaskClipError, SourceError, TargetError, TargetExistsError
 
 MEMORY, SECONDS = 2**30, 5
 HUGE = 2**30

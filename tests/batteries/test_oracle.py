@@ -14,13 +14,7 @@ import pytest
 from oracle import ARRAYS, BY_GLOBAL_NORM, BY_NORM, CASES, argument, array, number
 from reference import is_ideal, root, slices, squares, steps
 
-from daskclip import (
-    IndexedSlices,
-    clip_by_global_norm,
-    clip_by_norm,
-    global_norm,
-    norm,
-)
+from daskclip import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
 
 # Where the contract decides, not the recording: (rule, expected error or None, ids)
 RULES = [

@@ -15,20 +15,10 @@ from reference import BFLOAT16, bits, integer, is_ideal, is_rounded, native, sli
 from stores import create, finished, least_memory, read, some, stopping_at
 from strategies import LAYOUTS, cases
 
-from daskclip import (
-    clip_by_norm,
-    clip_zarr,
-    norm,
-    plan_zarr,
-    verify_zarr,
-)
+from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
 from daskclip.cli import main
 from daskclip.engine import request as prepare
-from daskclip.errors import (
-    DaskClipError,
-    TargetExistsError,
-    VerificationError,
-)
+from daskclip.errors import DaskClipError, TargetExistsError, VerificationError
 from daskclip.numerics import combine, partial_norm
 from daskclip.plan import array as plan
 

@@ -34,12 +34,7 @@ from hypothesis.stateful import (
 from reference import bits
 from stores import FORMATS, create, read, some
 
-from daskclip import (
-    clip_by_norm,
-    clip_zarr,
-    plan_zarr,
-    verify_zarr,
-)
+from daskclip import clip_by_norm, clip_zarr, plan_zarr, verify_zarr
 from daskclip.engine import request as prepare
 from daskclip.engine.run_record import discard, status
 from daskclip.errors import DaskClipError, MemoryBudgetError

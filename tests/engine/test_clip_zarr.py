@@ -18,13 +18,7 @@ from distributed import Client, LocalCluster
 from reference import bits
 from stores import FORMATS, create, finished, read, some, stored
 
-from daskclip import (
-    clip_by_norm,
-    clip_zarr,
-    norm,
-    plan_zarr,
-    verify_zarr,
-)
+from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
 from daskclip.engine import cluster as workers
 from daskclip.engine import request as prepare
 from daskclip.errors import (

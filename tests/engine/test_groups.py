@@ -20,22 +20,10 @@ from servers import BIN
 from stores import files_of, some, stored
 from zarr.storage import MemoryStore
 
-from daskclip import (
-    clip_by_global_norm,
-    clip_by_norm,
-    clip_zarr,
-    plan_zarr,
-    verify_zarr,
-)
-from daskclip.engine import (
-    passes,
-)
-from daskclip.engine import (
-    request as prepare,
-)
-from daskclip.engine import (
-    window_graph as graphs,
-)
+from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, plan_zarr, verify_zarr
+from daskclip.engine import passes
+from daskclip.engine import request as prepare
+from daskclip.engine import window_graph as graphs
 from daskclip.errors import (
     DaskClipError,
     InvalidValueError,

@@ -15,13 +15,7 @@ from reference import BFLOAT16, bits, slices
 from stores import create, finished, least_memory, read, some, stopping_at
 from strategies import cases
 
-from daskclip import (
-    clip_by_norm,
-    clip_zarr,
-    norm,
-    plan_zarr,
-    verify_zarr,
-)
+from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
 from daskclip.cli import main
 from daskclip.engine import request as prepare
 from daskclip.errors import (

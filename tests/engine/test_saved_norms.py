@@ -14,14 +14,7 @@ from distributed import Client, LocalCluster
 from reference import bits
 from stores import create, read, some, stopping_at, stored
 
-from daskclip import (
-    clip_by_norm,
-    clip_zarr,
-    norm,
-    plan_zarr,
-    stats_zarr,
-    verify_zarr,
-)
+from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, stats_zarr, verify_zarr
 from daskclip.cli import main
 from daskclip.engine import request as prepare
 from daskclip.engine.saved_norms import SUMS

@@ -11,21 +11,10 @@ import zarr
 from click.testing import CliRunner
 from stores import create, finished, read, stored
 
-from daskclip import (
-    clip_zarr,
-    norm,
-    plan_zarr,
-    stats_zarr,
-    verify_zarr,
-)
+from daskclip import clip_zarr, norm, plan_zarr, stats_zarr, verify_zarr
 from daskclip.cli import main
 from daskclip.engine import request as prepare
-from daskclip.errors import (
-    InvalidTypeError,
-    InvalidValueError,
-    NonFiniteError,
-    TargetExistsError,
-)
+from daskclip.errors import InvalidTypeError, InvalidValueError, NonFiniteError, TargetExistsError
 from daskclip.numerics.histogram import ERROR
 from daskclip.plan import array as plan
 from daskclip.worker import tasks

@@ -23,7 +23,7 @@ from source_files import (
 )
 
 PACKAGE = Path(__file__).parents[2] / "daskclip"
-FREE_ROOMS = {"errors", "grid", "blocks"}  # every room may import them
+FREE_ROOMS = {"errors", "grid"}  # every room may import them
 CTYPES_FILE = "numerics/compiled.py"
 LONG_FUNCTION = 25
 MANY_ARGUMENTS = 8

@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 from reference import BFLOAT16, DTYPES, bits, is_ideal, native, slices, squares
 
-from daskclip import (
-    clip_by_global_norm,
-    clip_by_norm,
-    global_norm,
-    norm,
-)
+from daskclip import clip_by_global_norm, clip_by_norm, global_norm, norm
 
 TINY = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149, "float64": 2.0**-1074}
 EXTREMES = [

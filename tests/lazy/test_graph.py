@@ -12,13 +12,7 @@ import pytest
 import zarr
 from reference import BFLOAT16, bits
 
-from daskclip import (
-    IndexedSlices,
-    clip_by_global_norm,
-    clip_by_norm,
-    global_norm,
-    norm,
-)
+from daskclip import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
 from daskclip.lazy.recipes import recipes
 
 X = np.random.default_rng(0).standard_normal((30, 20)).astype(np.float32)

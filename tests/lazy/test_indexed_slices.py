@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 from reference import BFLOAT16, bits
 
-from daskclip import (
-    IndexedSlices,
-    clip_by_global_norm,
-    clip_by_norm,
-    global_norm,
-    norm,
-)
+from daskclip import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
 
 VALUES = np.float32([[1, 2], [3, 4], [5, 6]])
 INDICES = np.array([4, 0, 4])

@@ -13,11 +13,7 @@ from reference import DTYPES, is_rounded, native, squares, tall_squares
 from strategies import LAYOUTS, cases
 
 from daskclip import norm
-from daskclip.numerics import (
-    combine,
-    combine_all,
-    partial_norm,
-)
+from daskclip.numerics import combine, combine_all, partial_norm
 
 WIDE = {  # exponents that a dtype's values can have
     "float16": (-24, 15),

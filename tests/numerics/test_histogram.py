@@ -10,16 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daskclip.numerics import histogram as sketch
-from daskclip.numerics.histogram import (
-    BINS,
-    ERROR,
-    above,
-    add,
-    collect,
-    edges,
-    histogram,
-    quantile,
-)
+from daskclip.numerics.histogram import BINS, ERROR, above, add, collect, edges, histogram, quantile
 
 PERCENTS = ["0", "0.1", "1", "5", "25", "50", "75", "90", "95", "99", "99.9", "100"]
 

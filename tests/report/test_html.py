@@ -11,11 +11,7 @@ import pytest
 from click.testing import CliRunner
 from stores import create
 
-from daskclip import (
-    clip_zarr,
-    plan_zarr,
-    stats_zarr,
-)
+from daskclip import clip_zarr, plan_zarr, stats_zarr
 from daskclip.cli import main
 from daskclip.report.html import _ticks
 

@@ -12,13 +12,8 @@ from stores import read, some
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from daskclip import clip_by_norm, clip_zarr
-from daskclip.storage import (
-    codecs as chunks,
-)
-from daskclip.storage import (
-    files,
-    regions,
-)
+from daskclip.storage import codecs as chunks
+from daskclip.storage import files, regions
 from daskclip.storage.hierarchy import at_folder
 
 SHAPE, CHUNKS = (37, 50), (8, 10)

@@ -21,12 +21,7 @@ import dask.array as da
 import numpy as np
 from reference import BFLOAT16, native
 
-from daskclip import (
-    clip_by_global_norm,
-    clip_by_norm,
-    global_norm,
-    norm,
-)
+from daskclip import clip_by_global_norm, clip_by_norm, global_norm, norm
 
 RECORDED = Path(__file__).parents[1] / "data" / "recorded_bits.json"
 GROUP = 10  # cases whose digests are one entry

@@ -18,19 +18,9 @@ from servers import Place, Rclone, missing
 from stores import FORMATS, create, files_of, read, some
 from zarr.codecs import GzipCodec
 
-from daskclip import (
-    clip_by_norm,
-    clip_zarr,
-    plan_zarr,
-    verify_zarr,
-)
+from daskclip import clip_by_norm, clip_zarr, plan_zarr, verify_zarr
 from daskclip.engine.run_record import discard, status
-from daskclip.errors import (
-    DaskClipError,
-    SourceChangedError,
-    TargetExistsError,
-    TemporaryError,
-)
+from daskclip.errors import DaskClipError, SourceChangedError, TargetExistsError, TemporaryError
 from daskclip.storage import regions
 from daskclip.storage import retry as retries
 from daskclip.target import lease as leases
