@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from dask.utils import parse_bytes
 
-from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, shown
+from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, short_repr
 from daskclip.numerics import ORDERS
 
 Array = npt.NDArray[Any]
@@ -45,12 +45,14 @@ def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
         axes = axes.tolist() if axes.ndim < 2 else [axes.tolist()]
     sequence = [axes] if _integer(axes) else axes
     if isinstance(axes, str | bytes) or not np.iterable(sequence):
-        raise InvalidTypeError(f"axes {shown(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}")
+        raise InvalidTypeError(
+            f"axes {short_repr(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}"
+        )
     result = []
     for axis in sequence:
         if not _integer(axis):
             raise InvalidTypeError(
-                f"axes {shown(axes)} holds a {type(axis).__name__}; {_AXES_REMEDY}"
+                f"axes {short_repr(axes)} holds a {type(axis).__name__}; {_AXES_REMEDY}"
             )
         if not -ndim <= axis < ndim:
             raise AxesError(
@@ -61,7 +63,7 @@ def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
             )
         result.append(int(axis) % ndim)
     if len(set(result)) < len(result):
-        raise InvalidValueError(f"axes {shown(axes)} names an axis twice; give each axis once")
+        raise InvalidValueError(f"axes {short_repr(axes)} names an axis twice; give each axis once")
     return tuple(sorted(result))
 
 
@@ -79,9 +81,13 @@ def parse_dim(dim: Any, known: Sequence[Any]) -> list[Any]:
     for name in names:
         if name is None or name not in known:
             listed = ", ".join(str(n) for n in known if n is not None) or "none"
-            raise InvalidValueError(f"dim {shown(name)} is not a dimension; there are: {listed}")
+            raise InvalidValueError(
+                f"dim {short_repr(name)} is not a dimension; there are: {listed}"
+            )
         if names.count(name) > 1:
-            raise InvalidValueError(f"dim {shown(dim)} names {shown(name)} twice; give it once")
+            raise InvalidValueError(
+                f"dim {short_repr(dim)} names {short_repr(name)} twice; give it once"
+            )
     return names
 
 
@@ -90,9 +96,11 @@ def axes_named(dim: Any, names: Sequence[Any] | None, axes: Any) -> Any:
     if dim is None:
         return axes
     if axes is not None:
-        raise InvalidValueError(f"axes {shown(axes)} and dim {shown(dim)} are given; give one")
+        raise InvalidValueError(
+            f"axes {short_repr(axes)} and dim {short_repr(dim)} are given; give one"
+        )
     if not names or not any(names):
-        raise InvalidValueError(f"dim {shown(dim)}: the array names no dimensions; give axes")
+        raise InvalidValueError(f"dim {short_repr(dim)}: the array names no dimensions; give axes")
     wanted = parse_dim(dim, names)
     return [a for a, name in enumerate(names) if name in wanted]
 
@@ -122,7 +130,9 @@ def check_limits_dtype(dtype: Any) -> None:
 def check_limits(limits: Any, clip_norm: Any, shape: Any, axes: tuple[int, ...]) -> None:
     """Refuse limits beside a clip_norm, and those that do not broadcast against the norms."""
     if clip_norm is not None:
-        raise InvalidValueError(f"clip_norm {shown(clip_norm)} and limits are both given; give one")
+        raise InvalidValueError(
+            f"clip_norm {short_repr(clip_norm)} and limits are both given; give one"
+        )
     kept = tuple(1 if k in axes else n for k, n in enumerate(shape))
     pairs = zip(limits.shape[::-1], kept[::-1], strict=False)
     if limits.ndim > len(kept) or any(n not in (1, m) for n, m in pairs):
@@ -139,15 +149,17 @@ def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
             return float(clip_norm)
         except OverflowError:
             raise InvalidValueError(
-                f"{what} {shown(clip_norm)} exceeds float64; use float('inf') for no limit"
+                f"{what} {short_repr(clip_norm)} exceeds float64; use float('inf') for no limit"
             ) from None
     if clip_norm is None or isinstance(clip_norm, str | bytes | numbers.Complex):
-        raise InvalidTypeError(f"{what} {shown(clip_norm)} is not a real number; give a number")
+        raise InvalidTypeError(
+            f"{what} {short_repr(clip_norm)} is not a real number; give a number"
+        )
     try:
         value = np.asarray(clip_norm)
     except ValueError:
         raise InvalidValueError(
-            f"{what} {shown(clip_norm)} is ragged; give one number (0-d)"
+            f"{what} {short_repr(clip_norm)} is ragged; give one number (0-d)"
         ) from None
     check_scalar(value.ndim, value.dtype, value.shape, what)
     return float(value)
@@ -156,7 +168,7 @@ def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
 def parse_ord(ord: Any, dtype: np.dtype[Any]) -> float:
     """Key of `ORDERS` for a norm of arrays of ``dtype``."""
     if isinstance(ord, bool) or not isinstance(ord, numbers.Real) or ord not in ORDERS:
-        raise InvalidValueError(f"ord {shown(ord)} is not a norm; use 1, 2 or inf")
+        raise InvalidValueError(f"ord {short_repr(ord)} is not a norm; use 1, 2 or inf")
     if dtype.kind == "c" and ord != 2:
         raise DTypeError(
             f"the norm of ord {ord:g} of dtype {dtype} is not exact, since it takes the roots of "
@@ -165,7 +177,7 @@ def parse_ord(ord: Any, dtype: np.dtype[Any]) -> float:
     return float(ord)
 
 
-def parse_limit(clip_norm: Any) -> float | Fraction:
+def parse_clip_norm_or_quantile(clip_norm: Any) -> float | Fraction:
     """A real number, or the percentage of the norms that are to be at most the limit.
 
     Examples
@@ -177,7 +189,7 @@ def parse_limit(clip_norm: Any) -> float | Fraction:
         return parse_clip_norm(clip_norm)
     if not re.fullmatch(r"p[0-9]{1,3}(\.[0-9]{1,9})?", clip_norm) or Fraction(clip_norm[1:]) > 100:
         raise InvalidTypeError(
-            f"clip_norm {shown(clip_norm)} is not a real number; give a number, or 'p' and a "
+            f"clip_norm {short_repr(clip_norm)} is not a real number; give a number, or 'p' and a "
             "percentage of the norms such as 'p99'"
         )
     return Fraction(clip_norm[1:])
@@ -187,7 +199,7 @@ def check_nonfinite(nonfinite: Any) -> None:
     """Refuse a policy that does not exist."""
     if nonfinite not in get_args(NonFinite):
         raise InvalidValueError(
-            f"nonfinite={shown(nonfinite)} is not a policy; use 'propagate', 'omit' or 'raise'"
+            f"nonfinite={short_repr(nonfinite)} is not a policy; use 'propagate', 'omit' or 'raise'"
         )
 
 
@@ -195,15 +207,15 @@ def parse_memory(memory: Any) -> int:
     """A size in bytes."""
     if not isinstance(memory, str | int) or isinstance(memory, bool):
         raise InvalidTypeError(
-            f"memory {shown(memory)} is a {type(memory).__name__}; "
+            f"memory {short_repr(memory)} is a {type(memory).__name__}; "
             "give bytes or a text like '512MiB'"
         )
     try:
         size = int(parse_bytes(memory))
     except (ValueError, OverflowError):
         raise InvalidValueError(
-            f"memory {shown(memory)} is not a size; write it as '512MiB'"
+            f"memory {short_repr(memory)} is not a size; write it as '512MiB'"
         ) from None
     if size <= 0:
-        raise InvalidValueError(f"memory {shown(memory)} is not above 0; write it as '512MiB'")
+        raise InvalidValueError(f"memory {short_repr(memory)} is not above 0; write it as '512MiB'")
     return size

@@ -101,13 +101,13 @@ class VerificationError(DaskClipError, ValueError):
     exit_code = 4
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value for an error message: its repr on one line, cut off."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def reason(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Text of an error of another library, on one line and without what it has for programs."""
     text = str(error).partition("Debug source")[0].partition("<?xml")[0]
     return " ".join(text.split()) or type(error).__name__

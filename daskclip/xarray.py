@@ -15,9 +15,9 @@ import numpy as np
 import xarray as xr
 
 from daskclip.arguments import DTYPES, NonFinite, check_dtype, parse_dim
-from daskclip.errors import DTypeError, InvalidTypeError, shown
-from daskclip.lazy import as_limit, clip
-from daskclip.storage import SCALES, SENTINELS, check_decoded, numbers
+from daskclip.errors import DTypeError, InvalidTypeError, short_repr
+from daskclip.lazy import clip, normalize_clip_norm
+from daskclip.storage import SCALES, SENTINELS, numbers, require_decoded
 
 __all__ = ["DaskClipAccessor", "clip_by_norm", "norm"]
 
@@ -90,7 +90,7 @@ def clip_by_norm(
     """
     policy = _nonfinite(skipna)
     limit = clip_norm.data if isinstance(clip_norm, xr.DataArray) else clip_norm
-    largest = math.inf if isinstance(limit, da.Array) else max(as_limit(limit), 0.0)
+    largest = math.inf if isinstance(limit, da.Array) else max(normalize_clip_norm(limit), 0.0)
     clipped: dict[Hashable, xr.DataArray] = {}
     for name, (x, dims) in _slices(obj, dim).items():
         axes = x.get_axis_num(dims)
@@ -180,7 +180,7 @@ class DaskClipAccessor:
 def _slices(obj: Any, dim: Any) -> dict[Hashable, tuple[xr.DataArray, list[Hashable]]]:
     """What of ``obj`` is clipped, by its name, and the dimensions its slices have."""
     if isinstance(obj, xr.DataArray):
-        check_decoded(obj.dtype, obj.attrs, f"array {shown(obj.name)}")
+        require_decoded(obj.dtype, obj.attrs, f"array {short_repr(obj.name)}")
         check_dtype(obj.dtype)
         return {obj.name: (obj, parse_dim(dim, obj.dims))}
     if not isinstance(obj, xr.Dataset):
@@ -189,7 +189,7 @@ def _slices(obj: Any, dim: Any) -> dict[Hashable, tuple[xr.DataArray, list[Hasha
             "or use daskclip.clip_by_norm"
         )
     for name, x in obj.data_vars.items():
-        check_decoded(x.dtype, x.attrs, f"variable {shown(name)}")
+        require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")
     bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in obj.variables.values()}
     data = {name: x for name, x in obj.data_vars.items() if name not in bounds}
     found = {name: x for name, x in data.items() if x.dtype.name in DTYPES}
@@ -223,7 +223,9 @@ def _norm(data: Any, axis: Any = None, *, nonfinite: NonFinite) -> Any:
 
 def _nonfinite(skipna: Any) -> NonFinite:
     if skipna is not None and not isinstance(skipna, bool | np.bool_):
-        raise InvalidTypeError(f"skipna {shown(skipna)} is not a bool; give True, False or None")
+        raise InvalidTypeError(
+            f"skipna {short_repr(skipna)} is not a bool; give True, False or None"
+        )
     return "omit" if skipna is None or skipna else "propagate"
 
 

@@ -10,30 +10,31 @@ from typing import Any
 
 from daskclip.engine.cluster import memory_used, running, versions
 from daskclip.engine.passes import Passes
-from daskclip.engine.run_record import Work, record
+from daskclip.engine.run_record import Transaction, close_journal
 from daskclip.engine.saved_norms import SavedNorms
 from daskclip.grid import grid
-from daskclip.numerics import histogram as sketch
+from daskclip.numerics import NormHistogram
 from daskclip.plan import GroupPlan
-from daskclip.report import ClipReport, State, shown_size
+from daskclip.report import ClipReport, ProgressState, format_size
 from daskclip.storage import DIGESTS, Hierarchy, stored_blocks
 from daskclip.target import JOURNAL, Entry, Journal
-from daskclip.worker import Job, end
+from daskclip.worker import ArrayTask, drain
 
+STATES = 200  # points of the curve of progress that are kept
 OTHERS = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")
 
 
-def jobs_of(
+def array_tasks(
     plan: GroupPlan,
     source: Hierarchy,
     target: Hierarchy | None,
     run: str,
     limits: dict[str, Any],
     **common: Any,
-) -> list[Job]:
+) -> list[ArrayTask]:
     """A job for each array of a plan; ``run`` names the attempt."""
     return [
-        Job(
+        ArrayTask(
             run=run,
             number=i,
             name=name,
@@ -49,12 +50,12 @@ def jobs_of(
 
 
 def clip_passes(
-    jobs: list[Job],
+    jobs: list[ArrayTask],
     plan: GroupPlan,
     source: Hierarchy,
     staged: Hierarchy,
-    work: Work,
-    display: Callable[[State], None],
+    work: Transaction,
+    display: Callable[[ProgressState], None],
     started: float,
     run: Entry,
     measured: int,
@@ -64,20 +65,20 @@ def clip_passes(
     first, parameters = jobs[0], run["parameters"]
     before = memory_used()
 
-    states: list[State] = []
+    states: list[ProgressState] = []
     begun = time.monotonic()
 
     def progress(done: int, skipped: int, at: int) -> None:
         seconds, total = time.monotonic() - begun, plan.bytes_read
         at = min(at, plan.passes)
         figures = {"done": min(done, total), "skipped": skipped, "total": total, "pass_": at}
-        states.append(State(passes=plan.passes, seconds=seconds, **figures))
+        states.append(ProgressState(passes=plan.passes, seconds=seconds, **figures))
         display(states[-1])
-        del states[1 : -1 if len(states) > sketch.PLACES else 1 : 2]  # the rest says enough
+        del states[1 : -1 if len(states) > STATES else 1 : 2]  # the rest says enough
 
     with (
         Journal(work.folder / JOURNAL, work.mirror) as entries,
-        running(plan.threads, partial(end, first.run)) as how,
+        running(plan.threads, partial(drain, first.run)) as how,
     ):
         passes = Passes(jobs, how, entries, progress, plan.window, stored_of(jobs, run))
         if saved is not None:
@@ -119,14 +120,14 @@ def clip_passes(
             versions=versions(),
             source_fingerprint=run["source"].get("hash", "unknown"),
             digest=f"{digest:016x}" if written else None,
-            pictures=run_pictures(total.norms, plan, states, peak, passes.read, passes.written),
+            pictures=run_pictures(total.histogram, plan, states, peak, passes.read, passes.written),
         )
         if written:
-            record(entries, made, report)
+            close_journal(entries, made, report)
     return report
 
 
-def stored_of(jobs: list[Job], run: Entry) -> list[Any]:
+def stored_of(jobs: list[ArrayTask], run: Entry) -> list[Any]:
     """Whether anything of each block is stored; None to look at all: a limit may be NaN."""
     parameters = run["parameters"]
     everything = parameters["missing"] == "error" or parameters["clip_norm"] in ("nan", "None")
@@ -136,26 +137,31 @@ def stored_of(jobs: list[Job], run: Entry) -> list[Any]:
     return [
         None
         if (everything and job.plan.passes) or not job.plan.blocks
-        else stored_blocks(job.source, job.plan.block, job.plan.weights, job.plan.blocks)
+        else stored_blocks(job.source, job.plan.block, job.plan.block_strides, job.plan.blocks)
         for job in jobs
     ]
 
 
 def run_pictures(
-    norms: Any, plan: GroupPlan, states: list[State], peak: int, read: int, written: int
+    norms: NormHistogram | None,
+    plan: GroupPlan,
+    states: list[ProgressState],
+    peak: int,
+    read: int,
+    written: int,
 ) -> dict[str, Any] | None:
     """What pictures of a run show; it took so many bytes of memory, read and written."""
     if norms is None:
         return None
     expected = f"{states[0].seconds + states[0].left:.2f} s" if states else ""
     taken = f"{states[-1].seconds:.2f} s" if states else ""
-    return sketch.figures(sketch.Norms(*norms), plan.kept) | {
+    return norms.figures(plan.kept) | {
         "slices": plan.slices,
         "throughput": [(0.0, 0), *((s.seconds, s.done - s.skipped) for s in states)],
         "plan": [
-            ("memory", shown_size(plan.projected_memory), shown_size(peak)),
-            ("bytes read", shown_size(plan.bytes_read), shown_size(read)),
-            ("bytes written", shown_size(plan.nbytes), shown_size(written)),
+            ("memory", format_size(plan.projected_memory), format_size(peak)),
+            ("bytes read", format_size(plan.bytes_read), format_size(read)),
+            ("bytes written", format_size(plan.nbytes), format_size(written)),
             ("time of the passes", expected, taken),
         ],
     }

@@ -10,16 +10,22 @@ from dataclasses import replace
 from typing import Any, Literal
 from uuid import uuid4
 
-from daskclip.arguments import NonFinite, parse_limit
-from daskclip.engine.attempt import clip_passes, jobs_of
+from daskclip.arguments import NonFinite, parse_clip_norm_or_quantile
+from daskclip.engine.attempt import array_tasks, clip_passes
 from daskclip.engine.cluster import require_alike
 from daskclip.engine.measure import measure_quantile
 from daskclip.engine.request import paths, prepare, require_unchanged
-from daskclip.engine.run_record import begun, describe, finished, plan_of, resumed
+from daskclip.engine.run_record import (
+    find_finished,
+    find_unfinished,
+    plan_from_json,
+    run_identity,
+    start_run,
+)
 from daskclip.errors import DaskClipError
 from daskclip.plan import ClipPlan, GroupPlan
-from daskclip.report import ClipReport, Mode, show
-from daskclip.storage import failing
+from daskclip.report import ClipReport, Mode, progress_printer
+from daskclip.storage import translating_storage_errors
 from daskclip.target import open_target, refuse_existing
 
 log = logging.getLogger("daskclip")
@@ -147,9 +153,9 @@ def clip_zarr(
     >>> zarr.open_array(f"{folder}/y")[0]
     array([0.59999996, 0.79999995], dtype=float32)
     """
-    display = show(progress)
+    display = progress_printer(progress)
     started = time.monotonic()
-    with failing("looking at source and target"):
+    with translating_storage_errors("looking at source and target"):
         opened, plan, each, saved, parameters = prepare(
             source, clip_norm, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
@@ -157,9 +163,9 @@ def clip_zarr(
             norms=norms,
         )  # fmt: skip
         place = open_target(target, opened, storage_options, overwrite=overwrite, in_place=in_place)
-        run = describe(opened, place, **parameters)
-    with failing(f"writing {place}"), place.locked() as work:
-        report = finished(work, run)
+        run = run_identity(opened, place, **parameters)
+    with translating_storage_errors(f"writing {place}"), place.locked() as work:
+        report = find_finished(work, run)
         if report is not None:
             seconds = time.monotonic() - started
             return replace(
@@ -170,17 +176,17 @@ def clip_zarr(
         if saved:  # not before: after a run in place its source is gone
             saved.require_of(opened)
         require_alike([*work.files, *opened.paths, *paths(each)])
-        old = resumed(work, opened, run, plan.memory)
+        old = find_unfinished(work, opened, run, plan.memory)
         limit, measured = parameters["clip_norm"], 0
         if limit.startswith("p") and not old:
-            percent = parse_limit(limit)
+            percent = parse_clip_norm_or_quantile(limit)
             run["limit"], measured = measure_quantile(percent, opened, run, plan, display, saved)
-        run = old or begun(work, opened, run, plan)
-        plan = plan_of(run)
+        run = old or start_run(work, opened, run, plan)
+        plan = plan_from_json(run)
         doing = "resuming" if old else "beginning"
         log.info("%s run %s, %s to %s", doing, run["run"], opened, place)
         staged, folder = work.staging(opened, run["run"])
-        jobs = jobs_of(
+        jobs = array_tasks(
             plan, opened, staged, f"{run['run']}-{uuid4().hex}", each,
             staged=folder, in_place=in_place, ord=float(ord),
             clip_norm=None if each else float(run.get("limit", limit)), nonfinite=nonfinite,
@@ -263,8 +269,8 @@ def plan_zarr(
     >>> plan.passes, plan.block
     (1, (100, 64))
     """
-    show(progress)
-    with failing("looking at source and target"):
+    progress_printer(progress)
+    with translating_storage_errors("looking at source and target"):
         opened, plan, _, saved, _ = prepare(
             source, clip_norm, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,

@@ -18,7 +18,7 @@ from dask import config
 from dask.base import get_scheduler
 from dask.system import CPU_COUNT
 
-from daskclip.errors import ClusterError, DaskClipError, StorageError, TemporaryError, reason
+from daskclip.errors import ClusterError, DaskClipError, StorageError, TemporaryError, error_text
 
 WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored depend on
 PACKAGES = (*WRITING, "numpy", "dask", "distributed")
@@ -35,7 +35,7 @@ def workers() -> tuple[int, int, int]:
     """Processes that will run blocks, threads of the largest of them, and the fewest it may use."""
     client = _client()
     if client is not None:
-        with surviving(str):
+        with translating_cluster_errors(str):
             if not client.nthreads():
                 client.wait_for_workers(1, timeout=60)
             threads = list(client.nthreads().values())
@@ -73,7 +73,7 @@ def require_alike(paths: list[str]) -> None:
         found = {name: metadata.version(name) if util.find_spec(name) else "none" for name in names}
         return found | {path: "" if os.path.exists(path) else "no" for path in paths}
 
-    with surviving(str):
+    with translating_cluster_errors(str):
         before = client.nthreads().keys()
         seen = _everywhere(client, look, 60)
         silent = (before & client.nthreads().keys()) - seen.keys()
@@ -130,7 +130,7 @@ def running(threads: int, end: Callable[[], None]) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def surviving(block_of: Callable[[Any], str]) -> Iterator[None]:
+def translating_cluster_errors(block_of: Callable[[Any], str]) -> Iterator[None]:
     """Tell the loss of workers or of the cluster on one line; ``block_of`` names a task."""
     try:
         yield
@@ -148,13 +148,13 @@ def surviving(block_of: Callable[[Any], str]) -> Iterator[None]:
         lost = isinstance(error, OSError | CancelledError | TimeoutError)
         if lost or _way_back_cancelled(error) or kind.__module__.startswith("distributed"):
             raise TemporaryError(
-                f"the cluster was lost ({kind.__name__}: {reason(error)}); "
+                f"the cluster was lost ({kind.__name__}: {error_text(error)}); "
                 "run the same command again to resume"
             ) from error
         raise
 
 
-def gathered(tasks: Sequence[Any], how: dict[str, Any]) -> list[Any]:
+def compute_retrying_cancelled(tasks: Sequence[Any], how: dict[str, Any]) -> list[Any]:
     """Results of tasks; done again, once, if only their way back was cancelled.
 
     That happens now and then without a reason.
@@ -182,7 +182,7 @@ def memory_used() -> dict[Any, tuple[int, int]]:
     """Bytes of every process that runs blocks, now and at the highest."""
     client = _client()
     if client is not None:
-        with surviving(str):
+        with translating_cluster_errors(str):
             return _everywhere(client, _own_memory, 10)
     return {os.getpid(): _own_memory()}
 

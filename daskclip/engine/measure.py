@@ -12,22 +12,21 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from daskclip.engine.attempt import jobs_of, stored_of
+from daskclip.engine.attempt import array_tasks, stored_of
 from daskclip.engine.cluster import running
 from daskclip.engine.passes import Passes
 from daskclip.engine.saved_norms import SUMS, SavedNorms
 from daskclip.errors import InvalidValueError
-from daskclip.numerics import histogram as sketch
 from daskclip.plan import GroupPlan
-from daskclip.report import Show, State
+from daskclip.report import ProgressState, Show
 from daskclip.storage import Hierarchy
 from daskclip.target import JOURNAL, Entry, Journal, journal
-from daskclip.worker import Job, end
+from daskclip.worker import ArrayTask, drain
 
 
 @contextmanager
-def unkept(
-    jobs: list[Job], how: dict[str, Any], window: int, stored: Any = (), norms: Any = None
+def scratch_passes(
+    jobs: list[ArrayTask], how: dict[str, Any], window: int, stored: Any = (), norms: Any = None
 ) -> Iterator[Passes]:
     """Passes whose journal is not kept, but for one in an array of norms."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,16 +58,16 @@ def measure(
     common = {"in_place": False, "clip_norm": sys.float_info.max, "collect": True}
     common |= {k: parameters[k] for k in ("ord", "nonfinite", "missing")}
     staged = None if norms is None else str(norms)
-    jobs = jobs_of(plan, source, norms, uuid4().hex, {}, staged=staged, **common)
+    jobs = array_tasks(plan, source, norms, uuid4().hex, {}, staged=staged, **common)
     with (
-        running(plan.threads, partial(end, jobs[0].run)) as how,
-        unkept(jobs, how, plan.window, stored_of(jobs, run), norms) as passes,
+        running(plan.threads, partial(drain, jobs[0].run)) as how,
+        scratch_passes(jobs, how, plan.window, stored_of(jobs, run), norms) as passes,
     ):
         passes.done = passes.skipped = passes.done // plan.passes  # it is one pass only
 
         def report(done: int, skipped: int, _: int) -> None:
             told: Any = {"done": done, "skipped": skipped, "seconds": time.monotonic() - started}
-            display(State(total=plan.nbytes, pass_=1, passes=1, **told))
+            display(ProgressState(total=plan.nbytes, pass_=1, passes=1, **told))
 
         passes.report = report
         passes.measure()
@@ -89,10 +88,9 @@ def measure_quantile(
     else:
         passes = measure(source, plan, run, display)
         total, read = passes.total, passes.read
-    if total.slices == total.nonfinite:
+    if total.histogram is None or total.slices == total.nonfinite:
         raise InvalidValueError(
             f"source {source} has no finite slice, so that no norm is a limit; give clip_norm as "
             "a number"
         )
-    norms = sketch.Norms(*total.norms)
-    return sketch.quantile(norms, percent, total.smallest, total.largest), read
+    return total.histogram.quantile(percent, total.smallest, total.largest), read

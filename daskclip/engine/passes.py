@@ -12,19 +12,18 @@ import numpy as np
 
 from daskclip.engine.saved_norms import arrays_of, partials_of, saved_sums
 from daskclip.engine.scales import Scales
-from daskclip.engine.window_graph import Cell, Row, compute, together
-from daskclip.numerics import NAN, Tally, combine, tally
-from daskclip.numerics import histogram as sketch
+from daskclip.engine.window_graph import Batch, BlockId, batch_small_blocks, compute
+from daskclip.numerics import NAN, NormHistogram, SliceCounts, combine
 from daskclip.storage import digest_file
 from daskclip.target import Entry, Journal
-from daskclip.worker import Job, tasks
+from daskclip.worker import ArrayTask, tasks
 
 
 @dataclass(slots=True)
 class Passes:
     """The passes of a run, and what they have come to."""
 
-    jobs: Sequence[Job]
+    jobs: Sequence[ArrayTask]
     """One for each array; those whose plan has no passes are only copied."""
     how: dict[str, Any]
     """Arguments of ``dask.compute``."""
@@ -37,7 +36,7 @@ class Passes:
     """Whether anything of each block of a job is stored; None if all have to be looked at."""
     saved: Iterator[Entry] = field(default_factory=lambda: iter(()))
     """Entries that take the place of those of the first pass."""
-    total: Tally = tally.NONE
+    total: SliceCounts = field(default_factory=SliceCounts.empty)
     """Of all slices."""
     done: int = 0
     """Bytes of blocks, over all passes."""
@@ -90,7 +89,7 @@ class Passes:
         """Numbers of the jobs that are only copied."""
         return [k for k, job in enumerate(self.jobs) if not job.plan.passes]
 
-    def _all(self, make: Callable[[Row], Entry], second: Any) -> Iterator[Entry]:
+    def _all(self, make: Callable[[Batch], Entry], second: Any) -> Iterator[Entry]:
         """Entries of all windows: by ``make`` where one pass is enough, else by two."""
         if self._shared:
             yield from self._two_passes(second, self._clipped)
@@ -108,7 +107,7 @@ class Passes:
 
     def _cells(
         self, jobs: Iterable[int], backwards: bool = False, everything: bool = False
-    ) -> Iterator[Cell]:
+    ) -> Iterator[BlockId]:
         """Blocks of which anything is stored, or all."""
         for k in jobs:
             stored = None if everything else self.stored[k]
@@ -123,8 +122,8 @@ class Passes:
         if rest:
             one = self.jobs[0]
             kept = () if one.name or one.shared else one.plan.kept.values()
-            norms = sketch.nothing(kept, rest) if one.collect else None
-            self.total = tally.add(self.total, Tally(rest, 0, 0, 0.0, 0.0, norms))
+            norms = NormHistogram.empty(kept, rest) if one.collect else None
+            self.total = self.total.add(SliceCounts(rest, 0, 0, 0.0, 0.0, norms))
 
     def _two_passes(self, second: Any, jobs: Sequence[int]) -> Iterator[Entry]:
         """Sum the blocks of some slabs, then do with each what ``second`` does, if anything."""
@@ -145,7 +144,7 @@ class Passes:
             some = [self.jobs[k] for k in jobs if self.jobs[k].plan.blocks]  # else no region
             scales = Scales(some, self.journal, name, slabs, self._shared)
             if second is None:
-                self.total = tally.add(self.total, scales.tally())
+                self.total = self.total.add(scales.tally())
                 keep = scales.save()
             for rows, first, last in _marked(back(spoilt)) if second else ():
                 make = partial(self._second, second, rows, scales, seen, first, last)
@@ -160,10 +159,10 @@ class Passes:
         """
         if self._shared:
 
-            def forth() -> Iterator[list[Row]]:
+            def forth() -> Iterator[list[Batch]]:
                 return ([row] for row in self._windows(self._cells(jobs)))
 
-            def back(spoilt: bool) -> Iterator[list[Row]]:
+            def back(spoilt: bool) -> Iterator[list[Batch]]:
                 cells = self._cells(reversed(jobs), backwards=True, everything=spoilt)
                 return ([row] for row in self._windows(cells))
 
@@ -203,20 +202,20 @@ class Passes:
                     expected = partial(self._of, digests)
                     compute(tasks.check_block, self.jobs, rows, self.how, expected=expected)
 
-    def _windows(self, cells: Iterable[Cell]) -> Iterator[Row]:
+    def _windows(self, cells: Iterable[BlockId]) -> Iterator[Batch]:
         """Blocks of any arrays, as many as ``window`` tasks do."""
-        some = together(self.jobs, cells)
+        some = batch_small_blocks(self.jobs, cells)
         while row := list(chain.from_iterable(islice(some, self.window))):
             yield row
 
-    def number(self, cell: Cell) -> int:
+    def number(self, cell: BlockId) -> int:
         """Number of a block among those of all arrays."""
         return self.first[cell.job] + self.jobs[cell.job].plan.number(cell.slab, cell.block)
 
-    def _of(self, digests: Any, cell: Cell) -> int:
+    def _of(self, digests: Any, cell: BlockId) -> int:
         return int(digests[self.number(cell)])
 
-    def _window(self, pass_: int, rows: list[Row], make: Callable[[], Entry]) -> Entry:
+    def _window(self, pass_: int, rows: list[Batch], make: Callable[[], Entry]) -> Entry:
         """Next entry of the journal; made if there is none."""
         entry = self.journal.replay()
         cells = {self.number(cell): cell for row in rows for cell in row}
@@ -233,20 +232,20 @@ class Passes:
         for number, digest in entry.get("target", {}).items():
             self.digest += digest * weight(self.jobs[cells[int(number)].job].name)
         if "tally" in entry:
-            self.total = tally.add(self.total, Tally(*entry["tally"]))
+            self.total = self.total.add(SliceCounts.from_json(entry["tally"]))
         self.report(self.done, self.skipped, pass_ or max(j.plan.passes for j in self.jobs))
         return entry
 
-    def _clip(self, row: Row) -> Entry:
+    def _clip(self, row: Batch) -> Entry:
         results = compute(tasks.clip_slab, self.jobs, [row], self.how)
         return {
-            "tally": reduce(tally.add, [counted for counted, _ in results]),
+            "tally": reduce(SliceCounts.add, [counted for counted, _ in results]),
             "target": self._numbered([row], [digest for _, digest in results]),
         }
 
-    def _count(self, row: Row) -> Entry:
+    def _count(self, row: Batch) -> Entry:
         results = compute(tasks.count_slab, self.jobs, [row], self.how)
-        return {"tally": reduce(tally.add, [counted for counted, _ in results])}
+        return {"tally": reduce(SliceCounts.add, [counted for counted, _ in results])}
 
     def _take(self, saved: Entry) -> Entry:
         """An entry of the first pass of another run."""
@@ -255,7 +254,7 @@ class Passes:
             self.journal.save(saved["sums"], arrays_of(sums))
         return {k: saved[k] for k in ("sums", "nan", "source")}
 
-    def _sum(self, rows: list[Row], before: str) -> Entry:
+    def _sum(self, rows: list[Batch], before: str) -> Entry:
         found = compute(tasks.sum_block, self.jobs, rows, self.how, combined=True)
         sums = [f.partial for f in found]
         if before:
@@ -265,13 +264,13 @@ class Passes:
             ]
         name = f"sums-{'-'.join(map(str, rows[0][0]))}.npz"
         self.journal.save(name, arrays_of(sums))
-        digests = {self.number(Cell(*c)): d for f in found for c, d in f.digests.items()}
+        digests = {self.number(BlockId(*c)): d for f in found for c, d in f.digests.items()}
         # an infinite norm of several arrays is as good as NaN
         nan = any(bool((p.flags if self._shared else p.flags & NAN).any()) for p in sums)
         return {"sums": name, "nan": nan, "source": digests}
 
     def _second(
-        self, function: Any, rows: list[Row], scales: Scales, seen: Any, first: bool, last: bool
+        self, function: Any, rows: list[Batch], scales: Scales, seen: Any, first: bool, last: bool
     ) -> Entry:
         how: Any = {"scales": scales.of, "expected": partial(self._of, seen)}
         results = compute(function, self.jobs, rows, self.how, **how)
@@ -282,11 +281,11 @@ class Passes:
             entry["sums"] = scales.name  # there is more to do that needs them
         return entry
 
-    def _copy(self, row: Row) -> Entry:
+    def _copy(self, row: Batch) -> Entry:
         results = compute(tasks.copy_block, self.jobs, [row], self.how)
         return {"target": self._numbered([row], results)}
 
-    def _numbered(self, rows: list[Row], digests: list[Any]) -> dict[int, int]:
+    def _numbered(self, rows: list[Batch], digests: list[Any]) -> dict[int, int]:
         """Digests by the number of their block, of those that were written."""
         numbers = [self.number(cell) for row in rows for cell in row]
         return {n: d for n, d in zip(numbers, digests, strict=True) if d is not None}
@@ -297,9 +296,9 @@ def weight(name: str) -> int:
     return digest_file(name, 0) | 1 if name else 1
 
 
-def _rows(job: int, slabs: Iterable[int], blocks: Iterable[int]) -> list[Row]:
+def _rows(job: int, slabs: Iterable[int], blocks: Iterable[int]) -> list[Batch]:
     """A row of blocks for each slab."""
-    return [[Cell(job, int(slab), int(block)) for block in blocks] for slab in slabs]
+    return [[BlockId(job, int(slab), int(block)) for block in blocks] for slab in slabs]
 
 
 def _marked(items: Iterable[Any]) -> Iterator[tuple[Any, bool, bool]]:

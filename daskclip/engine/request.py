@@ -18,8 +18,8 @@ from daskclip.arguments import (
     check_limits_dtype,
     check_nonfinite,
     parse_axes,
+    parse_clip_norm_or_quantile,
     parse_dim,
-    parse_limit,
     parse_memory,
     parse_ord,
 )
@@ -30,7 +30,7 @@ from daskclip.errors import (
     InvalidTypeError,
     InvalidValueError,
     SourceChangedError,
-    shown,
+    short_repr,
 )
 from daskclip.plan import GroupPlan, plan_group
 from daskclip.storage import (
@@ -39,9 +39,9 @@ from daskclip.storage import (
     check_source,
     dimension_names,
     files,
-    members,
     open_source,
     patterns,
+    select_arrays,
     write_unit,
 )
 from daskclip.storage import array as storage
@@ -69,24 +69,26 @@ def prepare(
     norms: Any = None,
 ) -> tuple[Hierarchy, GroupPlan, dict[str, Any], SavedNorms | None, dict[str, Any]]:
     """What is at a source, how it will be clipped, by which limits, and what tells runs apart."""
-    limit = parse_limit(clip_norm) if limits is None else None
+    limit = parse_clip_norm_or_quantile(clip_norm) if limits is None else None
     check_nonfinite(nonfinite)
     if missing not in ("fill", "error"):
-        raise InvalidValueError(f"missing={shown(missing)} is not a policy; use 'fill' or 'error'")
+        raise InvalidValueError(
+            f"missing={short_repr(missing)} is not a policy; use 'fill' or 'error'"
+        )
     if not isinstance(global_norm, bool):
         raise InvalidTypeError(
-            f"global_norm {shown(global_norm)} is a {type(global_norm).__name__}; give a bool"
+            f"global_norm {short_repr(global_norm)} is a {type(global_norm).__name__}; give a bool"
         )
     if global_norm and not (axes is None and dim is None):
         raise InvalidValueError(
-            f"a global norm has no axes, and {shown(axes if dim is None else dim)} is given; leave "
-            "out one of them"
+            f"a global norm has no axes, and {short_repr(axes if dim is None else dim)} is given; "
+            "leave out one of them"
         )
     if global_norm and limits is not None:
         raise InvalidValueError("a global norm has one limit, and limits are given; give clip_norm")
     budget = parse_memory(memory)
     opened = open_source(source, storage_options)
-    names = members(opened, include, exclude, DTYPES)
+    names = select_arrays(opened, include, exclude, DTYPES)
     if opened.is_group and dim is not None:
         names, dim = _having(opened, names, dim)
         if not dim and axes is None:
@@ -110,7 +112,7 @@ def prepare(
         "axes": None if taken is None else [int(a) for a in np.atleast_1d(taken)],
         "dim": dim if opened.is_group else None,
         "ord": float(ord),
-        "limits": described(each),
+        "limits": limits_identity(each),
         "nonfinite": nonfinite,
         "missing": missing,
         "include": patterns(include, "include"),
@@ -175,8 +177,8 @@ def open_limits(
     for name in over:
         if name not in found:
             raise InvalidValueError(
-                f"limits are given for {shown([*found])} and not for {name or source}; give each "
-                "array that is clipped its own, or one for all"
+                f"limits are given for {short_repr([*found])} and not for {name or source}; give "
+                "each array that is clipped its own, or one for all"
             )
     return {
         name: _usable(found[name], clip_norm, source.arrays[name].shape, axes, options)
@@ -205,13 +207,13 @@ def _opened(limits: Any, options: Any) -> Hierarchy:
         raise type(error)(f"limits: {error}") from error
 
 
-def described(limits: Mapping[str, Any]) -> Any:
+def limits_identity(limits: Mapping[str, Any]) -> Any:
     """Shapes and digests; of what is stored by its names, sizes and times, without reading it."""
-    found = {name: _described(one) for name, one in limits.items()}
+    found = {name: _limits_identity(one) for name, one in limits.items()}
     return found.get("", found) or None
 
 
-def _described(limits: Any) -> str:
+def _limits_identity(limits: Any) -> str:
     numpy = isinstance(limits, np.ndarray)
     found = limits if numpy else json.dumps(_there(limits).fingerprint(changes=True)).encode()
     return f"of shape {limits.shape} and digest {files.digest(found):08x}"
@@ -241,5 +243,5 @@ def require_unchanged(source: Hierarchy, limits: dict[str, Any], run: Entry) -> 
             f"source {source} (chunk {now.get('newest')}) changed during the run; "
             "let nothing write to it and run again"
         )
-    if described(limits) != run["parameters"]["limits"]:
+    if limits_identity(limits) != run["parameters"]["limits"]:
         raise SourceChangedError("limits changed during the run; let nothing write to them")

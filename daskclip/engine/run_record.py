@@ -11,28 +11,28 @@ from daskclip.engine.cluster import workers
 from daskclip.errors import MemoryBudgetError, TargetExistsError
 from daskclip.grid import ceil_div
 from daskclip.plan import ClipPlan, GroupPlan
-from daskclip.report import MIB, ClipReport, shown_size
-from daskclip.storage import Hierarchy, failing
+from daskclip.report import MIB, ClipReport, format_size
+from daskclip.storage import Hierarchy, translating_storage_errors
 from daskclip.target import (
     JOURNAL,
+    DirectoryTransaction,
     Entry,
-    FolderWork,
     Journal,
-    PrefixWork,
+    ObjectStoreTransaction,
     Target,
     find_target,
-    is_made,
     journal,
+    matches_record,
 )
 
-Work = FolderWork | PrefixWork
+Transaction = DirectoryTransaction | ObjectStoreTransaction
 
 VERSION = 4
 """Of what a journal says; another one can neither be resumed nor verified."""
 DISCARD = "discard it with: daskclip discard TARGET"
 
 
-def describe(source: Hierarchy, target: Target, **parameters: Any) -> Entry:
+def run_identity(source: Hierarchy, target: Target, **parameters: Any) -> Entry:
     """What makes two runs the same one."""
     return {
         "version": VERSION,
@@ -41,7 +41,7 @@ def describe(source: Hierarchy, target: Target, **parameters: Any) -> Entry:
     }
 
 
-def finished(work: Work, run: Entry) -> ClipReport | None:
+def find_finished(work: Transaction, run: Entry) -> ClipReport | None:
     """Report of the run that made what is at the target, if it is the same one."""
     path = work.record  # in an object store, asking for it takes a request
     old = journal.header(path)
@@ -52,13 +52,13 @@ def finished(work: Work, run: Entry) -> ClipReport | None:
     if parameters["source"] != parameters["target"] and old["source"] != run["source"]:
         return None
     *_, (last, _) = journal.entries(path)
-    if is_made(work.target.open, last):
+    if matches_record(work.target.open, last):
         axes = last["report"]["axes"]
         return ClipReport(**last["report"] | {"axes": None if axes is None else tuple(axes)})
     return None
 
 
-def resumed(work: Work, source: Hierarchy, run: Entry, memory: int) -> Entry | None:
+def find_unfinished(work: Transaction, source: Hierarchy, run: Entry, memory: int) -> Entry | None:
     """The unfinished run in ``work``, if there is one; refused if it is another one."""
     old = journal.header(work.folder / JOURNAL)
     if old is None:
@@ -81,32 +81,32 @@ def resumed(work: Work, source: Hierarchy, run: Entry, memory: int) -> Entry | N
     *_, (last, _) = journal.entries(work.folder / JOURNAL)
     if not work.complete(source, old["run"], last):
         raise TargetExistsError(f"{where} has lost its files; {DISCARD}")
-    return old | stored_plan(planned(old, memory))
+    return old | plan_to_json(replan(old, memory))
 
 
-def planned(
+def replan(
     run: Entry, memory: int, of: str = "the unfinished run needs with", otherwise: str = DISCARD
 ) -> GroupPlan:
     """The plan that a run began with, on the workers and in the memory that there are now."""
-    plan = plan_of(run)
+    plan = plan_from_json(run)
     _, most, fewest = workers()
     threads = max(fewest, min(most, plan.threads))
     need = ceil_div(plan.projected_memory * max(threads, plan.threads), plan.threads)
     if need > memory:
         raise MemoryBudgetError(
-            f"memory {shown_size(memory)} holds less than the {shown_size(need)} that {of} "
+            f"memory {format_size(memory)} holds less than the {format_size(need)} that {of} "
             f"{threads} threads; give memory='{ceil_div(need, MIB)}MiB', or {otherwise}"
         )
     now: Any = {"threads": threads, "memory": memory, "projected_memory": need}
     return replace(plan, plans={name: replace(p, **now) for name, p in plan.plans.items()})
 
 
-def stored_plan(plan: GroupPlan) -> Entry:
+def plan_to_json(plan: GroupPlan) -> Entry:
     """A plan as it is kept in a journal."""
     return {"plans": {name: asdict(one) for name, one in plan.plans.items()}}
 
 
-def plan_of(run: Entry) -> GroupPlan:
+def plan_from_json(run: Entry) -> GroupPlan:
     """The plan in a journal."""
     plans = {}
     for name, stored in run["plans"].items():
@@ -115,16 +115,16 @@ def plan_of(run: Entry) -> GroupPlan:
     return GroupPlan(plans, run["parameters"]["global_norm"])
 
 
-def begun(work: Work, source: Hierarchy, run: Entry, plan: GroupPlan) -> Entry:
+def start_run(work: Transaction, source: Hierarchy, run: Entry, plan: GroupPlan) -> Entry:
     """A new run, of which nothing is done."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    run |= {"run": uuid4().hex, "began": began} | stored_plan(plan)
+    run |= {"run": uuid4().hex, "began": began} | plan_to_json(plan)
     work.begin(source, run["run"])
     journal.begin(work.folder / JOURNAL, run)
     return run
 
 
-def record(entries: Journal, made: Entry, report: ClipReport) -> None:
+def close_journal(entries: Journal, made: Entry, report: ClipReport) -> None:
     """End the journal."""
     if entries.replay() is None:
         entries.append({"report": asdict(report), "made": made})
@@ -134,7 +134,7 @@ def status(target: Any) -> dict[str, str]:
     """What there is at ``target`` and beside it, for people."""
     place = find_target(target)
     rows = {"target": f"{place} {'exists' if place.exists() else 'does not exist'}"}
-    with failing(f"looking at {place}"), place.journals() as (made, unfinished):
+    with translating_storage_errors(f"looking at {place}"), place.journals() as (made, unfinished):
         for name, path in (("made by", made), ("unfinished", unfinished)):
             run = journal.header(path)
             if run is not None:
@@ -151,7 +151,7 @@ def status(target: Any) -> dict[str, str]:
 def discard(target: Any) -> bool:
     """Remove an unfinished run; returns whether there was one."""
     place = find_target(target)
-    with failing(f"discarding the run for {place}"):
+    with translating_storage_errors(f"discarding the run for {place}"):
         found = place.unfinished()
         if found:
             with place.locked() as work:

@@ -12,20 +12,28 @@ from uuid import uuid4
 
 import numpy as np
 
-from daskclip.engine.run_record import VERSION, planned, stored_plan
+from daskclip.engine.run_record import VERSION, plan_to_json, replan
 from daskclip.errors import (
     InvalidTypeError,
     InvalidValueError,
     SourceChangedError,
     SourceError,
     SourceNotFoundError,
-    shown,
+    short_repr,
 )
-from daskclip.numerics import Partial, Tally
+from daskclip.numerics import Partial, SliceCounts
 from daskclip.plan import GroupPlan
 from daskclip.storage import Hierarchy, at_folder, files
 from daskclip.storage import array as storage
-from daskclip.target import JOURNAL, Arrays, Entry, Folder, find_target, journal, refuse_existing
+from daskclip.target import (
+    JOURNAL,
+    Arrays,
+    DirectoryTarget,
+    Entry,
+    find_target,
+    journal,
+    refuse_existing,
+)
 
 SUMS = ".daskclip-sums"
 """Folder of the journal of the first pass; zarr takes no notice of it."""
@@ -39,7 +47,7 @@ class SavedNorms:
 
     path: Path
     """Folder of their array."""
-    total: Tally
+    total: SliceCounts
     """Of all slices."""
     source: Entry
     """Fingerprint of what they were taken of."""
@@ -105,7 +113,7 @@ def saving(path: Any, source: Hierarchy, run: Entry, plan: GroupPlan) -> Iterato
         (folder / SUMS).mkdir()
         parameters = run["parameters"] | {"source": str(source)}
         header = run | {"version": VERSION, "parameters": parameters}
-        journal.begin(folder / SUMS / JOURNAL, header | stored_plan(plan))
+        journal.begin(folder / SUMS / JOURNAL, header | plan_to_json(plan))
         yield at_folder(folder)
         files.sync(folder)
         refuse_existing(place)
@@ -138,17 +146,21 @@ def open_norms(
     *_, (last, _) = journal.entries(at)
     if "total" not in last:
         raise SourceError(f"norms {place} are damaged; {AGAIN}")
-    plan = planned(run, memory, f"norms {place} need with", AGAIN)
+    plan = replan(run, memory, f"norms {place} need with", AGAIN)
     plans = {name: replace(one, passes=1) for name, one in plan.plans.items()}
-    return SavedNorms(place.path, Tally(*last["total"]), run["source"]), replace(plan, plans=plans)
+    return SavedNorms(place.path, SliceCounts.from_json(last["total"]), run["source"]), replace(
+        plan, plans=plans
+    )
 
 
-def _folder(path: Any) -> Folder:
+def _folder(path: Any) -> DirectoryTarget:
     if not isinstance(path, str | os.PathLike):
-        raise InvalidTypeError(f"norms {shown(path)} is not a path; give the path of a folder")
+        raise InvalidTypeError(f"norms {short_repr(path)} is not a path; give the path of a folder")
     place = find_target(path)
-    if not isinstance(place, Folder):
-        raise InvalidValueError(f"norms {shown(path)} are not on a local file system; give a path")
+    if not isinstance(place, DirectoryTarget):
+        raise InvalidValueError(
+            f"norms {short_repr(path)} are not on a local file system; give a path"
+        )
     return place
 
 

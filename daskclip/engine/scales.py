@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 from daskclip.engine.saved_norms import partials_of
-from daskclip.numerics import Scale, Tally, finalize, nan_if_infinite, tally
+from daskclip.numerics import Scale, SliceCounts, finalize, nan_if_infinite
 from daskclip.target import Journal
-from daskclip.worker import Job, tasks
+from daskclip.worker import ArrayTask, tasks
 
 
 @dataclass(slots=True)
@@ -19,7 +19,7 @@ class Scales:
     The slabs are those of one array, or the only one that several arrays share.
     """
 
-    jobs: Sequence[Job]
+    jobs: Sequence[ArrayTask]
     journal: Journal
     name: str
     """Of their sums in the journal."""
@@ -29,7 +29,7 @@ class Scales:
     """Whether the arrays share their one slice."""
     _made: dict[tuple[int, str], Scale] = field(default_factory=dict)
 
-    def of(self, row: int, job: Job) -> tuple[str, Scale]:
+    def of(self, row: int, job: ArrayTask) -> tuple[str, Scale]:
         """Scale of the slices of a slab, with a name for it."""
         kind = row, job.source.dtype.str
         if kind not in self._made:
@@ -38,7 +38,7 @@ class Scales:
             sums = partials_of(self.journal.load(self.name))[row]._replace(terms=terms)
             if self.shared:  # as clip_by_global_norm has it
                 sums = nan_if_infinite(sums)
-            limit = tasks.limit_of(job, job.plan.region(int(self.slabs[row]), 0))
+            limit = tasks.block_limit(job, job.plan.region(int(self.slabs[row]), 0))
             self._made[kind] = finalize(sums, limit, job.source.dtype)
         return "-".join(map(str, kind)), self._made[kind]
 
@@ -49,9 +49,9 @@ class Scales:
             tasks.save_norms(job, self.of(i, job)[1], job.plan.region(int(slab), 0))
         return job.target is not None
 
-    def tally(self) -> Tally:
+    def tally(self) -> SliceCounts:
         """Counts over all slices."""
         job = self.jobs[0]
         regions = (job.plan.region(int(slab), 0) for slab in self.slabs)
-        found = (tasks.tally(job, self.of(i, job)[1], r) for i, r in enumerate(regions))
-        return reduce(tally.add, found)
+        found = (tasks.count_region(job, self.of(i, job)[1], r) for i, r in enumerate(regions))
+        return reduce(SliceCounts.add, found)

@@ -15,9 +15,17 @@ from daskclip.engine.cluster import require_alike
 from daskclip.engine.measure import measure
 from daskclip.engine.request import prepare, require_unchanged
 from daskclip.engine.saved_norms import saving
-from daskclip.numerics import histogram as sketch
-from daskclip.report import Mode, as_document, as_text, fragment, show, shown_over, shown_size
-from daskclip.storage import failing
+from daskclip.numerics import RELATIVE_ERROR, NormHistogram
+from daskclip.report import (
+    Mode,
+    as_document,
+    as_text,
+    format_axes,
+    format_size,
+    fragment,
+    progress_printer,
+)
+from daskclip.storage import translating_storage_errors
 
 PERCENTS = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")
 CANDIDATES = 30
@@ -78,7 +86,7 @@ class StatsReport:
     def rows(self) -> dict[str, str]:
         """The figures for people."""
         rows = {
-            "source": f"{self.source}, {shown_over(self.axes, self.dim)}",
+            "source": f"{self.source}, {format_axes(self.axes, self.dim)}",
             "slices": f"{self.slices:,}",
             "zero": f"{self.zeros:,}",
             "NaN": f"{self.nan:,}",
@@ -93,7 +101,7 @@ class StatsReport:
             rows[f"clip_norm {limit}"] = f"clips {share:.3g} % of {self.slices:,} slices"
         for i, worst in enumerate(self.worst, 1):
             rows[f"largest {i}"] = f"{worst['norm']:.6g} at {worst['index']}"
-        rows["read"] = f"{shown_size(self.bytes_read)} in {self.seconds:.2f} s"
+        rows["read"] = f"{format_size(self.bytes_read)} in {self.seconds:.2f} s"
         return rows
 
     def __str__(self) -> str:
@@ -173,8 +181,8 @@ def stats_zarr(
     >>> report.slices, report.zeros, report.nan, report.clips["1"]
     (4, 1, 1, 1)
     """
-    display, started = show(progress), time.monotonic()
-    with failing("looking at the source"):
+    display, started = progress_printer(progress), time.monotonic()
+    with translating_storage_errors("looking at the source"):
         opened, plan, *_, parameters = prepare(
             source, 0.0, axes, dim,
             memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
@@ -182,13 +190,16 @@ def stats_zarr(
         )  # fmt: skip
         run = {"parameters": parameters, "source": opened.fingerprint(changes=True)}
         require_alike(opened.paths)
-    with failing(f"reading {opened}"), saving(save_norms, opened, run, plan) as norms_array:
+    with (
+        translating_storage_errors(f"reading {opened}"),
+        saving(save_norms, opened, run, plan) as norms_array,
+    ):
         passes = measure(opened, plan, run, display, norms_array)
         require_unchanged(opened, {}, run)
     total, taken = passes.total, parameters["axes"]
-    norms = sketch.Norms(*(total.norms or sketch.nothing(plan.kept.values())))
+    norms = total.histogram or NormHistogram.empty(plan.kept.values())
     finite = total.slices > total.nonfinite
-    figures = sketch.figures(norms, plan.kept)
+    figures = norms.figures(plan.kept)
     for along in figures["along"]:
         del along["clipped"]  # there is no limit
     return StatsReport(
@@ -203,12 +214,12 @@ def stats_zarr(
         smallest_norm=total.smallest if finite else None,
         largest_norm=total.largest if finite else None,
         quantiles={
-            f"p{p}": sketch.quantile(norms, Fraction(p), total.smallest, total.largest)
+            f"p{p}": norms.quantile(Fraction(p), total.smallest, total.largest)
             for p in PERCENTS
             if finite
         },
-        relative_error=sketch.ERROR,
-        clips={f"{c:g}": sketch.above(norms, c) for c in _candidates(figures["histogram"])},
+        relative_error=RELATIVE_ERROR,
+        clips={f"{c:g}": norms.above(c) for c in _candidates(figures["histogram"])},
         bytes_read=passes.read,
         seconds=time.monotonic() - started,
         projected_memory=plan.projected_memory,

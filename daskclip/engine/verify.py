@@ -11,17 +11,17 @@ from uuid import uuid4
 
 import numpy as np
 
-from daskclip.engine.attempt import jobs_of
+from daskclip.engine.attempt import array_tasks
 from daskclip.engine.cluster import running
-from daskclip.engine.measure import unkept
-from daskclip.engine.request import described, open_limits
-from daskclip.engine.run_record import VERSION, plan_of, planned
+from daskclip.engine.measure import scratch_passes
+from daskclip.engine.request import limits_identity, open_limits
+from daskclip.engine.run_record import VERSION, plan_from_json, replan
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
 from daskclip.report import VerifyReport
-from daskclip.storage import DOCUMENTS, Hierarchy, failing, open_source
+from daskclip.storage import DOCUMENTS, Hierarchy, open_source, translating_storage_errors
 from daskclip.storage import array as storage
-from daskclip.target import Entry, Folder, Target, find_target, journal
-from daskclip.worker import end
+from daskclip.target import DirectoryTarget, Entry, Target, find_target, journal
+from daskclip.worker import drain
 
 
 def verify_zarr(
@@ -78,14 +78,16 @@ def verify_zarr(
     """
     started = time.monotonic()
     place = find_target(target)
-    with failing(f"verifying {place}"):
+    with translating_storage_errors(f"verifying {place}"):
         if not place.exists():
             raise SourceNotFoundError(f"target {place} does not exist; check the path")
         with place.journals() as (record, _):
             run, made, digests = _record(place, record)
-        plan = planned(run, plan_of(run).memory)
+        plan = replan(run, plan_from_json(run).memory)
         try:
-            there = open_source(place.path if isinstance(place, Folder) else place.open().place)
+            there = open_source(
+                place.path if isinstance(place, DirectoryTarget) else place.open().place
+            )
             _check_keys(there, place, made)
         except DaskClipError as error:
             raise VerificationError(str(error)) from error
@@ -96,12 +98,12 @@ def verify_zarr(
         omit = "omit" if parameters["nonfinite"] == "omit" else "propagate"
         common |= {"ord": parameters["ord"], "nonfinite": omit}
         attempt = uuid4().hex
-        jobs = jobs_of(plan, there, None, attempt, each, missing="fill", **common)
+        jobs = array_tasks(plan, there, None, attempt, each, missing="fill", **common)
         again = None if source is None else open_source(source)
         if again is not None:
             _check_source(again, there, place)
-        with running(plan.threads, partial(end, jobs[0].run)) as how:
-            with unkept(jobs, how, plan.window) as norms:
+        with running(plan.threads, partial(drain, jobs[0].run)) as how:
+            with scratch_passes(jobs, how, plan.window) as norms:
                 norms.check(digests, range(len(jobs)))
                 norms.measure()
             total = norms.total
@@ -113,8 +115,8 @@ def verify_zarr(
                 )
             if again is not None:
                 common |= {"missing": parameters["missing"]}
-                both = jobs_of(plan, again, there, attempt, each, **common)
-                with unkept(both, how, plan.window) as comparison:
+                both = array_tasks(plan, again, there, attempt, each, **common)
+                with scratch_passes(both, how, plan.window) as comparison:
                     comparison.compare()
                     comparison.check(digests, comparison.copied)
     return VerifyReport(
@@ -132,9 +134,9 @@ def verify_zarr(
 
 def _same_limits(there: Hierarchy, limits: Any, run: Entry) -> dict[str, Any]:
     """Those a run had, if it had any."""
-    over = {name: plan.axes for name, plan in plan_of(run).clipped.items()}
+    over = {name: plan.axes for name, plan in plan_from_json(run).clipped.items()}
     each = open_limits(limits, None, there, over, None)
-    was, given = run["parameters"]["limits"], described(each)
+    was, given = run["parameters"]["limits"], limits_identity(each)
     if given != was:
         raise VerificationError(f"{there} was clipped with limits {was}, not {given}; give those")
     return each
@@ -147,7 +149,7 @@ def _record(place: Target, path: Path) -> tuple[Entry, Entry, Any]:
         raise VerificationError(
             f"target {place} has no record of a run that this daskclip can read; clip it again"
         )
-    digests = np.zeros(plan_of(run).blocks, np.uint64)
+    digests = np.zeros(plan_from_json(run).blocks, np.uint64)
     made = None
     for entry, _ in journal.entries(path):
         made = entry.get("made")

@@ -10,11 +10,11 @@ from daskclip.lazy import clip
 from daskclip.lazy.clip import clip_by_norm, norm
 from daskclip.lazy.clip_list import clip_by_global_norm, global_norm
 from daskclip.lazy.indexed_slices import IndexedSlices
-from daskclip.lazy.inputs import as_limit
-from daskclip.lazy.recipes import Constant
-from daskclip.lazy.tree import no_block, tree
+from daskclip.lazy.inputs import normalize_clip_norm
+from daskclip.lazy.recipes import LiteralTask
+from daskclip.lazy.tree import object_meta, tree_reduce
 
 __all__ = [
-    "Constant", "IndexedSlices", "as_limit", "clip", "clip_by_global_norm", "clip_by_norm",
-    "global_norm", "no_block", "norm", "tree",
-]  # fmt: skip
+    "IndexedSlices", "LiteralTask", "clip", "clip_by_global_norm", "clip_by_norm", "global_norm",
+    "norm", "normalize_clip_norm", "object_meta", "tree_reduce",
+]  # fmt: skip  # fmt: skip

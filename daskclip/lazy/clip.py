@@ -13,7 +13,7 @@ from dask.system import CPU_COUNT
 from daskclip.arguments import NonFinite, check_nonfinite, parse_axes, parse_ord
 from daskclip.lazy import graph as lazy
 from daskclip.lazy.indexed_slices import IndexedSlices, is_indexed
-from daskclip.lazy.inputs import as_array, as_limit, as_limits, check_name
+from daskclip.lazy.inputs import as_array, check_name, normalize_clip_norm, normalize_limits
 from daskclip.numerics import clip_array, finalize, partial_norm, require_finite
 
 
@@ -114,7 +114,11 @@ def clip_by_norm(
     x = as_array(t.values if is_indexed(t) else t)
     over = parse_axes(axes, x.ndim)
     ord = parse_ord(ord, x.dtype)
-    limit = as_limit(clip_norm) if limits is None else as_limits(limits, clip_norm, x, over)
+    limit = (
+        normalize_clip_norm(clip_norm)
+        if limits is None
+        else normalize_limits(limits, clip_norm, x, over)
+    )
     if isinstance(limit, da.Array) and not isinstance(x, da.Array):
         x = da.from_array(x, chunks=-1)
     clipped: Any

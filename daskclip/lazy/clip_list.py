@@ -11,7 +11,7 @@ import numpy as np
 
 from daskclip.lazy import graph as lazy
 from daskclip.lazy.indexed_slices import IndexedSlices, is_indexed
-from daskclip.lazy.inputs import as_arrays, as_limit, check_name
+from daskclip.lazy.inputs import as_arrays, check_name, normalize_clip_norm
 from daskclip.numerics import Partial, combine_all, finalize, nan_if_infinite, partial_norm, rescale
 
 
@@ -102,8 +102,8 @@ def clip_by_global_norm(
     ([array([3.], dtype=float32), None, array([4.], dtype=float32)], np.float64(5.0))
     """
     check_name(name)
-    limit = as_limit(clip_norm)
-    used = None if use_norm is None else as_limit(use_norm, "use_norm")
+    limit = normalize_clip_norm(clip_norm)
+    used = None if use_norm is None else normalize_clip_norm(use_norm, "use_norm")
     arrays, is_lazy = as_arrays(t_list, isinstance(limit, da.Array) or isinstance(used, da.Array))
     clipped: list[Any]
     total: Any

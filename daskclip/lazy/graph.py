@@ -14,7 +14,7 @@ from dask.delayed import Delayed, delayed
 from dask.highlevelgraph import HighLevelGraph
 
 from daskclip.lazy.recipes import Recipe, recipes
-from daskclip.lazy.tree import map_objects, tree
+from daskclip.lazy.tree import map_object_blocks, tree_reduce
 from daskclip.numerics import (
     Array,
     Partial,
@@ -50,7 +50,7 @@ def clip(
             name=f"require-finite-{token}", dtype=x.dtype, meta=x._meta,
         )  # fmt: skip
     if all(x.numblocks[a] == 1 for a in over):
-        pairs = map_objects(
+        pairs = map_object_blocks(
             _clip_chunk, checked, limit, over=over, omit=omit, ord=ord, name=f"clip-chunk-{token}"
         )
         clipped = da.map_blocks(itemgetter(0), pairs, name=full, dtype=x.dtype, meta=x._meta)
@@ -131,18 +131,18 @@ def rescaled(x: da.Array, scale: Any, over: tuple[int, ...], name: str) -> da.Ar
 
 def _partials(x: da.Array, over: tuple[int, ...], omit: bool, ord: float, token: str) -> da.Array:
     kept = tuple((1,) * len(c) if a in over else c for a, c in enumerate(x.chunks))
-    parts = map_objects(
+    parts = map_object_blocks(
         partial_norm, x, axes=over, omit_nan=omit, ord=ord,
         name=f"partial-norm-{token}", chunks=kept,
     )  # fmt: skip
-    return tree(parts, over)
+    return tree_reduce(parts, over)
 
 
 def _scales(
     x: da.Array, limit: Any, over: tuple[int, ...], omit: bool, ord: float, token: str
 ) -> da.Array:
     parts = _partials(x, over, omit, ord, token)
-    return map_objects(partial(finalize, dtype=x.dtype), parts, limit, name=f"scale-{token}")
+    return map_object_blocks(partial(finalize, dtype=x.dtype), parts, limit, name=f"scale-{token}")
 
 
 def _norms(pick: Any, blocks: da.Array, over: tuple[int, ...], name: str) -> da.Array:

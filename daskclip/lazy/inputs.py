@@ -18,7 +18,7 @@ from daskclip.arguments import (
     check_scalar,
     parse_clip_norm,
 )
-from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, shown
+from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, short_repr
 from daskclip.lazy.indexed_slices import is_indexed
 from daskclip.storage import array as storage
 
@@ -27,7 +27,7 @@ def check_name(name: Any) -> None:
     """Refuse a layer name that is no string."""
     if name is not None and not isinstance(name, str):
         raise InvalidTypeError(
-            f"name {shown(name)} is a {type(name).__name__}; give a string or None"
+            f"name {short_repr(name)} is a {type(name).__name__}; give a string or None"
         )
 
 
@@ -51,7 +51,7 @@ def as_array(t: Any, check: Check = check_dtype) -> Any:
         try:
             t = np.asarray(t)
         except ValueError:
-            raise InvalidValueError(f"{shown(t)} is ragged; give an array") from None
+            raise InvalidValueError(f"{short_repr(t)} is ragged; give an array") from None
     check(t.dtype)
     blocks = t._meta if isinstance(t, da.Array) else t
     if not isinstance(blocks, np.ndarray) or isinstance(blocks, np.ma.MaskedArray):
@@ -62,7 +62,7 @@ def as_array(t: Any, check: Check = check_dtype) -> Any:
     return t
 
 
-def as_limit(clip_norm: Any, what: str = "clip_norm") -> Any:
+def normalize_clip_norm(clip_norm: Any, what: str = "clip_norm") -> Any:
     """A limit as a float, or as it is if it is a lazy number."""
     if isinstance(clip_norm, da.Array):
         check_scalar(clip_norm.ndim, clip_norm.dtype, clip_norm.shape, what)
@@ -70,7 +70,7 @@ def as_limit(clip_norm: Any, what: str = "clip_norm") -> Any:
     return parse_clip_norm(clip_norm, what)
 
 
-def as_limits(limits: Any, clip_norm: Any, x: Any, axes: tuple[int, ...]) -> Any:
+def normalize_limits(limits: Any, clip_norm: Any, x: Any, axes: tuple[int, ...]) -> Any:
     """Limits for a NumPy or Dask array, of as many axes."""
     limits = as_array(limits, check_limits_dtype)
     check_limits(limits, clip_norm, x.shape, axes)

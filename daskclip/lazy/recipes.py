@@ -36,12 +36,12 @@ class Recipe:
 
     def make(self, values: list[Any]) -> Any:
         """The chunk, from the values of ``inputs``."""
-        given = {k: (Constant(v),) for k, v in zip(self.inputs, values, strict=True)}
+        given = {k: (LiteralTask(v),) for k, v in zip(self.inputs, values, strict=True)}
         return dask.get({**self.graph, **given}, self.key)
 
 
 @dataclass(frozen=True, slots=True)
-class Constant:
+class LiteralTask:
     """A task without arguments, so that Dask does not look for tasks inside its value."""
 
     value: Any

@@ -17,7 +17,7 @@ from dask.core import flatten
 from daskclip.numerics import combine
 
 
-def tree(
+def tree_reduce(
     partials: da.Array,
     axes: tuple[int, ...],
     function: Callable[[list[Any]], Any] = combine,
@@ -51,22 +51,22 @@ def tree(
         keepdims=True,
         concatenate=False,
         dtype=object,
-        meta=no_block(partials.ndim),
+        meta=object_meta(partials.ndim),
     )
     return combined
 
 
-def map_objects(
+def map_object_blocks(
     function: Callable[..., Any], x: da.Array, *args: Any, name: str, **kwargs: Any
 ) -> da.Array:
     """`map_blocks` for blocks that are not ndarrays; ``name`` is the whole layer name."""
     mapped: da.Array = da.map_blocks(
-        function, x, *args, name=name, dtype=object, meta=no_block(x.ndim), **kwargs
+        function, x, *args, name=name, dtype=object, meta=object_meta(x.ndim), **kwargs
     )
     return mapped
 
 
-def no_block(ndim: int) -> Any:
+def object_meta(ndim: int) -> Any:
     """Meta of an array of ``ndim`` dimensions whose blocks are objects."""
     return np.empty((0,) * ndim, object)
 

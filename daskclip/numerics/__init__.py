@@ -7,9 +7,15 @@ knows Dask, Zarr or files.
     clip_block: the same at once, for a block that holds its slices whole
 """
 
-from daskclip.numerics import histogram, tally
 from daskclip.numerics.block import clip_array, clip_block, require_finite, rescale
 from daskclip.numerics.compiled import Array
+from daskclip.numerics.histogram import (
+    RELATIVE_ERROR,
+    NormHistogram,
+    SliceCounts,
+    count_slices,
+    count_with_histogram,
+)
 from daskclip.numerics.partial import (
     NAN,
     ORDERS,
@@ -20,10 +26,9 @@ from daskclip.numerics.partial import (
     partial_norm,
 )
 from daskclip.numerics.scale import Scale, finalize
-from daskclip.numerics.tally import Tally, collect, count
 
 __all__ = [
-    "NAN", "ORDERS", "Array", "Partial", "Scale", "Tally", "clip_array", "clip_block", "collect",
-    "combine", "combine_all", "count", "finalize", "histogram", "nan_if_infinite", "partial_norm",
-    "require_finite", "rescale", "tally",
-]  # fmt: skip
+    "NAN", "ORDERS", "RELATIVE_ERROR", "Array", "NormHistogram", "Partial", "Scale", "SliceCounts",
+    "clip_array", "clip_block", "combine", "combine_all", "count_slices", "count_with_histogram",
+    "finalize", "nan_if_infinite", "partial_norm", "require_finite", "rescale",
+]  # fmt: skip  # fmt: skip

@@ -27,7 +27,7 @@ import numpy as np
 
 from daskclip.errors import MemoryBudgetError
 from daskclip.grid import Box, Spans, box, box_shape, ceil_div, grid
-from daskclip.report import MIB, fragment, shared_rows, shown_over, shown_size
+from daskclip.report import MIB, format_axes, format_size, fragment, shared_rows
 
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
 CALL = 1024  # units of a block
@@ -120,7 +120,7 @@ class ClipPlan:
     def rows(self) -> dict[str, str]:
         """The figures for people."""
         return {
-            "array": f"{self.shape}, {shown_size(self.nbytes)}, {shown_over(self.axes)}",
+            "array": f"{self.shape}, {format_size(self.nbytes)}, {format_axes(self.axes)}",
             "slices": f"{self.slices:,}",
             "units": f"{self.unit} written as one object",
             "blocks": f"{self.blocks:,} of {self.block}, {self.slabs:,} slabs",
@@ -150,7 +150,7 @@ class ClipPlan:
         return math.prod(box_shape(self.region(slab, block))) * self.itemsize
 
     @property
-    def weights(self) -> tuple[int, ...]:
+    def block_strides(self) -> tuple[int, ...]:
         """What one block more along each axis adds to the number of a block."""
         weights, inside, slab = [], 1, self.blocks // self.slabs
         for a in reversed(range(len(self.shape))):
@@ -299,7 +299,7 @@ def _plan(
         run = "1 thread needs" if threads == 1 else f"{threads} threads need"
         fewer = "" if threads == 1 else " or use workers of fewer threads"
         raise MemoryBudgetError(
-            f"memory {shown_size(memory)} holds less than the {shown_size(need)} that {run} "
+            f"memory {format_size(memory)} holds less than the {format_size(need)} that {run} "
             f"for blocks of one chunk or shard {unit}; "
             f"give memory='{ceil_div(need, MIB)}MiB'{fewer}",
             need,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from daskclip.errors import MemoryBudgetError
 from daskclip.plan.array import BLOCK, CALL, ClipPlan, grown, make_plan
-from daskclip.report import fragment, shared_rows, shown_size
+from daskclip.report import format_size, fragment, shared_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class GroupPlan:
         """The figures for people."""
         copied = len(self.plans) - len(self.clipped)
         return {
-            "arrays": f"{len(self.clipped):,}, {shown_size(self.nbytes)}; {copied:,} more copied",
+            "arrays": f"{len(self.clipped):,}, {format_size(self.nbytes)}; {copied:,} more copied",
             "slices": f"{self.slices:,}",
             "blocks": f"{self.blocks:,}, {self.slabs:,} slabs",
         } | shared_rows(self)

@@ -194,21 +194,21 @@ def shared_rows(plan: Any) -> dict[str, str]:
     """Figures that a plan of an array and one of a group have."""
     return {
         "passes": str(plan.passes),
-        "read": shown_size(plan.bytes_read),
-        "written": shown_size(plan.nbytes),
+        "read": format_size(plan.bytes_read),
+        "written": format_size(plan.nbytes),
         "tasks": f"{plan.tasks:,} in windows of {plan.window}",
         "threads": f"{plan.threads} a process, {plan.threads * plan.processes} in all",
-        "memory": f"{shown_size(plan.projected_memory)} of {shown_size(plan.memory)} a process",
+        "memory": f"{format_size(plan.projected_memory)} of {format_size(plan.memory)} a process",
     }
 
 
-def shown_over(axes: Sequence[int] | None, dim: Sequence[str] | None = None) -> str:
+def format_axes(axes: Sequence[int] | None, dim: Sequence[str] | None = None) -> str:
     """What norms are taken over, as the command line takes it."""
     if dim:
         return f"dim {','.join(dim)}"
     return f"axes {'all' if axes is None else ','.join(map(str, axes)) or 'none'}"
 
 
-def shown_size(size: int) -> str:
+def format_size(size: int) -> str:
     """Bytes for people."""
     return f"{size / MIB:,.1f} MiB"

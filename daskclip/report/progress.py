@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from daskclip.errors import InvalidTypeError, InvalidValueError, shown
+from daskclip.errors import InvalidTypeError, InvalidValueError, short_repr
 
 Mode = Literal["auto", "bar", "lines", "json", "none"]
 EVERY = 10.0  # seconds between two lines
@@ -17,7 +17,7 @@ WIDTH = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class State:
+class ProgressState:
     """What is known after a window."""
 
     done: int
@@ -44,19 +44,19 @@ class State:
         return (self.total - self.done) / self.rate if self.rate else 0.0
 
 
-Show = Callable[[State], None]
+Show = Callable[[ProgressState], None]
 
 
-def show(progress: Any) -> Show:
-    """Function that shows a `State`, for a mode, or for a bool as ``'auto'`` and ``'none'``."""
+def progress_printer(progress: Any) -> Show:
+    """Function that shows a `ProgressState`; True is ``'auto'``, False is ``'none'``."""
     if not isinstance(progress, bool | str):
         raise InvalidTypeError(
-            f"progress {shown(progress)} is a {type(progress).__name__}; give a bool or a mode"
+            f"progress {short_repr(progress)} is a {type(progress).__name__}; give a bool or a mode"
         )
     mode = progress if isinstance(progress, str) else "auto" if progress else "none"
     if mode not in get_args(Mode):
         raise InvalidValueError(
-            f"progress {shown(progress)} is unknown; use one of {', '.join(get_args(Mode))}"
+            f"progress {short_repr(progress)} is unknown; use one of {', '.join(get_args(Mode))}"
         )
     if mode == "auto":
         mode = "bar" if sys.stderr.isatty() else "lines"
@@ -64,7 +64,7 @@ def show(progress: Any) -> Show:
     return shows.get(mode, lambda state: None)
 
 
-def _text(state: State) -> str:
+def _text(state: ProgressState) -> str:
     gb, total = state.done / 1e9, state.total / 1e9
     return (
         f"{gb:.2f}/{total:.2f} GB  pass {state.pass_}/{state.passes}  "
@@ -77,7 +77,7 @@ def _write(text: str) -> None:
     sys.stderr.flush()
 
 
-def _json(state: State) -> None:
+def _json(state: ProgressState) -> None:
     fields = {
         "done": state.done, "total": state.total, "pass": state.pass_, "passes": state.passes,
         "seconds": round(state.seconds, 3), "rate": round(state.rate), "left": round(state.left, 3),
@@ -85,7 +85,7 @@ def _json(state: State) -> None:
     _write(json.dumps(fields) + "\n")
 
 
-def _bar(state: State) -> None:
+def _bar(state: ProgressState) -> None:
     full = WIDTH * state.done // max(1, state.total)
     end = "\n" if state.done >= state.total else ""
     _write(f"\r[{'#' * full}{' ' * (WIDTH - full)}] {_text(state)}\x1b[K{end}")
@@ -95,7 +95,7 @@ class _Lines:
     def __init__(self) -> None:
         self.next = time.monotonic() + EVERY
 
-    def __call__(self, state: State) -> None:
+    def __call__(self, state: ProgressState) -> None:
         if time.monotonic() >= self.next or state.done >= state.total:
             self.next = time.monotonic() + EVERY
             _write(f"daskclip: {_text(state)}\n")

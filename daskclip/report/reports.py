@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from daskclip.report.html import fragment, page, shown_over, shown_size
+from daskclip.report.html import format_axes, format_size, fragment, page
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +79,10 @@ class ClipReport:
         if self.largest_norm is not None:
             norms = f"{self.smallest_norm:.6g} to {self.largest_norm:.6g}"
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
-        peak, projected = shown_size(self.peak_memory), shown_size(self.projected_memory)
+        peak, projected = format_size(self.peak_memory), format_size(self.projected_memory)
         arrays = {"arrays": f"{self.arrays:,}, {self.copied:,} more are copied"}
         kind = "" if self.ord == 2 else f", ord {self.ord:g}"
-        over = shown_over(self.axes, self.parameters.get("dim"))
+        over = format_axes(self.axes, self.parameters.get("dim"))
         over = "all arrays" if self.parameters.get("global_norm") else over
         return {
             "status": self.status,
@@ -94,8 +94,8 @@ class ClipReport:
             "clipped": f"{self.clipped:,} ({share:.1f} %)",
             "non-finite": f"{self.nonfinite:,}",
             "norms": norms,
-            "read": f"{shown_size(self.bytes_read)} in {passes}",
-            "written": shown_size(self.bytes_written),
+            "read": f"{format_size(self.bytes_read)} in {passes}",
+            "written": format_size(self.bytes_written),
             "blocks": f"{self.blocks:,}",
             "digest": self.digest or "none",
             "time": f"{self.seconds:.2f} s",

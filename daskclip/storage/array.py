@@ -127,7 +127,7 @@ def stored_blocks(
 ) -> Array | None:
     """Whether anything of each block is stored; None if it is not zeros else, or not known.
 
-    ``weights`` times the place of a block in its grid is its number.
+    ``block_strides`` times the place of a block in its grid is its number.
     """
     unit = write_unit(array)
     if array.fill_value:

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from daskclip.errors import DaskClipError, reason
+from daskclip.errors import DaskClipError, error_text
 from daskclip.grid import Box, box_shape, boxes, shift
 from daskclip.storage import array as storage
 from daskclip.storage import regions
-from daskclip.storage.retry import remedied, retrying
+from daskclip.storage.retry import kind_and_remedy, retrying
 
 
 @contextmanager
-def attempting(
+def retrying_block(
     doing: str, array: Any, region: Box, operation: Callable[[Box], Any]
 ) -> Iterator[Callable[[Box], Any]]:
     """Try an operation on a block again where that helps, else say which chunk it fails for."""
@@ -24,10 +24,10 @@ def attempting(
         raise
     except Exception as error:
         chunk, cause = _culprit(array, region, operation, error)
-        kind, remedy = remedied(cause)
+        kind, remedy = kind_and_remedy(cause)
         raise kind(
-            f"{doing} block {shown_region(region)} of {storage.location(array)} failed{chunk}: "
-            f"{type(cause).__name__}: {reason(cause)}; {remedy}"
+            f"{doing} block {format_region(region)} of {storage.location(array)} failed{chunk}: "
+            f"{type(cause).__name__}: {error_text(cause)}; {remedy}"
         ) from error
 
 
@@ -45,6 +45,6 @@ def _culprit(
     return "", error
 
 
-def shown_region(region: Box) -> str:
+def format_region(region: Box) -> str:
     """A region as it is written in Python."""
     return f"[{', '.join(f'{s.start}:{s.stop}' for s in region)}]"

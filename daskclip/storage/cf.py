@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from daskclip.errors import DTypeError, SourceError, shown
+from daskclip.errors import DTypeError, SourceError, short_repr
 
 SCALES = ("scale_factor", "add_offset")
 SENTINELS = ("_FillValue", "missing_value")
@@ -20,9 +20,9 @@ _REMEDY = (
 )
 
 
-def check_decoded(dtype: Any, attributes: Mapping[Any, Any], what: str) -> None:
+def require_decoded(dtype: Any, attributes: Mapping[Any, Any], what: str) -> None:
     """Refuse packed integers, and data in which numbers stand for what is missing."""
-    scales = [f"{name} {shown(attributes[name])}" for name in SCALES if name in attributes]
+    scales = [f"{name} {short_repr(attributes[name])}" for name in SCALES if name in attributes]
     if scales and getattr(dtype, "kind", "") in "iu":
         raise DTypeError(f"{what} is packed as {dtype} with {', '.join(scales)}; {_REMEDY}")
     for name in SENTINELS:

@@ -14,11 +14,11 @@ from typing import Any
 import zarr
 from zarr.storage import LocalStore, StorePath
 
-from daskclip.errors import SourceError, reason
+from daskclip.errors import SourceError, error_text
 from daskclip.storage import array as storage
 from daskclip.storage import files
 from daskclip.storage import object_store as objects
-from daskclip.storage.retry import refused, retrying
+from daskclip.storage.retry import is_refused, retrying
 
 # the last one of a folder makes a node of it
 DOCUMENTS = (".zmetadata", ".zattrs", "zarr.json", ".zgroup", ".zarray")
@@ -87,8 +87,8 @@ class Hierarchy:
                 if not name:
                     raise
                 raise SourceError(
-                    f"array {name} of source {self} cannot be opened ({reason(error)}); install "
-                    "what it needs, or move it away"
+                    f"array {name} of source {self} cannot be opened ({error_text(error)}); "
+                    "install what it needs, or move it away"
                 ) from error
         return dict(sorted(found.items()))
 
@@ -132,10 +132,14 @@ class Hierarchy:
         try:
             return found | retrying(lambda: files.fingerprint(self._chunks(changes)))
         except ValueError as error:
-            raise SourceError(f"{reason(error)} in {self}; store regular files there") from error
+            raise SourceError(
+                f"{error_text(error)} in {self}; store regular files there"
+            ) from error
         except Exception as error:
             # by a store that cannot list, or may not
-            if self.folder is None and (isinstance(error, NotImplementedError) or refused(error)):
+            if self.folder is None and (
+                isinstance(error, NotImplementedError) or is_refused(error)
+            ):
                 return found
             raise
 

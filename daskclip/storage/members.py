@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from daskclip.errors import InvalidTypeError, InvalidValueError, SourceError, shown
+from daskclip.errors import InvalidTypeError, InvalidValueError, SourceError, short_repr
 from daskclip.storage.array import attributes, dimension_names
-from daskclip.storage.cf import check_decoded
+from daskclip.storage.cf import require_decoded
 from daskclip.storage.hierarchy import Hierarchy
 
 
-def members(
+def select_arrays(
     source: Hierarchy,
     include: str | Sequence[str] | None,
     exclude: str | Sequence[str] | None,
@@ -35,7 +35,7 @@ def members(
     for name in found:
         array = source.arrays[name]
         if array.dtype.kind in "iu":
-            check_decoded(array.dtype, attributes(array), f"array {name} of source {source}")
+            require_decoded(array.dtype, attributes(array), f"array {name} of source {source}")
     clipped = [name for name in found if source.arrays[name].dtype.name in dtypes]
     if not clipped:
         raise SourceError(
@@ -53,7 +53,9 @@ def patterns(given: Any, what: str) -> list[str]:
     found = [given] if one else list(given)
     for pattern in found:
         if not isinstance(pattern, str):
-            raise InvalidTypeError(f"{what} {shown(pattern)} is no text; give names or patterns")
+            raise InvalidTypeError(
+                f"{what} {short_repr(pattern)} is no text; give names or patterns"
+            )
     return found
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from daskclip.errors import DaskClipError, StorageError, TemporaryError, reason
+from daskclip.errors import DaskClipError, StorageError, TemporaryError, error_text
 
 T = TypeVar("T")
 
@@ -31,17 +31,19 @@ STATUS = re.compile(r"status code: (\d+)")
 
 
 @contextmanager
-def failing(doing: str) -> Iterator[None]:
+def translating_storage_errors(doing: str) -> Iterator[None]:
     """Say on one line what an error of a file system or a store is about."""
     try:
         yield
     except DaskClipError:
         raise
     except Exception as error:
-        if not (isinstance(error, OSError | MemoryError) or transient(error) or refused(error)):
+        if not (
+            isinstance(error, OSError | MemoryError) or is_transient(error) or is_refused(error)
+        ):
             raise
-        kind, remedy = remedied(error)
-        raise kind(f"{doing} failed: {reason(error)}; {remedy}") from error
+        kind, remedy = kind_and_remedy(error)
+        raise kind(f"{doing} failed: {error_text(error)}; {remedy}") from error
 
 
 def retrying(function: Callable[[], T]) -> T:
@@ -50,29 +52,29 @@ def retrying(function: Callable[[], T]) -> T:
         try:
             return function()
         except Exception as error:
-            if not transient(error):
+            if not is_transient(error):
                 raise
             # at random, so that a thousand workers do not come back at once
             seconds = random.uniform(0, min(LONGEST, FIRST * 2**attempt))
-            log.warning("%s: %s; again in %.1f s", type(error).__name__, reason(error), seconds)
+            log.warning("%s: %s; again in %.1f s", type(error).__name__, error_text(error), seconds)
         time.sleep(seconds)
     return function()
 
 
-def remedied(error: BaseException) -> tuple[type[StorageError], str]:
+def kind_and_remedy(error: BaseException) -> tuple[type[StorageError], str]:
     """Kind of error that a failure is told as, and what to do about it."""
     again = "run the same command again to resume"
-    if transient(error):
+    if is_transient(error):
         return TemporaryError, again
     return StorageError, f"mend the cause and {again}"
 
 
-def transient(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same call may well succeed later."""
     return any(_transient(e) for e in _chain(error))
 
 
-def refused(error: BaseException) -> bool:
+def is_refused(error: BaseException) -> bool:
     """Whether credentials are wrong, or allow too little."""
     return any(
         isinstance(e, PermissionError)

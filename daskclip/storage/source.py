@@ -13,16 +13,16 @@ from daskclip.errors import (
     SourceError,
     SourceNotFoundError,
     TemporaryError,
-    reason,
-    shown,
+    error_text,
+    short_repr,
 )
 from daskclip.grid import grid
 from daskclip.storage import codecs as chunks
 from daskclip.storage.array import V2_NAMES, attributes, location, place, write_unit
-from daskclip.storage.cf import check_decoded
+from daskclip.storage.cf import require_decoded
 from daskclip.storage.codecs import codec_name
 from daskclip.storage.hierarchy import Hierarchy, at_folder, at_place
-from daskclip.storage.retry import refused, transient
+from daskclip.storage.retry import is_refused, is_transient
 
 # codecs that give back every bit; a lossy one could lift a clipped slice above the limit again
 LOSSLESS = {
@@ -35,7 +35,7 @@ UNITS = 10**10  # more than any file system holds
 
 def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> Hierarchy:
     """What is stored at a source, or say why there is nothing; reads metadata only."""
-    name = os.fspath(source) if isinstance(source, str | os.PathLike) else shown(source)
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else short_repr(source)
     try:
         found = place(source, storage_options)
         if found is None:
@@ -55,17 +55,17 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> H
     except DaskClipError:
         raise
     except Exception as error:  # broken metadata makes zarr raise anything
-        where, why = f"source {name}", reason(error)
+        where, why = f"source {name}", error_text(error)
         if "data type" in str(error):
             raise DTypeError(
                 f"{where} has a dtype that cannot be clipped ({why}); store it as floating point "
                 "or complex"
             ) from error
-        if refused(error):
+        if is_refused(error):
             raise SourceError(
                 f"{where} cannot be read ({why}); check credentials and rights"
             ) from error
-        if transient(error):
+        if is_transient(error):
             raise TemporaryError(f"{where} cannot be reached ({why}); run again") from error
         raise SourceError(
             f"{where} is not a zarr array or group ({why}); give the path of one"
@@ -79,7 +79,7 @@ def check_source(array: Any, check_dtype: Callable[[Any], None]) -> None:
     named = attributes(array)
     if V2_NAMES in named:  # then xarray takes what is not stored as missing
         named.setdefault("_FillValue", array.fill_value)
-    check_decoded(array.dtype, named, where)
+    require_decoded(array.dtype, named, where)
     check_dtype(array.dtype)
     try:
         unit = write_unit(array)
@@ -107,7 +107,7 @@ def check_source(array: Any, check_dtype: Callable[[Any], None]) -> None:
         chunks.chain(array)
     except Exception as error:  # zarr looks at some codecs only when it reads
         raise SourceError(
-            f"{where} has codecs that do not fit it ({reason(error)}); check its metadata"
+            f"{where} has codecs that do not fit it ({error_text(error)}); check its metadata"
         ) from error
 
 

@@ -7,12 +7,19 @@ Nothing here knows what a block holds.
 """
 
 from daskclip.target import journal
-from daskclip.target.directory import JOURNAL, Folder, FolderWork, is_made, refuse_existing
+from daskclip.target.directory import (
+    JOURNAL,
+    DirectoryTarget,
+    DirectoryTransaction,
+    matches_record,
+    refuse_existing,
+)
 from daskclip.target.journal import Arrays, Entry, Journal
 from daskclip.target.locate import Target, find_target, open_target
-from daskclip.target.object_store import PrefixWork
+from daskclip.target.object_store import ObjectStoreTransaction
 
 __all__ = [
-    "JOURNAL", "Arrays", "Entry", "Folder", "FolderWork", "Journal", "PrefixWork", "Target",
-    "find_target", "is_made", "journal", "open_target", "refuse_existing",
-]  # fmt: skip
+    "JOURNAL", "Arrays", "DirectoryTarget", "DirectoryTransaction", "Entry", "Journal",
+    "ObjectStoreTransaction", "Target", "find_target", "journal", "matches_record", "open_target",
+    "refuse_existing",
+]  # fmt: skip  # fmt: skip  # fmt: skip

@@ -32,15 +32,15 @@ from daskclip.target.preflight import (
     content,
     is_node,
     refuse_consolidated,
-    refuse_strangers,
     require_exchange,
+    require_no_foreign_files,
 )
 
 JOURNAL = "journal"
 
 
 @dataclass(frozen=True)
-class Folder:
+class DirectoryTarget:
     """A target on a local file system."""
 
     path: Path
@@ -95,7 +95,7 @@ class Folder:
             )
 
     @contextmanager
-    def locked(self) -> Iterator[FolderWork]:
+    def locked(self) -> Iterator[DirectoryTransaction]:
         """What a run keeps, for one alone; removed unless there is a journal."""
         work = self.work
         taken = f"target {self} is being written by another run; wait for it or stop it"
@@ -120,7 +120,7 @@ class Folder:
             if not mine:
                 raise TargetExistsError(taken)
             try:
-                held = FolderWork(work, self)
+                held = DirectoryTransaction(work, self)
                 run = header(work / JOURNAL)
                 if run and run == header(held.record):
                     held.clear()  # stopped between publishing and cleaning up
@@ -149,11 +149,11 @@ class Folder:
 
 
 @dataclass
-class FolderWork:
+class DirectoryTransaction:
     """A run to a folder, under its lock: the journal and the staging array are in ``folder``."""
 
     folder: Path
-    target: Folder
+    target: DirectoryTarget
 
     @property
     def record(self) -> Path:
@@ -174,7 +174,7 @@ class FolderWork:
         if self.target.exists():
             require_exchange(self.folder)
             if self.target.path == source.folder:
-                refuse_strangers(source)
+                require_no_foreign_files(source)
         source.make(self.folder / name)
         files.sync(self.folder)
 
@@ -192,7 +192,7 @@ class FolderWork:
         """Whether what was staged is there, and not what it was exchanged for."""
         if not (self.folder / name).is_dir():
             return False
-        return "made" not in last or is_made(lambda: self.staging(source, name)[0], last)
+        return "made" not in last or matches_record(lambda: self.staging(source, name)[0], last)
 
     def remove_stray_files(self, staged: Hierarchy) -> None:
         """Remove files from staging that are neither chunks nor metadata."""
@@ -237,7 +237,7 @@ def can_lock() -> bool:
     return fcntl is not None
 
 
-def is_made(opened: Callable[[], Any], last: Entry) -> bool:
+def matches_record(opened: Callable[[], Any], last: Entry) -> bool:
     """Whether an array is what the last entry of its journal says."""
     with suppress(Exception):  # zarr raises anything for what is no array any more
         return bool(last["made"] == opened().fingerprint(changes=False))

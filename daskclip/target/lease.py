@@ -19,13 +19,14 @@ from daskclip.errors import (
     TargetError,
     TargetExistsError,
     TargetPermissionError,
-    reason,
+    error_text,
 )
-from daskclip.storage import T, refused, remedied, retrying
+from daskclip.storage import T, is_refused, kind_and_remedy, retrying
 from daskclip.storage import object_store as objects
 
 log = logging.getLogger("daskclip")
-BEAT, LEASE = 5.0, 20.0  # seconds between signs of life, and without one until a lock is void
+HEARTBEAT_S = 5.0
+LEASE_TIMEOUT_S = 20.0  # a lease that was not renewed for so long is void
 TOGETHER = 1000  # objects that are removed at a time
 
 
@@ -78,12 +79,12 @@ class Objects:
         except DaskClipError:
             raise
         except Exception as error:
-            text = f"{doing} objects at {self} failed ({reason(error)})"
-            if refused(error):
+            text = f"{doing} objects at {self} failed ({error_text(error)})"
+            if is_refused(error):
                 raise TargetPermissionError(f"{text}; check credentials and rights") from error
             if isinstance(error, FileNotFoundError):
                 raise TargetError(f"{text}; check the bucket") from error
-            kind, remedy = remedied(error)
+            kind, remedy = kind_and_remedy(error)
             raise kind(f"{text}; {remedy}") from error
 
 
@@ -110,7 +111,7 @@ class Lease:
 
         def beat() -> None:
             beats = 0
-            while not stop.wait(BEAT):
+            while not stop.wait(HEARTBEAT_S):
                 beats += 1
                 with suppress(Exception):  # the next may do, and the journal calls `require`
                     require()
@@ -153,10 +154,14 @@ class Lease:
 
     def _lives(self, name: str) -> bool:
         (seen,) = self.objects.get(name)
-        log.info("waiting for a sign of the run that writes %s, %g s at most", self.objects, LEASE)
-        end = time.monotonic() + LEASE
+        log.info(
+            "waiting for a sign of the run that writes %s, %g s at most",
+            self.objects,
+            LEASE_TIMEOUT_S,
+        )
+        end = time.monotonic() + LEASE_TIMEOUT_S
         while seen is not None and time.monotonic() < end:
-            time.sleep(BEAT / 5)
+            time.sleep(HEARTBEAT_S / 5)
             (now,) = self.objects.get(name)
             if now is None or now.tobytes() != seen.tobytes():
                 return True

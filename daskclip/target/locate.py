@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from daskclip.errors import InvalidValueError, TargetError, reason, shown
+from daskclip.errors import InvalidValueError, TargetError, error_text, short_repr
 from daskclip.storage import Hierarchy
 from daskclip.storage import array as storage
-from daskclip.target.directory import Folder, can_lock
-from daskclip.target.object_store import Prefix
+from daskclip.target.directory import DirectoryTarget, can_lock
+from daskclip.target.object_store import ObjectStoreTarget
 
-Target = Folder | Prefix
+Target = DirectoryTarget | ObjectStoreTarget
 
 
 def open_target(
@@ -43,14 +43,14 @@ def find_target(target: Any, options: dict[str, Any] | None = None) -> Target:
         found = storage.place(target, options)
     except Exception as error:  # of a URL, fsspec and its file systems raise anything
         raise TargetError(
-            f"target {shown(target)} cannot be used ({reason(error)}); check the URL, and that "
-            "what it needs is installed"
+            f"target {short_repr(target)} cannot be used ({error_text(error)}); check the URL, and "
+            "that what it needs is installed"
         ) from error
     if isinstance(found, tuple):
-        return Prefix(*found)
+        return ObjectStoreTarget(*found)
     if found is None:
         raise TargetError(
-            f"target {shown(target)} is not a path; give a path, a URL or a zarr store"
+            f"target {short_repr(target)} is not a path; give a path, a URL or a zarr store"
         )
     if not can_lock():
         raise TargetError("this system has no flock; use clip_by_norm, which needs none")
@@ -58,4 +58,4 @@ def find_target(target: Any, options: dict[str, Any] | None = None) -> Target:
     if path.name in ("", ".."):
         path = path.resolve()
     # free of links and ``..``
-    return Folder(Path(os.path.realpath(path.parent), path.name))
+    return DirectoryTarget(Path(os.path.realpath(path.parent), path.name))

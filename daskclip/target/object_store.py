@@ -21,7 +21,7 @@ TOGETHER = 64  # documents that are stored at a time
 LOCK, DISCARDED = f"{RECORD}/lock", f"{RECORD}/discarded"
 
 
-class Prefix(Objects):
+class ObjectStoreTarget(Objects):
     """A target in an object store; what a run keeps lies below it, under ``.daskclip/``."""
 
     @property
@@ -65,14 +65,14 @@ class Prefix(Objects):
             refuse_consolidated(self, group, *found)
 
     @contextmanager
-    def locked(self) -> Iterator[PrefixWork]:
+    def locked(self) -> Iterator[ObjectStoreTransaction]:
         """What a run keeps, for one alone; removed unless there is a journal."""
         with Lease(self, LOCK).held() as require:
             kept = self.kept
             if kept != RECORD:
                 self.tidy(LOCK)  # stopped between publishing and cleaning up
             with _pulled(self, kept) as folder:
-                work = PrefixWork(folder, self, require)
+                work = ObjectStoreTransaction(folder, self, require)
                 if self.get(DISCARDED) != [None]:
                     work.clear()
                 yield work
@@ -99,11 +99,11 @@ class Prefix(Objects):
 
 
 @dataclass
-class PrefixWork:
+class ObjectStoreTransaction:
     """A run to a prefix, under its lock; the journal is in a local folder too."""
 
     folder: Path
-    target: Prefix
+    target: ObjectStoreTarget
     require: Callable[[], None]
     """Raises once another run has taken over the lock."""
 
@@ -112,9 +112,9 @@ class PrefixWork:
         """Journal of the run that made the array, if there is one."""
         return self.folder / (JOURNAL if self.target.exists() else "none")
 
-    def mirror(self) -> Mirror:
+    def mirror(self) -> RemoteJournal:
         """What keeps the journal in the store too."""
-        return Mirror(self.target, self.folder / JOURNAL, self.require)
+        return RemoteJournal(self.target, self.folder / JOURNAL, self.require)
 
     @property
     def files(self) -> list[str]:
@@ -171,7 +171,7 @@ class PrefixWork:
             path.unlink()
 
 
-class Mirror:
+class RemoteJournal:
     """A journal's lines as objects of some lines each, and its sums."""
 
     def __init__(self, there: Objects, journal: Path, require: Callable[[], None]) -> None:

@@ -59,7 +59,7 @@ def _document(data: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def refuse_strangers(source: Hierarchy) -> None:
+def require_no_foreign_files(source: Hierarchy) -> None:
     """Refuse folders with files that would be lost when others take their place."""
     nodes = {*source.groups, *source.arrays}
     folder = source.folder or Path()

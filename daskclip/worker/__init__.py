@@ -4,6 +4,6 @@ Every function can run twice and does the same again. Nothing here knows which b
 """
 
 from daskclip.worker import tasks
-from daskclip.worker.context import Job, end
+from daskclip.worker.context import ArrayTask, drain
 
-__all__ = ["Job", "end", "tasks"]
+__all__ = ["ArrayTask", "drain", "tasks"]

@@ -17,7 +17,7 @@ from daskclip.storage import files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Job:
+class ArrayTask:
     """What all blocks of an array have in common in a run."""
 
     run: str
@@ -59,7 +59,7 @@ _changed = Condition()
 
 
 @contextmanager
-def under_way(run: str) -> Iterator[None]:
+def running_block(run: str) -> Iterator[None]:
     """Count something that is under way for ``run``; refused after the end of it."""
     with _changed:
         if run in _ended:
@@ -73,7 +73,7 @@ def under_way(run: str) -> Iterator[None]:
             _changed.notify_all()
 
 
-def end(run: str) -> None:
+def drain(run: str) -> None:
     """Let no block of ``run`` begin in this process, and return once none is under way."""
     with _changed:
         _ended.append(run)
@@ -82,7 +82,7 @@ def end(run: str) -> None:
     _rooms.pop(run, None)
 
 
-def room_for(run: str, size: int) -> tuple[Any, bool]:
+def block_buffer(run: str, size: int) -> tuple[Any, bool]:
     """Memory of this thread for a block, and for those that follow; and whether it is new."""
     rooms, me = _rooms.setdefault(run, {}), get_ident()
     new = len(rooms.get(me, b"")) < size

@@ -10,10 +10,10 @@ import numpy as np
 
 from daskclip.grid import Box, box, box_shape, ceil_div, index
 from daskclip.storage import array as storage
-from daskclip.storage import attempting, regions
+from daskclip.storage import regions, retrying_block
 
 
-def limits_at(limits: Any, region: Box, missing: str) -> Any:
+def read_limits(limits: Any, region: Box, missing: str) -> Any:
     """Limits of the slices of a region, read one chunk or shard at a time."""
     behind = zip(limits.shape, region[len(region) - limits.ndim :], strict=True)
     own = tuple(slice(0, 1) if n == 1 else s for n, s in behind)
@@ -25,7 +25,7 @@ def limits_at(limits: Any, region: Box, missing: str) -> Any:
     for cell in product(*steps):
         whole = box(cell, unit, limits.shape)
         read = partial(regions.read, limits, missing=missing)
-        with attempting("reading", limits, whole, read) as reading:
+        with retrying_block("reading", limits, whole, read) as reading:
             found = reading(whole)
         values[_shared(whole, own)] = found[_shared(own, whole)]
     return values

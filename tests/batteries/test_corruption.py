@@ -32,7 +32,7 @@ from zarr.core.sync import sync
 
 from daskclip import clip_by_norm, clip_zarr, verify_zarr
 from daskclip.engine import request as prepare
-from daskclip.engine.run_record import discard, plan_of
+from daskclip.engine.run_record import discard, plan_from_json
 from daskclip.errors import DaskClipError, StorageError, TargetExistsError, VerificationError
 from daskclip.plan import array as plan
 from daskclip.storage import regions
@@ -142,7 +142,10 @@ def between_the_passes(source, key, data, n):
     def append(self, entry):
         original(self, entry)
         seen.update(entry.get("source", ()))
-        if not changed and len(seen) == plan_of(journal.header(self._folder / "journal")).blocks:
+        if (
+            not changed
+            and len(seen) == plan_from_json(journal.header(self._folder / "journal")).blocks
+        ):
             changed.append(None)
             before = (source / key).stat()
             part = source / key if n % 2 else source / f"{key}.new"
@@ -296,7 +299,7 @@ def stopped(folder, monkeypatch, axes, lines):
     monkeypatch.setattr(journal.Journal, "append", original)
     run = journal.header(folder / ".y.daskclip" / "journal")
     staged = folder / ".y.daskclip" / run["run"]
-    array, blocks = at_folder(staged).arrays[""], plan_of(run).plans[""]
+    array, blocks = at_folder(staged).arrays[""], plan_from_json(run).plans[""]
     each = blocks.blocks // blocks.slabs
     cells = [divmod(int(number), each) for entry in done for number in entry]
     keys = [key for cell in cells for key in regions.keys(array, blocks.region(*cell))]

@@ -216,7 +216,7 @@ def rename_before_sync():
         files.sync(target.parent)
         work.clear()
 
-    publish.FolderWork.publish = unsynced
+    publish.DirectoryTransaction.publish = unsynced
 
 
 def one_staging_folder_for_all_runs():
@@ -238,11 +238,11 @@ def journal_removed_last():
         for path in [p for p in work.folder.iterdir() if p.name != "lock"]:
             path.unlink()
 
-    publish.FolderWork.clear = clear
+    publish.DirectoryTransaction.clear = clear
 
 
 def parameters_are_not_compared():
-    compared = resume.resumed
+    compared = resume.find_unfinished
 
     def resumed(work, source, run, memory):
         old = journal.header(work.folder / "journal") or run
@@ -275,7 +275,7 @@ def old_array_removed_first():
         files.sync(target.parent)
         work.clear()
 
-    publish.FolderWork.publish = publishing
+    publish.DirectoryTransaction.publish = publishing
 
 
 DEFECTS = [

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 SIZES = {"BLOCK": 4096, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
 STATE = {2: 1, 4: 1, 8: 1}
-BEATS = {"BEAT": 0.2, "LEASE": 2.0}
+BEATS = {"HEARTBEAT_S": 0.2, "LEASE_TIMEOUT_S": 2.0}
 SMALL = (
     f"from daskclip import cli, prepare, leases, plan; prepare.STATE = {STATE}; "
     + "".join(f"plan.{name} = {size}; " for name, size in SIZES.items())

@@ -217,7 +217,7 @@ class Child:
         if since == "lock":
             begin(fcntl, "flock", after=True)
         if since == "publish":
-            begin(publish.FolderWork, "publish", after=False)
+            begin(publish.DirectoryTransaction, "publish", after=False)
         counted(reached)
 
 

@@ -20,7 +20,7 @@ import zarr
 from dask.distributed import Client
 
 from daskclip import clip_zarr, plan_zarr
-from daskclip.numerics import partial_norm, tally
+from daskclip.numerics import SliceCounts, partial_norm
 from daskclip.worker import tasks
 
 from .contenders import THREADS, measured
@@ -44,7 +44,7 @@ def write_nothing(job, slab, block, scale, expected):
 
 
 def clip_nothing(job, slab, block):
-    return tally.NONE, 0
+    return SliceCounts.empty(), 0
 
 
 def empty(path, chunks):

@@ -66,7 +66,7 @@ def unprotected():
         os.rename(staged.folder, work.target.path)
         work.clear()
 
-    publish.FolderWork.publish = rename
+    publish.DirectoryTransaction.publish = rename
 
 
 def run(variant, source, target, axes):

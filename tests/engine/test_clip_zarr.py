@@ -231,8 +231,8 @@ def test_a_task_that_raises_the_same_is_not_done_again(tmp_path):
             value = 1
         return value
 
-    with pytest.raises(UnboundLocalError, match="value"), workers.surviving(str):
-        workers.gathered([dask.delayed(wrong)()], {})
+    with pytest.raises(UnboundLocalError, match="value"), workers.translating_cluster_errors(str):
+        workers.compute_retrying_cancelled([dask.delayed(wrong)()], {})
     assert (tmp_path / "done").read_text() == "once"
 
 

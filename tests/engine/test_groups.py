@@ -253,7 +253,7 @@ def test_a_thousand_arrays_take_as_few_windows_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "compute", compute)
     report = clip_zarr(tmp_path / "x", tmp_path / "y", 1.0)
     window = plan_zarr(tmp_path / "x", tmp_path / "z", 1.0).window
-    assert len(made) == -(-1000 // (window * graphs.TOGETHER))
+    assert len(made) == -(-1000 // (window * graphs.MAX_BLOCKS_PER_TASK))
     assert (report.arrays, report.clipped) == (1000, 1000)
 
 

@@ -29,7 +29,7 @@ from daskclip.errors import (
 from daskclip.plan import array as plan
 from daskclip.storage import regions
 from daskclip.target.journal import Journal
-from daskclip.worker.limits import limits_at
+from daskclip.worker.limits import read_limits
 
 SPECIAL = [math.nan, math.inf, 0.0, -1.0, -math.inf, 5e-324, 1e-300, 1e300, 1e-40, 1e-6]
 many = settings(max_examples=50, derandomize=True, deadline=None)
@@ -248,7 +248,7 @@ def test_a_region_reads_what_it_needs_and_no_more(tmp_path, monkeypatch):
         lambda a, r, missing, out=None: seen.append(r) or stored(a, r, missing, out),
     )
     region = (slice(4, 5), slice(0, 9), slice(2, 7))
-    assert np.array_equal(limits_at(limits, region, "fill"), values[4:5, :, 2:7])
+    assert np.array_equal(read_limits(limits, region, "fill"), values[4:5, :, 2:7])
     assert [[(s.start, s.stop) for s in r] for r in seen] == [
         [(4, 6), (0, 1), (a, a + 3)] for a in (0, 3, 6)
     ]

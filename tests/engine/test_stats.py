@@ -15,7 +15,7 @@ from daskclip import clip_zarr, norm, plan_zarr, stats_zarr, verify_zarr
 from daskclip.cli import main
 from daskclip.engine import request as prepare
 from daskclip.errors import InvalidTypeError, InvalidValueError, NonFiniteError, TargetExistsError
-from daskclip.numerics.histogram import ERROR
+from daskclip.numerics.histogram import RELATIVE_ERROR
 from daskclip.plan import array as plan
 from daskclip.worker import tasks
 
@@ -74,9 +74,9 @@ def test_stats_are_those_of_the_norms(source, axes):
     for name, value in found.quantiles.items():
         rank = max(1, -(-finite.size * Fraction(name[1:]) // 100))
         wanted = np.sort(finite)[int(rank) - 1]
-        assert abs(value - wanted) <= ERROR * wanted
+        assert abs(value - wanted) <= RELATIVE_ERROR * wanted
     for limit, clips in found.clips.items():
-        wide = float(limit) * np.array([1 - 2 * ERROR, 1 + 2 * ERROR])
+        wide = float(limit) * np.array([1 - 2 * RELATIVE_ERROR, 1 + 2 * RELATIVE_ERROR])
         assert (finite > wide[1]).sum() <= clips <= (finite > wide[0]).sum()
         if float(limit) in (1.0, 2.0, 5.0, 10.0, 20.0, 50.0):
             assert clips == (finite > float(limit)).sum()
@@ -169,8 +169,8 @@ def test_a_quantile_is_the_limit(source, tmp_path, axes, memory, percent):
     finite = np.sort(norms[np.isfinite(norms)])
     share = 1 - float(percent[1:]) / 100
     # those within the error of the limit may be on either side of it
-    assert (finite > done.clip_norm * (1 + 2 * ERROR)).sum() <= finite.size * share
-    assert (finite >= done.clip_norm * (1 - 2 * ERROR)).sum() >= int(finite.size * share)
+    assert (finite > done.clip_norm * (1 + 2 * RELATIVE_ERROR)).sum() <= finite.size * share
+    assert (finite >= done.clip_norm * (1 - 2 * RELATIVE_ERROR)).sum() >= int(finite.size * share)
     assert done.clipped == (finite > done.clip_norm).sum()
     assert done.parameters["clip_norm"] == percent
     same = clip_zarr(source, tmp_path / "z", done.clip_norm, axes, memory=memory)
@@ -253,13 +253,13 @@ def test_ten_million_norms_in_bounded_memory(tmp_path):
     assert held <= projected <= 128 * 2**20
     for name, value in quantiles.items():
         wanted = np.percentile(norms, float(name[1:]), method="inverted_cdf")
-        assert abs(value / wanted - 1) <= ERROR, name
+        assert abs(value / wanted - 1) <= RELATIVE_ERROR, name
     clipped = clip_zarr(tmp_path / "x", tmp_path / "y", "p99", 1)
     assert (
         abs(clipped.clipped / n - 0.01)
         <= (
-            (norms > quantiles["p99"] * (1 - 2 * ERROR))
-            & (norms <= quantiles["p99"] * (1 + 2 * ERROR))
+            (norms > quantiles["p99"] * (1 - 2 * RELATIVE_ERROR))
+            & (norms <= quantiles["p99"] * (1 + 2 * RELATIVE_ERROR))
         ).sum()
         / n
     )

@@ -292,7 +292,7 @@ def test_a_block_that_is_written_twice_is_the_same(place, source, monkeypatch, c
 
 
 def test_a_second_run_waits_for_a_sign_of_the_first_and_is_refused(place, source, monkeypatch):
-    monkeypatch.setattr(leases, "BEAT", 0.1)
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.1)
     original, seen = regions.read, []
 
     def second(*args):
@@ -339,8 +339,8 @@ def test_only_one_of_many_gets_the_lock(place):
 
 
 def test_a_holder_without_a_sign_of_life_is_replaced_and_told(place, monkeypatch):
-    monkeypatch.setattr(leases, "BEAT", 0.1)
-    monkeypatch.setattr(leases, "LEASE", 1.0)
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(leases, "LEASE_TIMEOUT_S", 1.0)
     lease = leases.Lease(leases.Objects(place.fsspec(), ""), ".daskclip/lock")
     with lease.held() as require:
         monkeypatch.setattr(leases.Objects, "put", lambda *_: time.sleep(3))
