@@ -23,11 +23,11 @@ import zarr
 from daskclip import stats_zarr
 
 from . import pictures
-from .contenders import LABELS
-from .storage import CHUNK, EVERY, Case, check, make, remove, say
+from .storage import EVERY, Case, check, make, remove, say
 from .tables import ROOT, machine, options, write
 
 USUAL, OURS = "usual", "engine"
+LABELS = {USUAL: "x * minimum(1, c / norm(x)) in Dask", OURS: "daskclip"}
 WHOLE = Case("whole", codec="Blosc-lz4")
 ROWS = replace(WHOLE, name="rows", part=1 / 8)
 OTHER_CHUNKS, OTHER_THREADS = (512, 1536), 1
@@ -149,14 +149,10 @@ class Contest:
         return above[USUAL], changed[USUAL]
 
 
-HEAD = """\
-| | `x * minimum(1, c / norm(x))` in Dask | daskclip |
-|---|---|---|"""
-
-
 def table(nbytes, memory, seconds, above, changed, missing, resumed):
     """Markdown; ``memory`` and ``seconds`` are by contender, the rest are parts and seconds."""
-    opens = "" if missing is None else f"; the target opens with {missing:.0%} of its chunks missing"
+    left = "" if missing is None else f"; what is there opens, with {missing:.0%} of it missing"
+    head = "| | `x * minimum(1, c / norm(x))` in Dask | daskclip |\n|---|---|---|"
     rows = {
         f"memory for {nbytes / 1e9:.1f} GB": (
             f"{memory[USUAL] / 1e6:,.0f} MB: every chunk is held",
@@ -172,32 +168,31 @@ def table(nbytes, memory, seconds, above, changed, missing, resumed):
             "yes",
         ),
         "killed half-way": (
-            f"start again{opens}",
+            f"start again{left}",
             f"the same command resumes: {resumed:.1f} s more",
         ),
     }
-    return "\n".join([HEAD, *(f"| {name} | {a} | {b} |" for name, (a, b) in rows.items())])
+    return "\n".join([head, *(f"| {name} | {a} | {b} |" for name, (a, b) in rows.items())])
 
 
 def context(shape, repeat, load):
     return (
-        f"float32 of shape {shape[0]} x {shape[1]}, Zarr to Zarr, in chunks of 4 MiB (Blosc-lz4), "
-        f"clipped by the norm of all; medians of {repeat} interleaved runs, each a process of its "
-        "own that ends when the file system is synced; memory is the peak above the imports. An "
-        "eighth of it, by rows: the norms of results, and the bits with chunks of "
-        f"{OTHER_CHUNKS[0]} x {OTHER_CHUNKS[1]} on {OTHER_THREADS} thread. daskclip has "
-        "memory=512MiB. By `python -m tests.benchmarks.first_screen --write`.\n\n"
-        f"{machine('numpy', 'zarr', 'dask')}; load average {load:.1f} before the run."
+        f"From Zarr to Zarr, float32 of shape {shape[0]} x {shape[1]} in chunks of 4 MiB "
+        "(Blosc-lz4), by the norm of all; rows: of an eighth of it, also in chunks of "
+        f"{OTHER_CHUNKS[0]} x {OTHER_CHUNKS[1]} on {OTHER_THREADS} thread. Medians of {repeat} "
+        "interleaved runs, each a process of its own; memory is above the imports. "
+        f"{machine('numpy', 'zarr', 'dask')}; load average {load:.1f}."
     )
 
 
-def draw(found):
+def draw(found, nbytes):
     """Memory over time of the median run of each, and norms of the gradients of an example."""
     series = {}
     for name, results in found.items():
         result = sorted(results, key=lambda r: r["seconds"])[len(results) // 2]
-        series[LABELS[name].replace("`", "")] = [(t, rss / 1e6) for t, rss in result["trace"]]
-    pictures.curves("memory", "Memory over time", "seconds", "MB above the imports", series)
+        series[LABELS[name]] = [(t, rss / 1e6) for t, rss in result["trace"]]
+    across = f"seconds, for {nbytes / 1e9:.1f} GB"
+    pictures.curves("memory", across, "MB above the imports", series)
     with tempfile.TemporaryDirectory() as folder:
         runpy.run_path(str(ROOT / "examples" / "03_gradients.py"))["main"](folder)
         stats = stats_zarr(f"{folder}/gradients.zarr", axes=1)
@@ -217,12 +212,13 @@ def main(arguments):
         {name: middle(results, key) for name, results in found.items()}
         for key in ("memory", "seconds")
     )
-    made = table(4 * math.prod(shape), memory, seconds, above, changed, missing, resumed)
+    nbytes = 4 * math.prod(shape)
+    made = table(nbytes, memory, seconds, above, changed, missing, resumed)
     text = f"{made}\n\n{context(shape, chosen.repeat, load)}\n"
     print(text)
     if chosen.write:
         write("first_screen", text)
-        draw(found)
+        draw(found, nbytes)
 
 
 if __name__ == "__main__":

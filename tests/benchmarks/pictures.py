@@ -9,15 +9,16 @@ from daskclip.pages import STYLE, fragment
 FOLDER = Path(__file__).parent
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 66, 24, 34, 44  # margins of the axes
+TITLES = {"memory": "Memory over time", "histogram": "Slices by their norm"}
 COLOURS = ("mark", "bar")  # of STYLE, by series
 EXTRA = ".daskclip { padding: 0; } polyline { fill: none; stroke-width: 2; }"
 
 
-def save(name, title, drawing, width=WIDTH, height=HEIGHT):
+def save(name, drawing, width=WIDTH, height=HEIGHT):
     """Write a picture of its own with the drawing, an svg element or its inside."""
     (FOLDER / f"{name}.svg").write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" class="daskclip" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" role="img" aria-label="{title}">\n'
+        f'width="{width}" height="{height}" role="img" aria-label="{TITLES[name]}">\n'
         f"<style>{STYLE}{EXTRA}</style>\n"
         f'<rect width="100%" height="100%" rx="6" fill="var(--paper)"/>\n<svg>{drawing}</svg>\n'
         "</svg>\n"
@@ -28,10 +29,10 @@ def histogram(stats, limit):
     """The histogram of norms of `stats_zarr`, as its page draws it, with a limit."""
     page = fragment("", {}, asdict(stats), limit)
     drawing, size = re.search(r'<svg viewBox="0 0 (\d+ \d+)".*?>(.*?)</svg>', page).group(2, 1)
-    save("histogram", "Slices by their norm", drawing, *map(int, size.split()))
+    save("histogram", drawing, *map(int, size.split()))
 
 
-def curves(name, title, across, up, series):
+def curves(name, across, up, series):
     """Write curves from 0 on, a list of (x, y) for each of two names."""
     most = [max(p[i] for points in series.values() for p in points) for i in (0, 1)]
 
@@ -44,8 +45,7 @@ def curves(name, title, across, up, series):
         left, height = at(0, y)
         drawn.append(f'<path class="grid" d="M{left} {height}H{WIDTH - RIGHT}"/>')
         drawn.append(text(left - 6, height + 4, f"{y:,g}", "end"))
-    for x in ticks(most[0]):
-        drawn.append(text(at(x, 0)[0], HEIGHT - BOTTOM + 18, f"{x:g}"))
+    drawn += [text(at(x, 0)[0], HEIGHT - BOTTOM + 18, f"{x:g}") for x in ticks(most[0])]
     for i, ((label, points), colour) in enumerate(zip(series.items(), COLOURS, strict=True)):
         line = " ".join(f"{x},{y}" for x, y in (at(*p) for p in points))
         drawn.append(f'<polyline style="stroke: var(--{colour})" points="{line}"/>')
@@ -53,7 +53,7 @@ def curves(name, title, across, up, series):
     middle = (TOP + HEIGHT - BOTTOM) / 2
     drawn.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, across))
     drawn.append(text(13, middle, up, "middle", f'transform="rotate(-90 13 {middle})"'))
-    save(name, title, "\n".join(drawn))
+    save(name, "\n".join(drawn))
 
 
 def ticks(most):
