@@ -164,7 +164,7 @@ def table(nbytes, memory, seconds, above, changed, missing, resumed):
             "never above `c`",
         ),
         "same bits for any chunks and workers": (
-            f"no: other chunks change {changed:.0%} of the rows",
+            f"no: other chunks change {changed:.1%} of the rows" if changed else "yes, those tried",
             "yes",
         ),
         "killed half-way": (
