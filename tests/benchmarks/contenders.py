@@ -94,6 +94,18 @@ def product():
     return clip
 
 
+def usual():
+    """Dask: the expression as people write it, in the dtype of the array."""
+    da, zarr = dask_and_zarr()
+
+    def clip(source, target, clip_norm, axes, threads=THREADS):
+        array, x = opened(da, zarr, source, threads)
+        norm = da.linalg.norm(x, axis=axes, keepdims=True)
+        store(x * da.minimum(1, clip_norm / norm), array, target)
+
+    return clip
+
+
 def cubed():
     import cubed
     import cubed.array_api as xp
@@ -126,8 +138,8 @@ def lazy():
 def engine():
     daskclip = importlib.import_module("daskclip")
 
-    def clip(source, target, clip_norm, axes, memory="512MiB"):
-        use_threads()
+    def clip(source, target, clip_norm, axes, memory="512MiB", threads=THREADS):
+        use_threads(threads)
         in_place = target is None
         daskclip.clip_zarr(source, target, clip_norm, axes, memory=memory, in_place=in_place)
 
@@ -141,6 +153,7 @@ LABELS = {
     two_steps: "Dask, two steps",
     cloned: "Dask, cloned",
     product: "Dask, `x * f(norm(x))`",
+    usual: "Dask, `x * minimum(1, c / norm(x))`",
     cubed: "cubed, threads",
     lazy: "daskclip, lazy",
     engine: "daskclip, engine",
@@ -177,15 +190,15 @@ def dask_and_zarr():
     return da, zarr
 
 
-def use_threads():
+def use_threads(threads=THREADS):
     import dask
 
-    dask.config.set(scheduler="threads", num_workers=THREADS)
+    dask.config.set(scheduler="threads", num_workers=threads)
 
 
-def opened(da, zarr, source):
+def opened(da, zarr, source, threads=THREADS):
     """A Zarr array, and as Dask array with a chunk for each stored object."""
-    use_threads()
+    use_threads(threads)
     array = zarr.open_array(source, mode="r")
     return array, da.from_zarr(array, chunks=array.shards or array.chunks)
 
@@ -209,7 +222,7 @@ def status(name):
 
 
 def measured(function, *args, **kwargs):
-    """Seconds until all is on disk, CPU seconds, and memory above what there was."""
+    """Seconds until all is on disk, CPU seconds, and memory above what there was; when it began."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = status("VmRSS")
     cpu, start = time.process_time(), time.perf_counter()
@@ -219,6 +232,8 @@ def measured(function, *args, **kwargs):
         "seconds": time.perf_counter() - start,
         "cpu": time.process_time() - cpu,
         "memory": status("VmHWM") - before,
+        "began": start,
+        "before": before,
     }
 
 

@@ -1,4 +1,4 @@
-"""The table of deployments of README, from the tests of them that pass.
+"""The table of deployments of examples/pipelines/README.md, from the tests that pass.
 
 python -m tests.benchmarks.deployments --write
 """

@@ -1,7 +1,7 @@
 """Rate of the exact sum of squares: `python -m tests.benchmarks.exact_sum [--write]`.
 
 One core, arrays in memory. Every repetition runs all cases, one after the other, so that a slow
-spell of the machine hits them alike. With `--write` the table replaces the one in README.
+spell of the machine hits them alike. `--write` replaces the table in README.md beside this.
 """
 
 import os

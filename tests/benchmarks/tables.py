@@ -1,25 +1,39 @@
-"""The tables of README and what they were measured on."""
+"""The generated tables of the READMEs and what they were measured on."""
 
 import argparse
 import datetime
 import os
 import platform
 import re
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 
 from daskclip import __version__
 from daskclip.arguments import parse_memory
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / folder / "README.md" for folder in ("", "tests/benchmarks", "examples/pipelines")]
 END = "<!-- end -->"
 
 
 def write(name, text):
-    """Replace a table of README."""
+    """Replace a table, on the page that has it."""
     begin = f"<!-- begin: {name} -->\n"
-    before, rest = README.read_text().split(begin)
-    README.write_text(before + begin + text + END + rest.split(END, 1)[1])
+    page = next(path for path in PAGES if begin in path.read_text())
+    before, rest = page.read_text().split(begin)
+    page.write_text(before + begin + wrapped(text) + END + rest.split(END, 1)[1])
+
+
+def wrapped(text):
+    """``text`` in lines of up to 100 characters, except for the rows of tables."""
+    return "".join(
+        line if line.startswith(("|", "\n")) else f"{textwrap.fill(line, 100, **WHOLE)}\n"
+        for line in text.splitlines(keepends=True)
+    )
+
+
+WHOLE = {"break_long_words": False, "break_on_hyphens": False}  # words and paths
 
 
 def machine(*packages):
@@ -41,7 +55,7 @@ def cpu():
 def options(text, arguments, **defaults):
     """The arguments that all modules take, and those with the defaults given."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="replace the table of README")
+    parser.add_argument("--write", action="store_true", help="replace the table on its page")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument(
         "--only", nargs="*", default=[], help="parts of the names of cases, or contenders"
