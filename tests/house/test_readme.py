@@ -221,7 +221,9 @@ def test_first_screen_is_the_one_the_benchmark_writes():
 
 def test_deployments_are_of_tests():
     rows = re.findall(r"\| `(\w+)` \|$", table(PIPELINES, "deployments"), re.MULTILINE)
-    tests = "".join((ROOT / f"tests/test_{f}.py").read_text() for f in ("deployments", "pipelines"))
+    tests = "".join(
+        (ROOT / f"tests/batteries/test_{f}.py").read_text() for f in ("deployments", "pipelines")
+    )
     assert len(rows) >= 16
     for name in rows:
         assert f"def {name}(" in tests
