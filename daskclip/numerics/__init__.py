@@ -1,10 +1,17 @@
-"""Exact norms of NumPy blocks, the factors that bring them to a limit, and rescaling.
+"""Exact norms of NumPy blocks, the factors that bring them to their limits, and rescaling.
 
-One compiled kernel does the arithmetic (`kernel.c`); here it is given arrays. Nothing in this room
-knows Dask, Zarr or files.
+A compiled kernel does the arithmetic; the modules describe arrays to it. The room knows NumPy only:
+no Dask, no Zarr, no files, and nothing of how an array is cut into blocks.
 
     partial_norm ──> Partial ──combine──> Partial ──finalize──> Scale ──rescale──> the clipped block
-    clip_block: the same at once, for a block that holds its slices whole
+    clip_block: all of it at once, for a block that holds its slices whole
+
+Read `partial.py` (exact sums), `scale.py` (norms and factors), `block.py` (rescaling and clipping)
+and `compiled.py` (how arrays are passed to the kernel), then `kernel.c`, whose first comment
+explains the algorithm, and its parts `runs.h` and `decide.h`.
+
+A new norm is an entry of `ORDERS`. If it adds up a power of the magnitudes other than 1 and 2, the
+kernel needs that power too: `kernel.c` says where.
 """
 
 from daskclip.numerics.block import clip_array, clip_block, require_finite, rescale
@@ -22,13 +29,17 @@ from daskclip.numerics.partial import (
     Partial,
     combine,
     combine_all,
+    kept_shape,
     nan_if_infinite,
     partial_norm,
+    state_nbytes,
+    term_count,
 )
 from daskclip.numerics.scale import Scale, finalize
 
 __all__ = [
     "NAN", "ORDERS", "RELATIVE_ERROR", "Array", "NormHistogram", "Partial", "Scale", "SliceCounts",
     "clip_array", "clip_block", "combine", "combine_all", "count_slices", "count_with_histogram",
-    "finalize", "nan_if_infinite", "partial_norm", "require_finite", "rescale",
-]  # fmt: skip  # fmt: skip
+    "finalize", "kept_shape", "nan_if_infinite", "partial_norm", "require_finite", "rescale",
+    "state_nbytes", "term_count",
+]  # fmt: skip

@@ -1,22 +1,23 @@
-"""Rescaling NumPy blocks, and the whole operation on a block that holds its slices."""
+"""Rescaling of NumPy blocks, and clipping of blocks that hold their slices whole."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from daskclip.errors import NonFiniteError
-from daskclip.grid import ceil_div
+from daskclip.grid import Box, ceil_div, index
 from daskclip.numerics.compiled import Array, Block
-from daskclip.numerics.partial import combine, partial_norm, sum_slices
-from daskclip.numerics.scale import Scale, finalize, limit_at, scaling, trimmed
+from daskclip.numerics.partial import combine, kept_shape, partial_norm, sum_slices, term_count
+from daskclip.numerics.scale import Limits, Scale, finalize, prepare_scale, without_zeros
 
 LARGE = 1 << 23  # bytes from which several threads pay
-PARTS = 4  # a thread
+PARTS = 4  # parts of an array for each thread, which may take unequal times
 
 
 def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
@@ -27,9 +28,9 @@ def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
     x : ndarray
         A whole array or any part of it.
     scale : Scale
-        Of the slices of ``x``; broadcasts against it.
-    out : ndarray, optional
-        Of the shape and dtype of ``x``; may be ``x`` itself.
+        Factors of the slices of ``x``; broadcast against it.
+    out : ndarray of the shape and dtype of ``x``, optional
+        Where to write; may be ``x`` itself.
 
     Returns
     -------
@@ -59,7 +60,7 @@ def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
 
 def clip_block(
     x: Array,
-    clip_norm: Any,
+    clip_norm: Limits,
     axes: tuple[int, ...],
     *,
     omit_nan: bool = False,
@@ -71,24 +72,24 @@ def clip_block(
     Parameters
     ----------
     x : ndarray
-        Floating point or complex.
+        Floating point or complex elements.
     clip_norm : float or array that broadcasts against the norms with reduced axes of size 1
         See `finalize`.
     axes : tuple of int
         Axes to reduce, not negative, without repetition.
     omit_nan : bool
-        NaN elements do not count.
+        Leave NaN elements out of the norms.
     ord : float
         See `partial_norm`.
-    out : ndarray, optional
-        Of the shape and dtype of ``x``; may be ``x`` itself.
+    out : ndarray of the shape and dtype of ``x``, optional
+        Where to write; may be ``x`` itself.
 
     Returns
     -------
     clipped : ndarray
         ``out``, of the shape and dtype of ``x``.
     scale : Scale
-        What was done.
+        Norms and factors.
 
     Notes
     -----
@@ -101,69 +102,78 @@ def clip_block(
     """
     if out is None:
         out = np.empty_like(x, subok=False)
-    kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
-    terms = math.prod(x.shape[k] for k in axes) * (2 if x.dtype.kind == "c" else 1)
     if not x.size:
         return out, finalize(partial_norm(x, axes, omit_nan=omit_nan, ord=ord), clip_norm, x.dtype)
-    block, scale = scaling(kept, clip_norm, x.dtype, terms, ord)
+    kept, terms = kept_shape(x.shape, axes), term_count(x.shape, axes, x.dtype)
+    block, scale = prepare_scale(kept, clip_norm, x.dtype, terms, ord)
     block.describe(x, kept, out)
     sum_slices(block, x.dtype, ord, omit_nan)
-    return out, trimmed(scale)
+    return out, without_zeros(scale)
 
 
 def clip_array(
-    x: Array, clip_norm: Any, axes: tuple[int, ...], *, threads: int, ord: float = 2, omit_nan: bool
+    x: Array, clip_norm: Limits, axes: tuple[int, ...], *, threads: int, ord: float, omit_nan: bool
 ) -> tuple[Array, Array]:
-    """`clip_block`, a large one in parts along the axis that memory runs along slowest.
+    """Clip an array like `clip_block`; a large one in parts, by several threads.
 
     Returns the clipped array and the norms, with reduced axes of size 1.
     """
-    how: Any = {"omit_nan": omit_nan, "ord": ord}
+    clip = partial(clip_block, axes=axes, omit_nan=omit_nan, ord=ord)
     if x.nbytes < LARGE or threads < 2:
-        out, scale = clip_block(x, clip_norm, axes, **how)
+        out, scale = clip(x, clip_norm)
         return out, scale.norm
     out = np.empty_like(x, subok=False)
-    norm = np.empty(tuple(1 if k in axes else n for k, n in enumerate(x.shape)))
+    norm = np.empty(kept_shape(x.shape, axes))
+    # parts along the axis of the longest stride are the most contiguous
     axis = max(range(x.ndim), key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
     step = ceil_div(x.shape[axis], PARTS * threads)
     parts = [(slice(None),) * axis + (slice(i, i + step),) for i in range(0, x.shape[axis], step)]
 
-    def clip(part: Any) -> None:
-        limit = limit_at(clip_norm, norm.shape, part)
-        norm[part] = clip_block(x[part], limit, axes, out=out[part], **how)[1].norm
+    def clip_part(part: Box) -> None:
+        limit = broadcast_limit(clip_norm, norm.shape, part)
+        norm[part] = clip(x[part], limit, out=out[part])[1].norm
 
     with ThreadPoolExecutor(threads) as pool:
         if axis not in axes:
-            list(pool.map(clip, parts))
+            list(pool.map(clip_part, parts))  # a list raises what a part has raised
             return out, norm
-        partials = pool.map(lambda part: partial_norm(x[part], axes, **how), parts)
-        scale = finalize(combine(list(partials)), clip_norm, x.dtype)
+        # every slice lies in all parts: their sums come first
+        sum_part = partial(partial_norm, axes=axes, omit_nan=omit_nan, ord=ord)
+        sums = combine([*pool.map(sum_part, (x[part] for part in parts))])
+        scale = finalize(sums, clip_norm, x.dtype)
         list(pool.map(lambda part: rescale(x[part], scale, out[part]), parts))
     return out, scale.norm
+
+
+def broadcast_limit(limit: Limits, kept: tuple[int, ...], region: Box) -> Limits:
+    """Limits of a region of slices; a single limit stays one."""
+    limits: Limits = np.broadcast_to(limit, kept)[index(region)] if np.ndim(limit) else limit
+    return limits
 
 
 def require_finite(
     x: Array,
     axes: tuple[int, ...],
-    limit: Any,
+    limit: Limits,
     start: Sequence[int] | None = None,
     chunk_of: Callable[[list[int]], Sequence[int]] | None = None,
 ) -> None:
-    """Raise for the first slice of a block that holds NaN or infinity and has a limit.
+    """Raise for the first slice of a block that holds NaN or infinity and has a finite limit.
 
-    ``start`` is the place of the block in its array; ``chunk_of`` tells the chunk of an element.
+    ``start`` is the position of the block in its array; ``chunk_of`` returns the chunk of an
+    element.
     """
-    bad = ~np.isfinite(x)
-    bad &= np.not_equal(limit, math.inf)
+    bad: npt.NDArray[np.bool_] = ~np.isfinite(x)
+    bad &= np.not_equal(limit, math.inf)  # infinity clips nothing, so it refuses nothing
     found = np.argwhere(bad.any(axis=axes, keepdims=True))
     if not len(found):
         return
     inside = tuple(slice(None) if k in axes else slice(i, i + 1) for k, i in enumerate(found[0]))
     element = np.argwhere(bad[inside])[0] + [s.start or 0 for s in inside]
-    place = [int(i) + (start[k] if start else 0) for k, i in enumerate(element)]
-    # Dask does not know the place of chunks of unknown size: nan
-    shown = [":" if k in axes else str(i) if i == i else "?" for k, i in enumerate(place)]
-    where = f" (chunk {tuple(chunk_of(place))})" if chunk_of else ""
+    position = [int(i) + (start[k] if start else 0) for k, i in enumerate(element)]
+    # Dask gives the start of chunks of unknown size as nan
+    shown = [":" if k in axes else "?" if math.isnan(i) else str(i) for k, i in enumerate(position)]
+    where = f" (chunk {tuple(chunk_of(position))})" if chunk_of else ""
     raise NonFiniteError(
         f"slice [{', '.join(shown)}] holds nan or infinity{where}; "
         "use nonfinite='propagate' or 'omit'"

@@ -1,4 +1,4 @@
-"""Load the compiled kernel, and describe arrays to it."""
+"""Loading of the compiled kernel, and the description of arrays that it takes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import ctypes
 import re
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,113 +17,125 @@ import numpy.typing as npt
 from daskclip.errors import KernelError
 
 Array = npt.NDArray[Any]
+"""Elements of any dtype that is clipped; bfloat16 has no type in NumPy."""
+DType = np.dtype[np.generic]
 
-AXES = 72
+AXES = 72  # of kernel.c
 FOLDER = Path(__file__).parent
-LEVEL_3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}
+LEVEL_3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}  # of x86-64-v3
 KNOWN = "0x1.c08da5aa6a675p+2 0x1.47469a60f03f4p-7 0x1.10bad5fb72df6p-5 "
 KNOWN += "0x1.0c1ab55a78a00p-20 0x1.65f538da06c53p-1"
-"""Norm and clipped elements that `load` must find: other roundings would give others."""
-# name of a real dtype: (its number in the kernel, significant bits, smallest subnormal's exponent,
-# first limb and number of limbs of a sum)
+"""Norm and clipped elements of the array that `load` tries: other roundings give other ones."""
+
+
+class Format(NamedTuple):
+    """Format of a real dtype, as in kernel.c."""
+
+    number: int
+    """The kernel's number for it."""
+    digits: int
+    """Significant bits."""
+    lowest: int
+    """Exponent of the smallest subnormal."""
+    first: int
+    """Position of the first limb of a sum in the kernel."""
+    limbs: int
+    """Number of limbs of a sum in the kernel."""
+
+
 FORMATS = {
-    "float16": (0, 11, -24, -11, 24),
-    "bfloat16": (1, 8, -133, -11, 24),
-    "float32": (2, 24, -149, -11, 24),
-    "float64": (3, 53, -1074, -69, 138),
+    "float16": Format(0, 11, -24, -11, 24),
+    "bfloat16": Format(1, 8, -133, -11, 24),
+    "float32": Format(2, 24, -149, -11, 24),
+    "float64": Format(3, 53, -1074, -69, 138),
 }
 
 
 class Block(ctypes.Structure):
-    """The argument of every function of the kernel: `block` in kernel.c."""
+    """Argument of every function of the kernel: `block` in kernel.c, which explains its fields."""
 
     _fields_ = (
-        ("axes", ctypes.c_int64),
         *((name, ctypes.c_int64 * AXES) for name in ("length", "from_", "to", "slice", "local")),
-        ("base", ctypes.c_int64),
-        ("x", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in ("type", "swapped", "omit", "paired", "power", "largest")),
-        *((n, ctypes.c_int64) for n in ("alone", "keep", "lowest", "slices", "limbs_of_slice")),
-        ("limit", ctypes.c_void_p),
-        ("limits", ctypes.c_int64),
-        ("tiny", ctypes.c_double),
-        *((n, ctypes.c_void_p) for n in ("factor", "norm", "shift", "toward_zero", "flags")),
-        ("limbs", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("axes", "base", "slices", "type", "swapped", "omit")),
+        *((name, ctypes.c_int64) for name in ("paired", "power", "largest", "limits")),
         ("used", ctypes.c_int64 * 2),
-        ("scratch", ctypes.c_void_p),
+        ("truncate_below", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("x", "out", "limit", "factor", "norm", "shift")),
+        *((name, ctypes.c_void_p) for name in ("toward_zero", "flags", "limbs", "scratch")),
     )
 
-    def __init__(self, dtype: np.dtype[Any], **arrays: Array | None) -> None:
+    def __init__(self, dtype: DType, **arrays: Array | None) -> None:
         super().__init__()
-        self.type, bits, self.lowest, *_ = FORMATS[real_dtype(dtype).name]
-        self.keep = -(1 << (53 - bits))
-        self._arrays: list[Array] = []  # that the kernel uses: alive as long as this
-        for name, array in arrays.items():
-            self.point(name, None if array is None else np.ascontiguousarray(array))
+        self.type = format_of(dtype).number
+        self._arrays: dict[str, Array | None] = {}
+        self.point(**{k: a if a is None else np.ascontiguousarray(a) for k, a in arrays.items()})
 
-    def point(self, name: str, array: Array | None) -> None:
-        """Let a pointer of the block point to the first element of an array."""
-        if array is not None:
-            setattr(self, name, array.__array_interface__["data"][0])
-            self._arrays.append(array)
+    def point(self, **arrays: Array | None) -> None:
+        """Point fields to the first elements of contiguous arrays, and keep these alive."""
+        self._arrays |= arrays
+        for name, array in arrays.items():
+            setattr(self, name, None if array is None else array.__array_interface__["data"][0])
 
     def describe(self, x: Array, kept: Sequence[int], out: Array | None = None) -> None:
-        """Set what is to be read, and written, as axes in the order of memory.
+        """Describe the elements to read, and to write, as axes in the order of memory.
 
         Parameters
         ----------
         x : ndarray
-            Not empty.
+            Elements to read, at least one; in any layout and byte order.
         kept : sequence of int
-            Shape of the arrays with a value for each slice: 1 along reduced axes.
-        out : ndarray, optional
-            Of the shape of ``x``.
+            Shape of the norms: 1 along reduced axes.
+        out : ndarray of the shape and dtype of ``x``, optional
+            Elements to write, in any layout.
         """
-        real = real_dtype(x.dtype)
+        itemsize = real_dtype(x.dtype).itemsize
+        # slices are numbered in C order, and a step along a reduced axis stays in its slice
+        *strides, self.slices = accumulate(reversed(kept), mul, initial=1)
+        slices = [s if n > 1 else 0 for n, s in zip(kept, reversed(strides), strict=True)]
         steps = x.strides if out is None else out.strides
-        slices, number = [], 1
-        for n in reversed(kept):
-            slices.append(0 if n == 1 else number)
-            number *= n
-        axes = [a for a in zip(x.shape, x.strides, steps, slices[::-1], strict=True) if a[0] > 1]
+        axes = [a for a in zip(x.shape, x.strides, steps, slices, strict=True) if a[0] > 1]
         if x.dtype.kind == "c":
-            axes.append((2, real.itemsize, real.itemsize, 0))
-        axes.sort(key=lambda a: (a[1] != 0, -abs(a[1])))
-        merged = [(1, real.itemsize, real.itemsize, 0)]
-        for n, *strides in axes:
+            axes.append((2, itemsize, itemsize, 0))
+        # broadcast axes first, then from the longest stride to the shortest
+        axes.sort(key=lambda axis: (axis[1] != 0, -abs(axis[1])))
+        # an axis that continues the next inner one is merged with it: longer runs are faster
+        merged = [(1, itemsize, itemsize, 0)]
+        for n, *inner in axes:
             outer, *wide = merged[-1]
-            if outer == 1 or wide == [n * s for s in strides]:
+            if outer == 1 or wide == [n * stride for stride in inner]:
                 merged.pop()
                 n *= outer
-            merged.append((n, *strides))
+            merged.append((n, *inner))
         self.axes = len(merged)
-        for name, values in zip(
-            ("length", "from_", "to", "slice"), zip(*merged, strict=True), strict=True
-        ):
-            getattr(self, name)[: self.axes] = values
-        self.slices = number
+        fields = (self.length, self.from_, self.to, self.slice)
+        for field, values in zip(fields, zip(*merged, strict=True), strict=True):
+            field[: self.axes] = values
         self.swapped = not x.dtype.isnative
-        self.point("x", x)
-        self.point("out", out)
+        self.point(x=x, out=out)
 
     def run(self, function: str, loaded: ctypes.CDLL | None = None) -> None:
-        """Call a function of the kernel; other threads run meanwhile."""
+        """Call a function of the kernel, without holding the interpreter's lock."""
         loaded = loaded or kernel()
         if not self.scratch:
-            # zeros of which the system makes only those pages that are touched
-            self.point("scratch", np.zeros(loaded.scratch_bytes(self.type), np.uint8))
+            # the system provides only those pages of zeros that are touched
+            self.point(scratch=np.zeros(loaded.scratch_bytes(self.type), np.uint8))
         loaded[function](ctypes.byref(self))
 
 
-def real_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def real_dtype(dtype: DType) -> DType:
     """Dtype of the real part."""
     return np.dtype(f"f{dtype.itemsize // 2}") if dtype.kind == "c" else dtype
 
 
+def format_of(dtype: DType) -> Format:
+    """Format of the real part."""
+    return FORMATS[real_dtype(dtype).name]
+
+
 @cache
 def kernel() -> ctypes.CDLL:
-    """Load the kernel for the processor at hand."""
+    """Load the best kernel that this processor runs."""
+    # the names end with the level: the last one has the most instructions
     names = sorted(path.name for path in FOLDER.glob("_kernel*.so"))
     if len(names) > 1 and not has_level_3():
         names = names[:1]
@@ -129,7 +143,7 @@ def kernel() -> ctypes.CDLL:
 
 
 def load(name: str) -> ctypes.CDLL:
-    """Load a kernel that was compiled when the package was installed."""
+    """Load a kernel that was compiled when the package was installed, and check its bits."""
     try:
         loaded = ctypes.CDLL(str(FOLDER / name))
     except OSError as error:
@@ -139,12 +153,11 @@ def load(name: str) -> ctypes.CDLL:
         ) from error
     loaded.scratch_bytes.argtypes = [ctypes.c_int64]
     loaded.scratch_bytes.restype = ctypes.c_int64
-    x, norm = np.array([0.1, 1 / 3, 1e-5, 7.0]), np.empty(1)
-    block = Block(
-        x.dtype, limit=np.array(0.7), norm=norm, factor=np.empty(1), flags=np.empty(1, "u1")
-    )
+    x, limit = np.array([0.1, 1 / 3, 1e-5, 7.0]), np.array(0.7)
+    norm, factor, flags = np.empty(1), np.empty(1), np.empty(1, np.uint8)
+    block = Block(x.dtype, limit=limit, norm=norm, factor=factor, flags=flags)
     block.power = 2
-    block.describe(x, (1,), x)
+    block.describe(x, (1,), x)  # clipped in place
     block.run("sum_slices", loaded)
     if " ".join(v.hex() for v in (*norm, *x)) != KNOWN:
         raise KernelError(
@@ -155,7 +168,7 @@ def load(name: str) -> ctypes.CDLL:
 
 
 def has_level_3() -> bool:
-    """Whether this is a processor of the level x86-64-v3, as far as the system tells."""
+    """Whether /proc/cpuinfo lists the instructions of x86-64-v3."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

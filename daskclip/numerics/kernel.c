@@ -1,109 +1,153 @@
-/* Exact norms of the slices of an array, the factors that bring them to a limit, and rescaling.
+/* Exact norms of the slices of an array, factors that bring them to their limits, and rescaling.
+
+   Read in this order: this comment, runs.h (sums of runs of elements), decide.h (from a sum to the
+   norm and the factor), then the rest of this file (elements in memory, boxes of slices).
+
+   1. Sums. The sum of the squares (ord 2) or of the magnitudes (ord 1) of a slice, or its largest
+   magnitude (ord inf), is an integer of 32-bit limbs, as many as the dtype can need:
+
+        ... | limb i + 1 | limb i | limb i - 1 | ...        limb i weighs 2**(32 * (FIRST + i))
+
+   A limb is kept in an int64, so that up to 2**31 parts of either sign are added to it before they
+   are carried, once, at the end. The parts come from runs of elements. A run is scaled by a power
+   of two, so that its largest element lies below 1, and every square is cut on grids of exponents:
+
+        bits that weigh    2**-1 ... 2**-50  2**-51 ... 2**-100  2**-101 ... 2**-150
+        grid              |       s0        |        s1         |        s2         |
+        square of 0.9     |1100111101011100 |001010001111010111 |                   |
+        square of 2**-30  |                 |        1000000000 |                   |
+        error of a square |                 |     0101100101001 |110111010011011    | only float64
+
+   The elements of a run add their parts to s0, s1 and s2, which are int64. Cutting is exact, and
+   so is the addition of integers. That is why no order, grouping or layout of the elements, no
+   number of threads and no set of instructions changes a bit of the sum. Runs that span more
+   exponents than the grids are added as integers: one by one, or in bins of equal exponent.
+
+   2. Norms. The leading 128 bits of a sum give 100 bits of its root. These decide how the norm is
+   rounded to float64, unless they lie very close to a tie: then the sum is compared with the tie
+   in integers.
+
+   3. Factors. The factor of a slice above its limit is limit / root, lowered so far that the norm
+   of the rescaled elements, however these are rounded, is not above the limit.
+
+   The steps are done for a box of slices at a time, while its elements are in the cache.
+
+   A new norm (`ord`) is an entry of ORDERS in partial.py. If it adds up a power of the magnitudes
+   other than 1 and 2, that power is added in `cut`, `integer` and SPECIALIZED, and its root taken
+   in `prepare_root`, `compute_roots` and `compare`.
 
    Plain C11 without libc, libm or Python. Compile with -fwrapv (integer sums wrap), without
-   contraction or fast-math (every addition rounds where it is written) and with -fno-strict-aliasing
-   (elements are read as their bits). The caller provides a `block`; see `Block` in compiled.py.
-
-   A sum is a number of 32-bit limbs for each slice, limb i weighing 2**(32 * (FIRST + i)), kept in
-   int64: parts of either sign are added without carrying, up to 2**31 of them, and carried once at
-   the end. So the sum is exact, whatever the order, the grouping and the layout of the elements. */
+   contraction or fast-math (every addition rounds where it is written) and with
+   -fno-strict-aliasing (elements are read as their bits). The caller provides a `block`, which is
+   `Block` in compiled.py. */
 
 #include <stdint.h>
 
 #define API __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
+/* A loop whose arrays, x and out, are the same or do not overlap. */
 #ifdef __clang__
-#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)") /* x and out: apart, or the same */
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define INDEPENDENT _Pragma("GCC ivdep")
 #endif
+/* A call for each power and number of grids, so that no loop decides for each element. */
+#define SPECIALIZED(function, power, extra, ...) \
+    ((power) == 2 ? (extra) ? function(2, 1, __VA_ARGS__) : function(2, 0, __VA_ARGS__) \
+                  : (extra) ? function(1, 1, __VA_ARGS__) : function(1, 0, __VA_ARGS__))
+/* A function of runs.h for the elements of a block. */
+#define CALL(b, function, ...) \
+    ((b)->type == FLOAT64 ? function##_double(__VA_ARGS__) : function##_float(__VA_ARGS__))
 
-typedef int32_t i32;
-typedef int64_t i64;
+/* bits_ and square_: integers of the size of the elements, and of their squares */
 typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
-typedef uint64_t u64;
-typedef unsigned __int128 u128;
-typedef i32 bits_float; /* integers of the size of the elements, and bins of their squares */
-typedef i64 bits_double;
-typedef u64 bin_float;
-typedef u128 bin_double;
+typedef int32_t i32, bits_float;
+typedef int64_t i64, bits_double;
+typedef uint64_t u64, square_float;
+typedef unsigned __int128 u128, square_double;
 
 enum {
-    AXES = 72,    /* NumPy has 64 at most, and one more for the parts of complex elements */
-    RUN = 4096,   /* elements of a row that are added at a time: 2**12 */
-    LANES = 1024, /* lanes side by side, and slices of a box */
-    ROWS = 64,    /* rows of lanes that are added at a time */
-    MANY = 256,   /* elements of a run from which bins pay */
-    SHORT = 8,    /* elements side by side below which they are lanes, not rows */
-    CACHE = 1 << 17, /* bytes of rows that are summed and rescaled while they are at hand */
+    AXES = 72,       /* NumPy has 64 at most, and one more for the parts of complex elements */
+    RUN = 4096,      /* elements of a row that are added at a time: 2**12 */
+    LANES = 1024,    /* lanes side by side, and slices of a box */
+    ROWS = 64,       /* rows of lanes that are added at a time */
+    BIN_RUN = 256,   /* elements of a run from which bins are faster */
+    NARROW = 8,      /* adjacent elements of a slice below which they are lanes, not rows */
+    CACHE = 1 << 17, /* bytes of rows that are summed and rescaled while they are in the cache */
+    MAX_LIMBS = 138, /* the largest of LIMBS */
 };
 enum { NAN_MET = 1, INF_MET = 2 };
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
-static const i64 SIZE[] = {2, 2, 4, 8}, FIRST[] = {-11, -11, -11, -69}, LIMBS[] = {24, 24, 24, 138};
+/* of each type: bytes, significant bits, exponent of the smallest subnormal; limbs of a sum */
+static const i64 SIZE[] = {2, 2, 4, 8}, DIGITS[] = {11, 8, 24, 53};
+static const i64 LOWEST[] = {-24, -133, -149, -1074};
+static const i64 FIRST[] = {-11, -11, -11, -69}, LIMBS[] = {24, 24, 24, MAX_LIMBS};
 
-#define GRID0 0x1.8p2   /* 1.5 * 2**(52 - 50) */
-#define GRID1 0x1.8p-48
-#define GRID2 0x1.8p-98
-#define GRID3 0x1.8p-148
-#define QUIET 0x7FF8000000000000 /* the NaN that the operation makes */
+#define QUIET_NAN double_of(0x7FF8000000000000)
+#define INF __builtin_inf()
 
-/* A sum by its highest 128 bits: (high * 2**64 + low + more) * 2**exponent, where high has its top bit
-   set and more stands for what lies below. */
-typedef struct {
-    u64 high, low;
-    i64 more, exponent;
-} leading;
+/* The leading 128 bits of a sum: it is (high * 2**64 + low) * 2**exponent, where the top bit of
+   high is set, and a fraction of 2**exponent more, which is 0 if `more` is 0. */
+typedef struct { u64 high, low; i64 more, exponent; } leading;
 
 /* Memory of a call: zeros at first. */
 typedef struct {
+    i64 limbs_of_slice, unit_bit; /* unit_bit: position of the bit that weighs 1 in the limbs */
+    i64 used[2]; /* limbs that may not be zero: the first, and one past the last */
+    i64 largest; /* whether a sum is the largest magnitude: in slices of one element, too */
+    i64 binned;  /* number of elements in the bins */
     u128 bins[2048];
-    i64 count;   /* of elements in the bins */
-    i64 used[2]; /* limbs in use: the first, and one past the last */
-    i64 zero;    /* place of the bit that weighs 1 */
+    /* lanes of a box: bits of the largest and the smallest magnitude, and sums, grid by grid */
     u64 top[LANES], low[LANES];
-    i64 s[4][LANES];
-    u8 flags[LANES]; /* of slices; then what is made of their sums: the root is (root + rest) * 2**half, */
-    leading sum[LANES]; /* the limit mantissa * 2**power, and their quotient, lowered, factor */
-    double upper[LANES], lower[LANES], root[LANES], rest[LANES], mantissa[LANES], factor[LANES];
-    i64 half[LANES], power[LANES];
-    double scale[RUN], unit[RUN]; /* of lanes; then their factors, and what products are cut to, or 0 */
-    i64 shift[RUN], cut, special;
-    char in[8 * LANES * ROWS], out[8 * RUN], raw[8 * RUN]; /* elements as numbers, and as they are stored */
-    i64 sums[]; /* limbs of at most LANES slices */
+    i64 s[4 * LANES];
+    /* slices of a box: the root of sum is (root + rest) * 2**half, the limit mantissa * 2**power */
+    i64 slice[LANES], half[LANES], power[LANES];
+    double upper[LANES], lower[LANES], root[LANES], rest[LANES];
+    double limit[LANES], mantissa[LANES], factor[LANES];
+    leading sum[LANES];
+    u8 flags[LANES];
+    /* lanes of a run: scales, then factors; units that products are truncated to, or 0; shifts */
+    double scale[RUN], unit[RUN];
+    i64 shift[RUN], truncate, special; /* whether a product is truncated, or needs any_product */
+    char in[8 * LANES * ROWS], out[8 * RUN]; /* elements as floats or doubles */
+    char raw[8 * RUN];                       /* elements as they are stored */
+    i64 sums[];                              /* limbs of at most LANES slices */
 } work;
 
 /* An array as axes in the order of memory, and what is known or wanted of its slices. */
 typedef struct {
-    i64 axes, length[AXES];
-    i64 from[AXES], to[AXES]; /* bytes from an element of x, or of out, to the next along an axis */
-    i64 slice[AXES];          /* the same in numbers of slices: 0 along reduced axes */
-    i64 local[AXES], base;    /* the same among those of a box; number of its first slice */
+    i64 length[AXES];
+    i64 from[AXES], to[AXES];     /* bytes from an element of x, or of out, to the next */
+    i64 slice[AXES], local[AXES]; /* the same in slices, of the array or a box; 0 if reduced */
+    i64 axes, base, slices;       /* base: number of the first slice of this box */
+    i64 type, swapped;            /* swapped: not in the byte order of this machine */
+    i64 omit, paired;             /* leave out NaN; with it, the other part of a complex element */
+    i64 power, largest;           /* see Order in partial.py */
+    i64 limits;                   /* 1 if each slice has a limit, 0 if all have the same */
+    i64 used[2];                  /* limbs that are not zero in all slices: first, past the last */
+    double truncate_below;        /* limits below which subnormal products are truncated */
     const char *x;
     char *out;
-    i64 type, swapped;     /* swapped: not in the order of bytes of this machine */
-    i64 omit, paired;      /* NaN does not count; complex elements do so as a whole */
-    i64 power, largest;    /* of the magnitudes that are added up, or whose largest is taken */
-    i64 alone;             /* one magnitude stands for a slice: its largest, or its only one */
-    i64 keep, lowest;      /* mask of the bits of a product; exponent of the smallest subnormal */
-    i64 slices, limbs_of_slice;
-    const double *limit;   /* of each slice, or of all: then limits is 0, else 1 */
-    i64 limits;
-    double tiny;           /* the limit below which subnormal results are rounded toward zero */
+    const double *limit;
     double *factor, *norm;
-    i32 *shift;            /* power of two that is still to be applied to float64 */
+    i32 *shift;                   /* power of two that a float64 is still to be multiplied by */
     u8 *toward_zero, *flags;
-    u32 *limbs;            /* by limb, then by slice */
-    i64 used[2];           /* the first limb that is not zero everywhere, and one past the last */
+    u32 *limbs;                   /* by limb, then by slice */
     work *scratch;
 } block;
+
+/* Adjacent elements are lanes where few of them belong to the same slice: `repeat` of each of
+   `slices` slices along an axis. Else they are rows: axis is -1, and `repeat` the length of one. */
+typedef struct { i64 axis, repeat, slices, width; } lanes;
 
 static inline i64 bits_of(double d) { return (union { double d; i64 i; }){.d = d}.i; }
 static inline double double_of(i64 i) { return (union { double d; i64 i; }){.i = i}.d; }
 static inline u32 bits_of_float(float f) { return (union { float f; u32 i; }){.f = f}.i; }
 static inline float float_of(u32 i) { return (union { float f; u32 i; }){.i = i}.f; }
-static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
+static inline i64 min(i64 a, i64 b) { return a < b ? a : b; }
+static inline i64 max(i64 a, i64 b) { return a > b ? a : b; }
 
 /* 2**e for e from -1074 to 1023. */
 static inline double power_of_two(i64 e) {
@@ -127,7 +171,7 @@ static inline double split(double v, i64 *exponent) {
     return v == 0 ? v : double_of((bits & ~((i64)0x7FF << 52)) | (i64)1022 << 52);
 }
 
-/* The error of the rounded product p of a and b (Dekker, Veltkamp): exact where nothing underflows. */
+/* The error of the rounded product p of a and b (Dekker, Veltkamp); exact if nothing underflows. */
 static inline double error_of(double a, double b, double p) {
 #if defined(__FMA__) || defined(__aarch64__)
     return __builtin_fma(a, b, -p);
@@ -140,22 +184,15 @@ static inline double error_of(double a, double b, double p) {
 }
 
 /* Add part * 2**unit to the limbs of a slice. */
-static inline void put(work *w, i64 *limbs, i64 unit, i64 part) {
+static inline void add_part(work *w, i64 *limbs, i64 unit, i64 part) {
     if (!part) return; /* its unit may lie below all limbs */
-    unit += w->zero;
-    i64 i = unit >> 5, shift = unit & 31, low = (part & 0xFFFFFFFF) << shift, high = (part >> 32) << shift;
+    unit += w->unit_bit;
+    i64 i = unit >> 5, shift = unit & 31;
+    i64 low = (part & 0xFFFFFFFF) << shift, high = (part >> 32) << shift;
     limbs[i] += low & 0xFFFFFFFF;
     limbs[i + 1] += (i64)((u64)low >> 32) + (high & 0xFFFFFFFF);
     limbs[i + 2] += high >> 32;
-    w->used[0] = least(w->used[0], i), w->used[1] = w->used[1] > i + 3 ? w->used[1] : i + 3;
-}
-
-/* The sum m * 2**unit. */
-static leading leading_of_integer(u128 m, i64 unit) {
-    if (!m) return (leading){0, 0, 0, -(1 << 20)};
-    i64 up = m >> 64 ? __builtin_clzll(m >> 64) : 64 + __builtin_clzll(m);
-    m <<= up;
-    return (leading){m >> 64, (u64)m, 0, unit - up};
+    w->used[0] = min(w->used[0], i), w->used[1] = max(w->used[1], i + 3);
 }
 
 #define T float
@@ -163,8 +200,7 @@ static leading leading_of_integer(u128 m, i64 unit) {
 #undef T
 #define T double
 #include "runs.h"
-#define CALL(b, function, ...) \
-    ((b)->type == FLOAT64 ? function##_double(__VA_ARGS__) : function##_float(__VA_ARGS__))
+#include "decide.h"
 
 /* ---- elements in memory */
 
@@ -175,7 +211,7 @@ static inline u32 widened(u16 h, i64 type) {
     return sign | infinite | bits_of_float(float_of((u32)(h & 0x7FFF) << 13) * 0x1p112f);
 }
 
-/* The inverse. Elements have the bits of the dtype, but for subnormals: those are rounded to even. */
+/* The inverse. Values have the bits of the dtype, but for subnormals: those are rounded to even. */
 static inline u16 narrowed(u32 v, i64 type) {
     u32 m = v & 0x7FFFFFFF, rounded = (v + 0x7FFF + (v >> 16 & 1)) >> 16;
     u32 subnormal = bits_of_float(float_of(m) + 0.5f) - 0x3F000000;
@@ -184,405 +220,271 @@ static inline u16 narrowed(u32 v, i64 type) {
     return (v >> 16 & 0x8000) | (m >= 0x7F800000 ? 0x7C00 | (m >> 13 & 0x3FF) : finite);
 }
 
-/* Move n elements between memory where they lie `step` bytes apart, maybe with their bytes swapped, and
-   memory where they touch. */
-static void gather(const block *b, char *to, i64 to_step, const char *from, i64 from_step, i64 n) {
+/* Copy n elements between strided memory and contiguous memory, and swap their bytes if need be. */
+static void copy(const block *b, char *to, i64 to_step, const char *from, i64 from_step, i64 n) {
     i64 size = SIZE[b->type], flip = b->swapped ? size - 1 : 0;
     for (i64 i = 0; i < n; i++)
         for (i64 k = 0; k < size; k++) to[i * to_step + k] = from[i * from_step + (k ^ flip)];
 }
 
-/* Whether elements are in memory as this machine has them. */
+/* Whether elements are contiguous, aligned and in the byte order of this machine. */
 static inline int is_plain(const block *b, const char *p, i64 step) {
     i64 size = SIZE[b->type];
     return !b->swapped && step == size && !((uintptr_t)p & (size - 1));
 }
 
-/* Make native floats or doubles of n elements that lie `step` bytes apart. */
-static const void *converted(const block *b, const char *p, i64 n, i64 step, char *to) {
-    i64 type = b->type, size = SIZE[type], plain = is_plain(b, p, step);
-    if (!plain) gather(b, size == 2 ? b->scratch->raw : to, size, p, step, n);
-    if (size > 2) return to;
+/* Write n elements that lie `step` bytes apart to `to`, as floats or doubles. */
+static void read_elements(const block *b, const char *p, i64 n, i64 step, char *to) {
+    i64 type = b->type, size = SIZE[type], plain = size == 2 && is_plain(b, p, step);
     const u16 *h = (const u16 *)(plain ? p : b->scratch->raw);
     u32 *t = (u32 *)to;
-    for (i64 i = 0; i < n; i++) t[i] = widened(h[i], type);
+    if (!plain) copy(b, size == 2 ? b->scratch->raw : to, size, p, step, n);
+    if (size == 2)
+        for (i64 i = 0; i < n; i++) t[i] = widened(h[i], type);
+}
+
+/* The inverse. */
+static void write_elements(const block *b, char *from, char *p, i64 n, i64 step) {
+    i64 type = b->type, size = SIZE[type], plain = size == 2 && is_plain(b, p, step);
+    u16 *h = (u16 *)(plain ? p : b->scratch->raw);
+    const u32 *f = (const u32 *)from;
+    if (size == 2)
+        for (i64 i = 0; i < n; i++) h[i] = narrowed(f[i], type);
+    if (!plain) copy(b, p, step, size == 2 ? b->scratch->raw : from, size, n);
+}
+
+/* Elements as floats or doubles: where they are if that can be, else written to `to`. */
+static INLINE const void *load(const block *b, const char *p, i64 n, i64 step, char *to) {
+    if (SIZE[b->type] > 2 && is_plain(b, p, step)) return p;
+    read_elements(b, p, n, step, to);
     return to;
 }
 
-/* The same, where they are if that can be. */
-static INLINE const void *load(const block *b, const char *p, i64 n, i64 step, char *to) {
-    return SIZE[b->type] > 2 && is_plain(b, p, step) ? p : converted(b, p, n, step, to);
-}
-
-/* The inverse of `converted`. */
-static void store(const block *b, char *from, char *p, i64 n, i64 step) {
-    i64 type = b->type, size = SIZE[type], plain = is_plain(b, p, step);
-    u16 *h = (u16 *)(plain ? p : b->scratch->raw);
-    const u32 *f = (const u32 *)from;
-    if (type == FLOAT16)
-        for (i64 i = 0; i < n; i++) h[i] = narrowed(f[i], FLOAT16);
-    if (type == BFLOAT16)
-        for (i64 i = 0; i < n; i++) h[i] = narrowed(f[i], BFLOAT16);
-    if (!plain) gather(b, p, step, size == 2 ? b->scratch->raw : from, size, n);
-}
-
-/* A place among some of the axes, as an odometer. */
+/* A position on the first axes of a block, to visit in the order of memory. */
 typedef struct {
-    i64 axes, axis[AXES], at[AXES];
+    i64 axes, length[AXES], at[AXES];
     const char *x;
     char *out;
     i64 slice, local;
-} place;
+} cursor;
 
-/* Go on to the next place, the last axis fastest; 0 after the last one. */
-static int advance(const block *b, place *p) {
-    for (i64 k = p->axes; k-- > 0; p->at[k] = 0) {
-        i64 a = p->axis[k], by = ++p->at[k] < b->length[a] ? 1 : 1 - b->length[a];
-        p->x += by * b->from[a], p->out += by * b->to[a];
-        p->slice += by * b->slice[a], p->local += by * b->local[a];
+static cursor start(const block *b, i64 axes) {
+    cursor c = {.axes = axes, .x = b->x, .out = b->out, .slice = b->base};
+    for (i64 a = 0; a < axes; a++) c.length[a] = b->length[a];
+    return c;
+}
+
+/* Go on to the next position, the last axis fastest; return 0 after the last one. */
+static INLINE int advance(const block *b, cursor *c) {
+    for (i64 a = c->axes; a-- > 0; c->at[a] = 0) {
+        i64 by = ++c->at[a] < c->length[a] ? 1 : 1 - c->length[a];
+        c->x += by * b->from[a], c->out += by * b->to[a];
+        c->slice += by * b->slice[a], c->local += by * b->local[a];
         if (by == 1) return 1;
     }
     return 0;
 }
 
-/* The axis whose slices lie side by side in memory, `beside` elements of each; -1 for rows, where
-   many elements of one slice do. */
-static i64 lanes_of(const block *b, i64 *beside) {
-    i64 last = b->axes - 1, n = b->length[last];
-    *beside = b->slice[last] ? 1 : n;
-    if (b->slice[last]) return last;
-    int touch = last && b->from[last - 1] == n * b->from[last] && b->to[last - 1] == n * b->to[last];
-    return touch && n < SHORT && b->slice[last - 1] ? last - 1 : -1;
+/* Whether the rows of axis a, of n elements each, follow each other without a gap. */
+static int touch(const block *b, i64 a, i64 n) {
+    i64 last = b->axes - 1;
+    return b->from[a] == n * b->from[last] && b->to[a] == n * b->to[last];
+}
+
+static lanes lanes_of(const block *b) {
+    i64 a = b->axes - 1, n = b->slice[a] ? 1 : b->length[a];
+    if (!b->slice[a] && a && n < NARROW && b->slice[a - 1] && touch(b, a - 1, n)) a--;
+    return b->slice[a] ? (lanes){a, n, b->length[a], n * b->length[a]} : (lanes){-1, n, 1, 1};
 }
 
 /* ---- sums */
 
-static void add_columns(const block *b, const char *x, i64 n, i64 stride, i64 width, i64 base, i64 beside,
-                        i64 period) {
+/* Add n rows of `width` lanes, `stride` bytes apart. */
+static void add_columns(const block *b, const char *x, i64 n, i64 stride, i64 width, i64 local,
+                        lanes l) {
     i64 size = b->type == FLOAT64 ? 8 : 4, step = b->from[b->axes - 1];
     if (SIZE[b->type] != size || !is_plain(b, x, step) || stride % size) {
         char *in = b->scratch->in;
-        for (i64 i = 0; i < n; i++) {
-            const void *row = load(b, x + i * stride, width, step, in + i * LANES * size);
-            if (row != in + i * LANES * size) __builtin_memcpy(in + i * LANES * size, row, width * size);
-        }
+        for (i64 i = 0; i < n; i++)
+            read_elements(b, x + i * stride, width, step, in + i * LANES * size);
         x = in, stride = LANES * size;
     }
-    CALL(b, add_columns, b, (const void *)x, n, stride / size, width, base, beside, period);
+    CALL(b, add_columns, b, (const void *)x, n, stride / size, width, local, l);
 }
 
-/* Add up all elements of a box of at most LANES slices, in the order of memory. */
-static void sum_box(const block *b) {
+/* Add up the elements of a box of lanes, along the last reduced axis outside of the lanes. */
+static void sum_columns(const block *b, lanes l) {
+    i64 along = l.axis - 1;
+    while (along >= 0 && b->slice[along]) along--;
+    cursor c = start(b, l.axis);
+    i64 n = 1, stride = 0, fold = 1;
+    if (along >= 0) n = b->length[along], stride = b->from[along], c.length[along] = 1;
+    if (stride == l.width * b->from[b->axes - 1]) /* rows of a narrow matrix side by side */
+        fold = max(1, min(LANES / l.width, n / ROWS));
+    do
+        for (i64 i = 0, side, rows; i < n; i += side * rows) {
+            side = min(fold, n - i), rows = min(ROWS, (n - i) / side);
+            add_columns(b, c.x + i * stride, rows, side * stride, side * l.width, c.local, l);
+        }
+    while (advance(b, &c));
+}
+
+/* Add up the elements of a box of rows. */
+static void sum_rows(const block *b) {
     work *w = b->scratch;
-    i64 beside, lanes = lanes_of(b, &beside), last = b->axes - 1, along = -1;
-    place p = {.x = b->x};
-    for (i64 a = 0; a < lanes; a++)
-        if (!b->slice[a]) along = a; /* lanes run along the last reduced axis outside of them */
-    for (i64 a = 0; a < (lanes < 0 ? last : lanes); a++)
-        if (a != along) p.axis[p.axes++] = a;
-    i64 outer = lanes < 0 && p.axes ? p.axis[--p.axes] : -1, rows = outer < 0 ? 1 : b->length[outer];
+    i64 last = b->axes - 1, n = b->length[last], step = b->from[last];
+    cursor c = start(b, last);
     do {
-        for (i64 r = 0; r < rows && lanes < 0; r++) {
-            i64 n = b->length[last], step = b->from[last], k = p.local + (outer < 0 ? 0 : r * b->local[outer]);
-            const char *x = p.x + (outer < 0 ? 0 : r * b->from[outer]);
-            for (i64 i = 0, m; i < n; i += m) {
-                m = least(RUN, n - i);
-                const void *run = load(b, x + i * step, m, step, w->in);
-                CALL(b, add_row, b, run, m, w->sums + k * b->limbs_of_slice, w->flags + k);
-            }
-            if (w->count) CALL(b, flush, b, w->sums + k * b->limbs_of_slice);
+        i64 *limbs = w->sums + c.local * w->limbs_of_slice;
+        for (i64 i = 0; i < n; i += RUN) {
+            const void *run = load(b, c.x + i * step, min(RUN, n - i), step, w->in);
+            CALL(b, add_row, b, run, min(RUN, n - i), limbs, w->flags + c.local);
         }
-        if (lanes < 0) continue;
-        i64 period = b->length[lanes], width = beside * period, n = along < 0 ? 1 : b->length[along];
-        i64 stride = along < 0 ? 0 : b->from[along], fold = 1;
-        if (stride == width * b->from[last]) /* several rows of a narrow matrix side by side */
-            fold = least(LANES / width, n / ROWS) > 1 ? least(LANES / width, n / ROWS) : 1;
-        i64 even = n - n % fold;
-        for (i64 i = 0; i < even; i += fold * ROWS)
-            add_columns(b, p.x + i * stride, least(ROWS, (even - i) / fold), fold * stride, fold * width,
-                        p.local, beside, period);
-        if (n > even)
-            add_columns(b, p.x + even * stride, 1, 0, (n - even) * width, p.local, beside, period);
-    } while (advance(b, &p));
+        if (w->binned) CALL(b, empty_bins, w, limbs);
+    } while (advance(b, &c));
 }
 
-/* ---- from a sum to the norm and the factor
-
-   The bound holds exactly because every rounding is on the safe side. float16, bfloat16 and float32: a
-   factor of 29 bits, rounded down, makes each product exact in float64, and the product is rounded
-   toward zero. float64: the factor is lowered by a little more than the half unit that rounding the
-   product to nearest can add. Below the normal range that half unit is not relative any more: where
-   the limit is so small that this matters, subnormal results are rounded toward zero. */
-
-static leading leading_of(const i64 *limbs, i64 count, i64 first) {
-    i64 top = count - 1, more = 0;
-    while (top >= 0 && !limbs[top]) top--;
-    if (top < 0) return (leading){0, 0, 0, -(1 << 20)};
-    u64 t[5];
-    for (i64 i = 0; i < 5; i++) t[i] = top >= i ? limbs[top - i] : 0;
-    int left = __builtin_clz((u32)t[0]), right = 32 - left;
-    for (i64 i = 0; i < top - 4; i++) more |= limbs[i] != 0;
-    return (leading){
-        .high = (t[0] << 32 | t[1]) << left | t[2] >> right,
-        .low = (t[2] << 32 | t[3]) << left | t[4] >> right,
-        .more = more | ((u32)(t[4] << left) != 0),
-        .exponent = 32 * (first + top - 3) - left,
-    };
-}
-
-/* Sign of the sum less (m * 2**e)**power, for m below 2**55. */
-static int compared(leading s, u64 m, i64 e, i64 power) {
-    leading t = leading_of_integer(power == 2 ? (u128)m * m : m, power * e);
-    if (s.exponent != t.exponent) return s.exponent > t.exponent ? 1 : -1;
-    if (s.high != t.high) return s.high > t.high ? 1 : -1;
-    return s.low != t.low ? (s.low > t.low ? 1 : -1) : (int)s.more;
-}
-
-/* The float64 nearest to the root of the sum, ties to even, from one that lies close. */
-static double nearest(leading s, double r, i64 power) {
-    for (;;) {
-        i64 bits = bits_of(r), field = bits >> 52, one = (i64)1 << 52;
-        i64 m = (bits & (one - 1)) | (field ? one : 0), e = (field ? field : 1) - 1075;
-        int up = field == 2047 ? -1 : compared(s, 2 * m + 1, e - 1, power);
-        int fine = m == one && field > 1; /* steps below a power of two are half as long */
-        int down = !bits ? 1 : fine ? compared(s, 4 * m - 1, e - 2, power) : compared(s, 2 * m - 1, e - 1, power);
-        if (up > 0 || (up == 0 && m & 1))
-            r = double_of(bits + 1);
-        else if (down < 0 || (down == 0 && m & 1))
-            r = double_of(bits - 1);
-        else
-            return r;
-    }
-}
-
-/* Take the sum of a slice of a box, by its number there, and its limit. */
-static void begin_slice(const block *b, i64 local, i64 k, leading sum) {
+/* Carry the sum of a slice and leave zeros; store it, or return its leading bits. */
+static leading carry(block *b, i64 *limbs, i64 slice) {
     work *w = b->scratch;
-    i64 exponent = sum.exponent + 75, odd = b->power == 2 && exponent & 1;
-    double limit = b->limit[b->limits * k];
-    w->sum[local] = sum;
-    /* root in [2**26, 2**27): 53 bits of the sum, and 53 below them */
-    w->upper[local] = (double)(i64)(sum.high >> 11) * (1 + odd);
-    w->lower[local] = (double)(i64)((sum.high & 2047) << 42 | sum.low >> 22) * 0x1p-53 * (1 + odd);
-    w->half[local] = b->power == 2 ? (exponent - odd) / 2 : exponent + 26;
-    w->mantissa[local] = split(limit < 0 ? 0 : limit, w->power + local);
+    i64 first = w->used[0], stop = min(w->used[1] + 2, w->limbs_of_slice), sum = 0;
+    u32 carried[MAX_LIMBS];
+    for (i64 i = first; i < stop; i++, sum >>= 32) {
+        sum += limbs[i], limbs[i] = 0;
+        carried[i] = (u32)sum;
+        if (!b->limbs || !carried[i]) continue;
+        b->limbs[i * b->slices + slice] = carried[i];
+        b->used[0] = min(b->used[0], i), b->used[1] = max(b->used[1], i + 1);
+    }
+    if (b->limbs) return (leading){0};
+    return leading_of(carried + first, 1, stop - first, first + FIRST[b->type]);
 }
 
-/* Find the roots of all slices of a box, and the factors that bring them to their limits. */
-static void find_roots(const block *b, i64 n) {
-    work *w = b->scratch;
-    /* float64: half a unit for the product, half for this sum, and some for subnormal results */
-    double slack = b->type == FLOAT64 ? 0x1.08p-52 : 0x1p-29;
-    for (i64 k = 0; k < n; k++) {
-        double high = w->upper[k], low = w->lower[k], first = __builtin_sqrt(high), square = first * first;
-        double delta = (((high - square) - error_of(first, first, square)) + low) / (2 * first);
-        double sum = high + low, below = (high - sum) + low, root = first + delta;
-        w->root[k] = b->power == 1 ? sum * 0x1p-26 : root;
-        w->rest[k] = b->power == 1 ? below * 0x1p-26 : (first - root) + delta;
-    }
-    for (i64 k = 0; k < n; k++) {
-        double c = w->mantissa[k], root = w->root[k], q = c / root, product = q * root;
-        double correction = (((c - product) - error_of(q, root, product)) - q * w->rest[k]) / root;
-        w->factor[k] = q + (correction - q * slack);
-    }
-}
-
-/* Norm, factor and what goes with it of slice k: a pure function of the sum, its flags and the limit. */
-static void decide(const block *b, i64 local, i64 k, int flags) {
-    const work *w = b->scratch;
-    double limit = b->limit[b->limits * k], root = w->root[local], away = __builtin_fabs(w->rest[local]);
-    leading sum = w->sum[local];
-    i64 half = w->half[local];
-    limit = limit < 0 ? 0 : limit;
-    /* 100 bits decide the norm unless they are within 2**-40 of halfway between two float64 */
-    double norm = sum.high ? scaled(root, half) : 0, gap = (double_of(bits_of(root) + 1) - root) / 2;
-    int tie = __builtin_fabs(away - gap) <= gap * 0x1p-40 || __builtin_fabs(away - gap / 2) <= gap * 0x1p-40;
-    if (sum.high && (tie || half < -1040)) norm = nearest(sum, norm, b->power);
-    b->norm[k] = flags & NAN_MET ? double_of(QUIET) : flags ? __builtin_inf() : norm;
-    b->factor[k] = 1.0;
-    if (limit == __builtin_inf()) return; /* wins over all that follows */
-    if (b->toward_zero) b->toward_zero[k] = limit < b->tiny;
-    if (flags & NAN_MET || limit != limit) {
-        b->factor[k] = double_of(QUIET);
-        return;
-    }
-    i64 power = w->power[local];
-    int above = norm > limit;
-    if (norm == limit) above = compared(sum, (u64)(w->mantissa[local] * 0x1p53), power - 53, b->power) > 0;
-    if (flags)
-        b->factor[k] = 0.0;
-    else if (above) {
-        double mantissa = w->factor[local];
-        i64 exponent = power - half;
-        if (b->type != FLOAT64)
-            mantissa = double_of(bits_of(mantissa) & -(1 << 24));
-        else if (exponent < -900) /* or the product of a float64 would be rounded twice */
-            b->shift[k] = (i32)exponent + 900, exponent = -900;
-        b->factor[k] = scaled(mantissa, exponent);
-    }
-}
-
-/* Carry the limbs of a slice, leave zeros, and take them for its partial sum or for its leading bits. */
-static leading carried(block *b, i64 *limbs, i64 slice) {
-    work *w = b->scratch;
-    i64 sums[138], carry = 0, first = w->used[0], stop = w->used[1];
-    if (stop) stop = least(stop + 2, b->limbs_of_slice);
-    for (i64 i = first; i < stop; i++) {
-        carry += limbs[i];
-        sums[i] = carry & 0xFFFFFFFF;
-        carry >>= 32;
-        limbs[i] = 0;
-        if (b->limbs && sums[i]) {
-            b->limbs[i * b->slices + slice] = (u32)sums[i];
-            b->used[0] = least(b->used[0], i), b->used[1] = -least(-b->used[1], -i - 1);
-        }
-    }
-    return b->limbs ? (leading){0} : leading_of(sums + first, stop - first, first + FIRST[b->type]);
-}
-
-/* Finish the slices of a box: their partial sums, or their norms and factors. */
+/* Store the sums of the slices of a box, or their norms and factors. */
 static void finish_box(block *b) {
     work *w = b->scratch;
-    i64 slices = 0, inner = -1;
-    place p = {.slice = b->base};
-    for (i64 a = 0; a < b->axes; a++)
-        if (b->slice[a]) p.axis[p.axes++] = inner = a;
-    if (p.axes) p.axes--;
-    i64 n = inner < 0 ? 1 : b->length[inner], step = inner < 0 ? 0 : b->slice[inner];
-    place again = p;
-    do
-        for (i64 i = 0; i < n; i++, slices++) {
-            i64 k = p.local + i, slice = p.slice + i * step, *limbs = w->sums + k * b->limbs_of_slice;
-            b->flags[slice] = w->flags[k];
-            if (b->alone && !b->limbs) {
-                begin_slice(b, k, slice, CALL(b, leading_of_one, *limbs, b->power));
-                *limbs = 0;
-                continue;
-            }
-            i64 magnitude = *limbs;
-            if (b->alone) *limbs = 0, CALL(b, put_element, w, limbs, b->power, magnitude);
-            leading sum = carried(b, limbs, slice);
-            if (!b->limbs) begin_slice(b, k, slice, sum);
+    i64 k = 0;
+    cursor c = start(b, b->axes);
+    for (i64 a = 0; a < b->axes; a++) c.length[a] = b->slice[a] ? b->length[a] : 1;
+    do {
+        i64 *limbs = w->sums + k * w->limbs_of_slice, largest = limbs[0], unit;
+        b->flags[c.slice] = w->flags[k], w->flags[k] = 0;
+        if (w->largest) limbs[0] = 0;
+        if (w->largest && !b->limbs) { /* there is one limb for the bits of the largest */
+            u128 m = CALL(b, integer, largest, b->power, &unit);
+            prepare_root(b, k, c.slice, leading_of_integer(m, unit));
+        } else {
+            if (w->largest) CALL(b, add_element, w, limbs, b->power, largest);
+            leading sum = carry(b, limbs, c.slice);
+            if (!b->limbs) prepare_root(b, k, c.slice, sum);
         }
-    while (advance(b, &p));
-    if (!b->limbs) {
-        find_roots(b, slices);
-        do
-            for (i64 i = 0; i < n; i++) decide(b, again.local + i, again.slice + i * step, w->flags[again.local + i]);
-        while (advance(b, &again));
-    }
-    __builtin_memset(w->flags, 0, slices);
-    w->used[0] = b->limbs_of_slice, w->used[1] = 0;
+        k++;
+    } while (advance(b, &c));
+    if (!b->limbs) decide(b, k);
+    w->used[0] = w->limbs_of_slice, w->used[1] = 0;
 }
 
 /* ---- rescaling */
 
-/* Find the factors of n lanes: `beside` lanes of each of `period` slices, from slice k on, and again. */
-static void begin_lanes(const block *b, i64 n, i64 k, i64 beside, i64 step, i64 period) {
+/* Take the factors of n lanes from slice k on. */
+static void begin_lanes(const block *b, i64 n, i64 k, lanes l) {
     work *w = b->scratch;
-    w->special = w->cut = 0;
+    i64 step = l.axis < 0 ? 0 : b->slice[l.axis];
+    w->special = w->truncate = 0;
     for (i64 j = 0, part = 0, at = 0; j < n; j++) {
         i64 slice = k + at * step, toward_zero = b->toward_zero && b->toward_zero[slice];
         w->scale[j] = b->factor[slice];
-        w->unit[j] = toward_zero ? power_of_two(b->lowest) : 0;
+        w->unit[j] = toward_zero ? power_of_two(LOWEST[b->type]) : 0;
         w->shift[j] = b->shift ? b->shift[slice] : 0;
-        w->cut |= toward_zero;
+        w->truncate |= toward_zero;
         w->special |= !(w->scale[j] > 0) || w->shift[j] || (toward_zero && b->type == FLOAT64);
-        if (++part == beside) part = 0, at = at + 1 < period ? at + 1 : 0;
+        if (++part == l.repeat) part = 0, at = at + 1 < l.slices ? at + 1 : 0;
     }
 }
 
+/* Multiply the elements of a box by the factors of their slices. */
 static void rescale_box(const block *b) {
     work *w = b->scratch;
-    i64 beside, lanes = lanes_of(b, &beside), last = b->axes - 1, size = SIZE[b->type];
-    i64 from = b->from[last], to = b->to[last];
-    i64 each = lanes >= 0, outer = each ? lanes : last, period = each ? b->length[lanes] : 1;
-    i64 width = beside * period, n = width, most = each ? RUN - RUN % beside : RUN, strip = each ? most : n;
+    lanes l = lanes_of(b);
+    i64 last = b->axes - 1, from = b->from[last], to = b->to[last], each = l.axis >= 0, found = -1;
+    i64 outer = each ? l.axis : last, n = each ? l.width : l.repeat, fits = l.width <= RUN;
+    i64 most = RUN - RUN % (fits ? l.width : l.repeat);
     /* rows of few lanes that touch are one row of the same lanes again and again */
-    if (each && outer && !b->slice[outer - 1] && 2 * width <= RUN && b->from[outer - 1] == width * from &&
-        b->to[outer - 1] == width * to)
-        n *= b->length[--outer], most = RUN - RUN % width, strip = n;
-    for (i64 i = 0; i < n; i += strip) {
-        place p = {.x = b->x, .out = b->out, .slice = b->base + (each ? i / beside * b->slice[lanes] : 0)};
-        i64 found = -1, stop = least(n, i + strip);
-        for (i64 a = 0; a < outer; a++) p.axis[p.axes++] = a;
+    if (each && fits && outer && !b->slice[outer - 1] && touch(b, outer - 1, n))
+        n *= b->length[--outer];
+    /* rows of more lanes than there is room for are rescaled in strips */
+    for (i64 begin = 0, end; begin < n; begin = end) {
+        end = fits ? n : min(n, begin + most);
+        cursor c = start(b, outer);
+        if (each) c.slice += begin / l.repeat * b->slice[l.axis];
         do {
-            if (found != p.slice)
-                begin_lanes(b, each ? least(most, stop - i) : 1, p.slice, beside, each ? b->slice[lanes] : 0, period);
-            found = p.slice;
+            if (found != c.slice) begin_lanes(b, each ? min(most, n - begin) : 1, c.slice, l);
+            found = c.slice;
             if (!each && w->scale[0] == 1.0 && b->x == b->out) continue;
-            for (i64 k = i; k < stop; k += most) {
-                i64 m = least(most, stop - k);
-                char *at = p.out + k * to, *out = size > 2 && is_plain(b, at, to) ? at : w->out;
-                CALL(b, multiply, b, load(b, p.x + k * from, m, from, w->in), (void *)out, m, each);
-                if (out != at) store(b, out, at, m, to);
+            for (i64 i = begin; i < end; i += most) {
+                i64 m = min(most, end - i), narrow = SIZE[b->type] == 2;
+                char *at = c.out + i * to, *out = narrow || !is_plain(b, at, to) ? w->out : at;
+                CALL(b, multiply, b, load(b, c.x + i * from, m, from, w->in), (void *)out, m, each);
+                if (out != at) write_elements(b, out, at, m, to);
             }
-        } while (advance(b, &p));
+        } while (advance(b, &c));
     }
 }
 
-/* ---- boxes: as many slices as the scratch has room for, and of rows as many as the cache */
+/* ---- boxes of slices */
 
+/* Sum boxes, each of as many slices as the scratch has room for and, of rows, as the cache has. */
 static void each_box(block *b) {
-    i64 slices = 1, bytes = SIZE[b->type], a = -1, beside, rows = lanes_of(b, &beside) < 0;
+    lanes l = lanes_of(b);
+    i64 slices = 1, bytes = SIZE[b->type], a = -1, rows = l.axis < 0;
     for (i64 i = b->axes; i-- > 0;) {
         b->local[i] = b->slice[i] ? slices : 0;
         bytes *= b->length[i];
         if (b->slice[i] && b->length[i] > 1) slices *= b->length[i], a = i;
     }
-    i64 n = a < 0 ? 1 : b->length[a], step = (rows ? LANES / SHORT : LANES / beside) / (slices / n);
-    if (rows) step = least(step, CACHE / (bytes / n));
-    if (step < 1) step = 1;
+    i64 n = a < 0 ? 1 : b->length[a], step = LANES / (rows ? NARROW : l.repeat) / (slices / n);
+    if (rows) step = min(step, CACHE / (bytes / n));
+    step = max(step, 1);
     if (step >= n) {
-        sum_box(b);
+        rows ? sum_rows(b) : sum_columns(b, l);
         finish_box(b);
         if (b->out) rescale_box(b);
         return;
     }
     block part = *b;
     for (i64 i = 0; i < n; i += step) {
-        part.length[a] = least(step, n - i), part.base = b->base + i * b->slice[a];
+        part.length[a] = min(step, n - i), part.base = b->base + i * b->slice[a];
         part.x = b->x + i * b->from[a], part.out = b->out ? b->out + i * b->to[a] : b->out;
         each_box(&part);
     }
     b->used[0] = part.used[0], b->used[1] = part.used[1];
 }
 
-static void begin(block *b) {
-    b->limbs_of_slice = LIMBS[b->type];
-    b->scratch->zero = -32 * FIRST[b->type];
-    b->alone = 1;
-    for (i64 a = 0; a < b->axes; a++) b->alone &= b->slice[a] || b->length[a] == 1;
-    b->alone |= b->largest;
-    if (b->alone && !b->limbs) b->limbs_of_slice = 1;
-    b->scratch->used[0] = b->used[0] = b->limbs_of_slice;
-    b->scratch->used[1] = b->used[1] = 0;
-}
-
-/* Sum every slice, exactly; with an `out`, write it clipped. */
+/* Sum every slice: store the sums if there are `limbs`, else norms and factors, and clip. */
 API void sum_slices(block *b) {
-    begin(b);
+    work *w = b->scratch;
+    i64 single = 1; /* whether slices have one element */
+    for (i64 a = 0; a < b->axes; a++) single &= b->slice[a] || b->length[a] == 1;
+    w->largest = b->largest || single;
+    w->limbs_of_slice = w->largest && !b->limbs ? 1 : LIMBS[b->type];
+    w->unit_bit = -32 * FIRST[b->type];
+    w->used[0] = b->used[0] = w->limbs_of_slice;
+    w->used[1] = b->used[1] = 0;
     each_box(b);
 }
 
-/* Norms and factors of slices whose sums are given: limbs used[0] (with its sign) to used[1]. */
-API void finalize_slices(block *b) {
-    i64 limbs[160], count = b->used[1] - b->used[0];
-    for (i64 base = 0, n; base < b->slices; base += n) {
-        n = least(LANES, b->slices - base);
-        for (i64 k = 0; k < n; k++) {
-            for (i64 i = 0; i < count; i++) limbs[i] = b->limbs[i * b->slices + base + k];
-            begin_slice(b, k, base + k, leading_of(limbs, count, b->used[0]));
-        }
-        find_roots(b, n);
-        for (i64 k = 0; k < n; k++) decide(b, k, base + k, b->flags[base + k]);
-    }
-}
-
 /* Multiply every slice by its factor. */
-API void rescale_slices(block *b) {
-    begin(b);
-    rescale_box(b);
+API void rescale_slices(block *b) { rescale_box(b); }
+
+/* Compute norms and factors from sums: limbs used[0], which may be negative, to used[1]. */
+API void finalize_slices(block *b) {
+    i64 first = b->used[0], count = b->used[1] - first;
+    for (i64 base = 0, n; base < b->slices; base += n) {
+        n = min(LANES, b->slices - base);
+        for (i64 k = base; k < base + n; k++)
+            prepare_root(b, k - base, k, leading_of(b->limbs + k, b->slices, count, first));
+        decide(b, n);
+    }
 }
 
 API i64 scratch_bytes(i64 type) { return sizeof(work) + 8 * LANES * LIMBS[type]; }

@@ -1,31 +1,36 @@
-"""Exact sums over the slices of blocks, as numbers of 32-bit limbs, and adding them up."""
+"""Exact sums over the slices of blocks, as numbers of 32-bit limbs, and their addition."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from daskclip.errors import MemoryBudgetError
 from daskclip.grid import box_shape, boxes, ceil_div, index, tile_shape
-from daskclip.numerics.compiled import FORMATS, Array, Block, real_dtype
+from daskclip.numerics.compiled import Array, Block, DType, format_of
 
-LIMB = 32
-MASK = np.int64(2**LIMB - 1)
+LIMB = 32  # bits
+TERMS = 63  # bits of the number of elements of any array
 NAN, INF = 1, 2
 SCRATCH = 1 << 18  # bytes of limbs that the kernel fills at a time
-SLICES = 1 << 13  # that are added up at a time
+SLICES = 1 << 13  # slices that are added at a time: 1 MB of limbs
+
+Limbs = npt.NDArray[np.uint32]
+Sums = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.uint8]
 
 
 class Order(NamedTuple):
     """How the norm of a slice is made of the magnitudes of its elements."""
 
     power: int
-    """The norm to this power is a sum, or the largest, of magnitudes to this power."""
+    """Power of the magnitudes that are added; the norm is the root of the sum."""
     largest: bool
-    """Whether the largest one is taken, and not the sum."""
+    """Whether the largest magnitude is taken, and not the sum."""
     error_gain: Callable[[int], float]
     """How far an error of 1 in each of so many elements can move the norm."""
 
@@ -39,38 +44,62 @@ ORDERS = {
 
 
 class Partial(NamedTuple):
-    """Exact sum of every slice of a block, or of several blocks, that its norm is made from.
+    """Exact sums of the slices of one or several blocks, from which their norms are computed.
 
-    See `Order`: of squares, of magnitudes, or the largest magnitude for the order inf.
+    For ord 2 of squares, for ord 1 of magnitudes; for ord inf the largest magnitude.
 
     Equal sums have equal fields: leading and trailing limbs that are zero in all slices are cut.
     """
 
-    limbs: Array
-    """uint32 of shape (k, *kept): the sum is Σ limbs[i] · 2**(32 · (low + i))."""
+    limbs: Limbs
+    """Of shape (k, *kept): the sum is Σ limbs[i] · 2**(32 · (low + i))."""
     low: int
     """Position of the first limb."""
-    flags: Array
-    """uint8 of shape kept: NAN and INF, for what was met; neither is in the sum."""
+    flags: Flags
+    """Of shape kept: NAN and INF where such elements were met; neither is in the sum."""
     terms: int
-    """Elements per slice (two for a complex one)."""
+    """Elements per slice; complex ones count twice."""
     ord: float = 2
     """Key of `ORDERS`."""
+
+
+def kept_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the norms of an array: 1 along reduced axes."""
+    return tuple(1 if axis in axes else n for axis, n in enumerate(shape))
+
+
+def term_count(shape: Sequence[int], axes: Sequence[int], dtype: DType) -> int:
+    """Number of terms that each slice of an array has: two for a complex element."""
+    return math.prod(shape[axis] for axis in axes) * (2 if dtype.kind == "c" else 1)
+
+
+def state_nbytes(dtype: DType) -> int:
+    """Bytes that the exact sum of a slice takes at most, for values of any spread.
+
+    Examples
+    --------
+    >>> [state_nbytes(np.dtype(name)) for name in ("float16", "float32", "complex128")]
+    [20, 80, 536]
+    """
+    _, digits, lowest, *_ = format_of(dtype)
+    highest = 3 - lowest - digits  # in every IEEE 754 format values lie below 2**highest
+    # squares are multiples of 2**(2 * lowest), and their sums below 2**(2 * highest + TERMS)
+    return 4 * ((2 * highest + TERMS - 1) // LIMB - 2 * lowest // LIMB + 1)
 
 
 def partial_norm(
     x: Array, axes: tuple[int, ...], *, omit_nan: bool = False, ord: float = 2, max_nbytes: int = 0
 ) -> Partial:
-    """Exact sum over ``axes`` of ``x`` that its norm is made from.
+    """Exact sums of ``x`` over ``axes``, from which norms are computed.
 
     Parameters
     ----------
     x : ndarray
-        Floating point or complex.
+        Floating point or complex elements.
     axes : tuple of int
         Axes to reduce, not negative, without repetition.
     omit_nan : bool
-        NaN elements do not count and set no flag.
+        Leave out NaN elements, and set no flag for them.
     ord : float
         Key of `ORDERS`; complex arrays have 2 only.
     max_nbytes : int
@@ -89,44 +118,41 @@ def partial_norm(
     Notes
     -----
     Holds up to 2 MB of scratch and twice the result, which has 4 bytes a slice for each limb in
-    use: 4 to 6 limbs for data of ordinary spread, at most 20 for float32 and 136 for float64.
+    use: 4 to 6 limbs for data of ordinary spread, `state_nbytes` at most.
 
     Examples
     --------
     >>> partial_norm(np.float32([[3, 4]]), (1,)).limbs.tolist()
     [[[25]]]
     """
-    kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
-    terms = math.prod(x.shape[k] for k in axes) * (2 if x.dtype.kind == "c" else 1)
-    flags = np.zeros(kept, np.uint8)
-    first, count = FORMATS[real_dtype(x.dtype).name][3:]
+    kept, (*_, first, count) = kept_shape(x.shape, axes), format_of(x.dtype)
     step = tile_shape(kept, SCRATCH // (4 * count))
-    filled, found = np.zeros((count, math.prod(step)), np.uint32), np.empty(step, np.uint8)
-    block, parts = Block(x.dtype, limbs=filled, flags=found), []
+    flags, block, parts = np.zeros(kept, np.uint8), Block(x.dtype), []
     for box in boxes(kept, step) if x.size else ():
-        over = tuple(slice(None) if k in axes else s for k, s in enumerate(box))
         shape = box_shape(box)
-        block.describe(x[index(over)], shape)
+        # only those pages of zeros take memory that the kernel touches
+        filled, found = np.zeros((count, *shape), np.uint32), np.empty(shape, np.uint8)
+        block.point(limbs=filled, flags=found)
+        region = tuple(slice(None) if k in axes else s for k, s in enumerate(box))
+        block.describe(x[index(region)], shape)
         sum_slices(block, x.dtype, ord, omit_nan)
-        slices = math.prod(shape)
-        flags[box] = found.reshape(-1)[:slices].reshape(shape)
+        flags[box] = found
         low, stop = block.used
         if low < stop:
-            _checked(stop - low, max_nbytes)
-            some = filled.reshape(-1)[low * slices : stop * slices]
-            parts.append((box, first + low, some.copy().reshape(-1, *shape)))
-            some[:] = 0
-    if len(parts) == 1 and parts[0][2].shape[1:] == kept:
-        return Partial(parts[0][2], parts[0][1], flags, terms, ord)
+            _require_room(stop - low, max_nbytes)
+            # a copy: a view would keep all of `filled`
+            parts.append((box, first + low, filled[low:stop].copy()))
+    # boxes with other exponents have other limbs
     low = min((low for _, low, _ in parts), default=0)
     count = max((start - low + len(limbs) for _, start, limbs in parts), default=0)
-    total = np.zeros((_checked(count, max_nbytes), *kept), np.uint32)
+    _require_room(count, max_nbytes)
+    total = np.zeros((count, *kept), np.uint32)
     for box, start, limbs in parts:
         total[(slice(start - low, start - low + len(limbs)), *box)] = limbs
-    return Partial(total, low, flags, terms, ord)
+    return Partial(total, low, flags, term_count(x.shape, axes, x.dtype), ord)
 
 
-def sum_slices(block: Block, dtype: np.dtype[Any], ord: float, omit_nan: bool) -> None:
+def sum_slices(block: Block, dtype: DType, ord: float, omit_nan: bool) -> None:
     """Run the kernel on an array that ``block`` describes."""
     block.power, block.largest, _ = ORDERS[ord]
     block.omit = omit_nan
@@ -135,7 +161,7 @@ def sum_slices(block: Block, dtype: np.dtype[Any], ord: float, omit_nan: bool) -
 
 
 def combine(parts: Sequence[Partial], max_nbytes: int = 0) -> Partial:
-    """Sum of several partials of the same kept shape, in any order and grouping.
+    """Sum of several partials of the same kept shape, the same for any order and grouping.
 
     Sums of more than ``max_nbytes`` bytes a slice are refused, unless it is 0.
 
@@ -157,22 +183,25 @@ def combine(parts: Sequence[Partial], max_nbytes: int = 0) -> Partial:
     if not full:
         return parts[0]._replace(flags=flags, terms=terms)
     low, ord = min(p.low for p in full), parts[0].ord
-    count = _checked(max(p.low + len(p.limbs) for p in full) - low, max_nbytes)
+    count = max(p.low + len(p.limbs) for p in full) - low
+    _require_room(count, max_nbytes)
     limbs = np.empty((count + 1, flags.size), np.uint32)
     for start in range(0, flags.size, SLICES):
         some = slice(start, start + SLICES)
-        sums = np.zeros((count, limbs[0, some].size), np.int64)
+        # int64 has room for 2**31 limbs, and the last row for what is carried
+        sums = np.zeros((count + 1, limbs[0, some].size), np.int64)
         for p in full:
-            place = slice(p.low - low, p.low - low + len(p.limbs))
+            rows = slice(p.low - low, p.low - low + len(p.limbs))
             added = p.limbs.reshape(len(p.limbs), -1)[:, some]
-            if not ORDERS[ord].largest:
-                sums[place] += added
-                continue
-            other = np.zeros_like(sums)
-            other[place] = added
-            _take_larger(sums, other)
-        _carry(sums, limbs[:, some])
-    limbs, low = _trimmed(limbs.reshape(-1, *flags.shape), low)
+            if ORDERS[ord].largest:
+                other = np.zeros_like(sums)
+                other[rows] = added
+                _take_larger(sums, other)
+            else:
+                sums[rows] += added
+        _carry(sums)
+        limbs[:, some] = sums
+    limbs, low = _without_zeros(limbs.reshape(-1, *flags.shape), low)
     return Partial(limbs, low, flags, terms, ord)
 
 
@@ -186,48 +215,45 @@ def combine_all(parts: Sequence[Partial]) -> Partial:
     """
     single = [Partial(np.zeros((0,), np.uint32), 0, np.zeros((), np.uint8), 0)]
     for p in parts:
-        sums = p.limbs.sum(axis=tuple(range(1, p.limbs.ndim)), dtype=np.int64)
-        carried = np.empty(len(sums) + 2, np.uint32)
-        _carry(sums, carried)
-        limbs, low = _trimmed(carried, p.low)
-        flags = np.bitwise_or.reduce(p.flags, axis=None, dtype=np.uint8)
-        single.append(Partial(limbs, low, np.asarray(flags), p.terms * p.flags.size))
+        sums = np.zeros(len(p.limbs) + 1, np.int64)
+        sums[:-1] = p.limbs.sum(axis=tuple(range(1, p.limbs.ndim)), dtype=np.int64)
+        _carry(sums)
+        limbs, low = _without_zeros(sums.astype(np.uint32), p.low)
+        flags = np.asarray(np.bitwise_or.reduce(p.flags, axis=None, dtype=np.uint8))
+        single.append(Partial(limbs, low, flags, p.terms * p.flags.size))
     return combine(single)
 
 
 def nan_if_infinite(partial: Partial) -> Partial:
-    """Infinite slices count as NaN, as they do for a global norm."""
+    """Let infinite slices count as NaN, as a global norm does."""
     return partial._replace(flags=np.where(partial.flags != 0, np.uint8(NAN), partial.flags))
 
 
-def _take_larger(limbs: Array, other: Array) -> None:
-    """Replace the numbers that are smaller than the others."""
-    differ = limbs != other
-    top = len(limbs) - 1 - differ[::-1].argmax(axis=0, keepdims=True)  # the first that differs
-    larger = np.take_along_axis(other, top, 0) > np.take_along_axis(limbs, top, 0)
-    np.copyto(limbs, other, where=larger)
-
-
-def _checked(limbs: int, max_nbytes: int) -> int:
-    """Number of limbs, if they take no more bytes than may be."""
+def _require_room(limbs: int, max_nbytes: int) -> None:
+    """Refuse sums of more limbs than the memory budget has room for."""
     if max_nbytes and 4 * limbs > max_nbytes:
         raise MemoryBudgetError(
             f"exact sums of values of this spread take {4 * limbs} bytes a slice, and the memory "
             f"budget allows {max_nbytes}; give {ceil_div(4 * limbs, max_nbytes)} times the memory"
         )
-    return limbs
 
 
-def _carry(sums: Array, limbs: Array) -> None:
-    """Turn sums of limbs, which are not negative, into limbs; there are more of those."""
-    carry: Any = 0
-    for i in range(len(limbs)):
-        carry = carry + (sums[i] if i < len(sums) else 0)
-        limbs[i] = carry & MASK
-        carry = carry >> LIMB
+def _take_larger(sums: Sums, other: Sums) -> None:
+    """Replace each number that is smaller than the other one by that."""
+    differ = sums != other
+    top = len(sums) - 1 - differ[::-1].argmax(axis=0, keepdims=True)  # highest limb that differs
+    larger = np.take_along_axis(other, top, 0) > np.take_along_axis(sums, top, 0)
+    np.copyto(sums, other, where=larger)
 
 
-def _trimmed(limbs: Array, low: int) -> tuple[Array, int]:
+def _carry(sums: Sums) -> None:
+    """Carry sums of limbs, so that each fits a limb again."""
+    for i in range(len(sums) - 1):
+        sums[i + 1] += sums[i] >> LIMB
+        sums[i] &= (1 << LIMB) - 1
+
+
+def _without_zeros(limbs: Limbs, low: int) -> tuple[Limbs, int]:
     """Cut the first and last limbs that are zero in every slice."""
     used = np.flatnonzero(limbs.reshape(len(limbs), -1).any(axis=1))
     if not used.size:

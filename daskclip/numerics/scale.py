@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from daskclip.grid import index
-from daskclip.numerics.compiled import FORMATS, Array, Block, real_dtype
+from daskclip.numerics.compiled import Array, Block, DType, format_of
 from daskclip.numerics.partial import ORDERS, Partial
+
+Limits = float | npt.NDArray[np.float64]
+"""One limit, or an array of limits that broadcasts against the norms."""
 
 
 class Scale(NamedTuple):
-    """What slices are multiplied by, and their norms; every array of shape kept."""
+    """Factors of slices, and their norms; every array has the kept shape."""
 
     factor: Array
     """float64; 1 leaves the slice as it is."""
@@ -25,15 +28,10 @@ class Scale(NamedTuple):
     norm: Array
     """float64, correctly rounded; NaN and inf where such elements were met."""
     flags: Array
-    """uint8, of `Partial`: tells an infinite slice from one whose norm exceeds float64."""
+    """uint8, flags of `Partial`: an infinite slice differs from one whose norm exceeds float64."""
 
 
-def limit_at(limit: Any, shape: tuple[int, ...], at: Any) -> Any:
-    """Limits of a region of slices; one for all stays one."""
-    return limit if np.ndim(limit) == 0 else np.broadcast_to(limit, shape)[index(at)]
-
-
-def finalize(partial: Partial, clip_norm: Any, dtype: np.dtype[Any]) -> Scale:
+def finalize(partial: Partial, clip_norm: Limits, dtype: DType) -> Scale:
     """Norms of all slices, and the factors that bring them to at most ``clip_norm``.
 
     Parameters
@@ -41,9 +39,9 @@ def finalize(partial: Partial, clip_norm: Any, dtype: np.dtype[Any]) -> Scale:
     partial : Partial
         Exact sums over whole slices.
     clip_norm : float or array that broadcasts against the sums
-        The limits; negative counts as 0, infinity leaves everything as it is, NaN gives NaN.
+        Limits; negative ones count as 0, infinity leaves everything as it is, NaN gives NaN.
     dtype : dtype
-        Of the array that will be rescaled.
+        Dtype of the array that will be rescaled.
 
     Returns
     -------
@@ -62,37 +60,39 @@ def finalize(partial: Partial, clip_norm: Any, dtype: np.dtype[Any]) -> Scale:
     >>> scale.norm.ravel().round(3), scale.factor.ravel().round(3)
     (array([5. , 0.5]), array([0.2, 1. ]))
     """
-    block, scale = scaling(partial.flags.shape, clip_norm, dtype, partial.terms, partial.ord)
-    block.point("limbs", np.ascontiguousarray(partial.limbs))
+    kept = partial.flags.shape
+    block, scale = prepare_scale(kept, clip_norm, dtype, partial.terms, partial.ord)
+    block.point(limbs=np.ascontiguousarray(partial.limbs))
     block.used[:] = partial.low, partial.low + len(partial.limbs)
+    block.slices = partial.flags.size
+    # the kernel reads the flags of the sums where it would write those of elements
     scale.flags[...] = partial.flags
-    block.slices = scale.flags.size
     block.run("finalize_slices")
-    return trimmed(scale)
+    return without_zeros(scale)
 
 
-def scaling(
-    kept: tuple[int, ...], clip_norm: Any, dtype: np.dtype[Any], terms: int, ord: float
+def prepare_scale(
+    kept: tuple[int, ...], clip_norm: Limits, dtype: DType, terms: int, ord: float
 ) -> tuple[Block, Scale]:
-    """What the kernel is to be told of the limits, and the arrays it will fill."""
+    """Arguments of the kernel that concern the limits, and the arrays that it will fill."""
     limit = np.asarray(clip_norm, np.float64)
     if limit.ndim:
-        limit = np.ascontiguousarray(np.broadcast_to(limit, kept))
-    _, bits, lowest, *_ = FORMATS[real_dtype(dtype).name]
+        limit = np.broadcast_to(limit, kept)
+    _, digits, lowest, *_ = format_of(dtype)
     factor, norm, flags = np.empty(kept), np.empty(kept), np.zeros(kept, np.uint8)
-    shift = np.zeros(kept, np.int32) if bits == 53 else None
+    shift = np.zeros(kept, np.int32) if digits == 53 else None
     scale = Scale(factor, shift, np.zeros(kept, np.uint8), norm, flags)
     block = Block(dtype, limit=limit, **scale._asdict())
-    block.limits = limit.ndim > 0
+    block.limits = limit.ndim > 0  # a single limit is not repeated for each slice
     block.power = ORDERS[ord].power
-    # what rounding subnormals can add, against the room that the lowered factor leaves: 2**-64 of
-    # the limit for float64, else 2**-30
+    # rounding subnormals moves an element by half of 2**lowest at most, and the lowered factor
+    # leaves room for 2**-64 of the limit for float64, else for 2**-30
     error = ORDERS[ord].error_gain(terms)
-    block.tiny = error * math.ldexp(1.0, lowest + (64 if bits == 53 else 30))
+    block.truncate_below = error * math.ldexp(1.0, lowest + (64 if digits == 53 else 30))
     return block, scale
 
 
-def trimmed(scale: Scale) -> Scale:
-    """The same without arrays that are zero everywhere."""
+def without_zeros(scale: Scale) -> Scale:
+    """Replace optional arrays that are zero everywhere by None."""
     shift, toward_zero = (a if a is not None and a.any() else None for a in scale[1:3])
     return scale._replace(shift=shift, toward_zero=toward_zero)

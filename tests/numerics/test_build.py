@@ -30,7 +30,7 @@ needs_zig = pytest.mark.skipif(bool(WITHOUT_ZIG), reason=WITHOUT_ZIG)
 needs_qemu = pytest.mark.skipif(
     not shutil.which("qemu-aarch64"), reason="qemu-aarch64 (package qemu-user) is not installed"
 )
-HEADER = "daskclip/numerics/runs.h"
+HEADERS = {"daskclip/numerics/runs.h", "daskclip/numerics/decide.h"}
 OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
 NOWHERE = {"PATH": "/nowhere", "CC": ""}  # no cc there
 COMPILERS = [
@@ -137,7 +137,7 @@ def test_sdist_needs_no_compiler_and_makes_a_wheel(tree, tmp_path, environment):
     (sdist,) = (tmp_path / "sdist").iterdir()
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
-    assert {"hatch_build.py", "pyproject.toml", SOURCE, HEADER} <= names
+    assert {"hatch_build.py", "pyproject.toml", SOURCE, *HEADERS} <= names
     assert not [n for n in names if n.endswith(".so")]
     check_wheel(wheel_of(sdist, tmp_path / "wheels", **environment), tmp_path)
 

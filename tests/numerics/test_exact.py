@@ -13,7 +13,7 @@ from reference import DTYPES, is_rounded, native, squares, tall_squares
 from strategies import LAYOUTS, cases
 
 from daskclip import norm
-from daskclip.numerics import combine, combine_all, partial_norm
+from daskclip.numerics import combine, combine_all, partial_norm, state_nbytes
 
 WIDE = {  # exponents that a dtype's values can have
     "float16": (-24, 15),
@@ -168,6 +168,24 @@ def test_flags_tell_what_was_met_and_the_sum_leaves_it_out(case, omit):
 def test_more_parts_than_a_limb_has_room_for_carries():
     one = partial_norm(np.float32([0xFFFFFF]), (0,))
     assert value(combine([one] * 5000)).item() == 5000 * value(one).item()
+
+
+@pytest.mark.parametrize("ord", [1, 2, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_sum_takes_more_bytes_than_are_announced(dtype, ord):
+    """The largest sum that an array can have, beside the smallest element."""
+    if dtype.kind == "c" and ord != 2:
+        return
+    lowest, highest = WIDE[native(np.zeros((), dtype)).dtype.name]
+    smallest, total = (
+        partial_norm(np.ldexp([1.0], e).astype(dtype), (0,), ord=ord) for e in (lowest, highest)
+    )
+    for _ in range(62):
+        total = combine([total, total])
+    total = combine([total, smallest])
+    assert 4 * len(total.limbs) <= state_nbytes(dtype)
+    if ord == 2:
+        assert 4 * len(total.limbs) == state_nbytes(dtype)
 
 
 def test_a_sum_exceeds_float64_without_harm():

@@ -1,6 +1,8 @@
 """The compiled kernel is exact in every form of array and on every level of processor."""
 
+import ctypes
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -146,7 +148,7 @@ def random_values(rng, shape, dtype, spread):
     """Normal values around exponents of some spread."""
     real = dtype if dtype.kind != "c" else np.dtype(f"f{dtype.itemsize // 2}")
     parts = (*shape, 2) if dtype.kind == "c" else shape
-    lowest = compiled.FORMATS[real.name][2]
+    lowest = compiled.FORMATS[real.name].lowest
     highest = {"float16": 15, "float64": 1023}.get(real.name, 127)
     exponent = np.clip(rng.integers(-spread, spread, parts, endpoint=True), lowest, highest - 1)
     x = np.ldexp(rng.uniform(-1, 1, parts), exponent).astype(real)
@@ -280,6 +282,34 @@ def test_bits_of_untouched_elements_are_kept():
     x = np.tile(np.append(odd, np.float32([0.25, -0.25])), (5, 1))
     for axes in ((0,), (1,), (0, 1)):
         assert clip_block(x, 5.0, axes, omit_nan=True)[0].tobytes() == x.tobytes()
+
+
+def test_python_describes_the_block_as_the_kernel_does():
+    source = (compiled.FOLDER / "kernel.c").read_text()
+    (body,) = re.findall(r"typedef struct \{([^{}]*)\} block;", source)
+    declared = []
+    for line in re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL).strip().split(";")[:-1]:
+        kind, names = re.fullmatch(r"\s*(?:const )?(\w+) (.*)", line).groups()
+        for name in names.split(", "):
+            bare, size = re.fullmatch(r"\*?(\w+)(?:\[(\w+)\])?", name).groups()
+            one = ctypes.c_void_p if "*" in name else {"i64": ctypes.c_int64}.get(kind)
+            one = ctypes.c_double if kind == "double" and "*" not in name else one
+            many = compiled.AXES if size == "AXES" else int(size or 0)
+            declared.append(({"from": "from_"}.get(bare, bare), one * many if size else one))
+    assert declared == list(compiled.Block._fields_)
+
+
+def test_python_knows_the_formats_of_the_kernel():
+    source = (compiled.FOLDER / "kernel.c").read_text()
+    tables = dict(re.findall(r"(\w+)\[\] = \{(.*?)\}", source))
+    names = re.search(r"enum \{ (FLOAT16.*?) \}", source)[1].lower().split(", ")
+    for name, form in compiled.FORMATS.items():
+        assert names[form.number] == name
+        for field, table in zip(
+            form._fields[1:], ("DIGITS", "LOWEST", "FIRST", "LIMBS"), strict=True
+        ):
+            entry = tables[table].split(", ")[form.number].replace("MAX_LIMBS", "138")
+            assert getattr(form, field) == int(entry)
 
 
 def test_a_missing_kernel_is_one_line(tmp_path):

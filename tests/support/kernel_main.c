@@ -45,10 +45,8 @@ int main(void) {
         state = kind + 1;
         fill(x, type, spreads[kind / 96]);
         block b = {.axes = 2, .type = type, .power = order ? 2 - order % 2 : 1, .largest = order == 0,
-                   .slices = SLICES, .limit = limits + limit, .tiny = 1e-300, .x = x, .out = out,
+                   .slices = SLICES, .limit = limits + limit, .truncate_below = 1e-300, .x = x, .out = out,
                    .factor = factor, .norm = norm, .shift = shift, .toward_zero = toward_zero, .flags = flags};
-        const int significant[] = {11, 8, 24, 53}, lowest[] = {-24, -133, -149, -1074};
-        b.keep = -((i64)1 << (53 - significant[type])), b.lowest = lowest[type];
         i64 size = SIZE[type], kept = columns ? 1 : 0;
         b.length[kept] = SLICES, b.length[1 - kept] = LENGTH, b.slice[kept] = 1;
         b.from[0] = b.to[0] = size * b.length[1], b.from[1] = b.to[1] = size;

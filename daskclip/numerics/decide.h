@@ -1,0 +1,140 @@
+/* From the sum of a slice to its norm and its factor, read by kernel.c.
+
+   The bound holds exactly because every rounding is on the safe side. float16, bfloat16 and
+   float32: a factor of 29 bits, rounded down, makes each product exact in float64, and the product
+   is rounded toward zero. float64: the factor is lowered by a little more than the half unit that
+   rounding the product to nearest can add. Below the normal range that half unit is not relative
+   any more: where the limit is so small that this matters, subnormal results are rounded toward
+   zero. */
+
+enum {
+    NO_EXPONENT = -(1 << 20), /* of a sum of 0: below all others */
+    NEAR_SUBNORMAL = -1040,   /* from here on down, root * 2**half may be subnormal */
+    MIN_FACTOR = -900,        /* exponent of a factor of float64: its products are normal */
+};
+
+/* The sum m * 2**unit. */
+static leading leading_of_integer(u128 m, i64 unit) {
+    if (!m) return (leading){0, 0, 0, NO_EXPONENT};
+    i64 up = m >> 64 ? __builtin_clzll(m >> 64) : 64 + __builtin_clzll(m);
+    m <<= up;
+    return (leading){m >> 64, (u64)m, 0, unit - up};
+}
+
+/* The sum of limbs `step` apart, of which the first weighs 2**(32 * first). */
+static leading leading_of(const u32 *limbs, i64 step, i64 count, i64 first) {
+    i64 top = count - 1, more = 0;
+    while (top >= 0 && !limbs[top * step]) top--;
+    if (top < 0) return (leading){0, 0, 0, NO_EXPONENT};
+    u64 t[5]; /* 128 bits that begin inside a limb */
+    for (i64 i = 0; i < 5; i++) t[i] = top >= i ? limbs[(top - i) * step] : 0;
+    int left = __builtin_clz((u32)t[0]), right = 32 - left;
+    for (i64 i = 0; i < top - 4; i++) more |= limbs[i * step] != 0;
+    return (leading){
+        .high = (t[0] << 32 | t[1]) << left | t[2] >> right,
+        .low = (t[2] << 32 | t[3]) << left | t[4] >> right,
+        .more = more | ((u32)(t[4] << left) != 0),
+        .exponent = 32 * (first + top - 3) - left,
+    };
+}
+
+/* Sign of the sum less (m * 2**e)**power, for m below 2**55. */
+static int compare(leading s, u64 m, i64 e, i64 power) {
+    leading t = leading_of_integer(power == 2 ? (u128)m * m : m, power * e);
+    if (s.exponent != t.exponent) return s.exponent > t.exponent ? 1 : -1;
+    if (s.high != t.high) return s.high > t.high ? 1 : -1;
+    return s.low != t.low ? (s.low > t.low ? 1 : -1) : (int)s.more;
+}
+
+/* The same for the midpoint between the float64 of these bits and the next one. */
+static int compare_midpoint(leading s, i64 bits, i64 power) {
+    i64 field = bits >> 52, one = (i64)1 << 52, m = (bits & (one - 1)) | (field ? one : 0);
+    return field == 0x7FF ? -1 : compare(s, 2 * m + 1, (field ? field : 1) - 1076, power);
+}
+
+/* The float64 nearest to the root of the sum, ties to even, from one that lies close. */
+static double round_root(leading s, double r, i64 power) {
+    i64 bits = bits_of(r), step;
+    do {
+        int above = compare_midpoint(s, bits, power), odd = bits & 1;
+        int below = bits ? compare_midpoint(s, bits - 1, power) : 1;
+        step = above > 0 || (above == 0 && odd) ? 1 : below < 0 || (below == 0 && odd) ? -1 : 0;
+        bits += step;
+    } while (step);
+    return double_of(bits);
+}
+
+/* Take the sum and the limit of a slice, which is number k of its box. */
+static void prepare_root(const block *b, i64 k, i64 slice, leading sum) {
+    work *w = b->scratch;
+    /* (upper + lower) * 2**exponent: 53 of the 64 bits of high, and the next 53; the power of two
+       is made even, so that the root has half of it and lies in [2**26, 2**27) */
+    i64 exponent = sum.exponent + 64 + 11, odd = b->power == 2 && exponent & 1;
+    double limit = b->limit[b->limits * slice];
+    w->slice[k] = slice, w->sum[k] = sum;
+    w->upper[k] = (double)(i64)(sum.high >> 11) * (1 + odd);
+    w->lower[k] = (double)(i64)((sum.high & 0x7FF) << 42 | sum.low >> 22) * 0x1p-53 * (1 + odd);
+    w->half[k] = b->power == 2 ? (exponent - odd) / 2 : exponent + 26;
+    w->limit[k] = limit < 0 ? 0 : limit;
+    w->mantissa[k] = split(w->limit[k], w->power + k);
+}
+
+/* Compute the roots of n sums, and the factors that bring them to their limits, to 100 bits. */
+static void compute_roots(const block *b, i64 n) {
+    work *w = b->scratch;
+    /* float64: half a unit for the product, half for this sum, and some for subnormal results */
+    double slack = b->type == FLOAT64 ? 0x1.08p-52 : 0x1p-29;
+    for (i64 k = 0; k < n; k++) {
+        double high = w->upper[k], low = w->lower[k], first = __builtin_sqrt(high);
+        double square = first * first, error = error_of(first, first, square);
+        double delta = (((high - square) - error) + low) / (2 * first), root = first + delta;
+        double sum = high + low, below = (high - sum) + low;
+        w->root[k] = b->power == 1 ? sum * 0x1p-26 : root;
+        w->rest[k] = b->power == 1 ? below * 0x1p-26 : (first - root) + delta;
+    }
+    for (i64 k = 0; k < n; k++) {
+        double c = w->mantissa[k], root = w->root[k], q = c / root, product = q * root;
+        double correction = (((c - product) - error_of(q, root, product)) - q * w->rest[k]) / root;
+        w->factor[k] = q + (correction - q * slack);
+    }
+}
+
+/* The factor of a slice above its limit. */
+static double factor_of(const block *b, i64 k) {
+    const work *w = b->scratch;
+    i64 exponent = w->power[k] - w->half[k];
+    if (b->type != FLOAT64) /* 29 of 53 bits */
+        return scaled(double_of(bits_of(w->factor[k]) & -(1 << (53 - 29))), exponent);
+    if (exponent < MIN_FACTOR) /* or the product would be rounded twice */
+        b->shift[w->slice[k]] = (i32)(exponent - MIN_FACTOR), exponent = MIN_FACTOR;
+    return scaled(w->factor[k], exponent);
+}
+
+/* Decide norm and factor of n slices: pure functions of the sum, its flags and the limit. */
+static void decide(const block *b, i64 n) {
+    const work *w = b->scratch;
+    compute_roots(b, n);
+    for (i64 k = 0; k < n; k++) {
+        leading sum = w->sum[k];
+        i64 slice = w->slice[k], flags = b->flags[slice];
+        double root = w->root[k], rest = __builtin_fabs(w->rest[k]), limit = w->limit[k];
+        double norm = sum.high ? scaled(root, w->half[k]) : 0;
+        /* 100 bits decide the norm unless they are within 2**-40 of a tie; below a power of two,
+           that is half as far away */
+        double gap = (double_of(bits_of(root) + 1) - root) / 2, close = gap * 0x1p-40;
+        int tie = __builtin_fabs(rest - gap) <= close || __builtin_fabs(rest - gap / 2) <= close;
+        if (sum.high && (tie || w->half[k] < NEAR_SUBNORMAL))
+            norm = round_root(sum, norm, b->power);
+        int above = norm > limit;
+        if (norm == limit) /* the root itself may be larger */
+            above = compare(sum, (u64)(w->mantissa[k] * 0x1p53), w->power[k] - 53, b->power) > 0;
+        b->norm[slice] = flags & NAN_MET ? QUIET_NAN : flags ? INF : norm;
+        if (b->toward_zero) b->toward_zero[slice] = limit < b->truncate_below;
+        if (limit == INF) /* wins over all that follows */
+            b->factor[slice] = 1.0;
+        else if (flags & NAN_MET || limit != limit)
+            b->factor[slice] = QUIET_NAN;
+        else
+            b->factor[slice] = flags ? 0.0 : above ? factor_of(b, k) : 1.0;
+    }
+}
