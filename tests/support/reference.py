@@ -71,7 +71,7 @@ def tall_squares(x):
         total = 0
         for part, weight in ((m & 0xFFFFFF, 0), (m >> 24, 24)):
             # float64 adds these integers without rounding: each is below 2**25
-            sums = np.bincount(e + 149, block_strides=part)
+            sums = np.bincount(e + 149, weights=part)
             unit = weight + 2 * (-149 - 24) - 2 * UNIT
             total += sum(int(s) << (unit + 2 * k) for k, s in enumerate(sums.tolist()))
         result.append(total)
