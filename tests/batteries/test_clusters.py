@@ -31,7 +31,7 @@ MEMORY = {0: 360, 1: 4096}
 PASSES = {0: 2, 1: 1}
 CLIP_NORM = 100.0
 SMALL = (
-    "from daskclip import engine, prepare, plan; "
+    "from daskclip.engine import request as prepare; from daskclip.plan import array as plan; "
     + "; ".join(f"plan.{name} = {size}" for name, size in SIZES.items())
     + f"; prepare.STATE = {STATE}; "
 )
@@ -51,7 +51,7 @@ Journal.append = gated
 # kills its process at one block, each time
 DEADLY = """
 import os, signal
-from daskclip import regions
+from daskclip.storage import regions
 def deadly(array, region, *args, original=regions.{0}):
     if [s.start for s in region] == {1}:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -62,7 +62,7 @@ regions.{0} = deadly
 FREEZING = """
 import os, signal, threading
 from pathlib import Path
-from daskclip import regions
+from daskclip.storage import regions
 frozen, woken = Path({!r}), Path({!r})
 def freezing(*args, original=regions.write):
     try:

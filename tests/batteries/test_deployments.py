@@ -205,7 +205,8 @@ def test_a_slurm_cluster(agrees, cluster, tmp_path):
 
 SLOW = """#!{python}
 import time
-from daskclip import cli, plan
+from daskclip import cli
+from daskclip.plan import array as plan
 from daskclip.target.journal import Journal
 plan.WINDOW, plan.BLOCK = 1, 1 << 22
 def slowly(self, entry, append=Journal.append):

@@ -127,15 +127,16 @@ def test_of_four_processes_with_the_same_command_one_clips(tmp_path, x, rounds):
 
 # --- interrupted ---------------------------------------------------------------------------------
 
-PATCHES = f"from daskclip import cli, engine, prepare, plan; prepare.STATE = {STATE}; " + "".join(
-    f"plan.{name} = {size}; " for name, size in SIZES.items()
-)
+PATCHES = (
+    "from daskclip import cli; from daskclip.engine import request as prepare; "
+    f"from daskclip.plan import array as plan; prepare.STATE = {STATE}; "
+) + "".join(f"plan.{name} = {size}; " for name, size in SIZES.items())
 # a block tells that it began; from one on they wait until the process was told to stop, so that
 # the signal comes in the middle of a block, and what begins afterwards can be seen
 TELLING = """
 import time
 from pathlib import Path
-from daskclip import regions
+from daskclip.storage import regions
 told, stopped = Path({told!r}), Path({stopped!r})
 def telling(*args, original=regions.read):
     with told.open("a") as file:

@@ -26,7 +26,9 @@ SIZES = {"BLOCK": 4096, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
 STATE = {2: 1, 4: 1, 8: 1}
 BEATS = {"HEARTBEAT_S": 0.2, "LEASE_TIMEOUT_S": 2.0}
 SMALL = (
-    f"from daskclip import cli, prepare, leases, plan; prepare.STATE = {STATE}; "
+    "from daskclip import cli; from daskclip.engine import request as prepare; "
+    "from daskclip.target import lease as leases; from daskclip.plan import array as plan; "
+    f"prepare.STATE = {STATE}; "
     + "".join(f"plan.{name} = {size}; " for name, size in SIZES.items())
     + "".join(f"leases.{name} = {size}; " for name, size in BEATS.items())
 )

@@ -45,7 +45,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from faults import CASES, SIZES, warm
-from daskclip import engine, prepare, plan
+from daskclip.engine import request as prepare
+from daskclip.plan import array as plan
 from daskclip.errors import DaskClipError
 warm()
 for name, size in SIZES.items():

@@ -181,7 +181,8 @@ def test_a_killed_process_leaves_no_norms(tmp_path):
     create(tmp_path / "x", some((64, 64), "f4"), (1, 64))
     code = """
 import os, signal, sys
-from daskclip import stats_zarr, tasks
+from daskclip import stats_zarr
+from daskclip.worker import tasks
 save = tasks.save_norms
 def saving(*args):
     done = save(*args)

@@ -224,7 +224,7 @@ def test_no_quantile_without_a_finite_slice(source, tmp_path):
 MEASURE = """
 import json, resource, sys
 import daskclip, dask
-from daskclip import workers
+from daskclip.engine import cluster as workers
 small, large = sys.argv[1:]
 with dask.config.set(num_workers=2):
     daskclip.stats_zarr(small, 1, memory="128MiB")

@@ -124,7 +124,7 @@ def test_names_are_plain(place, tmp_path):
 def refused(place, *options, code, source, env=None):
     """The line that the command ends with, before any chunk is read and with nothing left."""
     command = [sys.executable, "-m", "daskclip.cli", "run", source, place.name, "--clip-norm", "1"]
-    code_ = "from daskclip import cli, regions; regions.read = None; cli.main()"
+    code_ = "from daskclip import cli; from daskclip.storage import regions; regions.read = None; cli.main()"
     command[1:3] = ["-c", code_]
     done = subprocess.run(
         list(map(str, [*command, *options])),
