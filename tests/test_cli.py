@@ -23,34 +23,18 @@ import dask
 import numpy as np
 import pytest
 import zarr
-from click.testing import CliRunner
+from command_line import DASKCLIP, assert_fails, run, shell
+from damage import Payload
 from numpy.exceptions import AxisError
 from reference import bits
 from stores import create, finished, mounted, read, some, stored
 from zarr.codecs.numcodecs import Quantize
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr
-from daskclip.cli import main
 from daskclip.errors import DaskClipError
 from daskclip.report.reports import ClipReport
 
-DASKCLIP = [sys.executable, "-c", "from daskclip.cli import main; main()"]
 NOBODY = 65534
-
-
-def run(*args):
-    """Exit code, stdout and stderr of the command line, in this process."""
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result
-
-
-def shell(*args, code=None, **options):
-    """The same in a process of its own; ``code`` runs before the command line."""
-    command = [sys.executable, "-c", f"{code}; {DASKCLIP[2]}"] if code else DASKCLIP
-    return subprocess.run(
-        [*command, *map(str, args)], capture_output=True, text=True, check=False, **options
-    )
 
 
 @pytest.fixture
@@ -254,16 +238,6 @@ def test_scheduler(source, tmp_path):
 # --- what is refused ---------------------------------------------------------------------------
 
 
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def format_2(path, dtype, data, filters=None):
     """An array of format 2 that zarr itself would not write."""
     path.mkdir()
@@ -306,18 +280,6 @@ def everything(tmp_path_factory):
     return folder
 
 
-def refused(done, code, *words):
-    """One line on stderr that holds ``words``, nothing on stdout, and the exit code."""
-    assert done.stdout == ""
-    line = done.stderr.removesuffix("\n")
-    assert line.startswith("daskclip: ")
-    assert "\n" not in line
-    assert "Traceback" not in line
-    for word in words:
-        assert word in line
-    assert getattr(done, "exit_code", getattr(done, "returncode", None)) == code
-
-
 def both_refuse(folder, source, target, kind, code, words, **arguments):
     """The library and the command line refuse alike, and nothing is left behind."""
     before = stored(folder)
@@ -335,7 +297,7 @@ def both_refuse(folder, source, target, kind, code, words, **arguments):
         for name, value in python.items()
     ]
     for command in (["run"], ["plan"], ["run", "--dry-run"]):
-        refused(run(*command, folder / source, folder / target, *options), code, *words)
+        assert_fails(run(*command, folder / source, folder / target, *options), code, *words)
     assert stored(folder) == before
 
 
@@ -409,7 +371,7 @@ def test_parameters_that_are_refused(everything, kind, words, arguments):
     options = [f"--{name}={value}" for name, value in arguments.items()]
     for command in ("run", "plan"):
         done = run(command, everything / "x", everything / "y", "--clip-norm", 1, *options)
-        refused(done, 3, *words, str(caught.value))
+        assert_fails(done, 3, *words, str(caught.value))
     assert stored(everything) == before
 
 
@@ -464,7 +426,7 @@ def test_things_that_are_no_paths_are_refused(everything, source, target):
 def test_axes_that_are_no_integers(everything, axes):
     before = stored(everything)
     done = run("run", everything / "x", everything / "y", "--clip-norm", 1, "--axes", axes)
-    refused(done, 3, axes, "0,2")
+    assert_fails(done, 3, axes, "0,2")
     assert stored(everything) == before
 
 
@@ -488,20 +450,20 @@ def test_axes_that_are_no_integers(everything, axes):
 )
 def test_command_lines_that_are_not_understood(everything, options, words):
     before = stored(everything)
-    refused(run("run", everything / "x", everything / "y", *options), 2, *words)
+    assert_fails(run("run", everything / "x", everything / "y", *options), 2, *words)
     assert stored(everything) == before
 
 
 @pytest.mark.parametrize("words", [["--junk"], ["junk"], []], ids=str)
 def test_commands_that_are_not_understood(words):
-    refused(run(*words), 2, *words)
+    assert_fails(run(*words), 2, *words)
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_run(everything):
     before = stored(everything)
     options = ["--clip-norm", 1, "--report", everything / "no" / "report.json"]
     done = run("run", everything / "x", everything / "y", *options)
-    refused(done, 3, "report", "does not exist", "create it")
+    assert_fails(done, 3, "report", "does not exist", "create it")
     assert stored(everything) == before
 
 
@@ -513,7 +475,7 @@ def test_an_unknown_scheduler_is_refused(everything):
         address = f"tcp://127.0.0.1:{unused.getsockname()[1]}"
         options = ["--clip-norm", 1, "--scheduler", address]
         done = shell("run", everything / "x", everything / "y", *options)
-    refused(done, 3, address, "check the address")
+    assert_fails(done, 3, address, "check the address")
     assert stored(everything) == before
 
 
@@ -522,14 +484,14 @@ def test_a_junk_scheduler_address_is_refused(everything, address):
     before = stored(everything)
     options = ["--clip-norm", 1, "--scheduler", address]
     done = shell("run", everything / "x", everything / "y", *options)
-    refused(done, 3, address, "check the address")
+    assert_fails(done, 3, address, "check the address")
     assert stored(everything) == before
 
 
 @pytest.mark.parametrize(("source", "word"), [("strings", "str"), ("quantized", "quantize")])
 def test_refusals_are_one_line_where_zarr_warns(everything, source, word):
     before = stored(everything)
-    refused(shell("run", everything / source, everything / "y", "--clip-norm", 1), 3, word)
+    assert_fails(shell("run", everything / source, everything / "y", "--clip-norm", 1), 3, word)
     assert stored(everything) == before
 
 
@@ -555,7 +517,7 @@ def test_a_read_only_folder_is_refused(public):
     if os.geteuid() == 0:
         code += f"; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})"
     done = shell("run", public / "x", closed / "y", "--clip-norm", 1, code=code)
-    refused(done, 3, str(closed), "cannot be written", "choose another")
+    assert_fails(done, 3, str(closed), "cannot be written", "choose another")
     assert stored(public) == before
 
 
@@ -565,13 +527,13 @@ def test_a_read_only_mount_is_refused(public):
         with pytest.raises(PermissionError):
             clip_zarr(public / "x", point / "y", 1.0)
         assert not stored(point)
-    refused(done, 3, str(point), "cannot be written", "choose another")
+    assert_fails(done, 3, str(point), "cannot be written", "choose another")
 
 
 def test_a_folder_that_only_looks_writable_is_refused(everything):
     target = Path("/proc") / "daskclip-target"
     done = run("run", everything / "x", target, "--clip-norm", 1)
-    refused(done, 3, "/proc")
+    assert_fails(done, 3, "/proc")
     with pytest.raises((OSError, ValueError)) as caught:
         clip_zarr(everything / "x", target, 1.0)
     assert isinstance(caught.value, DaskClipError)
@@ -584,7 +546,7 @@ def test_a_chunk_that_cannot_be_read_is_a_storage_failure(tmp_path, source):
     (source / "c/1/0").write_bytes(b"broken")
     before = stored(tmp_path)
     done = shell("run", source, tmp_path / "y", "--clip-norm", 1)
-    refused(done, 1, "reading block", str(source), "again to resume")
+    assert_fails(done, 1, "reading block", str(source), "again to resume")
     assert finished(tmp_path) == before
 
 
@@ -594,7 +556,7 @@ def test_a_chunk_that_cannot_be_written_is_a_storage_failure(tmp_path):
     limit = resource.RLIMIT_FSIZE
     code = f"import resource; resource.setrlimit({limit}, (4096, 4096))"
     done = shell("run", source, tmp_path / "y", "--clip-norm", 1, code=code)
-    refused(done, 1, "writing block", "again to resume")
+    assert_fails(done, 1, "writing block", "again to resume")
     assert finished(tmp_path) == before
 
 
@@ -605,7 +567,7 @@ def test_a_failure_among_many_chunks_is_one_line(tmp_path):
     (source / "c/0/0").write_bytes(b"broken")
     before = stored(tmp_path)
     done = shell("run", source, tmp_path / "y", "--clip-norm", 1, "--progress", "none")
-    refused(done, 1, "reading block", "again to resume")
+    assert_fails(done, 1, "reading block", "again to resume")
     assert finished(tmp_path) == before
 
 
@@ -617,14 +579,16 @@ def test_a_full_disk_is_one_line_and_can_be_discarded(public):
         assert not finished(point)
         assert shell("discard", point / "y").stdout == "discarded\n"
         assert not stored(point)
-    refused(done, 1, "writing block", "No space left", "at chunk", "again to resume")
+    assert_fails(done, 1, "writing block", "No space left", "at chunk", "again to resume")
 
 
 def test_nan_under_raise(tmp_path):
     source = create(tmp_path / "x", np.float32([[1, 2], [math.nan, 3]]), (1, 2))
     before = stored(tmp_path)
     options = ["--clip-norm", 1, "--axes", 1, "--nonfinite", "raise"]
-    refused(run("run", source, tmp_path / "y", *options), 3, "slice [1, :]", "chunk (1, 0)", "omit")
+    assert_fails(
+        run("run", source, tmp_path / "y", *options), 3, "slice [1, :]", "chunk (1, 0)", "omit"
+    )
     assert stored(tmp_path) == before
 
 
@@ -632,7 +596,7 @@ def test_a_missing_chunk_under_error(tmp_path, source):
     (source / "c/1/0").unlink()
     before = stored(tmp_path)
     options = ["--clip-norm", 1, "--missing", "error"]
-    refused(run("run", source, tmp_path / "y", *options), 3, "c/1/0", "missing")
+    assert_fails(run("run", source, tmp_path / "y", *options), 3, "c/1/0", "missing")
     assert stored(tmp_path) == before
 
 
@@ -643,7 +607,7 @@ def test_a_failure_on_workers_is_one_line(tmp_path, source):
     before = stored(tmp_path)
     options = ["--clip-norm", 1, "--workers", 1, "--progress", "none"]
     done = shell("run", source, tmp_path / "y", *options)
-    refused(done, 1, "reading block", str(source), "again to resume")
+    assert_fails(done, 1, "reading block", str(source), "again to resume")
     assert finished(tmp_path) == before
 
 

@@ -45,7 +45,7 @@ def groups(draw):
     return found if any(o["dtype"] != "i4" for o, *_ in found.values()) else found | draw(PLAIN)
 
 
-def make(path, group):
+def store_group(path, group):
     """Store a group; returns the values that are read from it."""
     root = zarr.create_group(path)
     for name, (options, values, rows) in group.items():
@@ -86,7 +86,7 @@ def test_it_is_what_numpy_makes_of_its_arrays(group, how, memory, limit, in_plac
         patch.setattr(plan, "FIXED", 0)
         patch.setattr(plan, "SCRATCH", 0)
         source, target = Path(folder) / "x", Path(folder) / ("x" if in_place else "y")
-        values = make(source, group)
+        values = store_group(source, group)
         floats = {n: x for n, x in values.items() if x.dtype.kind in "fc"}
         if how == "global":
             clipped, _ = clip_by_global_norm(list(floats.values()), limit)

@@ -6,13 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import pytest
+from command_line import DASKCLIP, shell
 from distributed import Client
 from reference import bits
 from stores import create, finished, read, some, stored
+from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr
 from daskclip.engine import cluster as workers
@@ -77,14 +78,6 @@ def freezing(*args, original=regions.write):
         woken.touch()
 regions.write = freezing
 """
-
-
-def until(condition, seconds=120):
-    """Wait for something; the time only guards against hanging."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.001)
 
 
 class Cluster:
@@ -206,7 +199,7 @@ class Run:
         options += ["--scheduler", address] if address else []
         options += {"copy": [], "overwrite": ["--overwrite"], "in_place": ["--in-place"]}[self.mode]
         target = [] if self.mode == "in_place" else [self.target]
-        code = f"{self.code}\nfrom daskclip.cli import main; main()"
+        code = f"{self.code}\n{DASKCLIP[2]}"
         return self._start(code, "run", self.folder / "x", *target, *options)
 
     def python(self, address):
@@ -375,8 +368,7 @@ def test_a_frozen_worker_that_wakes_hurts_no_later_run(folder, tmp_path, end):
         until(lambda: frozen.exists() and frozen.read_text())
         if end == "abandoned":
             kill(process)
-            discard = ["-c", "from daskclip.cli import main; main()", "discard", run.target]
-            subprocess.run([sys.executable, *discard], check=True, capture_output=True)
+            subprocess.run([*DASKCLIP, "discard", run.target], check=True, capture_output=True)
         assert {p.name for p in folder.iterdir()} - {"y"} == {"x"}
         mode = "overwrite" if end == "published" else "copy"
         other = Run(folder, 1, mode, 2 * CLIP_NORM, code=GATED.format(str(go)))
@@ -441,18 +433,11 @@ def worker(cluster, *before, **environment):
         process.wait(60)
 
 
-def refused(cluster, folder):
+def refusal(cluster, folder):
     """The line that a run ends with, with nothing left."""
     x = create(folder / "x", some((4, 4), "f4"), (2, 4))
     before = stored(folder)
-    command = [sys.executable, "-c", "from daskclip.cli import main; main()", "run", x]
-    command += [folder / "y", "--clip-norm", 1]
-    done = subprocess.run(
-        [*map(str, command), "--scheduler", cluster.address],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = shell("run", x, folder / "y", "--clip-norm", 1, "--scheduler", cluster.address)
     assert (done.returncode, stored(folder)) == (3, before)
     with Client(cluster.address), pytest.raises(RuntimeError) as caught:
         clip_zarr(x, folder / "y", 1.0)
@@ -470,7 +455,7 @@ def test_workers_of_another_version_are_refused(tmp_path, package):
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0.9\n")
     with cluster_in(tmp_path / "logs") as cluster, worker(cluster, PYTHONPATH=str(info.parent)):
-        assert f" has {package} 0.0.9 and not " in refused(cluster, tmp_path / "data")
+        assert f" has {package} 0.0.9 and not " in refusal(cluster, tmp_path / "data")
 
 
 def test_workers_that_do_not_see_the_files_are_refused(tmp_path):
@@ -479,7 +464,7 @@ def test_workers_that_do_not_see_the_files_are_refused(tmp_path):
     if subprocess.run([*hidden, tmp_path, "true"], capture_output=True, check=False).returncode:
         pytest.skip("mounting is refused here")
     with cluster_in(tmp_path / "logs") as cluster, worker(cluster, *hidden, str(tmp_path / "data")):
-        assert " does not see " in refused(cluster, tmp_path / "data")
+        assert " does not see " in refusal(cluster, tmp_path / "data")
 
 
 def test_a_worker_that_does_not_answer_is_no_reason_to_begin(tmp_path, monkeypatch):

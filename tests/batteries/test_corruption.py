@@ -24,6 +24,7 @@ from unittest import mock
 import numcodecs
 import numpy as np
 import pytest
+from damage import dangle, empty, folder, link, pipe, remove
 from reference import bits
 from stores import FORMATS, create, read, some, stored
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
@@ -87,7 +88,7 @@ def chunks_of(array):
     return [k for k, v in stored(array).items() if v is not None and not k.startswith((".z", "z"))]
 
 
-def refused(source, target, key, clip_norm):
+def fails_at_chunk(source, target, key, clip_norm):
     """Whether the run fails; then it says why on one line, by the chunk, and makes no target."""
     try:
         clip_zarr(source, target, clip_norm, memory=TWO_PASSES)
@@ -114,7 +115,7 @@ def before_the_run(source, key, data, n):
     (source / key).write_bytes(data)
     now = stored(source)
     limit = (1.0, 1e9)[n % 2]
-    failed = refused(source, target, key, limit)
+    failed = fails_at_chunk(source, target, key, limit)
     assert stored(source) == now
     if failed:
         discard(target)
@@ -156,7 +157,7 @@ def between_the_passes(source, key, data, n):
 
     now = stored(source) | {key: data}
     with mock.patch.object(journal.Journal, "append", append):
-        assert refused(source, target, key, (1.0, 1e9)[n // 4 % 2])
+        assert fails_at_chunk(source, target, key, (1.0, 1e9)[n // 4 % 2])
     assert changed
     assert stored(source) == now
     if (source.parent / ".y.daskclip").exists():
@@ -343,34 +344,6 @@ def test_a_run_whose_staged_metadata_is_damaged_can_be_discarded(tmp_path, monke
 
 
 CHUNK = {"format 3": "c/2/1", "format 2": "2.1", "shards": "c/1/0"}
-
-
-def remove(y, key):
-    (y / key).unlink()
-
-
-def link(y, key):
-    (y / key).rename(y.parent / "elsewhere")
-    (y / key).symlink_to(y.parent / "elsewhere")
-
-
-def dangle(y, key):
-    (y / key).unlink()
-    (y / key).symlink_to(y.parent / "nowhere")
-
-
-def folder(y, key):
-    (y / key).unlink()
-    (y / key).mkdir()
-
-
-def pipe(y, key):
-    (y / key).unlink()
-    os.mkfifo(y / key)
-
-
-def empty(y, key):
-    (y / key).write_bytes(b"")
 
 
 def swap(y, key):

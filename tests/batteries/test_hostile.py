@@ -23,6 +23,7 @@ import numcodecs
 import numpy as np
 import pytest
 import zarr
+from damage import Payload, dangle, folder, link, loop, pipe
 from reference import bits
 from stores import create, read, some
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
@@ -54,16 +55,6 @@ VALUES = [
     *([], [0], [0, 0], [-1, -1], [10**15] * 2, [3, 3], [[1, 2], [3, 4]], [None], ["x", "x"]),
     *({}, {"id": "pickle", "protocol": 5}, {"name": "numcodecs.pickle"}, {"x": {}}, DEEP),
 ]
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def places(document, path=()):
@@ -177,7 +168,7 @@ def mutations(folder):
     yield from payloads(documents)
 
 
-def make(folder, every):
+def make_mutated(folder, every):
     """Make a source of every so many mutations, and of more with payloads; returns their number."""
     templates = folder / "templates"
     chosen = list(mutations(templates))
@@ -243,7 +234,7 @@ def attempt_all(folder):
 
 @pytest.mark.parametrize("every", [100, pytest.param(12, marks=pytest.mark.slow)])
 def test_documents_are_refused_or_read_as_zarr_reads_them(tmp_path, every):
-    number = make(tmp_path, every)
+    number = make_mutated(tmp_path, every)
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # forking needs one thread
     command = [sys.executable, __file__, str(tmp_path / "tried")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -285,32 +276,6 @@ def source(tmp_path, layout):
     return create(tmp_path / "x", some(SHAPE, "f4"), CHUNKS, **options)
 
 
-def link(path):
-    elsewhere = path.parents[len(path.parts) - path.parts.index("x") - 1] / "elsewhere"
-    path.rename(elsewhere)
-    path.symlink_to(elsewhere)
-
-
-def dangle(path):
-    path.unlink()
-    path.symlink_to(path.parent / "nowhere")
-
-
-def loop(path):
-    path.unlink()
-    path.symlink_to(path)
-
-
-def folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-def pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
 def tree(folder):
     """Name, kind and link of everything below a folder, without following links."""
     return {
@@ -319,7 +284,7 @@ def tree(folder):
     }
 
 
-def refused(kind, code, *words, **call):
+def assert_refused_unchanged(kind, code, *words, **call):
     """The call fails on one line, for a new target and in place, and nothing changes."""
     folder = Path(call["source"]).parent
     before = tree(folder)
@@ -336,7 +301,7 @@ def refused(kind, code, *words, **call):
 @pytest.mark.parametrize("change", [link, dangle, loop, folder, pipe])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_chunks_that_are_no_files_are_refused(tmp_path, source, layout, change, in_place):
-    change(source / LAYOUTS[layout])
+    change(source, LAYOUTS[layout])
     before = tree(tmp_path)
     with pytest.raises(SourceError, match=LAYOUTS[layout]) as caught:
         clip_zarr(source, None if in_place else tmp_path / "y", 1.0, in_place=in_place)
@@ -358,8 +323,8 @@ def test_a_folder_of_chunks_that_is_a_link_is_refused(tmp_path):
 def test_metadata_that_is_no_file_is_refused(tmp_path, source, layout, change):
     (tmp_path / "deep" / "deep").mkdir(parents=True)
     source = source.rename(tmp_path / "deep" / "deep" / "x")
-    change(source / (".zarray" if layout == "format 2" else "zarr.json"))
-    refused(SourceError, 3, source=source, target=source.with_name("y"))
+    change(source, ".zarray" if layout == "format 2" else "zarr.json")
+    assert_refused_unchanged(SourceError, 3, source=source, target=source.with_name("y"))
 
 
 def test_attributes_that_are_a_link_are_refused(tmp_path):
@@ -368,7 +333,7 @@ def test_attributes_that_are_a_link_are_refused(tmp_path):
     (source / ".zattrs").rename(tmp_path / "elsewhere")
     (source / ".zattrs").symlink_to(tmp_path / "elsewhere")
     words = (".zattrs", "symbolic link")
-    refused(SourceError, 3, *words, source=source, target=tmp_path / "y")
+    assert_refused_unchanged(SourceError, 3, *words, source=source, target=tmp_path / "y")
 
 
 @pytest.mark.parametrize("there", ["array", "nothing", "itself"])
@@ -379,12 +344,12 @@ def test_a_target_that_is_a_link_is_refused(tmp_path, there):
         clip_zarr(source, tmp_path / "array", 1.0)
     target.symlink_to(target if there == "itself" else tmp_path / there)
     call = {"source": source, "target": target}
-    refused(DaskClipError, 3, "is a link", **call, overwrite=True)
+    assert_refused_unchanged(DaskClipError, 3, "is a link", **call, overwrite=True)
     if there == "array":
         # the same call made what it leads to: still it is not the place to write to
-        refused(TargetError, 3, "is a link", **call)
+        assert_refused_unchanged(TargetError, 3, "is a link", **call)
     else:
-        refused(TargetExistsError, 5, "exists", **call)
+        assert_refused_unchanged(TargetExistsError, 5, "exists", **call)
 
 
 def test_a_target_in_a_linked_folder_is_made_where_it_leads(tmp_path):
@@ -447,7 +412,7 @@ def test_an_array_of_objects_is_refused_before_anything_is_decoded(tmp_path, zar
     for chunk in source.rglob("*"):
         if chunk.is_file() and not chunk.name.startswith((".z", "zarr")):
             chunk.write_bytes(pickle.dumps(Payload(tmp_path / "unpickled")))
-    refused(TypeError, 3, source=source, target=tmp_path / "y")
+    assert_refused_unchanged(TypeError, 3, source=source, target=tmp_path / "y")
     assert not (tmp_path / "unpickled").exists()
 
 

@@ -10,10 +10,10 @@ from functools import cache
 import numpy as np
 import pytest
 import zarr
+from command_line import DASKCLIP
 from zarr.codecs import BloscCodec, ZstdCodec
 
 MIB = 2**20
-DASKCLIP = [sys.executable, "-c", "from daskclip.cli import main; main()"]
 # the command is a child of a process that is smaller than it: what it weighs is its own
 MEASURE = """
 import resource, subprocess, sys

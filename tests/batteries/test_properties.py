@@ -5,10 +5,11 @@ import re
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import bits, integer, is_ideal, is_rounded, native, slices, squares
+from servers import local_cluster
 from strategies import cases
 
 from daskclip import clip_by_norm, norm
@@ -154,17 +155,8 @@ def test_a_limit_of_nan_gives_nan(case, nonfinite):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address=None,
-        ) as two,
-        Client(two) as client,
-    ):
+def client():
+    with local_cluster(2) as two, Client(two) as client:
         yield client
 
 
@@ -172,5 +164,5 @@ def cluster():
 @pytest.mark.distributed
 @settings(many, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
-def test_bits_do_not_depend_on_processes(cluster, case):
-    assert_same_bits(case, cluster)
+def test_bits_do_not_depend_on_processes(client, case):
+    assert_same_bits(case, client)

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from functools import partial, wraps
 from multiprocessing import get_context
@@ -15,12 +14,12 @@ from threading import Lock
 import dask
 import pytest
 import zarr
-from click.testing import CliRunner
+from command_line import assert_fails, run
 from reference import bits
-from stores import create, read, some, stored
+from stores import create, read, some, stopping_at, stored
+from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr
-from daskclip.cli import main
 from daskclip.engine import request as prepare
 from daskclip.plan import array as plan
 from daskclip.storage import files, regions
@@ -48,13 +47,6 @@ def small(monkeypatch):
 @pytest.fixture
 def x(tmp_path):
     return create(tmp_path / "x", some(SHAPE, "f4"), CHUNKS)
-
-
-def run(*args):
-    """Exit code, stdout and stderr of the command line, in this process."""
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result
 
 
 def names(folder):
@@ -151,14 +143,6 @@ if regions.read.__name__ != "telling":
 WAITING = 40  # blocks: in the third window on threads, in the second on two workers
 
 
-def until(condition, seconds=120):
-    """Wait for something; the time only guards against hanging."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.001)
-
-
 def size(path):
     return path.stat().st_size if path.exists() else 0
 
@@ -170,7 +154,7 @@ def pending(pid, number):
     return int(fields["ShdPnd"], 16) >> (number - 1) & 1
 
 
-def shell(code, *args, **options):
+def start(code, *args, **options):
     """The command line in a process of its own, after some code."""
     return subprocess.Popen(
         [sys.executable, "-c", f"{PATCHES}\n{code}\ncli.main()", *map(str, args)],
@@ -205,7 +189,7 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
     code += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = ["run", x, folder / "y", "--clip-norm", 1, "--axes", 0, "--progress", "json"]
     command += ["--memory", 700, *(["--workers", workers] if workers else [])]
-    with shell(code, *command, env=environment, start_new_session=True) as child:
+    with start(code, *command, env=environment, start_new_session=True) as child:
         until(lambda: size(told) >= WAITING)
         (os.killpg if group else os.kill)(child.pid, number)
         until(lambda: not pending(child.pid, number))
@@ -224,7 +208,7 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
     journal = folder / ".y.daskclip" / "journal"
     assert len(list(entries(journal))) == 1 + len(states)
     assert names(folder) == [".y.daskclip", "x"]
-    with shell("", *command) as child:
+    with start("", *command) as child:
         _, err = child.communicate(timeout=120)
     assert child.returncode == 0
     again = [json.loads(line) for line in err.splitlines()][1 if workers else 0 :]
@@ -325,7 +309,7 @@ def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
 # --- done already, or something else -------------------------------------------------------------
 
 
-def touched(monkeypatch):
+def chunk_accesses(monkeypatch):
     """What is read and written of chunks, by file and by block."""
     seen = []
     for module in (files, regions):
@@ -357,7 +341,7 @@ def test_an_identical_run_is_up_to_date(tmp_path, monkeypatch, x, option):
     first = json.loads(run(*command, *option).stdout)
     assert first["status"] == "clipped"
     before = state(x) | state(tmp_path / "y" if target else x)
-    seen = touched(monkeypatch)
+    seen = chunk_accesses(monkeypatch)
     done = run(*command, *option)
     assert (done.exit_code, done.stderr, seen) == (0, "", [])
     figures = json.loads(done.stdout)
@@ -380,16 +364,8 @@ def test_an_identical_run_is_up_to_date(tmp_path, monkeypatch, x, option):
 
 def stop_after(monkeypatch, lines, call):
     """Interrupt a call when the journal has so many lines."""
-    append, done = Journal.append, []
-
-    def stopping(self, entry):
-        append(self, entry)
-        done.append(entry)
-        if len(done) == lines:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", stopping)
+        stopping_at(patch)[0] = lines
         with pytest.raises(KeyboardInterrupt):
             call()
 
@@ -401,15 +377,6 @@ def unfinished(small, monkeypatch, tmp_path, x):
     stop_after(monkeypatch, 6, call)
     assert names(tmp_path) == [".y.daskclip", "x"]
     return call
-
-
-def refused(done, code, *words):
-    """One line on stderr that holds ``words``, nothing on stdout, and the exit code."""
-    assert (done.exit_code, done.stdout) == (code, "")
-    assert done.stderr.startswith("daskclip: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert str(word) in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -425,7 +392,7 @@ def refused(done, code, *words):
 def test_an_unfinished_run_with_other_parameters_is_refused(unfinished, tmp_path, options, words):
     before = stored(tmp_path)
     done = run("run", tmp_path / "x", tmp_path / "y", "--memory", TIGHT, *options)
-    refused(done, 5, "unfinished run", *words, "daskclip discard")
+    assert_fails(done, 5, "unfinished run", *words, "daskclip discard")
     assert stored(tmp_path) == before
     assert unfinished().status == "clipped"
     assert names(tmp_path) == ["x", "y"]
@@ -436,7 +403,7 @@ def test_an_unfinished_run_from_another_source_is_refused(unfinished, tmp_path):
     before = stored(tmp_path)
     options = ["--clip-norm", 1, "--axes", 0, "--memory", TIGHT]
     done = run("run", tmp_path / "other", tmp_path / "y", *options)
-    refused(done, 5, f"source {tmp_path / 'x'} and not {tmp_path / 'other'}")
+    assert_fails(done, 5, f"source {tmp_path / 'x'} and not {tmp_path / 'other'}")
     assert stored(tmp_path) == before
 
 
@@ -450,7 +417,7 @@ def test_a_source_that_changed_since_is_refused(unfinished, tmp_path, change):
     before = stored(tmp_path)
     options = ["--clip-norm", 1, "--axes", 0, "--memory", TIGHT]
     done = run("run", tmp_path / "x", tmp_path / "y", *options)
-    refused(done, 5, tmp_path / "x", "chunk c/3/1", "changed", "daskclip discard")
+    assert_fails(done, 5, tmp_path / "x", "chunk c/3/1", "changed", "daskclip discard")
     assert stored(tmp_path) == before
     assert run("discard", tmp_path / "y").stdout == "discarded\n"
     assert run("run", tmp_path / "x", tmp_path / "y", *options).exit_code == 0
@@ -460,10 +427,10 @@ def test_a_source_that_changed_since_is_refused(unfinished, tmp_path, change):
 def test_a_published_target_of_another_run_is_refused(tmp_path, x):
     assert run("run", x, tmp_path / "y", "--clip-norm", 1).exit_code == 0
     before = stored(tmp_path)
-    refused(run("run", x, tmp_path / "y", "--clip-norm", 2), 5, "exists", "overwrite")
+    assert_fails(run("run", x, tmp_path / "y", "--clip-norm", 2), 5, "exists", "overwrite")
     zarr.open_array(x, mode="r+")[0, 0] = 9.0
     before |= {f"x/{key}": value for key, value in stored(x).items()}
-    refused(run("run", x, tmp_path / "y", "--clip-norm", 1), 5, "exists", "overwrite")
+    assert_fails(run("run", x, tmp_path / "y", "--clip-norm", 1), 5, "exists", "overwrite")
     assert stored(tmp_path) == before
 
 
@@ -480,7 +447,7 @@ def test_of_nothing(tmp_path):
     assert rows(run("status", target)) == {"target": f"{target} does not exist"}
     done = run("discard", target)
     assert (done.exit_code, done.stdout, done.stderr) == (0, "there is no unfinished run\n", "")
-    refused(run("verify", target), 3, target, "does not exist")
+    assert_fails(run("verify", target), 3, target, "does not exist")
     assert not names(tmp_path)
 
 
@@ -495,7 +462,7 @@ def test_of_an_unfinished_run(unfinished, tmp_path):
         "1.0",
         "[0]",
     )
-    refused(run("verify", target), 3, target, "does not exist")
+    assert_fails(run("verify", target), 3, target, "does not exist")
     assert run("discard", target).stdout == "discarded\n"
     assert names(tmp_path) == ["x"]
     assert rows(run("status", target)) == {"target": f"{target} does not exist"}
@@ -512,8 +479,8 @@ def test_of_a_run_under_way(small, monkeypatch, tmp_path, x):
         append(self, entry)
         if len(seen) < 3:
             seen.append(rows(run("status", target))["journal"])
-            refused(run("discard", target), 5, "being written by another run")
-            refused(run("verify", target), 3, "does not exist")
+            assert_fails(run("discard", target), 5, "being written by another run")
+            assert_fails(run("verify", target), 3, "does not exist")
 
     monkeypatch.setattr(Journal, "append", looking)
     clip_zarr(x, target, 1.0, 0, memory=TIGHT)
@@ -539,8 +506,8 @@ def test_of_a_published_array(tmp_path, x):
     assert state(tmp_path) == before
     chunk = target / "c" / "0" / "0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
-    refused(run("verify", target), 4, target, "c/0/0")
-    refused(run("verify", x), 4, x, "no record")
+    assert_fails(run("verify", target), 4, target, "c/0/0")
+    assert_fails(run("verify", x), 4, x, "no record")
 
 
 # --- in place and over another -------------------------------------------------------------------
@@ -570,7 +537,7 @@ def test_only_an_array_is_overwritten(tmp_path, x, kind):
         (target / "zarr.json" if kind == "torn" else target / "data").write_text('{"node_type"')
     before = state(tmp_path)
     done = run("run", x, target, "--clip-norm", 1, "--overwrite")
-    refused(done, 3, target, "is no zarr array", "choose another path")
+    assert_fails(done, 3, target, "is no zarr array", "choose another path")
     assert state(tmp_path) == before
 
 

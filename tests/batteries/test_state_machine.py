@@ -11,7 +11,6 @@ import signal
 import tempfile
 import traceback
 import warnings
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cache, wraps
 from pathlib import Path
@@ -32,12 +31,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from reference import bits
-from stores import FORMATS, create, read, some
+from stores import FORMATS, create, least_memory, read, some
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr, verify_zarr
 from daskclip.engine import request as prepare
 from daskclip.engine.run_record import discard, status
-from daskclip.errors import DaskClipError, MemoryBudgetError
+from daskclip.errors import DaskClipError
 from daskclip.plan import array as plan
 from daskclip.storage import files
 from daskclip.target import directory as publish
@@ -111,7 +110,7 @@ def outcome(function, *args):
     return kinds[0]
 
 
-def counted(reached):
+def hook_file_operations(reached):
     """Call ``reached`` before every operation that changes files or makes them durable."""
 
     def wrap(owner, name, counts):
@@ -218,7 +217,7 @@ class Child:
             begin(fcntl, "flock", after=True)
         if since == "publish":
             begin(publish.DirectoryTransaction, "publish", after=False)
-        counted(reached)
+        hook_file_operations(reached)
 
 
 def _answer(call, folder):
@@ -256,19 +255,11 @@ def first_line(path):
 
 
 @cache
-def tight(layout, axes):
+def smallest_budget(layout, axes):
     """The smallest budget that there is a plan for."""
     with tempfile.TemporaryDirectory() as name:
         source = create(Path(name, "x"), some(SHAPE, "f4"), CHUNKS, **FORMATS[layout])
-        array = zarr.open_array(source, mode="r")
-
-        def fits(memory):
-            try:
-                return bool(plan_zarr(array, f"{name}/y", 1.0, axes, memory=memory))
-            except MemoryBudgetError:
-                return False
-
-        return 1 + bisect_left(range(1, 2**14), True, key=fits)
+        return least_memory(source, axes)
 
 
 @dataclass
@@ -382,7 +373,7 @@ class Machine(RuleBasedStateMachine):
         return self.work(place) / "journal"
 
     def prepared(self, call):
-        return replace(call, memory=call.memory or tight(self.layout, call.axes))
+        return replace(call, memory=call.memory or smallest_budget(self.layout, call.axes))
 
     def some_place(self, number, test):
         found = [p for p in "xy" if test(p)]

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-from bisect import bisect_left
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
@@ -14,16 +13,16 @@ import dask
 import numpy as np
 import pytest
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client
 from reference import bits
-from stores import FORMATS, create, finished, read, some, stored
+from servers import local_cluster
+from stores import FORMATS, create, finished, least_memory, memory_of, read, some, stored
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
 from daskclip.engine import cluster as workers
 from daskclip.engine import request as prepare
 from daskclip.errors import (
     DaskClipError,
-    MemoryBudgetError,
     NonFiniteError,
     SourceError,
     StorageError,
@@ -53,17 +52,10 @@ def small(monkeypatch):
     monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
-def cluster_of(workers):
-    # without an address it takes a fixed port, and warns where that is in use
-    return LocalCluster(
-        n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-    )
-
-
 @pytest.fixture(scope="module")
 def two():
     """Two worker processes."""
-    with cluster_of(2) as cluster:
+    with local_cluster(2) as cluster:
         yield cluster
 
 
@@ -75,26 +67,8 @@ def client(two):
 
 @pytest.fixture
 def four():
-    with cluster_of(4) as cluster, Client(cluster):
+    with local_cluster(4) as cluster, Client(cluster):
         yield
-
-
-def tight(source, axes):
-    """The smallest budget that a plan is made for."""
-    array, absent = zarr.open_array(source, mode="r"), source.parent / "absent"
-
-    def fits(memory):
-        try:
-            return bool(plan_zarr(array, absent, 1.0, axes, memory=memory))
-        except MemoryBudgetError:
-            return False
-
-    return 1 + bisect_left(range(1, 2**20), True, key=fits)
-
-
-def memory_of(budget, source, axes):
-    """The smallest budget, or one that everything fits."""
-    return tight(source, axes) if budget == "tight" else 2**30
 
 
 def clipped(source, target, axes=None, clip_norm=1.0, **options):
@@ -116,7 +90,7 @@ def source_of(folder, layout="format 3", dtype="f4", values=None):
 @pytest.mark.parametrize("axes", AXES, ids=str)
 def test_results_are_those_of_numpy_with_little_memory(tmp_path, layout, axes):
     x = source_of(tmp_path, layout)
-    memory = tight(x, axes)
+    memory = least_memory(x, axes)
     planned = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert planned.passes == (1 if axes == () else 2)
     assert len([blocks for _, windows in planned.windows() for blocks in windows]) > 1
@@ -138,14 +112,14 @@ def test_results_are_those_of_numpy_with_much_memory(tmp_path, layout, axes):
 @pytest.mark.parametrize("axes", [None, 0], ids=str)
 def test_results_are_those_of_numpy_for_every_dtype(tmp_path, dtype, axes):
     x = source_of(tmp_path, dtype=dtype)
-    clipped(x, tmp_path / "y", axes, memory=tight(x, axes))
+    clipped(x, tmp_path / "y", axes, memory=least_memory(x, axes))
 
 
 @pytest.mark.usefixtures("small")
 def test_both_passes_take_several_slabs_and_windows(tmp_path):
     x = create(tmp_path / "x", some((20, 24), "f4"), (2, 8))
-    report = clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
-    planned = plan_zarr(x, tmp_path / "z", 1.0, 0, memory=tight(x, 0))
+    report = clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
+    planned = plan_zarr(x, tmp_path / "z", 1.0, 0, memory=least_memory(x, 0))
     assert report.passes == 2
     assert planned.slabs > 1
     assert all(len(list(windows)) > 1 for _, windows in planned.windows())
@@ -164,7 +138,7 @@ SCHEDULERS = {
 def test_schedulers(tmp_path, settings):
     x = source_of(tmp_path, "shards")
     with dask.config.set(SCHEDULERS[settings]):
-        clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+        clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
 
 
 @pytest.mark.usefixtures("small")
@@ -172,7 +146,7 @@ def test_a_thread_pool_of_the_caller(tmp_path):
     x = source_of(tmp_path)
     with ThreadPoolExecutor(3) as pool, dask.config.set(pool=pool):
         assert plan_zarr(x, tmp_path / "y", 1.0).threads == 3
-        clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+        clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
         assert pool.submit(int).result() == 0
 
 
@@ -181,7 +155,7 @@ def test_a_thread_pool_of_the_caller(tmp_path):
 def test_the_scheduler_of_processes(tmp_path):
     x = source_of(tmp_path)
     with dask.config.set(scheduler="processes", num_workers=2):
-        clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+        clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
 
 
 @pytest.mark.distributed
@@ -192,7 +166,7 @@ def test_the_scheduler_of_processes(tmp_path):
 )
 def test_results_are_those_of_numpy_on_two_processes(tmp_path, layout, axes):
     x = source_of(tmp_path, layout)
-    memory = tight(x, axes)
+    memory = least_memory(x, axes)
     planned = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert (planned.processes, planned.threads) == (2, 1)
     assert clipped(x, tmp_path / "y", axes, memory=memory).passes == planned.passes
@@ -216,8 +190,8 @@ def test_results_whose_way_back_is_cancelled(tmp_path, client, monkeypatch, time
     monkeypatch.setattr(client, "_gather_remote", cancelled)
     if times == 2:
         with pytest.raises(TemporaryError, match="the cluster was lost"):
-            clip_zarr(x, tmp_path / "y", 1.0, 0, memory=tight(x, 0))
-    clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+            clip_zarr(x, tmp_path / "y", 1.0, 0, memory=least_memory(x, 0))
+    clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
     assert len(calls) > times
 
 
@@ -259,7 +233,7 @@ def test_four_workers_give_numpys_result_20_times_of_20(tmp_path, monkeypatch, l
         assert bits(read(tmp_path / f"y{n}")) == wanted
 
 
-def touched(monkeypatch, name):
+def file_accesses(monkeypatch, name):
     """Counts how often each file of a chunk is read or written."""
     counts, lock = Counter(), Lock()
     original = getattr(files, name)
@@ -278,8 +252,8 @@ def touched(monkeypatch, name):
 @pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
 def test_every_unit_is_written_once(tmp_path, monkeypatch, layout, axes):
     x = source_of(tmp_path, layout)
-    memory = tight(x, axes)
-    written = touched(monkeypatch, "write")
+    memory = least_memory(x, axes)
+    written = file_accesses(monkeypatch, "write")
     clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     made = [k for k, v in stored(tmp_path / "y").items() if v is not None]
     keys = sorted(str(path).partition(".daskclip/")[2].partition("/")[2] for path in written)
@@ -292,8 +266,8 @@ def test_every_unit_is_written_once(tmp_path, monkeypatch, layout, axes):
 @pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
 def test_every_chunk_is_read_once_a_pass(tmp_path, monkeypatch, layout, axes):
     x = source_of(tmp_path, layout)
-    memory = tight(x, axes)
-    got = touched(monkeypatch, "read")
+    memory = least_memory(x, axes)
+    got = file_accesses(monkeypatch, "read")
     report = clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert len(got) == math.prod(-(-n // c) for n, c in zip(SHAPE, CHUNKS, strict=True))
     assert set(got.values()) == {report.passes}
@@ -364,7 +338,7 @@ NONFINITE[5, 4, 3], NONFINITE[3, 6, 4] = math.nan, -math.inf
 @pytest.mark.parametrize("policy", ["propagate", "omit"])
 def test_nan_and_infinity(tmp_path, axes, policy):
     x = source_of(tmp_path, values=NONFINITE)
-    report = clipped(x, tmp_path / "y", axes, memory=tight(x, axes), nonfinite=policy)
+    report = clipped(x, tmp_path / "y", axes, memory=least_memory(x, axes), nonfinite=policy)
     counted = np.where(np.isnan(NONFINITE), 0, NONFINITE) if policy == "omit" else NONFINITE
     norms = norm(counted, axes)
     finite = norms[np.isfinite(norms)]
@@ -419,7 +393,7 @@ SPARSE = [(0, 0), (1, 1), (2, 0), (3, 1)]  # chunks, and not as many in every ro
 
 
 @pytest.fixture
-def looked_at(monkeypatch):
+def task_counts(monkeypatch):
     """Number of blocks that tasks were made for, by what they do."""
     counts = Counter()
 
@@ -440,7 +414,7 @@ def looked_at(monkeypatch):
 @pytest.mark.parametrize("axes", [None, 0, 1])
 @pytest.mark.parametrize("odd", [0.0, np.nan])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_only_what_is_stored_is_looked_at(tmp_path, looked_at, budget, axes, odd, in_place):
+def test_only_what_is_stored_is_looked_at(tmp_path, task_counts, budget, axes, odd, in_place):
     x = tmp_path / "x"
     array = zarr.create_array(
         x, shape=(30, 20), chunks=(2, 4), dtype="f4", zarr_format=2 + bool(odd)
@@ -461,9 +435,9 @@ def test_only_what_is_stored_is_looked_at(tmp_path, looked_at, budget, axes, odd
     if finite.size:
         assert (report.smallest_norm, report.largest_norm) == (finite.min(), finite.max())
     there = 7 * len(SPARSE)  # a slab of few blocks is looked at whole
-    assert 0 < looked_at["sum_block"] + looked_at["clip_slab"] <= there
+    assert 0 < task_counts["sum_block"] + task_counts["clip_slab"] <= there
     if not odd:
-        assert looked_at["rescale_block"] <= there
+        assert task_counts["rescale_block"] <= there
     assert verify_zarr(y).slices == norms.size
 
 
@@ -485,7 +459,7 @@ def test_missing_chunks_and_a_run_that_is_stopped_anywhere(tmp_path, monkeypatch
 
     stop = 0
     with dask.config.set(scheduler="synchronous"):
-        memory = tight(x, 0)
+        memory = least_memory(x, 0)
         monkeypatch.setattr(Journal, "append", stopping)
         with np.errstate(invalid="ignore"):
             clipped(x, tmp_path / "wanted", 0, memory=memory)
@@ -533,7 +507,7 @@ def test_a_broken_chunk_stops_the_run_and_is_named(tmp_path, layout, damage):
     before = stored(tmp_path)
     match = rf"reading block \[.*\] of {x} failed at chunk {CHUNK[layout]}: .*"
     with pytest.raises(StorageError, match=match) as caught:
-        clip_zarr(x, tmp_path / "y", 1.0, axes, memory=tight(x, axes))
+        clip_zarr(x, tmp_path / "y", 1.0, axes, memory=least_memory(x, axes))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
     assert finished(tmp_path) == before

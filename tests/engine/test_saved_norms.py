@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 import zarr
-from click.testing import CliRunner
-from distributed import Client, LocalCluster
+from command_line import run
+from distributed import Client
 from reference import bits
+from servers import local_cluster
 from stores import create, read, some, stopping_at, stored
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, stats_zarr, verify_zarr
-from daskclip.cli import main
 from daskclip.engine import request as prepare
 from daskclip.engine.saved_norms import SUMS
 from daskclip.errors import (
@@ -45,7 +45,7 @@ def small(monkeypatch):
     monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
-def memory_of(source, axes, passes):
+def memory_for_passes(source, axes, passes):
     """A budget for so many passes."""
     for memory in (2**k for k in range(8, 20)):
         try:
@@ -62,7 +62,7 @@ def source(tmp_path):
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def chunk_reads(monkeypatch):
     """Number of reads of chunks."""
     reads = []
 
@@ -77,7 +77,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(("axes", "passes"), PLANS)
 @pytest.mark.parametrize("ord", [1, 2, np.inf])
 def test_saved_norms_are_the_norms(source, tmp_path, axes, passes, ord):
-    memory, path = memory_of(source, axes, passes), tmp_path / "norms"
+    memory, path = memory_for_passes(source, axes, passes), tmp_path / "norms"
     saved = stats_zarr(source, axes, ord=ord, memory=memory, save_norms=path)
     plain = stats_zarr(source, axes, ord=ord, memory=memory)
     assert (saved.slices, saved.quantiles, saved.bytes_read) == (
@@ -94,18 +94,18 @@ def test_saved_norms_are_the_norms(source, tmp_path, axes, passes, ord):
 
 @pytest.mark.parametrize(("axes", "passes"), PLANS)
 def test_a_run_with_saved_norms_reads_once_and_writes_the_same(
-    source, tmp_path, axes, passes, counted
+    source, tmp_path, axes, passes, chunk_reads
 ):
-    memory, path = memory_of(source, axes, passes), tmp_path / "norms"
+    memory, path = memory_for_passes(source, axes, passes), tmp_path / "norms"
     stats_zarr(source, axes, memory=memory, save_norms=path)
     plain = clip_zarr(source, tmp_path / "a", 2.0, axes, memory=memory)
     planned = plan_zarr(source, tmp_path / "b", 2.0, axes, memory=memory, norms=path)
     assert (planned.passes, planned.bytes_read) == (1, plain.bytes_read // passes)
     for limit in (2.0, "p40"):
         target, twin = tmp_path / f"y{limit}", tmp_path / f"z{limit}"
-        before = len(counted)
+        before = len(chunk_reads)
         report = clip_zarr(source, target, limit, axes, memory=memory, norms=path)
-        assert len(counted) - before <= planned.blocks
+        assert len(chunk_reads) - before <= planned.blocks
         assert (report.passes, report.bytes_read) == (1, planned.bytes_read)
         other = clip_zarr(source, twin, report.clip_norm, axes, memory=memory)
         assert (report.digest, report.clipped, report.slices, report.largest_norm) == (
@@ -121,7 +121,7 @@ def test_a_run_with_saved_norms_reads_once_and_writes_the_same(
 def test_in_place_and_where_little_is_stored(tmp_path, passes):
     sparse = zarr.create_array(tmp_path / "x", shape=SHAPE, chunks=CHUNKS, dtype="f4")
     sparse[4:8, 8:12] = some((4, 4), "f4")
-    memory = memory_of(tmp_path / "x", 0, passes)
+    memory = memory_for_passes(tmp_path / "x", 0, passes)
     measured = stats_zarr(tmp_path / "x", 0, memory=memory, save_norms=tmp_path / "norms")
     assert bits(read(tmp_path / "norms")) == bits(norm(sparse[...], 0))
     expected = clip_by_norm(sparse[...], 2.0, 0)
@@ -138,7 +138,7 @@ def test_in_place_and_where_little_is_stored(tmp_path, passes):
 
 
 def test_a_run_with_saved_norms_that_is_stopped_anywhere(source, tmp_path, monkeypatch):
-    left, memory = stopping_at(monkeypatch), memory_of(source, 0, 2)
+    left, memory = stopping_at(monkeypatch), memory_for_passes(source, 0, 2)
     how = {"memory": memory, "norms": tmp_path / "norms"}
     stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
     clip_zarr(source, tmp_path / "y", 2.0, 0, memory=memory)
@@ -159,7 +159,7 @@ def test_a_run_with_saved_norms_that_is_stopped_anywhere(source, tmp_path, monke
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_norms_appear_complete_or_not_at_all(source, tmp_path, monkeypatch, passes):
-    append, memory, path = Journal.append, memory_of(source, 0, passes), tmp_path / "norms"
+    append, memory, path = Journal.append, memory_for_passes(source, 0, passes), tmp_path / "norms"
 
     def stopping(self, entry):
         append(self, entry)
@@ -200,7 +200,7 @@ stats_zarr(sys.argv[1], 1, save_norms=sys.argv[2])
 
 @pytest.mark.parametrize("known", [True, False])
 def test_norms_of_another_state_of_the_source_are_refused(source, tmp_path, monkeypatch, known):
-    memory = memory_of(source, 0, 2)
+    memory = memory_for_passes(source, 0, 2)
     stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
     state = Hierarchy.fingerprint(at_folder(source), changes=True)
     zarr.open_array(source, mode="r+")[0, 0] += 1.0
@@ -263,7 +263,7 @@ def test_norms_that_are_refused(source, tmp_path):
 
 
 def test_sums_that_are_damaged_are_refused(source, tmp_path):
-    memory = memory_of(source, 0, 2)
+    memory = memory_for_passes(source, 0, 2)
     stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
     path = next((tmp_path / "norms" / SUMS).glob("*.npz"))
     data = bytearray(path.read_bytes())
@@ -275,7 +275,7 @@ def test_sums_that_are_damaged_are_refused(source, tmp_path):
 
 
 def test_too_little_memory_for_the_plan_of_the_norms(source, tmp_path):
-    memory = memory_of(source, 0, 2)
+    memory = memory_for_passes(source, 0, 2)
     stats_zarr(source, 0, memory="1MiB", save_norms=tmp_path / "norms")
     with pytest.raises(MemoryBudgetError, match=r"that norms .* need with .*; give memory='"):
         clip_zarr(source, tmp_path / "y", 2.0, 0, memory=memory, norms=tmp_path / "norms")
@@ -284,9 +284,8 @@ def test_too_little_memory_for_the_plan_of_the_norms(source, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("passes", [1, 2])
 def test_two_processes(source, tmp_path, passes):
-    how = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1"}
-    with LocalCluster(dashboard_address="127.0.0.1:0", **how) as two, Client(two):
-        memory = memory_of(source, 0, passes)
+    with local_cluster(2) as two, Client(two):
+        memory = memory_for_passes(source, 0, passes)
         stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
         clip_zarr(source, tmp_path / "y", 2.0, 0, memory=memory, norms=tmp_path / "norms")
     assert bits(read(tmp_path / "norms")) == bits(norm(some(SHAPE, "f8"), 0))
@@ -295,12 +294,7 @@ def test_two_processes(source, tmp_path, passes):
 
 
 def test_the_command_line(source, tmp_path):
-    def run(*args):
-        result = CliRunner().invoke(main, [str(a) for a in args])
-        assert result.exception is None or isinstance(result.exception, SystemExit)
-        return result
-
-    norms, how = tmp_path / "norms", ("--axes", "0", "--memory", memory_of(source, 0, 2))
+    norms, how = tmp_path / "norms", ("--axes", "0", "--memory", memory_for_passes(source, 0, 2))
     done = run("stats", source, *how, "--save-norms", norms)
     assert done.exit_code == 0, done.output
     done = run(

@@ -8,11 +8,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import zarr
-from click.testing import CliRunner
+from command_line import run
 from stores import create, finished, read, stored
 
 from daskclip import clip_zarr, norm, plan_zarr, stats_zarr, verify_zarr
-from daskclip.cli import main
 from daskclip.engine import request as prepare
 from daskclip.errors import InvalidTypeError, InvalidValueError, NonFiniteError, TargetExistsError
 from daskclip.numerics.histogram import RELATIVE_ERROR
@@ -39,18 +38,12 @@ def values(dtype="f4"):
     return x.astype(dtype)
 
 
-def run(*args):
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result
-
-
 @pytest.fixture
 def source(tmp_path):
     return create(tmp_path / "x", values(), CHUNKS)
 
 
-def counted(report):
+def comparable(report):
     """Figures that do not depend on how they were found."""
     other = ("source", "bytes_read", "seconds", "projected_memory")
     return {k: v for k, v in json.loads(report.to_json()).items() if k not in other}
@@ -95,10 +88,10 @@ def test_stats_depend_on_no_chunks(source, tmp_path, axes, memory, monkeypatch):
     if axes in (0, (0, 2)):  # several slabs, in one pass or in two
         passes = plan_zarr(source, tmp_path / "y", 1.0, axes, memory=memory).passes
         assert passes == (2 if memory == "4KiB" else 1)
-    wanted = counted(stats_zarr(source, axes, memory=memory))
+    wanted = comparable(stats_zarr(source, axes, memory=memory))
     other = create(tmp_path / "other", values(), SHAPE)
     monkeypatch.setattr(plan, "BLOCK", 1 << 20)
-    found = counted(stats_zarr(other, axes))
+    found = comparable(stats_zarr(other, axes))
     assert found == wanted
 
 
@@ -154,7 +147,7 @@ def test_text_and_json(source, tmp_path):
     report = tmp_path / "report.json"
     done = run("stats", source, "--axes", "1,2", "--json", "--report", report, "--progress", "none")
     assert report.read_text() == done.stdout
-    wanted = counted(stats_zarr(source, (1, 2)))
+    wanted = comparable(stats_zarr(source, (1, 2)))
     assert {k: v for k, v in json.loads(done.stdout).items() if k in wanted} == wanted
 
 

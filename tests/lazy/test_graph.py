@@ -19,7 +19,7 @@ X = np.random.default_rng(0).standard_normal((30, 20)).astype(np.float32)
 MIB = 2**20
 
 
-def counted(chunks, calls, shape=(MIB,)):
+def counting_array(chunks, calls, shape=(MIB,)):
     """Dask array of ``chunks`` chunks of 4 MiB that counts how often each is made."""
 
     def make(block_id):
@@ -38,7 +38,7 @@ def compute(*arrays):
 
 def test_nothing_is_computed_before_it_is_asked_for():
     calls = Counter()
-    x = counted(6, calls)
+    x = counting_array(6, calls)
     limit = norm(x) / 2
     clip_by_norm(x, limit, 0, return_norm=True)
     clip_by_norm(x, 1.0, [], nonfinite="raise")
@@ -50,13 +50,13 @@ def test_nothing_is_computed_before_it_is_asked_for():
 
 def test_two_passes_make_each_chunk_twice():
     calls = Counter()
-    compute(*clip_by_norm(counted(6, calls), 1.0, return_norm=True))
+    compute(*clip_by_norm(counting_array(6, calls), 1.0, return_norm=True))
     assert calls == Counter({(i,): 2 for i in range(6)})
 
 
 def test_clipping_a_list_makes_each_chunk_twice_or_once_with_a_given_norm():
     calls = Counter()
-    x = counted(6, calls)
+    x = counting_array(6, calls)
     compute(*clip_by_global_norm([x], 1.0))
     assert calls == Counter({(i,): 2 for i in range(6)})
     calls.clear()
@@ -67,13 +67,13 @@ def test_clipping_a_list_makes_each_chunk_twice_or_once_with_a_given_norm():
 @pytest.mark.parametrize("axes", [1, []])
 def test_slices_inside_a_chunk_take_one_pass(axes):
     calls = Counter()
-    compute(*clip_by_norm(counted(6, calls, (1000, 4)), 1.0, axes, return_norm=True))
+    compute(*clip_by_norm(counting_array(6, calls, (1000, 4)), 1.0, axes, return_norm=True))
     assert calls == Counter({(i, 0): 1 for i in range(6)})
 
 
 def test_norms_take_one_pass():
     calls = Counter()
-    x = counted(6, calls, (1000,))
+    x = counting_array(6, calls, (1000,))
     for lazy in (norm(x), norm(x, 0), norm(x, []), global_norm([x])):
         calls.clear()
         compute(lazy)
@@ -82,14 +82,14 @@ def test_norms_take_one_pass():
 
 def test_few_small_chunks_are_held_not_made_again():
     calls = Counter()
-    compute(clip_by_norm(counted(3, calls, (1000,)), 1.0))
+    compute(clip_by_norm(counting_array(3, calls, (1000,)), 1.0))
     assert calls == Counter({(i,): 1 for i in range(3)})
 
 
 @pytest.mark.parametrize("chunks", [9, 40])
 def test_a_mean_is_made_once_not_for_each_chunk(chunks):
     calls = Counter()
-    x = counted(chunks, calls, (MIB // 2,))
+    x = counting_array(chunks, calls, (MIB // 2,))
     compute(clip_by_norm(x - x.mean(), 1.0))
     # for the mean and the first pass, and for the second
     assert set(calls.values()) <= {2, 3}
@@ -97,7 +97,7 @@ def test_a_mean_is_made_once_not_for_each_chunk(chunks):
 
 def test_persisted_chunks_are_used_as_they_are():
     calls = Counter()
-    x = counted(6, calls).persist(scheduler="sync")
+    x = counting_array(6, calls).persist(scheduler="sync")
     calls.clear()
     y, z = compute(clip_by_norm(x, 1.0), clip_by_norm(2 * x, 1.0))
     assert not calls

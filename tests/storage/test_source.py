@@ -145,7 +145,7 @@ def test_checksums_of_format_2(tmp_path, name):
     assert_clipped(tmp_path / "x", tmp_path / "y")
 
 
-def refused(source, codec):
+def assert_codec_refused(source, codec):
     """The source is refused by the codec's name and nothing is left beside it."""
     before = stored(source.parent)
     with pytest.raises(SourceError, match=rf"stored with {codec}, .*lossless.*another codec") as e:
@@ -164,14 +164,14 @@ def test_lossy_filters_are_refused(tmp_path, codec, zarr_format):
         used = kinds[codec](**LOSSY[codec])
     values = np.arange(6, dtype="f4").reshape(2, 3)
     create(tmp_path / "x", values, (2, 4), zarr_format=zarr_format, filters=[used])
-    refused(tmp_path / "x", codec)
+    assert_codec_refused(tmp_path / "x", codec)
 
 
 def test_lossy_codecs_inside_shards_are_refused(tmp_path):
     values = np.arange(32, dtype="f4").reshape(4, 8)
     filters = [bundled.Quantize(**LOSSY["quantize"])]
     create(tmp_path / "x", values, (2, 4), shards=(4, 8), filters=filters)
-    refused(tmp_path / "x", "quantize")
+    assert_codec_refused(tmp_path / "x", "quantize")
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
@@ -183,7 +183,7 @@ def test_zfpy_is_refused(tmp_path, zarr_format):
     else:
         options = {"serializer": bundled.ZFPY(**lossy)}
     create(tmp_path / "x", some((5, 6), "f4"), (2, 4), zarr_format=zarr_format, **options)
-    refused(tmp_path / "x", "zfpy")
+    assert_codec_refused(tmp_path / "x", "zfpy")
 
 
 @pytest.mark.parametrize("name", ["ScaleOffset", "CastValue"])
@@ -198,7 +198,7 @@ def test_rounding_codecs_of_newer_zarr_are_refused(tmp_path, name):
         create(tmp_path / "x", np.ones((2, 4), "f4"), (2, 4), filters=[codec])
     except ImportError as error:
         pytest.skip(f"this zarr cannot use its codec {name} here: {error}")
-    refused(tmp_path / "x", "scale_offset" if name == "ScaleOffset" else "cast_value")
+    assert_codec_refused(tmp_path / "x", "scale_offset" if name == "ScaleOffset" else "cast_value")
 
 
 ZEROS = np.array(

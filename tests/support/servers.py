@@ -1,4 +1,4 @@
-"""Real object stores on loopback, each a process that was started here and is stopped by its id."""
+"""Servers on loopback: object stores, each a process stopped by its id, and Dask clusters."""
 
 import asyncio
 import contextlib
@@ -16,6 +16,7 @@ import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
+from distributed import LocalCluster
 from zarr.storage import FsspecStore, ObjectStore
 
 BIN = Path(sys.executable).parent
@@ -44,6 +45,14 @@ def free_port(beside=0):
             except (OSError, OverflowError):
                 continue
             return port
+
+
+def local_cluster(workers):
+    """A cluster of worker processes, each of one thread."""
+    # without an address it takes a fixed port, and warns where that is in use
+    return LocalCluster(
+        n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    )
 
 
 class Server:

@@ -3,6 +3,7 @@
 import bisect
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from daskclip import plan_zarr
 from daskclip.errors import MemoryBudgetError
 from daskclip.target.journal import Journal
 
+# budgets for one pass and for two, over axes that a slab of blocks does not hold whole
+BUDGETS = {1: "ample", 2: "tight"}
 # name: options of `zarr.create_array` for an array of two dimensions in chunks of (2, 4)
 FORMATS = {
     "format 3": {"zarr_format": 3},
@@ -75,18 +78,22 @@ def files_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
-def least_memory(source, target, *args, **how):
-    """The smallest budget, to a few bytes, that a plan fits."""
+def least_memory(source, axes=None, clip_norm=1.0, **how):
+    """The smallest budget that there is a plan for."""
+    array, absent = zarr.open_array(source, mode="r"), Path(source).parent / "absent"
 
     def fits(memory):
         try:
-            plan_zarr(source, target, *args, memory=memory, **how)
+            return bool(plan_zarr(array, absent, clip_norm, axes, memory=memory, **how))
         except MemoryBudgetError:
             return False
-        return True
 
-    budgets = range(64, 2**16, 64)
-    return budgets[bisect.bisect_left(budgets, True, key=fits)]
+    return 1 + bisect.bisect_left(range(1, 2**20), True, key=fits)
+
+
+def memory_of(budget, source, axes=None, clip_norm=1.0, **how):
+    """The smallest budget, or one that everything fits."""
+    return least_memory(source, axes, clip_norm, **how) if budget == "tight" else 2**30
 
 
 def stopping_at(monkeypatch):

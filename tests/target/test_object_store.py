@@ -4,8 +4,6 @@ import gzip
 import itertools
 import math
 import os
-import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -13,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import zarr
+from command_line import shell
 from reference import bits
 from servers import Place, Rclone, missing
 from stores import FORMATS, create, files_of, read, some
@@ -121,18 +120,13 @@ def test_names_are_plain(place, tmp_path):
 # --- refused -------------------------------------------------------------------------------------
 
 
-def refused(place, *options, code, source, env=None):
+def refusal(place, *options, code, source, env=None):
     """The line that the command ends with, before any chunk is read and with nothing left."""
-    command = [sys.executable, "-m", "daskclip.cli", "run", source, place.name, "--clip-norm", "1"]
-    code_ = "from daskclip import cli; from daskclip.storage import regions; regions.read = None; cli.main()"
-    command[1:3] = ["-c", code_]
-    done = subprocess.run(
-        list(map(str, [*command, *options])),
-        capture_output=True,
-        text=True,
-        check=False,
+    done = shell(
+        "run", source, place.name, "--clip-norm", 1, *options,
+        code="from daskclip.storage import regions; regions.read = None",
         env=env or place.environment,
-    )
+    )  # fmt: skip
     assert done.returncode == code, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("daskclip: ")
@@ -146,40 +140,40 @@ def source(tmp_path):
 
 def test_wrong_credentials(weed, source):
     place = Place(weed, secret="wrong")
-    assert "check credentials" in refused(place, code=3, source=source)
+    assert "check credentials" in refusal(place, code=3, source=source)
     inside = Place(weed)
     clip_zarr(source, inside.fsspec(), 1.0)
     there = Place(weed, secret="wrong")
     there.prefix = inside.prefix
-    assert "check credentials" in refused(place, code=3, source=there.name)
+    assert "check credentials" in refusal(place, code=3, source=there.name)
 
 
 def test_no_permission_to_write(weed, source):
     place = Place(weed, key="reader")
-    assert "check credentials" in refused(place, code=3, source=source)
+    assert "check credentials" in refusal(place, code=3, source=source)
     assert not Place(weed).objects()
 
 
 def test_missing_bucket(weed, source):
     place = Place(weed, bucket="nothing-here", key="writer")
-    assert "nothing-here" in refused(place, code=3, source=source)
-    assert "nothing-here" in refused(Place(weed), code=3, source=place.name)
+    assert "nothing-here" in refusal(place, code=3, source=source)
+    assert "nothing-here" in refusal(Place(weed), code=3, source=place.name)
 
 
 def test_a_prefix_in_use(place, source):
     store = place.obstore().store
     store.put("c/0/0", b"a chunk of another one")
-    assert "c/0/0" in refused(place, code=5, source=source)
+    assert "c/0/0" in refusal(place, code=5, source=source)
     assert place.objects() == {"c/0/0": b"a chunk of another one"}
     store.delete("c/0/0")
     create(place.fsspec(), some((2, 2), "f4"), (2, 2))
     before = place.objects()
-    assert "exists" in refused(place, code=5, source=source)
+    assert "exists" in refusal(place, code=5, source=source)
     assert place.objects() == before
 
 
 def test_what_cannot_be_done_in_an_object_store(place, source):
-    assert "replaced" in refused(place, "--overwrite", code=3, source=source)
+    assert "replaced" in refusal(place, "--overwrite", code=3, source=source)
     clip_zarr(source, place.fsspec(), 1.0)
     with pytest.raises(ValueError, match="replaced"):
         clip_zarr(place.fsspec(), None, 1.0, in_place=True)
@@ -206,7 +200,7 @@ def test_a_store_without_conditional_puts(tmp_path, source):
     server.start()
     try:
         place = Place(server)
-        line = refused(place, code=3, source=source)
+        line = refusal(place, code=3, source=source)
         assert "If-None-Match" in line
         assert not place.objects()
         # it will do as a source
