@@ -19,6 +19,13 @@ FORMATS = {
     "float32": (24, -149),
     "float64": (53, -1074),
 }
+# smallest and largest exponent
+EXPONENTS = {
+    "float16": (-24, 15),
+    "bfloat16": (-133, 127),
+    "float32": (-149, 127),
+    "float64": (-1074, 1023),
+}
 
 
 def native(x):
@@ -32,6 +39,25 @@ def native(x):
 def bits(x):
     """Dtype, shape and bits: equal for equal arrays only, -0.0 and NaN included."""
     return native(x).dtype.name, np.shape(x), native(x).tobytes()
+
+
+def same(a, b):
+    """Whether two partials, or an array and a scale, have equal fields and bits."""
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return bits(a) == bits(b) if a.dtype.kind in "fcV" else np.array_equal(a, b)
+    return a == b
+
+
+def exact_sums(partial):
+    """Sums as exact integers in units of 2**-2148; an array of one for each slice."""
+    limbs = partial.limbs.astype(object)
+    weights = [1 << (32 * (partial.low + i + 68)) for i in range(len(limbs))]
+    total = sum((w * limb for w, limb in zip(weights, limbs, strict=True)), 0)
+    total = np.broadcast_to(np.asarray(total, object), partial.flags.shape)
+    assert not (total & (1 << 28) - 1).any()
+    return total >> 28
 
 
 def integer(value):

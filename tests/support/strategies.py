@@ -8,9 +8,12 @@ from functools import cache
 import dask
 import dask.array as da
 import numpy as np
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import BFLOAT16, DTYPES, FORMATS, native, root, totals
+from reference import BFLOAT16, DTYPES, EXPONENTS, FORMATS, native, root, totals
 
+ORDS = (2, 1, math.inf)
 # one step off the native layout each; ml_dtypes has no swapped bfloat16
 LAYOUTS = {
     "c": lambda x: x,
@@ -79,7 +82,7 @@ def elements(draw, shape, dtype):
     """Values around one power of two of the dtype's range, with zeros of both signs."""
     name = native(np.zeros((), dtype)).dtype.name
     significant, lowest = FORMATS[name]
-    highest = {"float16": 15, "float64": 1023}.get(name, 127)
+    highest = EXPONENTS[name][1]
     centre = draw(integers(lowest, highest))
     spread = draw(one_of(0, 1, 4, 30, highest - lowest))
     rng = np.random.default_rng(draw(integers(0, 2**32)))
@@ -119,3 +122,26 @@ def cases(draw, special=False, ord=2):
     chunks = tuple(draw(partitions(n)) for n in shape)
     x = np.asarray(layout(plain))
     return Case(plain, x, axes, clip_norm, chunks, draw(integers(2, 4)))
+
+
+def for_each_ord(examples, others, special=False, **drawn):
+    """A property of a `Case`, tested for each norm: of ``examples`` if it is 2, else of ``others``.
+
+    The decorated function takes the case, the order of its norm, and what ``drawn`` draws.
+    """
+
+    def decorate(check):
+        def test(ord):
+            number = examples if ord == 2 else others
+
+            @settings(max_examples=number, derandomize=True, deadline=None)
+            @given(case=cases(special, ord), **drawn)
+            def of_all_cases(**values):
+                check(ord=ord, **values)
+
+            of_all_cases()
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return pytest.mark.parametrize("ord", ORDS)(test)
+
+    return decorate
