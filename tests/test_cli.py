@@ -96,20 +96,20 @@ def test_plan_writes_nothing(source, tmp_path, command):
     ("text", "axes"),
     [(None, None), ("", ()), ("0", 0), ("1", 1), ("-1", 1), ("0,1", (0, 1)), (" 1, 0", (0, 1))],
 )
-def test_axes(source, tmp_path, text, axes):
+def test_axes_are_integers_or_none(source, tmp_path, text, axes):
     options = [] if text is None else [f"--axes={text}"]
     assert run("run", source, tmp_path / "y", "--clip-norm", 1, *options).exit_code == 0
     assert bits(read(tmp_path / "y")) == wanted(source, 1.0, axes)
 
 
 @pytest.mark.parametrize("limit", ["1", "1e-3", "-1", "0", "inf", "nan"])
-def test_limits(source, tmp_path, limit):
+def test_clip_norm_is_any_number(source, tmp_path, limit):
     assert run("run", source, tmp_path / "y", "--clip-norm", limit).exit_code == 0
     assert bits(read(tmp_path / "y")) == wanted(source, float(limit))
 
 
 @pytest.mark.parametrize("policy", ["propagate", "omit"])
-def test_nonfinite(tmp_path, policy):
+def test_nonfinite_names_a_policy(tmp_path, policy):
     values = some((5, 6), "f4")
     values[1, 2] = math.nan
     source = create(tmp_path / "x", values, (2, 4))
@@ -145,7 +145,7 @@ def test_progress_as_lines_where_stderr_is_no_terminal(source, tmp_path, options
     assert all(line.startswith("daskclip: ") and "pass 1/1" in line for line in lines)
 
 
-def test_no_progress(source, tmp_path):
+def test_progress_none_prints_nothing(source, tmp_path):
     done = run("run", source, tmp_path / "y", "--clip-norm", 1, "--progress", "none")
     assert (done.exit_code, done.stderr) == (0, "")
 
@@ -186,7 +186,7 @@ def test_it_is_a_command_of_dask(source, tmp_path):
 
 
 @pytest.mark.distributed
-def test_workers(source, tmp_path):
+def test_workers_start_a_cluster(source, tmp_path):
     options = ["--workers", 2, "--json", "--progress", "json"]
     done = shell("run", source, tmp_path / "y", "--clip-norm", 1, *options)
     assert done.returncode == 0
@@ -219,7 +219,7 @@ def started(*command, until):
 
 
 @pytest.mark.distributed
-def test_scheduler(source, tmp_path):
+def test_scheduler_is_an_address(source, tmp_path):
     local = ["--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0"]
     scheduler = ["distributed.cli.dask_scheduler", "--port", "0", *local]
     with started(*scheduler, until="Scheduler at:") as address:
@@ -582,7 +582,7 @@ def test_a_full_disk_is_one_line_and_can_be_discarded(public):
     assert_fails(done, 1, "writing block", "No space left", "at chunk", "again to resume")
 
 
-def test_nan_under_raise(tmp_path):
+def test_nan_under_raise_is_named_by_its_slice(tmp_path):
     source = create(tmp_path / "x", np.float32([[1, 2], [math.nan, 3]]), (1, 2))
     before = stored(tmp_path)
     options = ["--clip-norm", 1, "--axes", 1, "--nonfinite", "raise"]
@@ -592,7 +592,7 @@ def test_nan_under_raise(tmp_path):
     assert stored(tmp_path) == before
 
 
-def test_a_missing_chunk_under_error(tmp_path, source):
+def test_a_missing_chunk_under_error_is_named(tmp_path, source):
     (source / "c/1/0").unlink()
     before = stored(tmp_path)
     options = ["--clip-norm", 1, "--missing", "error"]
@@ -648,7 +648,9 @@ def test_defaults_come_from_dasks_configuration(source, tmp_path, how):
     assert planned["memory"] == 40 * 2**20
     done = shell("run", *command, env=environment)
     assert json.loads(done.stdout)["parameters"]["memory"] == 40 * 2**20
-    assert all("rate" in json.loads(line) for line in done.stderr.splitlines())
+    states = [json.loads(line) for line in done.stderr.splitlines()]
+    assert states
+    assert all("rate" in state for state in states)
 
 
 def test_an_option_counts_more_than_the_configuration(source, tmp_path):

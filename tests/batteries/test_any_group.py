@@ -74,7 +74,7 @@ HOW = {
     in_place=st.booleans(),
     stop=st.integers(0, 4),
 )
-def test_it_is_what_numpy_makes_of_its_arrays(group, how, memory, limit, in_place, stop):
+def test_a_group_is_clipped_as_numpy_clips_its_arrays(group, how, memory, limit, in_place, stop):
     if any(o["dtype"] == "c8" for o, *_ in group.values()) and how == "largest":
         how = "own"
     options = HOW[how]

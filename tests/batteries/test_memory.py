@@ -94,7 +94,7 @@ def shapes(opened):
     return {n: a.shape for n, a in opened.members(max_depth=None) if isinstance(a, zarr.Array)}
 
 
-def test_256_mib_in_128_mib(arrays, tmp_path):
+def test_an_array_of_256_mib_fits_in_128_mib(arrays, tmp_path):
     assert grown(arrays(256), tmp_path / "y", 128 * MIB) > 0
 
 
@@ -143,7 +143,7 @@ def test_sums_in_less_memory_work_or_are_refused_with_the_numbers(days, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_many_small_chunks(tmp_path):
+def test_many_small_chunks_fit_in_memory(tmp_path):
     source = make(tmp_path / "x", (2, 40000), (2, 1), None)
     grown(source, tmp_path / "y", 64 * MIB)
 
@@ -152,7 +152,7 @@ def test_many_small_chunks(tmp_path):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("axes", ["1", ""])
 @pytest.mark.parametrize("memory", [64, 128])
-def test_slices_of_few_elements(tmp_path, memory, axes):
+def test_slices_of_few_elements_fit_in_memory(tmp_path, memory, axes):
     source = make(tmp_path / "x", (1 << 23, 2), (1 << 18, 2), FAST)
     grown(source, tmp_path / "y", memory * MIB, "--axes", axes)
 

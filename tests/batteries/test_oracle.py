@@ -73,7 +73,7 @@ def is_met(y, x, case, axes, clip_norm):
 
 @pytest.mark.parametrize("form", ["numpy", "dask"])
 @pytest.mark.parametrize("name", BY_NORM)
-def test_clip_by_norm(name, form):
+def test_clip_by_norm_is_as_recorded(name, form):
     case = CASES[name]
     x = array(case["input"], case["dtype"])
     axes, clip_norm = argument(case["axes"]), argument(case["clip_norm"])
@@ -107,7 +107,7 @@ def test_clip_by_norm(name, form):
 
 @pytest.mark.parametrize("form", ["numpy", "dask"])
 @pytest.mark.parametrize("name", BY_GLOBAL_NORM)
-def test_clip_by_global_norm(name, form):
+def test_clip_by_global_norm_is_as_recorded(name, form):
     case = CASES[name]
     arrays = [
         None if key is None else array(key, dtype)

@@ -442,7 +442,7 @@ def rows(done):
     return {line[:10].strip(): line[10:].strip() for line in done.stdout.splitlines()}
 
 
-def test_of_nothing(tmp_path):
+def test_status_discard_and_verify_where_there_is_nothing(tmp_path):
     target = tmp_path / "y"
     assert rows(run("status", target)) == {"target": f"{target} does not exist"}
     done = run("discard", target)
@@ -451,7 +451,7 @@ def test_of_nothing(tmp_path):
     assert not names(tmp_path)
 
 
-def test_of_an_unfinished_run(unfinished, tmp_path):
+def test_status_discard_and_verify_of_an_unfinished_run(unfinished, tmp_path):
     target = tmp_path / "y"
     found = rows(run("status", target))
     assert found["target"] == f"{target} does not exist"
@@ -471,7 +471,7 @@ def test_of_an_unfinished_run(unfinished, tmp_path):
     assert unfinished().bytes_read == 2 * read(tmp_path / "x").nbytes
 
 
-def test_of_a_run_under_way(small, monkeypatch, tmp_path, x):
+def test_status_discard_and_verify_during_a_run(small, monkeypatch, tmp_path, x):
     target = tmp_path / "y"
     append, seen = Journal.append, []
 
@@ -489,7 +489,7 @@ def test_of_a_run_under_way(small, monkeypatch, tmp_path, x):
     assert names(tmp_path) == ["x", "y"]
 
 
-def test_of_a_published_array(tmp_path, x):
+def test_status_discard_and_verify_of_a_published_array(tmp_path, x):
     target = tmp_path / "y"
     run("run", x, target, "--clip-norm", 1, "--axes", 0)
     before = state(tmp_path)

@@ -735,20 +735,20 @@ def check(examples, steps):
 
 
 @pytest.mark.timeout(900)
-def test_a_few_steps_in_any_order():
+def test_a_few_steps_in_any_order_leave_whole_arrays():
     check(5, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_many_steps_in_any_order():
+def test_many_steps_in_any_order_leave_whole_arrays():
     check(60, 15)
 
 
 @pytest.mark.parametrize("number", [40, 110])
 @pytest.mark.parametrize("header", [False, True])
 @pytest.mark.parametrize("what", [None, "sums", "source", "staging", "flip", "cut"])
-def test_each_kind_of_damage(what, header, number):
+def test_each_kind_of_damage_is_refused_or_repaired(what, header, number):
     machine = Machine()
     try:
         machine.begin("format 3", there=False)

@@ -88,7 +88,7 @@ def traced(folder, case, injection, log):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(INJECTIONS)), ids=INJECTIONS)
-def test_a_system_call_that_fails(tmp_path, number):
+def test_a_system_call_that_fails_leaves_an_old_or_a_new_array(tmp_path, number):
     case = number % len(CASES)
     job = CASES[case]
     whole, folder = tmp_path / "whole", tmp_path / "folder"
@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_is_named_and_the_run_ends_once_there_is_room(tmp_pa
         assert [p.name for p in point.iterdir()] == ["y"]
 
 
-def test_a_disk_that_becomes_read_only(tmp_path):
+def test_a_disk_that_becomes_read_only_is_named(tmp_path):
     x = create(tmp_path / "x", some((64, 64), "f4"), (16, 64))
     with mounted(tmp_path, "size=4m") as point:
         subprocess.run(["mount", "-o", "remount,ro", str(point)], check=True)

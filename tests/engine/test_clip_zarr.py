@@ -135,14 +135,14 @@ SCHEDULERS = {
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("settings", SCHEDULERS)
-def test_schedulers(tmp_path, settings):
+def test_results_are_those_of_numpy_on_any_scheduler(tmp_path, settings):
     x = source_of(tmp_path, "shards")
     with dask.config.set(SCHEDULERS[settings]):
         clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
 
 
 @pytest.mark.usefixtures("small")
-def test_a_thread_pool_of_the_caller(tmp_path):
+def test_a_thread_pool_of_the_caller_is_used_and_left_open(tmp_path):
     x = source_of(tmp_path)
     with ThreadPoolExecutor(3) as pool, dask.config.set(pool=pool):
         assert plan_zarr(x, tmp_path / "y", 1.0).threads == 3
@@ -152,7 +152,7 @@ def test_a_thread_pool_of_the_caller(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_the_scheduler_of_processes(tmp_path):
+def test_results_are_those_of_numpy_on_the_scheduler_of_processes(tmp_path):
     x = source_of(tmp_path)
     with dask.config.set(scheduler="processes", num_workers=2):
         clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
@@ -175,7 +175,7 @@ def test_results_are_those_of_numpy_on_two_processes(tmp_path, layout, axes):
 @pytest.mark.distributed
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("times", [1, 2])
-def test_results_whose_way_back_is_cancelled(tmp_path, client, monkeypatch, times):
+def test_results_lost_on_their_way_are_fetched_again(tmp_path, client, monkeypatch, times):
     # as happens in distributed by chance
     x = source_of(tmp_path)
     gather, calls = client._gather_remote, []
@@ -336,7 +336,7 @@ NONFINITE[5, 4, 3], NONFINITE[3, 6, 4] = math.nan, -math.inf
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
 @pytest.mark.parametrize("policy", ["propagate", "omit"])
-def test_nan_and_infinity(tmp_path, axes, policy):
+def test_slices_with_nan_and_infinity_are_those_of_numpy(tmp_path, axes, policy):
     x = source_of(tmp_path, values=NONFINITE)
     report = clipped(x, tmp_path / "y", axes, memory=least_memory(x, axes), nonfinite=policy)
     counted = np.where(np.isnan(NONFINITE), 0, NONFINITE) if policy == "omit" else NONFINITE
@@ -477,7 +477,7 @@ def test_missing_chunks_and_a_run_that_is_stopped_anywhere(tmp_path, monkeypatch
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("budget", ["tight", "ample"])
 @pytest.mark.parametrize("axes", [None, 0])
-def test_a_limit_of_nan_where_nothing_is_stored(tmp_path, budget, axes):
+def test_a_limit_of_nan_makes_nan_where_nothing_is_stored(tmp_path, budget, axes):
     x = tmp_path / "x"
     zarr.create_array(x, shape=(30, 20), chunks=(2, 4), dtype="f4")[0, 0] = 1.0
     clip_zarr(x, tmp_path / "y", math.nan, axes, memory=memory_of(budget, x, axes))

@@ -118,7 +118,7 @@ def test_a_run_with_saved_norms_reads_once_and_writes_the_same(
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_in_place_and_where_little_is_stored(tmp_path, passes):
+def test_saved_norms_in_place_and_where_little_is_stored(tmp_path, passes):
     sparse = zarr.create_array(tmp_path / "x", shape=SHAPE, chunks=CHUNKS, dtype="f4")
     sparse[4:8, 8:12] = some((4, 4), "f4")
     memory = memory_for_passes(tmp_path / "x", 0, passes)
@@ -283,7 +283,7 @@ def test_too_little_memory_for_the_plan_of_the_norms(source, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("passes", [1, 2])
-def test_two_processes(source, tmp_path, passes):
+def test_saved_norms_on_two_processes(source, tmp_path, passes):
     with local_cluster(2) as two, Client(two):
         memory = memory_for_passes(source, 0, passes)
         stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
@@ -293,7 +293,7 @@ def test_two_processes(source, tmp_path, passes):
     assert stored(tmp_path / "y") == stored(tmp_path / "z")
 
 
-def test_the_command_line(source, tmp_path):
+def test_saved_norms_on_the_command_line(source, tmp_path):
     norms, how = tmp_path / "norms", ("--axes", "0", "--memory", memory_for_passes(source, 0, 2))
     done = run("stats", source, *how, "--save-norms", norms)
     assert done.exit_code == 0, done.output

@@ -95,7 +95,7 @@ def test_stats_depend_on_no_chunks(source, tmp_path, axes, memory, monkeypatch):
     assert found == wanted
 
 
-def test_largest_along_an_axis(source):
+def test_the_largest_norms_along_an_axis(source):
     found = stats_zarr(source, (1, 2))
     norms = norm(values(), (1, 2))
     (along,) = found.along
@@ -103,7 +103,7 @@ def test_largest_along_an_axis(source):
     assert along["largest"] == np.where(np.isfinite(norms), norms, 0.0).tolist()
 
 
-def test_nothing_is_written(source, tmp_path):
+def test_stats_write_nothing(source, tmp_path):
     before = stored(tmp_path)
     stats_zarr(source, 0)
     assert run("stats", source, "--axes", 1).exit_code == 0
@@ -124,7 +124,7 @@ def test_what_is_not_stored_is_zeros(tmp_path, axes):
     assert stats_zarr(empty, axes).slices == np.atleast_1d(norm(empty[...], axes)).size
 
 
-def test_policies(source):
+def test_stats_under_omit_and_raise(source):
     omitted = stats_zarr(source, (1, 2), nonfinite="omit")
     assert (omitted.nan, omitted.infinite) == (0, 2)
     with pytest.raises(NonFiniteError):
@@ -139,7 +139,7 @@ def test_norms_that_exceed_float64(tmp_path):
     assert json.loads(found.to_json())["worst"][0]["norm"] == "inf"
 
 
-def test_text_and_json(source, tmp_path):
+def test_stats_are_printed_as_text_and_json(source, tmp_path):
     done = run("stats", source, "--axes", "1,2", "--progress", "none")
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     assert rows["slices"].strip() == "40"
@@ -198,7 +198,7 @@ def test_a_resumed_run_keeps_the_quantile(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("percent", ["p", "p101", "p-1", "pnan", "99", "p1e1", "", "p٣"])
-def test_what_is_no_quantile(source, tmp_path, percent):
+def test_what_is_no_quantile_is_refused(source, tmp_path, percent):
     with pytest.raises(InvalidTypeError, match="give a number, or 'p' and a percentage"):
         clip_zarr(source, tmp_path / "y", percent)
 

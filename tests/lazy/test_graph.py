@@ -128,7 +128,7 @@ def sources(x):
 
 @pytest.mark.parametrize("axes", [None, 1])
 @pytest.mark.parametrize("source", sources(X))
-def test_every_kind_of_source(source, axes):
+def test_every_kind_of_source_gives_numpys_bits(source, axes):
     x = sources(X)[source]
     y, value = clip_by_norm(x, 1.5, axes, return_norm=True)
     x, y, value = compute(x, y, value)
@@ -138,7 +138,7 @@ def test_every_kind_of_source(source, axes):
 
 
 @pytest.mark.parametrize("axes", [None, 0, 1, []])
-def test_unknown_chunk_sizes(axes):
+def test_arrays_of_unknown_chunk_sizes_are_clipped(axes):
     x = da.from_array(X, (7, 6))
     x = x[(x > 0).any(axis=1)]
     assert np.isnan(x.shape[0])

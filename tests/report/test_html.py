@@ -124,7 +124,7 @@ def test_notebooks_show_the_same(source, tmp_path):
         assert all(value in shown.texts for value in rows.values())
 
 
-def test_nothing_to_draw(tmp_path):
+def test_pages_with_little_or_nothing_to_draw(tmp_path):
     zeros = create(tmp_path / "x", np.zeros((3, 2), "f4"), (3, 2))
     assert Document(stats_zarr(zeros, 1)._repr_html_()).count("line") == 0
     empty = create(tmp_path / "e", np.zeros((0, 2), "f4"), (3, 2))

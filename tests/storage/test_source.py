@@ -88,7 +88,7 @@ def assert_clipped(source, target, clip_norm=1.0, axes=1):
     ],
     ids=str,
 )
-def test_codecs_of_format_3(tmp_path, options):
+def test_codecs_of_format_3_are_read_and_written(tmp_path, options):
     create(tmp_path / "x", some((5, 6), "f4"), (2, 4), **options)
     assert_clipped(tmp_path / "x", tmp_path / "y")
 
@@ -126,7 +126,7 @@ def test_bundled_checksums_and_shuffle_of_format_3(tmp_path, name):
     ],
     ids=str,
 )
-def test_codecs_of_format_2(tmp_path, compressor):
+def test_codecs_of_format_2_are_read_and_written(tmp_path, compressor):
     create(tmp_path / "x", some((5, 6), "f4"), (2, 4), zarr_format=2, compressors=compressor)
     assert_clipped(tmp_path / "x", tmp_path / "y")
 
@@ -317,7 +317,7 @@ def test_metadata_is_carried_over_to_the_byte(tmp_path, layout):
 @pytest.mark.parametrize("separator", ["/", "."])
 @pytest.mark.parametrize("name", ["default", "v2", "format 2"])
 @pytest.mark.parametrize("missing", ["fill", "error"])
-def test_chunk_keys(tmp_path, name, separator, missing):
+def test_chunks_are_found_under_any_keys(tmp_path, name, separator, missing):
     encoding = {"name": "v2" if name == "format 2" else name, "separator": separator}
     create(
         tmp_path / "x",
@@ -354,7 +354,7 @@ def test_one_chunk_larger_than_the_array(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [">f2", ">f4", ">f8", ">c8", ">c16"])
-def test_byte_order_is_kept(tmp_path, layout, dtype):
+def test_byte_order_is_kept_in_storage(tmp_path, layout, dtype):
     create(tmp_path / "x", some((5, 6), dtype), (2, 4), **FORMATS[layout])
     assert_clipped(tmp_path / "x", tmp_path / "y")
     x, y = (zarr.open_array(tmp_path / name) for name in "xy")

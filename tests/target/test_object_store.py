@@ -105,7 +105,7 @@ def test_a_source_of_other_bytes_is_copied_to_the_byte(place, tmp_path):
     assert files_of(tmp_path / "y") == files_of(source)
 
 
-def test_names_are_plain(place, tmp_path):
+def test_an_object_store_is_named_by_its_url(place, tmp_path):
     source = create(tmp_path / "x", some((4, 4), "f4"), (2, 4))
     for store in (place.fsspec(), place.obstore()):
         assert status(store) == {"target": f"{place.name} does not exist"}
@@ -138,7 +138,7 @@ def source(tmp_path):
     return create(tmp_path / "x", some((8, 8), "f4"), (2, 4))
 
 
-def test_wrong_credentials(weed, source):
+def test_wrong_credentials_are_refused(weed, source):
     place = Place(weed, secret="wrong")
     assert "check credentials" in refusal(place, code=3, source=source)
     inside = Place(weed)
@@ -211,7 +211,7 @@ def test_a_store_without_conditional_puts(tmp_path, source):
         server.kill()
 
 
-def test_nothing_answers(source, monkeypatch):
+def test_a_server_that_does_not_answer_is_named(source, monkeypatch):
     monkeypatch.setattr(retries, "ATTEMPTS", 1)
     place = Place(SimpleNamespace(url="http://127.0.0.1:9"))
     store = place.obstore(retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=1)})
