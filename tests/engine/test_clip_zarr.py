@@ -1,4 +1,4 @@
-"""From storage to storage: NumPy's bits for any plan, nothing half done after a failure."""
+"""From storage to storage: NumPy's bits for any plan, each chunk once, nothing after a failure."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
-from threading import Barrier, Event, Lock
+from threading import Event, Lock
 
 import dask
 import numpy as np
@@ -16,22 +16,19 @@ import zarr
 from distributed import Client
 from reference import bits
 from servers import local_cluster
-from stores import FORMATS, create, finished, least_memory, memory_of, read, some, stored
+from stores import FORMATS, clipped, create, finished, least_memory, memory_of, read, some, stored
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
 from daskclip.engine import cluster as workers
 from daskclip.engine import request as prepare
 from daskclip.errors import (
-    DaskClipError,
     NonFiniteError,
     SourceError,
     StorageError,
-    TargetExistsError,
     TemporaryError,
 )
 from daskclip.plan import array as plan
 from daskclip.storage import files, regions
-from daskclip.target import directory as publish
 from daskclip.target.journal import Journal
 from daskclip.worker import context as jobs
 from daskclip.worker import tasks
@@ -69,15 +66,6 @@ def client(two):
 def four():
     with local_cluster(4) as cluster, Client(cluster):
         yield
-
-
-def clipped(source, target, axes=None, clip_norm=1.0, **options):
-    """Clip; the result must be NumPy's, to the bit."""
-    x = read(source)
-    report = clip_zarr(source, target, clip_norm, axes, **options)
-    policy = options.get("nonfinite", "propagate")
-    assert bits(read(target)) == bits(clip_by_norm(x, clip_norm, axes, nonfinite=policy))
-    return report
 
 
 def source_of(folder, layout="format 3", dtype="f4", values=None):
@@ -556,109 +544,6 @@ def test_a_failure_on_workers_makes_no_target(tmp_path, monkeypatch, client, kin
     for address in client.nthreads():
         assert client.submit(abs, -1, workers=[address], pure=False).result() == 1
     assert (stored if kind == "nan" else finished)(tmp_path) == before
-
-
-def test_a_second_run_on_the_same_target_is_refused(tmp_path, monkeypatch):
-    x = source_of(tmp_path)
-    original, seen = regions.read, []
-
-    def run_again(*args):
-        if not seen:
-            seen.append(None)
-            with pytest.raises(TargetExistsError, match="being written by another run") as caught:
-                clip_zarr(x, tmp_path / "y", 2.0)
-            seen.append(caught.value.exit_code)
-        return original(*args)
-
-    monkeypatch.setattr(regions, "read", run_again)
-    clipped(x, tmp_path / "y")
-    assert seen == [None, 5]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
-
-
-@pytest.mark.parametrize("step", ["mkdir", "flock"])
-def test_a_run_that_starts_while_another_one_ends_is_refused(tmp_path, monkeypatch, step):
-    x = source_of(tmp_path)
-    owner = publish.fcntl if step == "flock" else Path
-    original, done = getattr(owner, step), []
-
-    def after_a_whole_run(*args, **kwargs):
-        result = original(*args, **kwargs) if step == "mkdir" else None
-        if not done and (step == "flock" or args[0].name == ".y.daskclip"):
-            done.append(None)
-            clip_zarr(x, tmp_path / "y", 1.0)
-        return result if step == "mkdir" else original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, step, after_a_whole_run)
-    with pytest.raises(TargetExistsError):
-        clip_zarr(x, tmp_path / "y", 2.0)
-    assert done
-    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
-
-
-def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
-    x = source_of(tmp_path)
-    original = regions.read
-
-    def make_target(*args):
-        (tmp_path / "y").mkdir(exist_ok=True)
-        return original(*args)
-
-    monkeypatch.setattr(regions, "read", make_target)
-    with pytest.raises(TargetExistsError, match="meanwhile"):
-        clip_zarr(x, tmp_path / "y", 1.0)
-    assert not stored(tmp_path / "y")
-    (tmp_path / "y").rmdir()
-    clipped(x, tmp_path / "y")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
-
-
-def at_once(number, run):
-    """Results or errors of threads that start together."""
-    barrier = Barrier(number)
-
-    def start(n):
-        barrier.wait()
-        try:
-            return run(n)
-        except DaskClipError as error:
-            return error
-
-    with ThreadPoolExecutor(number) as pool:
-        return list(pool.map(start, range(number)))
-
-
-def test_of_runs_on_one_target_at_once_one_wins(tmp_path):
-    x = source_of(tmp_path)
-    wanted = bits(read(x))
-    for n in range(10):
-        target = tmp_path / f"y{n}"
-        # limits that change nothing: a run that comes late must not be the one that is done
-        results = at_once(3, lambda i, target=target: clip_zarr(x, target, 1e9 + i))
-        errors = [r for r in results if isinstance(r, DaskClipError)]
-        assert [type(e) for e in errors] == [TargetExistsError] * 2
-        assert bits(read(target)) == wanted
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", *(f"y{n}" for n in range(10))]
-
-
-def test_runs_on_several_targets_at_once(tmp_path):
-    x = source_of(tmp_path)
-    wanted = bits(clip_by_norm(read(x), 1.0))
-    for n in range(5):
-        at_once(4, lambda i, n=n: clip_zarr(x, tmp_path / f"y{n}-{i}", 1.0))
-    targets = [p for p in tmp_path.iterdir() if p != x]
-    assert len(targets) == 20
-    assert all(bits(read(target)) == wanted for target in targets)
-
-
-def test_what_an_earlier_run_left_does_not_stop_the_next(tmp_path):
-    x = source_of(tmp_path)
-    work = tmp_path / ".y.daskclip"
-    create(work / "0123456789abcdef", some(SHAPE, "f4", seed=1), CHUNKS)
-    (work / "lock").touch()
-    clipped(x, tmp_path / "y")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
 
 
 def test_a_target_opens_as_part_of_its_group(tmp_path):

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from reference import bits
 
-from daskclip import plan_zarr
+from daskclip import clip_by_norm, clip_zarr, plan_zarr
 from daskclip.errors import MemoryBudgetError
 from daskclip.target.journal import Journal
 
@@ -76,6 +77,15 @@ def files_of(folder):
     """Bytes of the files of an array but the journal, by key."""
     paths = [p for p in folder.rglob("*") if p.is_file() and p.name != ".daskclip"]
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+
+
+def clipped(source, target, axes=None, clip_norm=1.0, **options):
+    """Clip; the result must be NumPy's, to the bit."""
+    x = read(source)
+    report = clip_zarr(source, target, clip_norm, axes, **options)
+    policy = options.get("nonfinite", "propagate")
+    assert bits(read(target)) == bits(clip_by_norm(x, clip_norm, axes, nonfinite=policy))
+    return report
 
 
 def least_memory(source, axes=None, clip_norm=1.0, **how):
