@@ -1,20 +1,12 @@
 """Runs, kills, damage and second clients in any order: a result that is right, or none."""
 
-import builtins
-import fcntl
-import io
 import os
-import pickle
 import re
 import shutil
-import signal
 import tempfile
-import traceback
-import warnings
 from dataclasses import dataclass, replace
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
-from threading import Lock
 
 import dask
 import numpy as np
@@ -31,200 +23,19 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from reference import bits
+from stopped_calls import AMPLE, Call, Child, outcome
 from stores import FORMATS, create, least_memory, read, some
 
-from daskclip import clip_by_norm, clip_zarr, plan_zarr, verify_zarr
+from daskclip import clip_by_norm, plan_zarr, verify_zarr
 from daskclip.engine import request as prepare
 from daskclip.engine.run_record import discard, status
-from daskclip.errors import DaskClipError
 from daskclip.plan import array as plan
-from daskclip.storage import files
-from daskclip.target import directory as publish
 from daskclip.target import journal
 
 SHAPE, CHUNKS = (12, 8), (2, 4)
 # plans of several slabs, windows and passes for an array of 384 bytes
 SIZES = {"BLOCK": 64, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
-AMPLE = 2**30
-# exit code and text, remedy included, of every refusal that there may be
-REFUSALS = {
-    "exists": (5, r"target .* exists; remove it or choose another path, or overwrite it"),
-    "locked": (5, r"target .* is being written by another run; wait for it or stop it"),
-    "other parameters": (5, r"has .* and not .*; finish it, or discard it with: "),
-    "source changed": (5, r"changed since the unfinished run to .* began; discard it with: "),
-    "staging lost": (5, r"has lost its files; discard it with: "),
-    "other version": (5, r"has version \d+ and not \d+; finish it .*, or discard it with: "),
-    "memory": (3, r"memory .* holds less than .*; give memory='.*', or discard it with: "),
-    "missing": (3, r"chunk \S+ of .* is missing; restore it, or use missing='fill'"),
-    "absent": (3, r"target .* does not exist; check the path"),
-    "not what was written": (4, r"; (clip it again|remove it)$"),
-}
 OF_A_JOURNAL = {"other parameters", "source changed", "staging lost"}
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is asked of `clip_zarr`, in a folder with the source x and the target y."""
-
-    way: str
-    clip_norm: float = 0.5
-    axes: int | tuple[int, ...] | None = 0
-    missing: str = "fill"
-    memory: int = AMPLE
-
-    @property
-    def place(self):
-        return "x" if self.way == "in place" else "y"
-
-    def same(self, other):
-        """Whether a journal cannot tell them apart."""
-        return (self.place, self.clip_norm, self.axes, self.missing) == (
-            other.place, other.clip_norm, other.axes, other.missing
-        )  # fmt: skip
-
-    def start(self, folder):
-        in_place = self.way == "in place"
-        return clip_zarr(
-            folder / "x",
-            None if in_place else folder / "y",
-            self.clip_norm,
-            self.axes,
-            memory=self.memory,
-            missing=self.missing,
-            overwrite=self.way == "overwrite",
-            in_place=in_place,
-        )
-
-
-def outcome(function, *args):
-    """What a call comes to: the status of its report, or the one kind of refusal that it is."""
-    try:
-        return getattr(function(*args), "status", "right")
-    except DaskClipError as error:
-        code, text = error.exit_code, str(error)
-    kinds = [
-        kind for kind, like in REFUSALS.items() if like[0] == code and re.search(like[1], text)
-    ]
-    assert len(kinds) == 1, (code, text)
-    assert "\n" not in text
-    return kinds[0]
-
-
-def hook_file_operations(reached):
-    """Call ``reached`` before every operation that changes files or makes them durable."""
-
-    def wrap(owner, name, counts):
-        original = getattr(owner, name)
-
-        @wraps(original)
-        def operation(*args, **kwargs):
-            if counts(*args, **kwargs):
-                reached()
-            return original(*args, **kwargs)
-
-        setattr(owner, name, operation)
-
-    names = ["replace", "rename", "link", "unlink", "mkdir", "rmdir", "truncate", "fsync"]
-    for owner, name in [*((os, n) for n in names), (files, "sync"), (files, "exchange")]:
-        wrap(owner, name, lambda *_, **__: True)
-    wrap(os, "open", lambda path, flags, *_, **__: flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    for owner in (io, builtins):
-        wrap(owner, "open", lambda file, mode="r", *_, **__: set(mode) & set("wax+"))
-
-
-class Child:
-    """A process that makes a call, and dies or waits before an operation of it.
-
-    Operations are counted from ``since`` on: the start, the lock or the publishing.
-    """
-
-    def __init__(self, call, folder, since, number, wait=False):
-        self._results, results = os.pipe()
-        words, self._words = os.pipe()
-        with warnings.catch_warnings():
-            # of zarr's threads, which wait; the child starts its own
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded")
-            self._pid = os.fork()
-        if not self._pid:
-            try:
-                os.close(self._results)
-                os.close(self._words)
-                self._count(since, number, (results, words) if wait else None, folder / call.place)
-                os.write(results, b"r" + pickle.dumps(_answer(call, folder)))
-            finally:
-                os._exit(0)
-        os.close(results)
-        os.close(words)
-        self.waits = False
-        self.result = None
-        self._listen()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        os.close(self._words)  # one that waits dies
-        os.waitpid(self._pid, 0)
-        os.close(self._results)
-
-    def go_on(self):
-        os.write(self._words, b"g")
-        self._listen()
-
-    def die(self):
-        os.write(self._words, b"d")
-        self._listen()
-
-    def _listen(self):
-        """Return once it waits, is done or is dead."""
-        kind = os.read(self._results, 1)
-        self.waits = kind == b"w"
-        if kind == b"r":
-            with open(self._results, "rb", closefd=False) as results:
-                self.result, failure = pickle.load(results)
-            assert failure is None, failure
-
-    @staticmethod
-    def _count(since, number, pipes, path):
-        left, begun, guard = number, since == "start", Lock()
-        lock = path.with_name(f".{path.name}.daskclip") / "lock"
-
-        def reached():
-            nonlocal left
-            with guard:
-                left -= begun
-                # the lock may be gone already, and with it what a second client would respect
-                if left or not begun or (pipes and not lock.exists()):
-                    return
-                if pipes:
-                    os.write(pipes[0], b"w")
-                    if os.read(pipes[1], 1) == b"g":
-                        return
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def begin(owner, name, after):
-            original = getattr(owner, name)
-
-            def beginning(*args):
-                nonlocal begun
-                begun = begun or not after
-                original(*args)
-                begun = True
-
-            setattr(owner, name, beginning)
-
-        if since == "lock":
-            begin(fcntl, "flock", after=True)
-        if since == "publish":
-            begin(publish.DirectoryTransaction, "publish", after=False)
-        hook_file_operations(reached)
-
-
-def _answer(call, folder):
-    try:
-        return outcome(call.start, folder), None
-    except BaseException:
-        return None, traceback.format_exc()
 
 
 def chunks(folder):
