@@ -1,4 +1,4 @@
-"""What is refused: the documented class, one line, with the value and a remedy."""
+"""Refused arguments: the documented error class, and one line with the value and a remedy."""
 
 import dask
 import dask.array as da

@@ -105,7 +105,7 @@ def test_nonfinite_names_a_policy(tmp_path, policy):
 
 
 def two_passes(tmp_path):
-    """A source and options that make several windows and two passes."""
+    """Command for a source that takes several windows and two passes."""
     source = create(tmp_path / "x", np.ones((64, 1024, 256), "f4"), (1, 1024, 256))
     return ["run", source, tmp_path / "y", "--clip-norm", 1, "--memory", "40MiB"]
 
@@ -192,7 +192,7 @@ def test_a_plan_counts_workers(source, tmp_path):
 
 @contextmanager
 def started(*command, until):
-    """A process that said ``until`` on stderr; gives the rest of that line."""
+    """Start a process and wait for ``until`` on stderr; yields the rest of that line."""
     with subprocess.Popen(
         [sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True
     ) as process:
@@ -213,10 +213,10 @@ def test_scheduler_is_an_address(source, tmp_path):
         with started(*worker, until="Registered to:"):
             options = ["--clip-norm", 1, "--json", "--progress", "none"]
             done = shell("run", source, tmp_path / "y", "--scheduler", address, *options)
-            told = shell("plan", source, tmp_path / "z", "--scheduler", address, *options[:3])
+            planned = shell("plan", source, tmp_path / "z", "--scheduler", address, *options[:3])
     assert (done.returncode, done.stderr) == (0, "")
     line = r"daskclip: dashboard at http://127\.0\.0\.1:\d+/status\n"
-    assert re.fullmatch(line, told.stderr)
+    assert re.fullmatch(line, planned.stderr)
     assert json.loads(done.stdout)["slices"] == 1
     assert bits(read(tmp_path / "y")) == wanted(source)
 

@@ -1,4 +1,4 @@
-"""The command line, and the library with it: what is refused, and what fails while it runs."""
+"""Errors of the command line and of the library: refused calls, and failures during a run."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def source(tmp_path):
 
 
 def format_2(path, dtype, data, filters=None):
-    """An array of format 2 that zarr itself would not write."""
+    """Write an array of format 2 that zarr itself would not write."""
     path.mkdir()
     document = {"zarr_format": 2, "shape": [1], "chunks": [1], "dtype": dtype, "fill_value": None}
     document |= {"order": "C", "compressor": None, "filters": filters}
@@ -44,7 +44,7 @@ def format_2(path, dtype, data, filters=None):
 
 
 def make_sources(folder):
-    """One of everything that is refused, and ``x`` that is not."""
+    """Make a source of every refused kind, and ``x``, which is valid."""
     create(folder / "x", some((5, 6), "f4"), (2, 4))
     create(folder / "integers", np.ones((5, 6), "i4"), (2, 4))
     create(folder / "booleans", np.ones((5, 6), bool), (2, 4), zarr_format=2)
@@ -77,7 +77,7 @@ def everything(tmp_path_factory):
 
 
 def both_refuse(folder, source, target, kind, code, words, **arguments):
-    """The library and the command line refuse alike, and nothing is left behind."""
+    """Check that library and command line refuse alike, and leave no files."""
     before = stored(folder)
     python = {"clip_norm": 1.0, **arguments}
     for function in (clip_zarr, plan_zarr):
@@ -293,7 +293,7 @@ def test_refusals_are_one_line_where_zarr_warns(everything, source, word):
 
 @pytest.fixture
 def public(everything):
-    """A folder that any user may enter, unlike pytest's own, with a source in it."""
+    """A folder with a source that any user may enter, unlike pytest's own folders."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     shutil.copytree(everything / "x", folder / "x")
@@ -306,7 +306,7 @@ def test_a_read_only_folder_is_refused(public):
     closed.mkdir()
     closed.chmod(0o555)
     before = stored(public)
-    # root may write into any folder; what is imported must be so while it can still be read
+    # root may write anywhere, so drop privileges; import first, while files can be read
     code = "import os, daskclip.cli; daskclip.plan_zarr({!r}, {!r}, 1.0)".format(
         str(public / "x"), str(public / "y")
     )
@@ -335,7 +335,7 @@ def test_a_folder_that_only_looks_writable_is_refused(everything):
     assert isinstance(caught.value, DaskClipError)
 
 
-# --- what fails while it runs --------------------------------------------------------------------
+# --- failures during a run -----------------------------------------------------------------------
 
 
 def test_a_chunk_that_cannot_be_read_is_a_storage_failure(tmp_path, source):
@@ -408,11 +408,11 @@ def test_a_failure_on_workers_is_one_line(tmp_path, source):
 
 
 def test_an_interrupted_run_can_be_resumed(tmp_path):
-    # chunks that are not stored: as many windows as it takes, without data to make first
+    # nothing is stored: many windows, without data to make first
     zarr.create_array(tmp_path / "x", shape=(10**6, 4), chunks=(1, 4), dtype="f4", fill_value=1.0)
     before = stored(tmp_path)
     code = "from daskclip.plan import array as plan; plan.BLOCK = 64; plan.WINDOW = 1"
-    # tests that run in the background of a shell inherit that it is ignored
+    # the signal is ignored by default in background processes of a shell
     code += "; import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{code}; {DASKCLIP[2]}", "run", tmp_path / "x"]
     command += [tmp_path / "y", "--clip-norm", "1", "--axes", "1", "--progress", "json"]

@@ -1,4 +1,4 @@
-"""Labelled arrays: the same operation by names, with labels kept and missing values left out."""
+"""Labelled arrays: dimensions by name, labels kept, missing values left out."""
 
 import inspect
 import math
@@ -18,7 +18,7 @@ from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError
 xr = pytest.importorskip("xarray", reason="xarray is not installed: pip install daskclip[xarray]")
 import daskclip.xarray as labelled  # noqa: E402
 
-# zarr says so of what xarray writes by default
+# zarr warns of what xarray writes by default
 pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
 
 
@@ -223,7 +223,7 @@ def test_what_cannot_be_clipped_is_refused():
 
 
 class Foreign:
-    """As little as xarray takes for an array of another library."""
+    """The minimum that xarray accepts as an array of another library."""
 
     shape, ndim, dtype = (3,), 1, np.dtype("f4")
 

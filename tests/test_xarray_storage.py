@@ -22,7 +22,7 @@ from daskclip.errors import DTypeError
 xr = pytest.importorskip("xarray", reason="xarray is not installed: pip install daskclip[xarray]")
 import daskclip.xarray as labelled  # noqa: E402
 
-# zarr says so of what xarray writes by default
+# zarr warns of what xarray writes by default
 pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
 SENTINEL = 2.0**60
 
@@ -31,7 +31,7 @@ SENTINEL = 2.0**60
 
 
 def packed(path, zarr_format=3, **encoding):
-    """Dataset in Zarr, of which ``wind`` is stored in an encoding."""
+    """Store a dataset whose ``wind`` has an encoding."""
     x = cube("f8")
     x.encoding = {"chunks": (2, 5, 6), **encoding}
     x.to_dataset().to_zarr(path, zarr_format=zarr_format, consolidated=False)
@@ -254,7 +254,7 @@ def test_some_dimensions_may_have_no_name(tmp_path):
 
 
 def temperatures():
-    """Sea surface temperatures of the package eofs: 50 winters, land is missing."""
+    """Sea surface temperatures of 50 winters, from the package eofs; land is missing."""
     try:
         path = distribution("eofs").locate_file("eofs/examples/example_data/sst_ndjfm_anom.nc")
     except PackageNotFoundError:

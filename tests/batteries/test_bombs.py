@@ -1,6 +1,6 @@
-"""Chunks that decode to gigabytes: refused by their chunk, without the memory.
+"""Chunks that decode to gigabytes are refused by key, before the memory is taken.
 
-Bombs are decoded by a process of its own with little memory, which is this file run as a script.
+This file, run as a script with little memory, decodes them in a separate process.
 """
 
 import bz2
@@ -23,7 +23,7 @@ from zarr.codecs import numcodecs as bundled
 from daskclip import clip_zarr
 from daskclip.errors import StorageError
 
-SIZE = 2**31 - 2**22  # the header of blosc holds no more
+SIZE = 2**31 - 2**22  # the largest size that a Blosc header can hold
 
 
 def gzip_bomb(size):
@@ -110,7 +110,7 @@ def checked(data):
 
 
 def in_shard(bomb):
-    """A shard of two chunks, of which the second one is not stored."""
+    """A shard of two chunks, the second of which is not stored."""
     index = np.array([0, len(bomb), 2**64 - 1, 2**64 - 1], "<u8")
     return bomb + checked(index.tobytes())
 
@@ -126,7 +126,7 @@ def test_a_smaller_bomb_is_what_its_codec_decodes(name):
 
 
 def refuse_bombs(folder):
-    """Clip every source in a folder with 1.5 GB above the imports; prints each outcome."""
+    """Clip every source in a folder within 1.5 GB above the imports, and print each outcome."""
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**29,) * 2)
@@ -138,7 +138,7 @@ def refuse_bombs(folder):
         print(json.dumps([source.name, outcome]))
 
 
-# zarr says so for every codec of numcodecs in format 3
+# zarr warns of every numcodecs codec in format 3
 @pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
 def test_bombs_are_refused_by_their_chunk(tmp_path):
     values, folder, wanted = some((4, 8), "f4"), tmp_path / "bombs", {}

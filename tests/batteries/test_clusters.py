@@ -1,4 +1,4 @@
-"""Processes of a cluster that are killed, frozen and started again while a run is under way."""
+"""Cluster processes that are killed, frozen and restarted during a run."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def gated(self, entry):
         time.sleep(0.001)
 Journal.append = gated
 """
-# kills its process at one block, each time
+# kills its process whenever it reaches one block
 DEADLY = """
 import os, signal
 from daskclip.storage import regions
@@ -81,7 +81,7 @@ regions.write = freezing
 
 
 class Cluster:
-    """A scheduler and its workers, each a process that was started here."""
+    """A scheduler and its workers, each a child process."""
 
     def __init__(self, folder, **settings):
         self.folder, self.port = folder, 0
@@ -102,7 +102,7 @@ class Cluster:
             )
 
     def start_scheduler(self):
-        """At the address of the one before, if there was one."""
+        """Start a scheduler, at the address of the previous one if there was one."""
         file = self.folder / "scheduler.json"
         file.unlink(missing_ok=True)
         self.scheduler = self.start(
@@ -163,7 +163,7 @@ def two(shared):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A source of which a part is clipped by columns, and by rows."""
+    """A source of which some columns and some rows exceed the limit."""
     folder = tmp_path / "data"
     folder.mkdir()
     values = some(SHAPE, "f4")
@@ -193,7 +193,7 @@ class Run:
             create(self.target, some((4, 4), "f4", seed=1), (2, 4))
 
     def shell(self, address=None):
-        """The command line."""
+        """Start the command line."""
         options = ["--clip-norm", self.clip_norm, "--axes", self.axes, "--progress", "none"]
         options += ["--memory", MEMORY[self.axes], "--json"]
         options += ["--scheduler", address] if address else []
@@ -203,7 +203,7 @@ class Run:
         return self._start(code, "run", self.folder / "x", *target, *options)
 
     def python(self, address):
-        """The library, with a client that does not wait long for its scheduler."""
+        """Start the library, with a client that soon gives up on its scheduler."""
         target = None if self.mode == "in_place" else str(self.target)
         call = f"clip_zarr({str(self.folder / 'x')!r}, {target!r}, {self.clip_norm}, {self.axes}"
         call += f", memory={MEMORY[self.axes]}"
@@ -234,7 +234,7 @@ sys.exit(code)
         )
 
     def reach(self, line):
-        """Wait until the journal has so many lines."""
+        """Wait until the journal has that many lines."""
         journal = self.folder / f".{self.target.name}.daskclip" / "journal"
 
         def reached():
@@ -246,7 +246,7 @@ sys.exit(code)
         until(reached)
 
     def finish(self, process):
-        """The run ends with NumPy's bits, and leaves the source alone and nothing else behind."""
+        """Check that the run succeeds with NumPy's bits, and leaves only source and target."""
         out, err = process.communicate(timeout=120)
         assert (process.returncode, err) == (0, "")
         self.check()
@@ -340,7 +340,7 @@ def test_a_scheduler_that_is_killed_ends_the_run_which_can_go_on(folder, tmp_pat
             cluster.kill_worker()
             cluster.kill_worker()
             assert (process.returncode, out) == (75, "")
-            # what distributed logs is the affair of who calls the library, not of the shell
+            # in the library, the caller decides what distributed logs; the command line is silent
             lines = err.splitlines() if start is Run.shell else re.findall("daskclip: .*", err)
             assert len(lines) == 1
             assert lines[0].startswith("daskclip: the cluster was lost")
@@ -405,18 +405,18 @@ def test_a_block_that_kills_its_workers_is_named(folder, tmp_path, function, pla
     assert any(text in str(caught.value) for text in wanted)
     assert caught.value.exit_code == 1
     assert finished(folder) == before
-    # without what killed them the same call goes on
+    # once nothing kills workers, the same call resumes
     report = clip_zarr(folder / "x", folder / "y", CLIP_NORM, 0, memory=MEMORY[0])
     assert report.status == "clipped"
     run.check()
 
 
-# --- workers that will not do --------------------------------------------------------------------
+# --- unsuitable workers --------------------------------------------------------------------------
 
 
 @contextmanager
 def worker(cluster, *before, **environment):
-    """One worker, whose command begins with ``before``."""
+    """A worker whose command is prefixed with ``before``."""
     command = ["-m", "distributed.cli.dask_worker", cluster.address, "--no-nanny", "--nthreads"]
     process = subprocess.Popen(
         [*before, sys.executable, *command, "1", "--host", "127.0.0.1", "--no-dashboard"],
@@ -434,7 +434,7 @@ def worker(cluster, *before, **environment):
 
 
 def refusal(cluster, folder):
-    """The line that a run ends with, with nothing left."""
+    """Error line of a run that is refused by its workers and leaves no files."""
     x = create(folder / "x", some((4, 4), "f4"), (2, 4))
     before = stored(folder)
     done = shell("run", x, folder / "y", "--clip-norm", 1, "--scheduler", cluster.address)
@@ -449,7 +449,7 @@ def refusal(cluster, folder):
 
 @pytest.mark.parametrize("package", ["daskclip", "zarr"])
 def test_workers_of_another_version_are_refused(tmp_path, package):
-    # what is found first counts, as with a second installation
+    # the first metadata on the path counts, as with a second installation
     (tmp_path / "data").mkdir()
     info = tmp_path / "path" / f"{package}-0.0.9.dist-info"
     info.mkdir(parents=True)

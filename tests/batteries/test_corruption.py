@@ -1,7 +1,7 @@
-"""Bytes that change: in the source before and during a run, and in what was written.
+"""Changed bytes: in the source before and during a run, and in what was written.
 
-Damaged chunks are decoded by a process of their own, which is this file run as a script: a decoder
-that reads outside of its memory must not take the other tests with it.
+This file, run as a script, decodes damaged chunks in a separate process, because a decoder that
+reads outside its buffer must not crash the other tests.
 """
 
 import asyncio
@@ -56,12 +56,12 @@ CHAINS = {
     "shards": {"shards": (8, 64), "compressors": ZstdCodec()},
 }
 CHECKED = {"zstd checked", "gzip", "format 2 zlib"}
-"""Chains that tell every change by a checksum."""
+"""Chains that detect every change by a checksum."""
 MUTATIONS, SOME = 40, 6
 
 
 def damaged(path, generator, n):
-    """Bytes of a file with one to three bits flipped, or every third time cut off."""
+    """Bytes of a file with one to three bits flipped; every third time truncated."""
     data = bytearray(path.read_bytes())
     if n % 3 == 2:
         return bytes(data[: 0 if n == 2 else generator.randrange(len(data))])
@@ -79,12 +79,12 @@ def flipped(path, generator):
 
 
 def chunks_of(array):
-    """Keys of all files of chunks."""
+    """Keys of all chunk files."""
     return [k for k, v in stored(array).items() if v is not None and not k.startswith((".z", "z"))]
 
 
 def fails_at_chunk(source, target, key, clip_norm):
-    """Whether the run fails; then it says why on one line, by the chunk, and makes no target."""
+    """Whether the run fails; then with one line that names the chunk, and without a target."""
     try:
         clip_zarr(source, target, clip_norm, memory=TWO_PASSES)
     except DaskClipError as error:
@@ -100,12 +100,12 @@ def fails_at_chunk(source, target, key, clip_norm):
 
 
 async def others():
-    """Wait for what zarr has under way."""
+    """Wait for the operations that zarr is still running."""
     await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
 
 
 def before_the_run(source, key, data, n):
-    """What a run does with a source with a damaged chunk."""
+    """Outcome of a run whose source has a damaged chunk."""
     values, target = read(source), source.with_name("y")
     (source / key).write_bytes(data)
     now = stored(source)
@@ -114,24 +114,24 @@ def before_the_run(source, key, data, n):
     assert stored(source) == now
     if failed:
         discard(target)
-        # zarr itself dies of some chunks of blosc that are refused
+        # zarr itself crashes on some Blosc chunks that daskclip refuses
         if "blosc" not in source.parent.name:
             try:
                 decoded = read(source)
             except Exception:
                 sync(others())  # it goes on with the other chunks
                 return "refused"
-            # zarr takes an empty shard for one that is not stored
+            # zarr treats an empty shard as not stored
             assert bits(decoded) == bits(values) or not data, "refused, and zarr reads other values"
         return "refused"
-    x = read(source)  # what did not kill the run does not kill this
+    x = read(source)  # safe: the run has decoded the same bytes
     assert bits(read(target)) == bits(clip_by_norm(x, limit))
     shutil.rmtree(target)
     return "unchanged" if bits(x) == bits(values) else "changed"
 
 
 def between_the_passes(source, key, data, n):
-    """What a run does when a chunk is damaged after it was read once."""
+    """Outcome of a run when a chunk is damaged between the passes."""
     target, changed = source.with_name("y"), []
     original, seen = journal.Journal.append, set()
 
@@ -163,7 +163,7 @@ def between_the_passes(source, key, data, n):
 
 
 def damage(chain, folder, situation, number):
-    """Damage a source over and over; prints a JSON line each time."""
+    """Damage a source repeatedly, and print a JSON line for each outcome."""
     for name, size in (SIZES | {"WINDOW": 8}).items():
         setattr(plan, name, size)
     prepare.STATE = STATE
@@ -181,7 +181,7 @@ def damage(chain, folder, situation, number):
 
 
 def outcomes(chain, folder, situation, number):
-    """How often there was what outcome, in a process that must not die."""
+    """Count the outcomes of `damage` in a process that must survive."""
     command = [sys.executable, __file__, chain, str(folder), situation, str(number)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout[-200:] + done.stderr
@@ -234,7 +234,7 @@ LAYOUTS = {name: FORMATS[name] for name in FORMATS} | {
 
 
 def written(folder, layout, axes=None, name="y", **options):
-    """A source ``x`` and an array that was made from it."""
+    """Clip the source ``x``, created if needed, and return the path of the result."""
     if not (folder / "x").exists():
         attributes = {"unit": "K", "scale": [1, 0.5]}
         create(folder / "x", some(SHAPE, "f4"), CHUNKS, **LAYOUTS[layout], attributes=attributes)
@@ -243,7 +243,7 @@ def written(folder, layout, axes=None, name="y", **options):
 
 
 def found(target, *words, source=None):
-    """`verify_zarr` says on one line that the array is not what was written."""
+    """Check that `verify_zarr` reports, on one line, an array that was changed."""
     with pytest.raises(VerificationError) as caught:
         verify_zarr(target, source)
     assert caught.value.exit_code == 4
@@ -272,13 +272,13 @@ def test_every_flipped_bit_of_a_published_array_is_found(tmp_path, layout, numbe
 
 
 class Stop(Exception):
-    """Ends a run at a counted line of its journal."""
+    """Stops a run at some line of its journal."""
 
 
 def stopped(folder, monkeypatch, axes, lines):
-    """A run that ends once it has written so many lines that name blocks of the target.
+    """Stop a run once its journal has that many lines with written blocks.
 
-    Returns the folder it writes to, and the keys of what it is done with.
+    Returns the staging folder, and the keys of the chunks that are journalled as written.
     """
     original, done = journal.Journal.append, []
 
@@ -372,7 +372,7 @@ def test_added_files_are_found(tmp_path, layout):
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"stray")
-        # of folders in the place of a chunk, it is the folder that is told
+        # where the stray file made new folders, the message names the folder
         found(y, *([name] if not made else []))
         path.unlink()
         for parent in made:
@@ -425,9 +425,9 @@ def test_every_flipped_byte_of_the_record_is_found(tmp_path):
 def test_a_line_that_is_lost_from_the_record_is_found(tmp_path):
     y = written(tmp_path, "format 3", 0, memory=TWO_PASSES)
     lines = (y / ".daskclip").read_bytes().splitlines(keepends=True)
-    told = [n for n, line in enumerate(lines) if b'"target":{"' in line]
-    assert told
-    for n in (0, *told, len(lines) - 1):
+    with_blocks = [n for n, line in enumerate(lines) if b'"target":{"' in line]
+    assert with_blocks
+    for n in (0, *with_blocks, len(lines) - 1):
         (y / ".daskclip").write_bytes(b"".join(lines[:n] + lines[n + 1 :]))
         found(y)
 

@@ -1,7 +1,7 @@
-"""Metadata, links and files made to mislead: refused on one line, or read as zarr reads them.
+"""Hostile metadata, links and files are refused on one line, or read as zarr reads them.
 
-Each document is tried by a process of its own with little memory and time: one that imports once,
-this file run as a script, is forked for each.
+Each document is read in a separate process with little memory and time, forked from this file run
+as a script, which imports once.
 """
 
 import copy
@@ -67,7 +67,7 @@ def places(document, path=()):
 
 
 def changed(document, path, value):
-    """A copy with another value in one place."""
+    """A copy with another value at one path."""
     new = copy.deepcopy(document)
     inner = new
     for key in path[:-1]:
@@ -77,7 +77,7 @@ def changed(document, path, value):
 
 
 def without(document, path):
-    """A copy without what is in one place."""
+    """A copy without the value at one path."""
     new = changed(document, path, None)
     inner = new
     for key in path[:-1]:
@@ -87,7 +87,7 @@ def without(document, path):
 
 
 def encoded(document):
-    """A document in bytes, with lists in lists where it asks for them."""
+    """Bytes of a document, with ``of depth N`` replaced by N nested lists."""
     text = re.sub(
         r'"of depth (\d+)"', lambda m: "[" * int(m[1]) + "]" * int(m[1]), json.dumps(document)
     )
@@ -95,7 +95,7 @@ def encoded(document):
 
 
 def replaced(template, document):
-    """Every field replaced by every value, and left out."""
+    """Yield documents with each field replaced by each value, and left out."""
     for path in places(document):
         where = f"{template} {'/'.join(map(str, path))}"
         for n, value in enumerate(VALUES):
@@ -104,7 +104,7 @@ def replaced(template, document):
 
 
 def whole(template, document):
-    """Documents that are odd as a whole."""
+    """Yield documents that are malformed as a whole."""
     plain = json.dumps(document)
     for n, data in enumerate(
         [
@@ -134,7 +134,7 @@ def whole(template, document):
 
 
 def payloads(documents):
-    """Documents by which zarr alone would decode what runs a payload."""
+    """Yield documents with which zarr alone would unpickle a payload."""
     two, three, shards = (documents[name] for name in ("format 2", "format 3", "shards"))
     codec = {"id": "pickle", "protocol": 5}
     for dtype in ("|O", "<f4", [["a", "|O"]], "|V8", "<U4", "<M8[s]"):
@@ -156,7 +156,7 @@ def payloads(documents):
 
 
 def mutations(folder):
-    """Name and bytes or content of all documents; templates are made in ``folder``."""
+    """Yield name and bytes or content of all documents; templates are made in ``folder``."""
     documents = {}
     for name, options in TEMPLATES.items():
         create(folder / name, some(SHAPE, "f4"), CHUNKS, **options)
@@ -169,7 +169,7 @@ def mutations(folder):
 
 
 def make_mutated(folder, every):
-    """Make a source of every so many mutations, and of more with payloads; returns their number."""
+    """Make sources of one in ``every`` mutations, of more with payloads; returns the number."""
     templates = folder / "templates"
     chosen = list(mutations(templates))
     random.Random(0).shuffle(chosen)
@@ -191,7 +191,7 @@ def make_mutated(folder, every):
 
 
 def outcome(source):
-    """What becomes of one source."""
+    """Outcome, message and exit code of clipping one source."""
     target = source.with_name("y")
     try:
         if plan_zarr(source, target, 1.0).nbytes > HUGE:
@@ -206,7 +206,7 @@ def outcome(source):
 
 
 def attempt(source):
-    """The outcome in a process of its own, or how that died."""
+    """Outcome in a forked process, or how that process died."""
     answers, answer = os.pipe()
     child = os.fork()
     if not child:
@@ -252,15 +252,15 @@ def test_documents_are_refused_or_read_as_zarr_reads_them(tmp_path, every):
             bad.append(((Path(place) / "name").read_text(), kind, text[-2000:], left))
     assert not bad, f"{len(bad)} of {number}: {bad[:5]}"
     assert not (tmp_path / "unpickled").exists()
-    # the library of blosc itself says what it thinks of numbers
-    told = [line for line in done.stderr.splitlines() if " parameter must be " not in line]
-    assert not told
+    # the Blosc library itself prints warnings about its parameters
+    printed = [line for line in done.stderr.splitlines() if " parameter must be " not in line]
+    assert not printed
     kinds = Counter(kind for _, kind, *_ in lines)
     assert kinds["refused"] > number / 2
     assert kinds["right"]
 
 
-# --- links, and what is no file ------------------------------------------------------------------
+# --- links and special files ---------------------------------------------------------------------
 
 LAYOUTS = {"format 3": "c/1/0", "format 2": "1.0", "shards": "c/0/0"}
 
@@ -277,7 +277,7 @@ def source(tmp_path, layout):
 
 
 def tree(folder):
-    """Name, kind and link of everything below a folder, without following links."""
+    """Mode and link target of every path below a folder; links are not followed."""
     return {
         str(p.relative_to(folder)): (p.lstat().st_mode, p.is_symlink() and os.readlink(p))
         for p in folder.rglob("*")
@@ -285,7 +285,7 @@ def tree(folder):
 
 
 def assert_refused_unchanged(kind, code, *words, **call):
-    """The call fails on one line, for a new target and in place, and nothing changes."""
+    """Check that clipping and planning fail alike, on one line, and change no file."""
     folder = Path(call["source"]).parent
     before = tree(folder)
     for function in (clip_zarr, plan_zarr):
@@ -346,7 +346,7 @@ def test_a_target_that_is_a_link_is_refused(tmp_path, there):
     call = {"source": source, "target": target}
     assert_refused_unchanged(DaskClipError, 3, "is a link", **call, overwrite=True)
     if there == "array":
-        # the same call made what it leads to: still it is not the place to write to
+        # the link leads to the result of the same call, but is still not written to
         assert_refused_unchanged(TargetError, 3, "is a link", **call)
     else:
         assert_refused_unchanged(TargetExistsError, 5, "exists", **call)

@@ -1,4 +1,4 @@
-"""Killed, failing or without power at any file operation: never a wrong byte, then it resumes."""
+"""Kills, errors and power losses at any file operation: no wrong byte, and the next run resumes."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from daskclip.storage import files
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT]
 case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# together they go through all that the others do
+# together they run all code that the other cases run
 some = [CASES[0], *CASES[2:4], CASES[5]]
 four = pytest.mark.parametrize("case", some, ids=lambda case: case.name)
 

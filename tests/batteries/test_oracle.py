@@ -51,7 +51,7 @@ DECIDED = {f"open-{i:04}": (rule, error) for rule, error, ids in RULES for i in 
 
 
 def in_chunks(x, seed):
-    """Dask array of `x` in chunks that the seed decides."""
+    """Dask array of `x` in chunks drawn from the seed."""
     random = Random(zlib.crc32(seed.encode()))
     cuts = [sorted(random.choices(range(n + 1), k=2)) if n else [] for n in x.shape]
     edges = [[0, *c, n] for c, n in zip(cuts, x.shape, strict=True)]

@@ -1,4 +1,4 @@
-"""Pipelines in their own environments: what passes is tried again and resumes, the rest is not."""
+"""Pipelines in their own environments retry temporary failures, and resume; others fail."""
 
 import json
 import os
@@ -30,14 +30,14 @@ Journal.append = stale
 
 
 def needs(name):
-    """Marks a test that needs the environment ``.venv-NAME``, which .ci/run makes."""
+    """Mark for a test that needs the environment ``.venv-NAME``, made by .ci/run."""
     bin_ = ROOT / f".venv-{name}" / "bin"
     reason = f"no {bin_ / name}; .ci/run installs it"
     return pytest.mark.skipif(not (bin_ / name).exists(), reason=reason)
 
 
 def run_in(name, *command, cwd, **environment):
-    """Exit code and everything that was printed by a command of an environment."""
+    """Exit code and output of a command of an environment."""
     bin_ = ROOT / f".venv-{name}" / "bin"
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     path = f"{bin_}{os.pathsep}{os.environ['PATH']}"
@@ -55,7 +55,7 @@ def run_in(name, *command, cwd, **environment):
 
 @pytest.fixture
 def failing_once(tmp_path):
-    """A PYTHONPATH with which one run fails in a way that passes."""
+    """A PYTHONPATH with which one run fails temporarily."""
     (tmp_path / "patch").mkdir()
     (tmp_path / "patch" / "sitecustomize.py").write_text(STALE.format(flag=str(tmp_path / "flag")))
     return str(tmp_path / "patch")

@@ -1,4 +1,4 @@
-"""The rules of the operation on random arrays, judged in exact arithmetic."""
+"""Properties of the operation on random arrays, checked in exact arithmetic."""
 
 import math
 import re

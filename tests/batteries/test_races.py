@@ -1,4 +1,4 @@
-"""Runs at the same instant, runs that are interrupted, and what the next one repeats."""
+"""Runs that start at the same instant, runs that are interrupted, and what the next run does."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def names(folder):
 
 
 def compete(number, barrier, results, folder, limits):
-    """Run the command line in each round with the others, and tell how it ended."""
+    """Run the command line in each round, together with the others, and report how it ended."""
     for target, limit in enumerate(limits):
         options = ["--clip-norm", limit, "--json", "--progress", "none"]
         barrier.wait(120)
@@ -123,8 +123,8 @@ PATCHES = (
     "from daskclip import cli; from daskclip.engine import request as prepare; "
     f"from daskclip.plan import array as plan; prepare.STATE = {STATE}; "
 ) + "".join(f"plan.{name} = {size}; " for name, size in SIZES.items())
-# a block tells that it began; from one on they wait until the process was told to stop, so that
-# the signal comes in the middle of a block, and what begins afterwards can be seen
+# blocks report that they begin; from one on they wait until the process has the signal, so that it
+# comes in the middle of a block, and blocks that begin afterwards are counted
 TELLING = """
 import time
 from pathlib import Path
@@ -148,14 +148,14 @@ def size(path):
 
 
 def pending(pid, number):
-    """Whether a process has yet to take a signal."""
+    """Whether a signal to a process is still pending."""
     with open(f"/proc/{pid}/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return int(fields["ShdPnd"], 16) >> (number - 1) & 1
 
 
 def start(code, *args, **options):
-    """The command line in a process of its own, after some code."""
+    """Start the command line in a process of its own, after some code."""
     return subprocess.Popen(
         [sys.executable, "-c", f"{PATCHES}\n{code}\ncli.main()", *map(str, args)],
         stdout=subprocess.PIPE,
@@ -171,7 +171,7 @@ def start(code, *args, **options):
     [
         (0, False),
         pytest.param(2, False, marks=[pytest.mark.distributed, pytest.mark.slow]),
-        # as a terminal does it
+        # as a terminal does
         pytest.param(2, True, marks=[pytest.mark.distributed, pytest.mark.slow]),
     ],
     ids=["threads", "workers", "workers that get it too"],
@@ -185,7 +185,7 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
     code = TELLING.format(told=str(told), stopped=str(stopped), limit=WAITING)
     preload.write_text(code)
     environment = os.environ | {"DASK_DISTRIBUTED__WORKER__PRELOAD": f'["{preload}"]'}
-    # tests that run in the background of a shell inherit that it is ignored
+    # the signal is ignored by default in background processes of a shell
     code += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = ["run", x, folder / "y", "--clip-norm", 1, "--axes", 0, "--progress", "json"]
     command += ["--memory", 700, *(["--workers", workers] if workers else [])]
@@ -203,7 +203,7 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
     if workers:
         assert states.pop(0).keys() == {"dashboard"}
     assert states
-    # of the dozens that the window has left: one more a thread that was handed it before
+    # of the dozens left in the window, at most the one that each thread had taken already
     assert size(told) - begun <= 2
     journal = folder / ".y.daskclip" / "journal"
     assert len(list(entries(journal))) == 1 + len(states)
@@ -218,7 +218,7 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
 
 
 class Stopping:
-    """Interrupts the process when a number of blocks has begun; counts them all."""
+    """Counts blocks as they begin, and interrupts the process at one of them."""
 
     def __init__(self, monkeypatch, at=None):
         self.at, self.counts, self.lock = at, Counter(), Lock()
@@ -254,7 +254,7 @@ def interruptible():
 
 
 # axes, options, memory, blocks of a window
-JOBS = {
+KINDS = {
     "two passes": (0, {}, TIGHT, 2),
     "one pass": (1, {}, 2**30, 2),
     "in place in two passes": (0, {"in_place": True}, TIGHT, 2),
@@ -266,11 +266,11 @@ JOBS = {
 @pytest.mark.parametrize(
     "scheduler", [pytest.param("synchronous", marks=pytest.mark.slow), "threads"]
 )
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
-    tmp_path, monkeypatch, job, scheduler
+    tmp_path, monkeypatch, kind, scheduler
 ):
-    axes, options, memory, window = JOBS[job]
+    axes, options, memory, window = KINDS[kind]
     values = some(SHAPE, "f4")
     values[:, 16:] *= 1e-9
     values[8:] *= 1e-9  # so that blocks stay as they are, by columns and by rows
@@ -306,11 +306,11 @@ def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
     assert total >= 8
 
 
-# --- done already, or something else -------------------------------------------------------------
+# --- identical runs, and other ones --------------------------------------------------------------
 
 
 def chunk_accesses(monkeypatch):
-    """What is read and written of chunks, by file and by block."""
+    """List of the reads and writes of chunks, by file and by block."""
     seen = []
     for module in (files, regions):
         for name in ("read", "write"):
@@ -326,7 +326,7 @@ def chunk_accesses(monkeypatch):
 
 
 def state(folder):
-    """What tells whether anything was touched in a folder."""
+    """Inode, size and times of every path in a folder, which change with any access to it."""
     found = {}
     for path in [folder, *folder.rglob("*")]:
         s = path.stat()
@@ -356,14 +356,14 @@ def test_an_identical_run_is_up_to_date(tmp_path, monkeypatch, x, option):
     }
     assert state(x) | state(tmp_path / "y" if target else x) == before
     assert names(tmp_path) == ["x", *(["y"] if target else [])]
-    # what counts is not blind
+    # the counter does see accesses
     run("run", x, tmp_path / "z", "--clip-norm", 1)
     wanted = {"files.read", "files.write", "regions.read", "regions.write"}
     assert {name for name, _ in seen} == wanted
 
 
 def stop_after(monkeypatch, lines, call):
-    """Interrupt a call when the journal has so many lines."""
+    """Interrupt a call when the journal has that many lines."""
     with monkeypatch.context() as patch:
         stopping_at(patch)[0] = lines
         with pytest.raises(KeyboardInterrupt):

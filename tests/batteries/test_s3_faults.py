@@ -1,4 +1,4 @@
-"""Object stores while something dies: the client, the server, connections; the bytes are right."""
+"""Object stores whose client, server or connections die during a run: the bytes are right."""
 
 import json
 import random
@@ -51,7 +51,7 @@ def case(tmp_path, small):
 
 
 def started(source, place):
-    """The command, which tells each window on stderr."""
+    """Start the command, which reports each window on stderr."""
     options = ["--clip-norm", 1, "--axes", 0, "--memory", MEMORY, "--progress", "json", "--json"]
     command = [sys.executable, "-c", f"{SMALL} cli.main()", "run", source, place.name, *options]
     return subprocess.Popen(
@@ -85,7 +85,7 @@ def test_a_client_that_is_killed(weed, case):
     code, report = ended(started(source, place))
     assert (code, report["status"]) == (0, "clipped")
     assert place.objects() == wanted
-    # what was done before was not done again
+    # finished windows were not repeated
     planned = 2 * 256 * 64 * 4
     assert 0 < report["bytes_read"] < planned / 2
 

@@ -1,4 +1,4 @@
-"""Runs, kills, damage and second clients in any order: a result that is right, or none."""
+"""Runs, kills, damage and second clients in any order: the right result, or none."""
 
 import os
 import re
@@ -45,13 +45,13 @@ def chunks(folder):
 
 
 def looks(folder):
-    """What a copy of the chunks has in common with them."""
+    """Size and time of each chunk, which a copy of the array preserves."""
     status = {str(p.relative_to(folder)): p.stat() for p in chunks(folder)}
     return {key: (s.st_size, s.st_mtime_ns) for key, s in status.items()}
 
 
 def tree(folder):
-    """Bytes of every file below a folder, hidden ones too; None if there is no folder."""
+    """Bytes of every file below a folder, hidden ones included; None if it does not exist."""
     if not folder.exists():
         return None
     return {
@@ -61,13 +61,13 @@ def tree(folder):
 
 
 def first_line(path):
-    """The line about the run, of a journal or a record."""
+    """First line of a journal or a record, which describes the run."""
     return path.read_bytes().split(b"\n")[0] if path.exists() else None
 
 
 @cache
 def smallest_budget(layout, axes):
-    """The smallest budget that there is a plan for."""
+    """The smallest budget for which there is a plan."""
     with tempfile.TemporaryDirectory() as name:
         source = create(Path(name, "x"), some(SHAPE, "f4"), CHUNKS, **FORMATS[layout])
         return least_memory(source, axes)
@@ -75,7 +75,7 @@ def smallest_budget(layout, axes):
 
 @dataclass
 class Made:
-    """An array that is complete, and the call that made it; None if another program did."""
+    """A complete array, and the call that made it; None if another program did."""
 
     call: Call | None
     state: int
@@ -138,7 +138,7 @@ def remove_or_cut(path, at):
 
 
 class Machine(RuleBasedStateMachine):
-    """A folder with a source and a target, and what must be in it."""
+    """A folder with a source and a target, and what it must hold."""
 
     def __init__(self):
         super().__init__()
@@ -190,7 +190,7 @@ class Machine(RuleBasedStateMachine):
         found = [p for p in "xy" if test(p)]
         return found[number % len(found)]
 
-    # what must come of a call, in the order of its checks
+    # expected outcomes of a call, in the order of its checks
 
     def expected(self, call):
         self.used = True
@@ -200,7 +200,7 @@ class Machine(RuleBasedStateMachine):
         if call.way == "copy" and made:
             return {"exists"}
         if run and not run.readable:
-            # which run it was is lost: it may be refused, or done from the start
+            # the description of the run is lost: the call may be refused, or start again
             return {self.end(call), *OF_A_JOURNAL, "memory"}
         if run and not call.same(run.call):
             return {"other parameters"}
@@ -222,7 +222,7 @@ class Machine(RuleBasedStateMachine):
         )
 
     def end(self, call):
-        """What a run ends with that is begun."""
+        """Status with which a run ends once it has begun."""
         if call.missing == "error" and self.lacks_chunks():
             return "missing"
         return "clipped" if call.place == "y" or self.is_clipped(call) else "nothing to clip"
@@ -235,10 +235,10 @@ class Machine(RuleBasedStateMachine):
     def is_clipped(self, call):
         return bits(clip_by_norm(self.values, call.clip_norm, call.axes)) != bits(self.values)
 
-    # what has come of it
+    # checks after a call
 
     def ended(self, call, wanted, found):
-        """A call has returned."""
+        """Check the folder after a call that returned."""
         assert found in wanted
         place = call.place
         foreign = self.made[place] and not self.made[place].call
@@ -246,7 +246,7 @@ class Machine(RuleBasedStateMachine):
             self.published(call)
         if found in ("clipped", "nothing to clip", "missing"):
             self.unfinished[place] = None
-        # what is refused at the first look leaves alone what a kill may have left
+        # a call refused at its first check does not clean up after a kill
         if not (found == "exists" and foreign):
             assert self.work(place).exists() == bool(self.unfinished[place])
         if run := self.unfinished[place]:
@@ -264,7 +264,7 @@ class Machine(RuleBasedStateMachine):
         self.unfinished[call.place] = None
 
     def killed(self, call, wanted, record):
-        """A call was killed; ``record`` was that of the target before."""
+        """Check the folder after a killed call; ``record`` is that of the target before."""
         place = call.place
         before, line = self.unfinished[place], first_line(self.journal(place))
         after = first_line(self.folder / place / ".daskclip")
@@ -298,7 +298,7 @@ class Machine(RuleBasedStateMachine):
 
     # rules: calls
 
-    # Hypothesis leaves most rules out of most examples, so that several do what matters most
+    # Hypothesis leaves most rules out of most examples, so several rules do what matters most
 
     @rule(call=calls, again=st.sampled_from((True, True, False)), damage=damages)
     def run(self, call, again, damage):
@@ -339,7 +339,7 @@ class Machine(RuleBasedStateMachine):
     def run_again(self, place, memory):
         call = self.prepared(replace(self.unfinished[place].call, memory=memory))
         if self.make(call) in OF_A_JOURNAL:
-            # the remedy that is named
+            # the remedy in the message
             self.discard(place)
             assert self.make(call) in ("clipped", "nothing to clip", "missing")
 
@@ -422,7 +422,7 @@ class Machine(RuleBasedStateMachine):
         source = self.folder / "x" if place == "y" and again else None
         assert outcome(verify_zarr, path, source) in wanted
 
-    # rules: what others do
+    # rules: changes by other programs
 
     @precondition(lambda self: self.used)
     @rule(number=numbers, delete=st.sampled_from((False, False, True)))
@@ -438,7 +438,7 @@ class Machine(RuleBasedStateMachine):
         self.tree["x"] = tree(self.folder / "x")
 
     def rewrite_a_chunk(self, number):
-        """Give a chunk other values and its old time."""
+        """Give a chunk other values and restore its modification time."""
         unit = FORMATS[self.layout].get("shards", CHUNKS)
         cells = list(np.ndindex(*(n // u for n, u in zip(SHAPE, unit, strict=True))))
         cell = cells[number % len(cells)]
@@ -508,7 +508,7 @@ class Machine(RuleBasedStateMachine):
         self.made["y"] = self.tree["y"] = None
         line = first_line(self.journal("y"))
         if line is not None and not self.unfinished["y"]:
-            # of the run that was killed after publishing it: what is staged now is an older target
+            # the run was killed after it had published: the staging folder holds the older target
             self.unfinished["y"] = Unfinished(made.call, made.state, 0, line, staged=False)
 
     # after each step
@@ -539,7 +539,7 @@ def check(examples, steps):
             derandomize=True,
             suppress_health_check=[HealthCheck.too_slow],
             report_multiple_bugs=False,
-            # a failure is shown as it was found: making it shorter takes minutes
+            # without shrinking, which takes minutes
             phases=[Phase.generate],
         ),
     )
@@ -585,7 +585,7 @@ def small(monkeypatch):
 
 
 def source_of(folder, way):
-    """A source of two chunks, with a target to replace; returns what clipping makes of it."""
+    """Make a source of two chunks, and a target to replace; returns the bits of the result."""
     values = some((4, 4), "f4")
     create(folder / "x", values, CHUNKS)
     if way == "overwrite":
@@ -594,7 +594,7 @@ def source_of(folder, way):
 
 
 def killed_while_publishing(call, folder, number):
-    """Whether the run was killed before that operation; it may have fewer."""
+    """Kill a run before one operation of its publishing; False if it has fewer operations."""
     with Child(call, folder, "publish", number) as child:
         return child.result is None
 

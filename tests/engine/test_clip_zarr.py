@@ -164,7 +164,7 @@ def test_results_are_those_of_numpy_on_two_processes(tmp_path, layout, axes):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("times", [1, 2])
 def test_results_lost_on_their_way_are_fetched_again(tmp_path, client, monkeypatch, times):
-    # as happens in distributed by chance
+    # a race in distributed that happens by chance
     x = source_of(tmp_path)
     gather, calls = client._gather_remote, []
 
@@ -222,7 +222,7 @@ def test_four_workers_give_numpys_result_20_times_of_20(tmp_path, monkeypatch, l
 
 
 def file_accesses(monkeypatch, name):
-    """Counts how often each file of a chunk is read or written."""
+    """Count how often each chunk file is read or written."""
     counts, lock = Counter(), Lock()
     original = getattr(files, name)
 
@@ -382,7 +382,7 @@ SPARSE = [(0, 0), (1, 1), (2, 0), (3, 1)]  # chunks, and not as many in every ro
 
 @pytest.fixture
 def task_counts(monkeypatch):
-    """Number of blocks that tasks were made for, by what they do."""
+    """Number of task calls, by function."""
     counts = Counter()
 
     def counting(function):
@@ -422,10 +422,10 @@ def test_only_what_is_stored_is_looked_at(tmp_path, task_counts, budget, axes, o
     assert report.clipped == (finite > 1).sum()
     if finite.size:
         assert (report.smallest_norm, report.largest_norm) == (finite.min(), finite.max())
-    there = 7 * len(SPARSE)  # a slab of few blocks is looked at whole
-    assert 0 < task_counts["sum_block"] + task_counts["clip_slab"] <= there
+    most = 7 * len(SPARSE)  # a slab of few blocks is processed whole
+    assert 0 < task_counts["sum_block"] + task_counts["clip_slab"] <= most
     if not odd:
-        assert task_counts["rescale_block"] <= there
+        assert task_counts["rescale_block"] <= most
     assert verify_zarr(y).slices == norms.size
 
 
@@ -528,7 +528,7 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["broken", "nan"])
 def test_a_failure_on_workers_makes_no_target(tmp_path, monkeypatch, client, kind):
-    # blocks of many chunks, so that others are under way when the first fails
+    # blocks of many chunks, so that others are running when the first fails
     monkeypatch.setattr(plan, "BLOCK", 4 * 256)
     values = some((6, 256), "f4")
     values[0, 0] = math.nan if kind == "nan" else 1.0

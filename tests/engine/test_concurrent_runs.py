@@ -1,4 +1,4 @@
-"""Several runs at the same time: one target has one winner, and none is half done."""
+"""Runs at the same time: one of them makes a target, the others are refused."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_of_runs_on_one_target_at_once_one_wins(tmp_path):
     wanted = bits(read(x))
     for n in range(10):
         target = tmp_path / f"y{n}"
-        # limits that change nothing: a run that comes late must not be the one that is done
+        # different limits that change nothing, so that a late run is not up to date with the first
         results = at_once(3, lambda i, target=target: clip_zarr(x, target, 1e9 + i))
         errors = [r for r in results if isinstance(r, DaskClipError)]
         assert [type(e) for e in errors] == [TargetExistsError] * 2

@@ -1,4 +1,4 @@
-"""Groups as one run: every array by its own norm or all by one, the rest byte for byte."""
+"""Groups in one run: arrays clipped by their own norms or by one, the rest copied byte for byte."""
 
 import json
 import os
@@ -43,7 +43,7 @@ NAMES = sorted(SHAPES)
 
 
 def make(path, zarr_format=3, **options):
-    """A nested group of floating arrays, with others; returns the values of the floating ones."""
+    """Make a nested group of floating and other arrays; returns the values of the floating ones."""
     group = zarr.create_group(path, zarr_format=zarr_format, attributes={"run": 7})
     values = {}
     for i, (name, shape) in enumerate(SHAPES.items()):
@@ -131,7 +131,7 @@ def test_one_norm_where_some_arrays_are_empty(tmp_path, empty, how):
 
 
 def can_be_stored(case):
-    """Whether there are arrays of which the norm is not given, and zarr has their dtypes."""
+    """Whether a recorded case has arrays whose dtypes zarr can store, and no given norm."""
     return case["use_norm"] is None and any(case["inputs"]) and "bfloat16" not in case["dtypes"]
 
 
@@ -478,7 +478,7 @@ def test_a_thousand_arrays_killed_at_fifty_moments(tmp_path):
     while killed < 50:
         process = start(tmp_path / "y")
         try:
-            process.wait(chance.uniform(0, whole / 3))  # what is done stays done
+            process.wait(chance.uniform(0, whole / 3))  # finished windows are kept
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -1,4 +1,4 @@
-"""A limit for each slice: every one does what clip_norm does, in memory, lazily, from storage."""
+"""A limit for each slice acts as clip_norm does: in memory, lazily and from storage."""
 
 import math
 
@@ -37,7 +37,7 @@ policies = st.sampled_from(["propagate", "omit"])
 
 
 def one_by_one(x, limits, axes, **how):
-    """Each slice clipped by itself with its limit as clip_norm."""
+    """Clip each slice alone, with its limit as clip_norm."""
     y = x.copy()
     kept = tuple(1 if k in axes else n for k, n in enumerate(x.shape))
     each = np.broadcast_to(limits, kept)
@@ -155,7 +155,7 @@ STORED = {
     "zarr": lambda path, values: zarr.open_array(
         create(path, values, tuple(min(5, n) for n in values.shape)), mode="r"
     ),
-    "shards": lambda path, values: create(  # but for 0-d arrays, which cannot have any
+    "shards": lambda path, values: create(  # except for 0-d arrays, which cannot have shards
         path,
         values.astype("f4"),
         tuple(min(2, n) for n in values.shape),

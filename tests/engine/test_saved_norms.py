@@ -1,4 +1,4 @@
-"""Norms that are saved: right, complete or not there, and a run that has them reads once."""
+"""Saved norms are right, and complete or absent; a run that has them reads the source once."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def small(monkeypatch):
 
 
 def memory_for_passes(source, axes, passes):
-    """A budget for so many passes."""
+    """A budget that leads to that many passes."""
     for memory in (2**k for k in range(8, 20)):
         try:
             if plan_zarr(source, f"{source}-no", 1.0, axes, memory=memory).passes == passes:
@@ -63,7 +63,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def chunk_reads(monkeypatch):
-    """Number of reads of chunks."""
+    """List with an entry for each read of a region."""
     reads = []
 
     def reading(*args, **kwargs):
@@ -204,7 +204,7 @@ def test_norms_of_another_state_of_the_source_are_refused(source, tmp_path, monk
     stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
     state = Hierarchy.fingerprint(at_folder(source), changes=True)
     zarr.open_array(source, mode="r+")[0, 0] += 1.0
-    if not known:  # by its files: the pass that is left finds it by what it reads
+    if not known:  # unknown from the files: the remaining pass detects it by the sums
         monkeypatch.setattr(Hierarchy, "fingerprint", lambda *_, **__: state)
     with pytest.raises(SourceChangedError, match="saved; save them" if known else "between the"):
         clip_zarr(source, tmp_path / "y", 2.0, 0, memory=memory, norms=tmp_path / "norms")
@@ -212,7 +212,7 @@ def test_norms_of_another_state_of_the_source_are_refused(source, tmp_path, monk
 
 
 def wrong(tmp_path, source):
-    """What is refused: arguments, the error, its words."""
+    """Refused calls: arguments, error class and pattern of the message."""
     group = zarr.create_group(tmp_path / "group")
     group.create_array("a", shape=(4,), chunks=(2,), dtype="f4")
     damaged = tmp_path / "damaged"

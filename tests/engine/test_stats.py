@@ -1,4 +1,4 @@
-"""Seeing before clipping: counts against NumPy for any plan, and a quantile as the limit."""
+"""Statistics of norms: counts as NumPy gives them, for any plan, and a quantile as the limit."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def source(tmp_path):
 
 
 def comparable(report):
-    """Figures that do not depend on how they were found."""
+    """Figures of a report that do not depend on the plan."""
     other = ("source", "bytes_read", "seconds", "projected_memory")
     return {k: v for k, v in json.loads(report.to_json()).items() if k not in other}
 
@@ -161,7 +161,7 @@ def test_a_quantile_is_the_limit(source, tmp_path, axes, memory, percent):
     norms = norm(values(), axes)
     finite = np.sort(norms[np.isfinite(norms)])
     share = 1 - float(percent[1:]) / 100
-    # those within the error of the limit may be on either side of it
+    # norms within the error of the limit may be on either side of it
     assert (finite > done.clip_norm * (1 + 2 * RELATIVE_ERROR)).sum() <= finite.size * share
     assert (finite >= done.clip_norm * (1 - 2 * RELATIVE_ERROR)).sum() >= int(finite.size * share)
     assert done.clipped == (finite > done.clip_norm).sum()
@@ -213,7 +213,7 @@ def test_no_quantile_without_a_finite_slice(source, tmp_path):
     assert run("run", source, tmp_path / "y", "--clip-norm", "q99").exit_code == 2
 
 
-# that of the array comes from a file, so that the process holds what stats hold and no more
+# in a process of its own, which holds nothing but what stats_zarr holds
 MEASURE = """
 import json, resource, sys
 import daskclip, dask
@@ -277,7 +277,7 @@ def test_pictures_of_a_resumed_run_are_whole_or_none(source, tmp_path, monkeypat
     monkeypatch.setattr(tasks, "clip_slab", original)
     found = clip_zarr(source, tmp_path / "y", **options, pictures=True).pictures
     if not first:
-        assert found is None  # the norms of the first windows were not kept
+        assert found is None  # the histograms of the first windows were not journalled
         return
     names = ("histogram", "worst", "along", "zeros")
     as_stored = json.loads(json.dumps([wanted[k] for k in names]))

@@ -1,4 +1,4 @@
-"""The operation on values: extremes, kinds of input, and the documentation's example."""
+"""The operation on NumPy and Dask arrays: extremes, kinds of input, the documented example."""
 
 import math
 
@@ -36,7 +36,7 @@ def assert_right(y, x, axes, clip_norm):
 @pytest.mark.parametrize(("value", "dtype"), EXTREMES)
 def test_extremes_are_clipped_without_warnings(value, dtype, clip_norm):
     x = np.array([[value, -value, 0.0], [value, value / 2, -0.0]], dtype)
-    # the caller's settings must not turn what happens inside into warnings or errors
+    # the caller's floating-point settings must not affect the computation
     with np.errstate(all="raise"):
         y = clip_by_norm(x, clip_norm, 1)
         lazy = clip_by_norm(da.from_array(x, (1, 2)), clip_norm, 1).compute(scheduler="sync")

@@ -1,4 +1,4 @@
-"""The lazy form: what it computes, when, how often, and under which names."""
+"""The lazy operation: what is computed, when, how often, and under which keys."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ MIB = 2**20
 
 
 def counting_array(chunks, calls, shape=(MIB,)):
-    """Dask array of ``chunks`` chunks of 4 MiB that counts how often each is made."""
+    """Dask array of chunks of 4 MiB that counts how often each is computed."""
 
     def make(block_id):
         calls[block_id] += 1
@@ -106,7 +106,7 @@ def test_persisted_chunks_are_used_as_they_are():
 
 
 def sources(x):
-    """The same array in every way that Dask arrays are made of others."""
+    """The same array, derived from others in every way that Dask offers."""
     lazy = da.from_array(x, (7, 6))
     memory = zarr.create_array({}, data=x, chunks=(4, 20))
     return {
@@ -271,7 +271,7 @@ def test_results_of_different_calls_have_different_names():
 
 
 def make_all(folder):
-    """Names and all keys of the graphs of many calls on arrays that are built anew."""
+    """Names and graph keys of many calls on newly built arrays."""
     z = zarr.create_array(
         f"{folder}/x.zarr", shape=(6, 4), chunks=(2, 2), dtype="f4", overwrite=True
     )

@@ -1,4 +1,4 @@
-"""Slices of a larger array."""
+"""Indexed slices: rows of a larger array."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Sums of squares against Python's integers."""
+"""Exact sums, compared with Python's integers."""
 
 import math
 from itertools import pairwise

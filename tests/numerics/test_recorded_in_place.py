@@ -37,6 +37,6 @@ def test_blocks_clipped_in_place_have_the_same_bits(theme):
 
 
 def assert_same(found, expected, where):
-    (told, bits), (other, others) = canonical(found), canonical(expected)
-    assert told == other, where
+    (form, bits), (other, others) = canonical(found), canonical(expected)
+    assert form == other, where
     assert bits.tobytes() == others.tobytes(), where

@@ -1,4 +1,4 @@
-"""The page of figures: what is in it, and that a browser shows it without an error."""
+"""The HTML page: its contents, and that a browser shows it without an error."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ VOID = {"meta", "link"}
 
 
 class Document(HTMLParser):
-    """Elements of a page; refuses what is not closed, and what comes from elsewhere."""
+    """Elements of a page; refuses unclosed elements and external resources."""
 
     def __init__(self, text):
         super().__init__()
@@ -164,7 +164,7 @@ def test_a_browser_shows_the_page(tmp_path, width, scheme, rows):
     x = rng.standard_normal((rows, 4, 3)) * np.exp(rng.standard_normal((rows, 4, 1)))
     source = create(tmp_path / "x", x.astype("f4"), (rows // 5, 4, 3))
     succeed("run", source, tmp_path / "y", "--axes", 2, "--clip-norm", "p90", "--html", page)
-    # told by the browser itself: text that lies over other text of its picture, or outside of it
+    # measured by the browser: labels that overlap another label, or lie outside their picture
     look = """<script>
     const boxes = [...document.querySelectorAll('svg')].map(s => [s, ...s.querySelectorAll('text')]
       .map(e => e.getBoundingClientRect()));

@@ -1,4 +1,4 @@
-"""What is read from a Zarr array, and what its clipped copy keeps of it."""
+"""Sources of every format and codec, and what their clipped copies preserve."""
 
 import json
 import math
@@ -38,12 +38,12 @@ LOSSY = {
     "astype": {"encode_dtype": "<f2", "decode_dtype": "<f4"},
 }
 
-# zarr says so for every codec of numcodecs in format 3, and once more when the target is opened
+# zarr warns of every numcodecs codec in format 3, and again when the target is opened
 pytestmark = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
 
 
 def assert_clipped(source, target, clip_norm=1.0, axes=1):
-    """Clip, and compare with NumPy bit for bit; the source must stay as it was."""
+    """Clip and compare with NumPy bit for bit; the source must not change."""
     before = stored(source)
     clipped(source, target, axes, clip_norm)
     assert stored(source) == before
@@ -144,7 +144,7 @@ def test_checksums_of_format_2(tmp_path, name):
 
 
 def assert_codec_refused(source, codec):
-    """The source is refused by the codec's name and nothing is left beside it."""
+    """Check that the source is refused by the name of its codec, and no file is left."""
     before = stored(source.parent)
     with pytest.raises(SourceError, match=rf"stored with {codec}, .*lossless.*another codec") as e:
         clip_zarr(source, source.parent / "y", 1.0)

@@ -11,14 +11,14 @@ DASKCLIP = [sys.executable, "-c", "from daskclip.cli import main; main()"]
 
 
 def run(*args):
-    """Exit code, stdout and stderr of the command line, in this process."""
+    """Run the command line in this process; returns exit code, stdout and stderr."""
     result = CliRunner().invoke(main, [str(a) for a in args])
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result
 
 
 def shell(*args, code=None, **options):
-    """The same in a process of its own; ``code`` runs before the command line."""
+    """Run the command line in a process of its own, after ``code``."""
     command = [sys.executable, "-c", f"{code}; {DASKCLIP[2]}"] if code else DASKCLIP
     return subprocess.run(
         [*command, *map(str, args)], capture_output=True, text=True, check=False, **options
@@ -26,7 +26,7 @@ def shell(*args, code=None, **options):
 
 
 def assert_fails(done, code, *words):
-    """One line on stderr that holds ``words``, nothing on stdout, and the exit code."""
+    """Check the exit code, and that the only output is one line on stderr with ``words``."""
     assert done.stdout == ""
     line = done.stderr.removesuffix("\n")
     assert line.startswith("daskclip: ")

@@ -1,13 +1,10 @@
-"""Files of an array that become something else, and a chunk that runs code when it is unpickled.
-
-A change takes the folder of an array and the path of one of its files in it.
-"""
+"""Damage to files of an array: each function takes its folder and the key of the file."""
 
 import os
 
 
 class Payload:
-    """Makes a folder when it is unpickled."""
+    """Makes a folder when it is unpickled, as proof that code was run."""
 
     def __init__(self, path):
         self.path = path

@@ -13,7 +13,7 @@ xr = pytest.importorskip("xarray", reason="xarray is not installed: pip install 
 
 
 def cube(dtype="f4", chunks=None, seed=0):
-    """Of dimensions time, lat and lon, with labels of all kinds and some NaN."""
+    """Array of dimensions time, lat and lon, with coordinates of all kinds and some NaN."""
     values = 9 * some((4, 5, 6), dtype, seed)
     values[1, 2, 3] = values[3, :, 0] = math.nan
     x = xr.DataArray(

@@ -32,9 +32,9 @@ from recorded_values import (
     laid_out,
     limit_for,
     limits_of_slices,
+    make_nonfinite,
     rows_near_ties,
     size_of,
-    spoil,
     whole_numbers,
 )
 from reference import native
@@ -54,7 +54,7 @@ KINDS = [
 
 @dataclass(frozen=True)
 class Case:
-    """One call, and the chunks that it is repeated in."""
+    """One call, and the chunks for its lazy repetition."""
 
     x: np.ndarray | list
     """An array, or a list that is clipped by its global norm."""
@@ -68,14 +68,14 @@ class Case:
     split_every: int = 2
 
     def __repr__(self):
-        told = [f"{key}={value!r}" for key, value in vars(self).items() if key != "x"]
+        fields = [f"{key}={value!r}" for key, value in vars(self).items() if key != "x"]
         xs = self.x if isinstance(self.x, list) else [self.x]
         seen = [f"{x!r} of shape {x.shape}, {x.dtype.str}, strides {x.strides}" for x in xs]
-        return "\n".join([*told, *seen])
+        return "\n".join([*fields, *seen])
 
 
 def case_of(draw, x, axes, ord, **how):
-    """A case with the layout, the limit and the chunks still to be drawn."""
+    """Draw layout, limit and chunks of a case."""
     x = laid_out(draw, x)
     if "limit" not in how:
         how["limit"] = limit_for(draw, x, axes, ord)
@@ -117,14 +117,14 @@ def special_case(draw, name, ord):
         shape = any_shape(draw)
         axes = draw.some(len(shape))
     x = elements(draw, name, shape)
-    spoil(draw, x)
+    make_nonfinite(draw, x)
     return case_of(draw, x, axes, ord, nonfinite=draw.one_of("propagate", "omit"))
 
 
 def limits_case(draw, name, ord):
     x = elements(draw, name, any_shape(draw))
     if draw.chance(20):
-        spoil(draw, x)
+        make_nonfinite(draw, x)
     axes = draw.some(x.ndim)
     return case_of(draw, x, axes, ord, limit=limits_of_slices(draw, x, axes, ord))
 
@@ -211,7 +211,7 @@ HUGE = (((1100, 1000), (0,)), ((1100, 1000), (1,)), ((1100, 1000), (0, 1)))
 
 
 def carries_case(draw, name, ord):
-    """Many equal elements with all bits set: the largest sums that there are."""
+    """Many equal elements with all bits set, whose sums are the largest."""
     real = COMPLEX.get(name, name)
     fraction_bits, exponent_bits = FIELDS[real]
     last = (1 << exponent_bits) - 2
@@ -230,7 +230,7 @@ def of_shapes(pairs):
         shape, axes = draw.one_of(*pairs)
         x = elements(draw, name, shape)
         if draw.chance(10):
-            spoil(draw, x)
+            make_nonfinite(draw, x)
         return case_of(draw, x, axes if draw.chance(70) else draw.some(x.ndim), ord)
 
     return make
@@ -242,7 +242,7 @@ def list_case(draw, name, ord):
     xs = [elements(draw, one, any_shape(draw)) for one in names]
     x = draw.one_of(*xs)
     if draw.chance(10):
-        spoil(draw, x)
+        make_nonfinite(draw, x)
     limit = limit_for(draw, x, tuple(range(x.ndim)), ord)
     use_norm = limit_for(draw, x, tuple(range(x.ndim)), ord) if draw.chance(20) else None
     xs = [laid_out(draw, x) for x in xs]
@@ -275,7 +275,7 @@ GROUPS = {
 
 
 def make(theme, name, ord, number):
-    """One case; any number makes one, beyond those that are recorded too."""
+    """Make one case; numbers beyond the recorded ones are valid too."""
     names = [*REALS, *COMPLEX, "mixed"]
     draw = Draw([*THEMES].index(theme), names.index(name), (1, 2, math.inf).index(ord), number)
     return THEMES[theme][0](draw, name, ord)
@@ -285,7 +285,7 @@ def make(theme, name, ord, number):
 
 
 def results(case):
-    """What the public functions give, by name."""
+    """Results of the public functions, by name."""
     xs = case.x if isinstance(case.x, list) else [case.x]
     found = _results(case, xs)
     if case.chunks is not None:
@@ -315,7 +315,7 @@ def _results(case, xs):
 
 
 def canonical(x):
-    """Dtype, shape and bits of an array, with one NaN for all."""
+    """Dtype, shape and bits of an array, with all NaN replaced by one."""
     values = native(x)
     fraction_bits, exponent_bits = FIELDS[values.dtype.name]
     infinity = ((1 << exponent_bits) - 1) << fraction_bits
@@ -330,8 +330,8 @@ def digest(found):
     """16 bytes in hexadecimal for all results of a case."""
     summed = blake2b(digest_size=16)
     for key, value in found.items():
-        told, bits = canonical(value)
-        summed.update(f"{key} {told} ".encode())
+        form, bits = canonical(value)
+        summed.update(f"{key} {form} ".encode())
         summed.update(bits.tobytes())
     return summed.hexdigest()
 
@@ -345,7 +345,7 @@ def digest_of(group):
 
 
 def differing(group, found, expected):
-    """Numbers of the cases of a group whose digests differ; all if only the first part does."""
+    """Numbers of the cases of a group with other digests; all if only the first part differs."""
     numbers = GROUPS[group][3]
     pairs = zip(numbers, found.split()[1:], expected.split()[1:], strict=True)
     return [k for k, a, b in pairs if a != b] or [*numbers]

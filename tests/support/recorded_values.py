@@ -61,7 +61,7 @@ def elements(draw, name, shape):
 
 
 def reals(draw, name, shape):
-    """Floats by their fields, around one exponent or over the whole range."""
+    """Floats made of their fields, around one exponent or over the whole range."""
     fraction_bits, exponent_bits = FIELDS[name]
     last = (1 << exponent_bits) - 2
     centre = draw.one_of(
@@ -108,7 +108,7 @@ def from_fields(name, sign, exponent, fraction):
 
 
 def whole_numbers(draw, name, shape):
-    """Small integers times a power of two: norms that are often floats, or just above one."""
+    """Small integers times a power of two, whose norms are often floats or just above one."""
     real = COMPLEX.get(name, name)
     values = draw.many(-4, 4, (*shape, 2) if name in COMPLEX else shape)
     values = np.ldexp(values.astype(np.float64), draw.between(-12, 12)).astype(REALS[real])
@@ -118,15 +118,15 @@ def whole_numbers(draw, name, shape):
 
 
 def dust(draw, real):
-    """An element that only moves a sum far behind its first bits."""
+    """An element so small that it changes a sum only far behind its leading bits."""
     exponent = draw.one_of(0, draw.below((1 << FIELDS[real][1] - 1) // 2))
     return from_fields(real, draw.below(2), exponent, 1)
 
 
 def rows_near_ties(draw, name, ord):
-    """Rows with norms that are floats, or halfway between two of them, or just beside."""
+    """Rows whose norms are floats, or midpoints between two floats, or just beside."""
     real, power = COMPLEX.get(name, name), 1 if ord == 1 else 2
-    if ord == math.inf:  # there are no such rows
+    if ord == math.inf:  # a maximum is always a float
         return whole_numbers(draw, name, (draw.between(1, 5), draw.one_of(2, 5, 64)))
     significant = FIELDS[real][0] + 1
     bits, unit = (19, 0) if real == "float16" else (53, 8)
@@ -162,8 +162,8 @@ def rows_near_ties(draw, name, ord):
     return rows.view(name) if name in COMPLEX else rows
 
 
-def spoil(draw, x):
-    """Make some elements NaN or infinite, of complex ones both parts or one."""
+def make_nonfinite(draw, x):
+    """Make some elements NaN or infinite, in one or both parts of complex ones."""
     if not x.size:
         return
     parts = x.view(f"f{x.itemsize // 2}") if x.dtype.kind == "c" and x.ndim else x

@@ -1,4 +1,4 @@
-"""Exact arithmetic that the results are judged by.
+"""Exact arithmetic to check results with.
 
 A float64 is a whole number of units of 2**-1074, so Python's integers hold every value, square and
 sum of squares without rounding.

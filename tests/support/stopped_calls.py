@@ -19,7 +19,7 @@ from daskclip.storage import files
 from daskclip.target import directory as publish
 
 AMPLE = 2**30
-# exit code and text, remedy included, of every refusal that there may be
+# exit code and message, remedy included, of every possible refusal
 REFUSALS = {
     "exists": (5, r"target .* exists; remove it or choose another path, or overwrite it"),
     "locked": (5, r"target .* is being written by another run; wait for it or stop it"),
@@ -36,7 +36,7 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked of `clip_zarr`, in a folder with the source x and the target y."""
+    """Arguments of `clip_zarr` in a folder with the source x and the target y."""
 
     way: str
     clip_norm: float = 0.5
@@ -49,7 +49,7 @@ class Call:
         return "x" if self.way == "in place" else "y"
 
     def same(self, other):
-        """Whether a journal cannot tell them apart."""
+        """Whether both calls describe the same run to a journal."""
         return (self.place, self.clip_norm, self.axes, self.missing) == (
             other.place, other.clip_norm, other.axes, other.missing
         )  # fmt: skip
@@ -69,7 +69,7 @@ class Call:
 
 
 def outcome(function, *args):
-    """What a call comes to: the status of its report, or the one kind of refusal that it is."""
+    """Status of the report of a call, or the kind of its refusal, which must be exactly one."""
     try:
         return getattr(function(*args), "status", "right")
     except DaskClipError as error:
@@ -105,7 +105,7 @@ def hook_file_operations(reached):
 
 
 class Child:
-    """A process that makes a call, and dies or waits before an operation of it.
+    """A forked process that makes a call, and dies or waits before one of its operations.
 
     Operations are counted from ``since`` on: the start, the lock or the publishing.
     """
@@ -114,7 +114,7 @@ class Child:
         self._results, results = os.pipe()
         words, self._words = os.pipe()
         with warnings.catch_warnings():
-            # of zarr's threads, which wait; the child starts its own
+            # zarr's threads are idle, and the child starts its own
             warnings.filterwarnings("ignore", "This process .* is multi-threaded")
             self._pid = os.fork()
         if not self._pid:
@@ -148,7 +148,7 @@ class Child:
         self._listen()
 
     def _listen(self):
-        """Return once it waits, is done or is dead."""
+        """Return once the process waits, has finished or is dead."""
         kind = os.read(self._results, 1)
         self.waits = kind == b"w"
         if kind == b"r":
@@ -165,7 +165,7 @@ class Child:
             nonlocal left
             with guard:
                 left -= begun
-                # the lock may be gone already, and with it what a second client would respect
+                # without the lock, which may be gone already, a second client is not refused
                 if left or not begun or (pipes and not lock.exists()):
                     return
                 if pipes:

@@ -1,10 +1,10 @@
-"""Waiting for what other processes do."""
+"""Waiting for other processes."""
 
 import time
 
 
 def until(condition, seconds=120):
-    """Wait for something; the time only guards against hanging."""
+    """Wait for a condition; the limit only guards against hanging."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"

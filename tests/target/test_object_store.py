@@ -1,4 +1,4 @@
-"""Sources and targets in object stores: a real S3 server on loopback, and one that is too weak."""
+"""Sources and targets in object stores: a real S3 server, and one without conditional puts."""
 
 import gzip
 import itertools
@@ -121,7 +121,7 @@ def test_an_object_store_is_named_by_its_url(place, tmp_path):
 
 
 def refusal(place, *options, code, source, env=None):
-    """The line that the command ends with, before any chunk is read and with nothing left."""
+    """Error line of a command that is refused before it reads any chunk."""
     done = shell(
         "run", source, place.name, "--clip-norm", 1, *options,
         code="from daskclip.storage import regions; regions.read = None",
@@ -270,7 +270,7 @@ def test_an_object_that_another_wrote_is_not_replaced(place, source, monkeypatch
 @pytest.mark.parametrize("codec", ["zstd", "gzip"])
 def test_a_block_that_is_written_twice_is_the_same(place, source, monkeypatch, codec, tmp_path):
     original, clock = regions.write, itertools.count(time.time())
-    if codec == "gzip":  # its header tells the second
+    if codec == "gzip":  # its header holds the time
         source = create(tmp_path / "gzip", read(source), (2, 4), compressors=GzipCodec())
         monkeypatch.setattr(gzip.time, "time", lambda: next(clock))
 
