@@ -3,7 +3,7 @@
 A test of one module goes to the folder of its room, in a file named after the module:
 
 numerics, storage, target, plan, report, lazy, engine: the rooms of the package, a folder each
-test_arguments.py, test_cli.py, test_xarray.py: modules that are in no room
+test_arguments.py, test_cli*.py, test_xarray*.py: modules that are in no room
 batteries: tests across rooms: kills, races, damage, clusters, memory, properties
 house: the layout of the package, README and the examples
 support: shared helpers: stores, servers, faults, strategies, the exact reference

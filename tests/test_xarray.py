@@ -9,7 +9,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from labelled_arrays import cube, one_line, same
+from labelled_arrays import cube, identical, one_line
 from reference import bits
 
 import daskclip
@@ -53,7 +53,7 @@ def test_dimensions_are_axes_by_name(dim, axes, chunks):
 def test_dimensions_may_come_from_a_generator(chunks):
     for obj in (cube(chunks=chunks), cube(chunks=chunks).to_dataset()):
         for call in (labelled.norm, lambda x, dim: labelled.clip_by_norm(x, 1.0, dim)):
-            assert same(call(obj, iter(["lat", "lon"])), call(obj, ["lat", "lon"]))
+            assert identical(call(obj, iter(["lat", "lon"])), call(obj, ["lat", "lon"]))
 
 
 @pytest.mark.parametrize("chunks", [None, {"time": 2}])
@@ -65,7 +65,7 @@ def test_labels_are_kept(chunks):
     assert y.encoding == x.encoding == before.encoding
     assert y.encoding is not x.encoding
     y.attrs["units"] = "1"
-    assert same(x, before)
+    assert identical(x, before)
 
     n = labelled.norm(x, "lat")
     assert (n.dims, n.name, n.attrs) == (("time", "lon"), "wind", {"units": "m s-1"})
@@ -123,8 +123,10 @@ def test_the_accessor_is_registered_on_import_and_forwards():
     code += "; assert hasattr(xr.DataArray, 'daskclip') and hasattr(xr.Dataset, 'daskclip')"
     subprocess.run([sys.executable, "-c", code], check=True)
     for obj in (cube(), cube().to_dataset()):
-        assert same(obj.daskclip.clip_by_norm(2.0, "lat"), labelled.clip_by_norm(obj, 2.0, "lat"))
-        assert same(obj.daskclip.norm("lat"), labelled.norm(obj, "lat"))
+        assert identical(
+            obj.daskclip.clip_by_norm(2.0, "lat"), labelled.clip_by_norm(obj, 2.0, "lat")
+        )
+        assert identical(obj.daskclip.norm("lat"), labelled.norm(obj, "lat"))
     for name in ("clip_by_norm", "norm"):
         function, method = getattr(labelled, name), getattr(labelled.DaskClipAccessor, name)
         shown = [list(inspect.signature(f).parameters.values())[1:] for f in (function, method)]
@@ -171,10 +173,10 @@ def test_each_variable_is_clipped_by_its_own_norm(dim, clipped):
         )
         expected[name] = ds[name].copy(data=values)
         assert not expected[name].equals(ds[name])
-    assert same(y, expected)
+    assert identical(y, expected)
     assert list(y.data_vars) == list(ds.data_vars)
     assert y.encoding == ds.encoding
-    assert same(ds, collection())
+    assert identical(ds, collection())
 
     n = ds.daskclip.norm(dim)
     assert n.attrs == ds.attrs

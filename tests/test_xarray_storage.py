@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 from command_line import run
-from labelled_arrays import cube, one_line, same
+from labelled_arrays import cube, identical, one_line
 from reference import bits, squares
 from stores import create, read, some
 
@@ -72,7 +72,7 @@ def test_numbers_that_stand_for_missing_values_are_refused(tmp_path, zarr_format
     words = (f"{name} {encoding[name]:g}", "mask_and_scale")
     one_line(lambda: clip_zarr(path / "wind", tmp_path / "y", 1.0), ValueError, *words)
     with xr.open_zarr(path, consolidated=False) as ds:
-        assert same(ds.daskclip.norm("lat"), ds.compute().daskclip.norm("lat"))
+        assert identical(ds.daskclip.norm("lat"), ds.compute().daskclip.norm("lat"))
     if name == "missing_value" or zarr_format == 3:
         with xr.open_zarr(path, consolidated=False, mask_and_scale=False) as raw:
             one_line(lambda: raw.daskclip.norm("lat"), ValueError, *words)
@@ -109,7 +109,7 @@ def test_what_is_saved_holds_the_bound_to_the_bit(tmp_path, zarr_format, chunked
         rounded.wind.encoding = ds.wind.encoding
         rounded.to_zarr(tmp_path / "rounded", zarr_format=zarr_format, consolidated=False)
         with xr.open_zarr(tmp_path / "y", consolidated=False) as again:
-            assert same(again.compute(), y.compute())
+            assert identical(again.compute(), y.compute())
             values = again.wind.values
     limit = squares(np.float64([1.0]), (0,)).item()
     assert (squares(np.nan_to_num(values), (2,)) <= limit).all()
@@ -153,7 +153,7 @@ def test_lossy_parts_of_an_encoding_go(tmp_path):
             y = ds.daskclip.clip_by_norm(1.0, "lon")
             y.to_zarr(tmp_path / "y", consolidated=False)
             with xr.open_zarr(tmp_path / "y", consolidated=False) as again:
-                assert same(again.compute(), y.compute())
+                assert identical(again.compute(), y.compute())
 
 
 # ---- dimensions of stored arrays
@@ -304,7 +304,7 @@ def test_a_climate_data_set_in_storage_equals_the_one_by_xarray(tmp_path, zarr_f
     ):
         clipped = x.daskclip.clip_by_norm(5.0, dim)
         assert not clipped.sst.equals(x.sst)
-        assert same(y.compute(), clipped.compute())
+        assert identical(y.compute(), clipped.compute())
         assert str(y.sst.encoding) == str(x.sst.encoding)  # NaN is not equal to NaN
 
 

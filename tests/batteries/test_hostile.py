@@ -190,7 +190,7 @@ def make_mutated(folder, every):
     return len(chosen)
 
 
-def outcome(source):
+def clip_hostile(source):
     """Outcome, message and exit code of clipping one source."""
     target = source.with_name("y")
     try:
@@ -216,7 +216,7 @@ def attempt(source):
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         os.close(answers)
         with open(answer, "w") as file:
-            json.dump(outcome(source), file)
+            json.dump(clip_hostile(source), file)
         os._exit(0)
     os.close(answer)
     with open(answers) as file:
@@ -276,7 +276,7 @@ def source(tmp_path, layout):
     return create(tmp_path / "x", some(SHAPE, "f4"), CHUNKS, **options)
 
 
-def tree(folder):
+def modes_and_links(folder):
     """Mode and link target of every path below a folder; links are not followed."""
     return {
         str(p.relative_to(folder)): (p.lstat().st_mode, p.is_symlink() and os.readlink(p))
@@ -287,7 +287,7 @@ def tree(folder):
 def assert_refused_unchanged(kind, code, *words, **call):
     """Check that clipping and planning fail alike, on one line, and change no file."""
     folder = Path(call["source"]).parent
-    before = tree(folder)
+    before = modes_and_links(folder)
     for function in (clip_zarr, plan_zarr):
         with pytest.raises(kind) as caught:
             function(**{"clip_norm": 1.0} | call)
@@ -295,28 +295,28 @@ def assert_refused_unchanged(kind, code, *words, **call):
         assert "\n" not in str(caught.value)
         for word in words:
             assert word in str(caught.value)
-    assert tree(folder) == before
+    assert modes_and_links(folder) == before
 
 
 @pytest.mark.parametrize("change", [link, dangle, loop, folder, pipe])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_chunks_that_are_no_files_are_refused(tmp_path, source, layout, change, in_place):
     change(source, LAYOUTS[layout])
-    before = tree(tmp_path)
+    before = modes_and_links(tmp_path)
     with pytest.raises(SourceError, match=LAYOUTS[layout]) as caught:
         clip_zarr(source, None if in_place else tmp_path / "y", 1.0, in_place=in_place)
     assert (caught.value.exit_code, "\n" in str(caught.value)) == (3, False)
-    assert tree(tmp_path) == before
+    assert modes_and_links(tmp_path) == before
 
 
 def test_a_folder_of_chunks_that_is_a_link_is_refused(tmp_path):
     source = create(tmp_path / "x", some(SHAPE, "f4"), CHUNKS)
     (source / "c/1").rename(tmp_path / "elsewhere")
     (source / "c/1").symlink_to(tmp_path / "elsewhere")
-    before = tree(tmp_path)
+    before = modes_and_links(tmp_path)
     with pytest.raises(SourceError, match="c/1 is a symbolic link"):
         clip_zarr(source, tmp_path / "y", 1.0)
-    assert tree(tmp_path) == before
+    assert modes_and_links(tmp_path) == before
 
 
 @pytest.mark.parametrize("change", [link, dangle, loop, folder, pipe])
@@ -382,10 +382,10 @@ def test_no_name_hides_that_a_target_lies_inside_the_source(tmp_path, where):
     (tmp_path / "link").symlink_to(source)
     for name in (source, tmp_path / "link"):
         for overwrite in (False, True):
-            before = tree(tmp_path)
+            before = modes_and_links(tmp_path)
             with pytest.raises(DaskClipError):
                 clip_zarr(name, f"{tmp_path}/{where}", 1.0, overwrite=overwrite)
-            assert tree(tmp_path) == before
+            assert modes_and_links(tmp_path) == before
 
 
 @pytest.mark.parametrize("where", ["link", "deep/../x", "deep/../link/", "./x"])

@@ -388,7 +388,7 @@ WRONG = [
 ]
 
 
-def can_be_stored(limits):
+def is_storable(limits):
     return limits.size and limits.dtype.kind != "U" and not isinstance(limits, np.ma.MaskedArray)
 
 
@@ -398,7 +398,7 @@ def can_be_stored(limits):
         (form, *wrong)
         for form in ("numpy", "dask", "dask limits", "zarr", "stored limits")
         for wrong in WRONG
-        if form != "stored limits" or can_be_stored(wrong[0])
+        if form != "stored limits" or is_storable(wrong[0])
     ],
     ids=lambda v: f"{v!r:.20}",
 )

@@ -32,7 +32,7 @@ def cube(dtype="f4", chunks=None, seed=0):
     return x if chunks is None else x.chunk(chunks)
 
 
-def same(a, b):
+def identical(a, b):
     """Whether two labelled arrays are equal to the bit, labels and attributes too."""
     xr.testing.assert_identical(a, b)
     arrays = [(a, b)] if isinstance(a, xr.DataArray) else [(a[n], b[n]) for n in a.data_vars]
