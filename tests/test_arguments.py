@@ -1,4 +1,4 @@
-"""What is refused: the documented class, one line, with the value and a remedy."""
+"""Refused arguments: the documented error class, and one line with the value and a remedy."""
 
 import dask
 import dask.array as da
@@ -50,13 +50,13 @@ def x(request):
     ],
     ids=repr,
 )
-def test_axes(x, axes, error, value, remedy):
+def test_wrong_axes_are_refused(x, axes, error, value, remedy):
     assert_refused(error, value, remedy, lambda: clip_by_norm(x, 1.0, axes))
     assert_refused(error, value, remedy, lambda: norm(x, axes))
 
 
 @pytest.mark.parametrize("axis", [0, -1])
-def test_axes_of_0_d_arrays(axis):
+def test_axes_of_0_d_arrays_are_refused(axis):
     def call():
         clip_by_norm(np.float32(1), 1.0, axis)
 
@@ -93,7 +93,7 @@ LIMITS = [
 @pytest.mark.parametrize(
     ("clip_norm", "error", "value", "remedy"), LIMITS, ids=lambda v: f"{v!r:.20}"
 )
-def test_clip_norm(x, clip_norm, error, value, remedy):
+def test_wrong_limits_are_refused(x, clip_norm, error, value, remedy):
     def call():
         clip_by_norm(x, clip_norm)
 
@@ -106,7 +106,7 @@ def test_clip_norm(x, clip_norm, error, value, remedy):
 @pytest.mark.parametrize(
     "dtype", ["i4", "u1", "i8", "?", "O", "g", "G", "U1", "M8[s]", [("a", "f4")]]
 )
-def test_dtypes(dtype):
+def test_dtypes_that_cannot_be_clipped_are_refused(dtype):
     x = np.zeros((2, 3), dtype)
     remedy = "for example with .astype('float32')"
     for t in (x, da.from_array(x, 1)):
@@ -144,13 +144,13 @@ def test_arrays_of_the_other_dask():
 
 
 @pytest.mark.parametrize("t_list", [X, da.from_array(X, 2), "ab", 5, None])
-def test_lists(t_list):
+def test_what_is_no_list_is_refused(t_list):
     for call in (lambda: global_norm(t_list), lambda: clip_by_global_norm(t_list, 1.0)):
         assert_refused(TypeError, type(t_list).__name__, "give a list of arrays", call)
 
 
 @pytest.mark.parametrize("nonfinite", ["", "ignore", None, ["omit"]])
-def test_policies(x, nonfinite):
+def test_unknown_policies_are_refused(x, nonfinite):
     def call():
         clip_by_norm(x, 1.0, nonfinite=nonfinite)
 
@@ -158,7 +158,7 @@ def test_policies(x, nonfinite):
 
 
 @pytest.mark.parametrize("name", [5, b"clip", ["clip"]])
-def test_names(x, name):
+def test_names_that_are_no_strings_are_refused(x, name):
     remedy = "give a string or None"
     assert_refused(TypeError, repr(name), remedy, lambda: clip_by_norm(x, 1.0, name=name))
     assert_refused(TypeError, repr(name), remedy, lambda: clip_by_global_norm([x], 1.0, name=name))

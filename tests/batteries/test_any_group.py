@@ -1,4 +1,4 @@
-"""Any group, in storage, in pieces and stopped anywhere, is what NumPy makes of its arrays."""
+"""Random groups are clipped as NumPy clips their arrays, also after a run that was stopped."""
 
 import tempfile
 from pathlib import Path
@@ -21,7 +21,7 @@ PLAIN = st.just({"z": ({"shape": (3,), "chunks": (2,), "dtype": "f4"}, np.float3
 
 @st.composite
 def arrays(draw):
-    """Options of an array, its values, and how many of its first rows are stored."""
+    """Options of an array, its values, and the number of leading rows to store."""
     shape = tuple(draw(st.lists(st.sampled_from([1, 2, 5, 8, 0]), max_size=3)))
     chunks = tuple(draw(st.integers(1, max(1, n))) for n in shape)
     dtype = draw(st.sampled_from(["f4", "f8", "f2", "c8", "i4"]))
@@ -39,14 +39,14 @@ def arrays(draw):
 
 @st.composite
 def groups(draw):
-    """Arrays by their name, one of them at least to clip."""
+    """Arrays by name, with at least one that is clipped."""
     names = st.sampled_from(["a", "b", "c/a", "c/b", "d"])
     found = draw(st.dictionaries(names, arrays(), min_size=1, max_size=5))
     return found if any(o["dtype"] != "i4" for o, *_ in found.values()) else found | draw(PLAIN)
 
 
-def make(path, group):
-    """Store a group; returns the values that are read from it."""
+def store_group(path, group):
+    """Store a group and return the values read back from it."""
     root = zarr.create_group(path)
     for name, (options, values, rows) in group.items():
         array = root.create_array(name, **options)
@@ -74,7 +74,7 @@ HOW = {
     in_place=st.booleans(),
     stop=st.integers(0, 4),
 )
-def test_it_is_what_numpy_makes_of_its_arrays(group, how, memory, limit, in_place, stop):
+def test_a_group_is_clipped_as_numpy_clips_its_arrays(group, how, memory, limit, in_place, stop):
     if any(o["dtype"] == "c8" for o, *_ in group.values()) and how == "largest":
         how = "own"
     options = HOW[how]
@@ -86,7 +86,7 @@ def test_it_is_what_numpy_makes_of_its_arrays(group, how, memory, limit, in_plac
         patch.setattr(plan, "FIXED", 0)
         patch.setattr(plan, "SCRATCH", 0)
         source, target = Path(folder) / "x", Path(folder) / ("x" if in_place else "y")
-        values = make(source, group)
+        values = store_group(source, group)
         floats = {n: x for n, x in values.items() if x.dtype.kind in "fc"}
         if how == "global":
             clipped, _ = clip_by_global_norm(list(floats.values()), limit)

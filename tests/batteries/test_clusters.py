@@ -1,4 +1,4 @@
-"""Processes of a cluster that are killed, frozen and started again while a run is under way."""
+"""Cluster processes that are killed, frozen and restarted during a run."""
 
 import json
 import os
@@ -6,13 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import pytest
+from command_line import DASKCLIP, shell
 from distributed import Client
 from reference import bits
 from stores import create, finished, read, some, stored
+from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr
 from daskclip.engine import cluster as workers
@@ -31,7 +32,7 @@ MEMORY = {0: 360, 1: 4096}
 PASSES = {0: 2, 1: 1}
 CLIP_NORM = 100.0
 SMALL = (
-    "from daskclip import engine, prepare, plan; "
+    "from daskclip.engine import request as prepare; from daskclip.plan import array as plan; "
     + "; ".join(f"plan.{name} = {size}" for name, size in SIZES.items())
     + f"; prepare.STATE = {STATE}; "
 )
@@ -48,10 +49,10 @@ def gated(self, entry):
         time.sleep(0.001)
 Journal.append = gated
 """
-# kills its process at one block, each time
+# kills its process whenever it reaches one block
 DEADLY = """
 import os, signal
-from daskclip import regions
+from daskclip.storage import regions
 def deadly(array, region, *args, original=regions.{0}):
     if [s.start for s in region] == {1}:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -62,7 +63,7 @@ regions.{0} = deadly
 FREEZING = """
 import os, signal, threading
 from pathlib import Path
-from daskclip import regions
+from daskclip.storage import regions
 frozen, woken = Path({!r}), Path({!r})
 def freezing(*args, original=regions.write):
     try:
@@ -79,16 +80,8 @@ regions.write = freezing
 """
 
 
-def until(condition, seconds=120):
-    """Wait for something; the time only guards against hanging."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.001)
-
-
 class Cluster:
-    """A scheduler and its workers, each a process that was started here."""
+    """A scheduler and its workers, each a child process."""
 
     def __init__(self, folder, **settings):
         self.folder, self.port = folder, 0
@@ -109,7 +102,7 @@ class Cluster:
             )
 
     def start_scheduler(self):
-        """At the address of the one before, if there was one."""
+        """Start a scheduler, at the address of the previous one if there was one."""
         file = self.folder / "scheduler.json"
         file.unlink(missing_ok=True)
         self.scheduler = self.start(
@@ -170,7 +163,7 @@ def two(shared):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A source of which a part is clipped by columns, and by rows."""
+    """A source of which some columns and some rows exceed the limit."""
     folder = tmp_path / "data"
     folder.mkdir()
     values = some(SHAPE, "f4")
@@ -200,17 +193,17 @@ class Run:
             create(self.target, some((4, 4), "f4", seed=1), (2, 4))
 
     def shell(self, address=None):
-        """The command line."""
+        """Start the command line."""
         options = ["--clip-norm", self.clip_norm, "--axes", self.axes, "--progress", "none"]
         options += ["--memory", MEMORY[self.axes], "--json"]
         options += ["--scheduler", address] if address else []
         options += {"copy": [], "overwrite": ["--overwrite"], "in_place": ["--in-place"]}[self.mode]
         target = [] if self.mode == "in_place" else [self.target]
-        code = f"{self.code}\nfrom daskclip.cli import main; main()"
+        code = f"{self.code}\n{DASKCLIP[2]}"
         return self._start(code, "run", self.folder / "x", *target, *options)
 
     def python(self, address):
-        """The library, with a client that does not wait long for its scheduler."""
+        """Start the library, with a client that soon gives up on its scheduler."""
         target = None if self.mode == "in_place" else str(self.target)
         call = f"clip_zarr({str(self.folder / 'x')!r}, {target!r}, {self.clip_norm}, {self.axes}"
         call += f", memory={MEMORY[self.axes]}"
@@ -241,7 +234,7 @@ sys.exit(code)
         )
 
     def reach(self, line):
-        """Wait until the journal has so many lines."""
+        """Wait until the journal has that many lines."""
         journal = self.folder / f".{self.target.name}.daskclip" / "journal"
 
         def reached():
@@ -253,7 +246,7 @@ sys.exit(code)
         until(reached)
 
     def finish(self, process):
-        """The run ends with NumPy's bits, and leaves the source alone and nothing else behind."""
+        """Check that the run succeeds with NumPy's bits, and leaves only source and target."""
         out, err = process.communicate(timeout=120)
         assert (process.returncode, err) == (0, "")
         self.check()
@@ -347,7 +340,7 @@ def test_a_scheduler_that_is_killed_ends_the_run_which_can_go_on(folder, tmp_pat
             cluster.kill_worker()
             cluster.kill_worker()
             assert (process.returncode, out) == (75, "")
-            # what distributed logs is the affair of who calls the library, not of the shell
+            # in the library, the caller decides what distributed logs; the command line is silent
             lines = err.splitlines() if start is Run.shell else re.findall("daskclip: .*", err)
             assert len(lines) == 1
             assert lines[0].startswith("daskclip: the cluster was lost")
@@ -375,8 +368,7 @@ def test_a_frozen_worker_that_wakes_hurts_no_later_run(folder, tmp_path, end):
         until(lambda: frozen.exists() and frozen.read_text())
         if end == "abandoned":
             kill(process)
-            discard = ["-c", "from daskclip.cli import main; main()", "discard", run.target]
-            subprocess.run([sys.executable, *discard], check=True, capture_output=True)
+            subprocess.run([*DASKCLIP, "discard", run.target], check=True, capture_output=True)
         assert {p.name for p in folder.iterdir()} - {"y"} == {"x"}
         mode = "overwrite" if end == "published" else "copy"
         other = Run(folder, 1, mode, 2 * CLIP_NORM, code=GATED.format(str(go)))
@@ -413,18 +405,18 @@ def test_a_block_that_kills_its_workers_is_named(folder, tmp_path, function, pla
     assert any(text in str(caught.value) for text in wanted)
     assert caught.value.exit_code == 1
     assert finished(folder) == before
-    # without what killed them the same call goes on
+    # once nothing kills workers, the same call resumes
     report = clip_zarr(folder / "x", folder / "y", CLIP_NORM, 0, memory=MEMORY[0])
     assert report.status == "clipped"
     run.check()
 
 
-# --- workers that will not do --------------------------------------------------------------------
+# --- unsuitable workers --------------------------------------------------------------------------
 
 
 @contextmanager
 def worker(cluster, *before, **environment):
-    """One worker, whose command begins with ``before``."""
+    """A worker whose command is prefixed with ``before``."""
     command = ["-m", "distributed.cli.dask_worker", cluster.address, "--no-nanny", "--nthreads"]
     process = subprocess.Popen(
         [*before, sys.executable, *command, "1", "--host", "127.0.0.1", "--no-dashboard"],
@@ -441,18 +433,11 @@ def worker(cluster, *before, **environment):
         process.wait(60)
 
 
-def refused(cluster, folder):
-    """The line that a run ends with, with nothing left."""
+def refusal(cluster, folder):
+    """Error line of a run that is refused by its workers and leaves no files."""
     x = create(folder / "x", some((4, 4), "f4"), (2, 4))
     before = stored(folder)
-    command = [sys.executable, "-c", "from daskclip.cli import main; main()", "run", x]
-    command += [folder / "y", "--clip-norm", 1]
-    done = subprocess.run(
-        [*map(str, command), "--scheduler", cluster.address],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = shell("run", x, folder / "y", "--clip-norm", 1, "--scheduler", cluster.address)
     assert (done.returncode, stored(folder)) == (3, before)
     with Client(cluster.address), pytest.raises(RuntimeError) as caught:
         clip_zarr(x, folder / "y", 1.0)
@@ -464,13 +449,13 @@ def refused(cluster, folder):
 
 @pytest.mark.parametrize("package", ["daskclip", "zarr"])
 def test_workers_of_another_version_are_refused(tmp_path, package):
-    # what is found first counts, as with a second installation
+    # the first metadata on the path counts, as with a second installation
     (tmp_path / "data").mkdir()
     info = tmp_path / "path" / f"{package}-0.0.9.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.0.9\n")
     with cluster_in(tmp_path / "logs") as cluster, worker(cluster, PYTHONPATH=str(info.parent)):
-        assert f" has {package} 0.0.9 and not " in refused(cluster, tmp_path / "data")
+        assert f" has {package} 0.0.9 and not " in refusal(cluster, tmp_path / "data")
 
 
 def test_workers_that_do_not_see_the_files_are_refused(tmp_path):
@@ -479,7 +464,7 @@ def test_workers_that_do_not_see_the_files_are_refused(tmp_path):
     if subprocess.run([*hidden, tmp_path, "true"], capture_output=True, check=False).returncode:
         pytest.skip("mounting is refused here")
     with cluster_in(tmp_path / "logs") as cluster, worker(cluster, *hidden, str(tmp_path / "data")):
-        assert " does not see " in refused(cluster, tmp_path / "data")
+        assert " does not see " in refusal(cluster, tmp_path / "data")
 
 
 def test_a_worker_that_does_not_answer_is_no_reason_to_begin(tmp_path, monkeypatch):

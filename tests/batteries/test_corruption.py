@@ -1,22 +1,18 @@
-"""Bytes that change: in the source before and during a run, in what was written, and bombs.
+"""Changed bytes: in the source before and during a run, and in what was written.
 
-Damaged chunks are decoded by a process of their own, which is this file run as a script: a decoder
-that reads outside of its memory must not take the other tests with it.
+This file, run as a script, decodes damaged chunks in a separate process, because a decoder that
+reads outside its buffer must not crash the other tests.
 """
 
 import asyncio
-import bz2
 import json
-import lzma
 import math
 import os
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
-import zlib
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -24,10 +20,10 @@ from unittest import mock
 import numcodecs
 import numpy as np
 import pytest
+from damage import dangle, empty, folder, link, pipe, remove
 from reference import bits
 from stores import FORMATS, create, read, some, stored
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
-from zarr.codecs import numcodecs as bundled
 from zarr.core.sync import sync
 
 from daskclip import clip_by_norm, clip_zarr, verify_zarr
@@ -60,12 +56,12 @@ CHAINS = {
     "shards": {"shards": (8, 64), "compressors": ZstdCodec()},
 }
 CHECKED = {"zstd checked", "gzip", "format 2 zlib"}
-"""Chains that tell every change by a checksum."""
+"""Chains that detect every change by a checksum."""
 MUTATIONS, SOME = 40, 6
 
 
 def damaged(path, generator, n):
-    """Bytes of a file with one to three bits flipped, or every third time cut off."""
+    """Bytes of a file with one to three bits flipped; every third time truncated."""
     data = bytearray(path.read_bytes())
     if n % 3 == 2:
         return bytes(data[: 0 if n == 2 else generator.randrange(len(data))])
@@ -83,12 +79,12 @@ def flipped(path, generator):
 
 
 def chunks_of(array):
-    """Keys of all files of chunks."""
+    """Keys of all chunk files."""
     return [k for k, v in stored(array).items() if v is not None and not k.startswith((".z", "z"))]
 
 
-def refused(source, target, key, clip_norm):
-    """Whether the run fails; then it says why on one line, by the chunk, and makes no target."""
+def fails_at_chunk(source, target, key, clip_norm):
+    """Whether the run fails; then with one line that names the chunk, and without a target."""
     try:
         clip_zarr(source, target, clip_norm, memory=TWO_PASSES)
     except DaskClipError as error:
@@ -104,38 +100,38 @@ def refused(source, target, key, clip_norm):
 
 
 async def others():
-    """Wait for what zarr has under way."""
+    """Wait for the operations that zarr is still running."""
     await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
 
 
 def before_the_run(source, key, data, n):
-    """What a run does with a source with a damaged chunk."""
+    """Outcome of a run whose source has a damaged chunk."""
     values, target = read(source), source.with_name("y")
     (source / key).write_bytes(data)
     now = stored(source)
     limit = (1.0, 1e9)[n % 2]
-    failed = refused(source, target, key, limit)
+    failed = fails_at_chunk(source, target, key, limit)
     assert stored(source) == now
     if failed:
         discard(target)
-        # zarr itself dies of some chunks of blosc that are refused
+        # zarr itself crashes on some Blosc chunks that daskclip refuses
         if "blosc" not in source.parent.name:
             try:
                 decoded = read(source)
             except Exception:
                 sync(others())  # it goes on with the other chunks
                 return "refused"
-            # zarr takes an empty shard for one that is not stored
+            # zarr treats an empty shard as not stored
             assert bits(decoded) == bits(values) or not data, "refused, and zarr reads other values"
         return "refused"
-    x = read(source)  # what did not kill the run does not kill this
+    x = read(source)  # safe: the run has decoded the same bytes
     assert bits(read(target)) == bits(clip_by_norm(x, limit))
     shutil.rmtree(target)
     return "unchanged" if bits(x) == bits(values) else "changed"
 
 
 def between_the_passes(source, key, data, n):
-    """What a run does when a chunk is damaged after it was read once."""
+    """Outcome of a run when a chunk is damaged between the passes."""
     target, changed = source.with_name("y"), []
     original, seen = journal.Journal.append, set()
 
@@ -156,7 +152,7 @@ def between_the_passes(source, key, data, n):
 
     now = stored(source) | {key: data}
     with mock.patch.object(journal.Journal, "append", append):
-        assert refused(source, target, key, (1.0, 1e9)[n // 4 % 2])
+        assert fails_at_chunk(source, target, key, (1.0, 1e9)[n // 4 % 2])
     assert changed
     assert stored(source) == now
     if (source.parent / ".y.daskclip").exists():
@@ -167,7 +163,7 @@ def between_the_passes(source, key, data, n):
 
 
 def damage(chain, folder, situation, number):
-    """Damage a source over and over; prints a JSON line each time."""
+    """Damage a source repeatedly, and print a JSON line for each outcome."""
     for name, size in (SIZES | {"WINDOW": 8}).items():
         setattr(plan, name, size)
     prepare.STATE = STATE
@@ -185,7 +181,7 @@ def damage(chain, folder, situation, number):
 
 
 def outcomes(chain, folder, situation, number):
-    """How often there was what outcome, in a process that must not die."""
+    """Count the outcomes of `damage` in a process that must survive."""
     command = [sys.executable, __file__, chain, str(folder), situation, str(number)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout[-200:] + done.stderr
@@ -238,7 +234,7 @@ LAYOUTS = {name: FORMATS[name] for name in FORMATS} | {
 
 
 def written(folder, layout, axes=None, name="y", **options):
-    """A source ``x`` and an array that was made from it."""
+    """Clip the source ``x``, created if needed, and return the path of the result."""
     if not (folder / "x").exists():
         attributes = {"unit": "K", "scale": [1, 0.5]}
         create(folder / "x", some(SHAPE, "f4"), CHUNKS, **LAYOUTS[layout], attributes=attributes)
@@ -247,7 +243,7 @@ def written(folder, layout, axes=None, name="y", **options):
 
 
 def found(target, *words, source=None):
-    """`verify_zarr` says on one line that the array is not what was written."""
+    """Check that `verify_zarr` reports, on one line, an array that was changed."""
     with pytest.raises(VerificationError) as caught:
         verify_zarr(target, source)
     assert caught.value.exit_code == 4
@@ -276,13 +272,13 @@ def test_every_flipped_bit_of_a_published_array_is_found(tmp_path, layout, numbe
 
 
 class Stop(Exception):
-    """Ends a run at a counted line of its journal."""
+    """Stops a run at some line of its journal."""
 
 
 def stopped(folder, monkeypatch, axes, lines):
-    """A run that ends once it has written so many lines that name blocks of the target.
+    """Stop a run once its journal has that many lines with written blocks.
 
-    Returns the folder it writes to, and the keys of what it is done with.
+    Returns the staging folder, and the keys of the chunks that are journalled as written.
     """
     original, done = journal.Journal.append, []
 
@@ -345,34 +341,6 @@ def test_a_run_whose_staged_metadata_is_damaged_can_be_discarded(tmp_path, monke
 CHUNK = {"format 3": "c/2/1", "format 2": "2.1", "shards": "c/1/0"}
 
 
-def remove(y, key):
-    (y / key).unlink()
-
-
-def link(y, key):
-    (y / key).rename(y.parent / "elsewhere")
-    (y / key).symlink_to(y.parent / "elsewhere")
-
-
-def dangle(y, key):
-    (y / key).unlink()
-    (y / key).symlink_to(y.parent / "nowhere")
-
-
-def folder(y, key):
-    (y / key).unlink()
-    (y / key).mkdir()
-
-
-def pipe(y, key):
-    (y / key).unlink()
-    os.mkfifo(y / key)
-
-
-def empty(y, key):
-    (y / key).write_bytes(b"")
-
-
 def swap(y, key):
     (y / key).rename(y / "part")
     other = chunks_of(y)[0]
@@ -404,7 +372,7 @@ def test_added_files_are_found(tmp_path, layout):
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"stray")
-        # of folders in the place of a chunk, it is the folder that is told
+        # where the stray file made new folders, the message names the folder
         found(y, *([name] if not made else []))
         path.unlink()
         for parent in made:
@@ -457,9 +425,9 @@ def test_every_flipped_byte_of_the_record_is_found(tmp_path):
 def test_a_line_that_is_lost_from_the_record_is_found(tmp_path):
     y = written(tmp_path, "format 3", 0, memory=TWO_PASSES)
     lines = (y / ".daskclip").read_bytes().splitlines(keepends=True)
-    told = [n for n, line in enumerate(lines) if b'"target":{"' in line]
-    assert told
-    for n in (0, *told, len(lines) - 1):
+    with_blocks = [n for n, line in enumerate(lines) if b'"target":{"' in line]
+    assert with_blocks
+    for n in (0, *with_blocks, len(lines) - 1):
         (y / ".daskclip").write_bytes(b"".join(lines[:n] + lines[n + 1 :]))
         found(y)
 
@@ -482,156 +450,5 @@ def test_another_source_is_found(tmp_path, axes, memory):
         found(y, str(tmp_path / name), source=create(tmp_path / name, odd, CHUNKS))
 
 
-# --- bombs ---------------------------------------------------------------------------------------
-
-SIZE = 2**31 - 2**22  # the header of blosc holds no more
-
-
-def gzip_bomb(size):
-    packer = zlib.compressobj(9, wbits=31)
-    part = packer.compress(bytes(2**20)) + packer.flush()
-    return part * (size >> 20)
-
-
-def zlib_bomb(size):
-    packer = zlib.compressobj(9)
-    first, again = (
-        packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2)
-    )
-    checksum = size % 65521 << 16 | 1  # Adler-32 of zeros
-    return first + again * ((size >> 20) - 1) + b"\3\0" + checksum.to_bytes(4, "big")
-
-
-def bz2_bomb(size):
-    return bz2.compress(bytes(2**22)) * (size >> 22)
-
-
-def lzma_bomb(size):
-    return lzma.compress(bytes(2**22)) * (size >> 22)
-
-
-def zstd_bomb(size, *, declared=True):
-    """Frame of blocks that repeat a byte, 128 KiB each (RFC 8878, section 3.1.1.2)."""
-    flags, width = (0xC0, 8) if declared else (0, 0)
-    block = (2**17 << 3 | 2).to_bytes(3, "little") + b"\0"
-    last = (2**17 << 3 | 3).to_bytes(3, "little") + b"\0"
-    head = b"\x28\xb5\x2f\xfd" + bytes([flags, 0x38]) + size.to_bytes(8, "little")[:width]
-    return head + block * ((size >> 17) - 1) + last
-
-
-def zstd_stream(size):
-    return zstd_bomb(size, declared=False)
-
-
-def zstd_second_frame(size):
-    return numcodecs.Zstd().encode(bytes(64)) + zstd_stream(size - 2**17)
-
-
-def zstd_after_a_skipped_frame(size):
-    return b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + bytes(4) + zstd_bomb(size)
-
-
-def lz4_bomb(size):
-    # a literal, a copy of it of 4 + 15 + 255 * n + rest bytes, and five literals
-    n, rest = divmod(size - 6 - 19, 255)
-    return size.to_bytes(4, "little") + b"\x1f\0\1\0" + b"\xff" * n + bytes([rest, 0x50, *bytes(5)])
-
-
-def blosc_bomb(size):
-    """One compressed block that every block of the chunk points to."""
-    step = 2**18
-    one = numcodecs.blosc.compress(bytes(step), b"lz4", 1, 0, step)
-    starts = (16 + 4 * (size // step)).to_bytes(4, "little") * (size // step)
-    sizes = (size, step, len(one) - 4 + len(starts))
-    return one[:4] + b"".join(n.to_bytes(4, "little") for n in sizes) + starts + one[20:]
-
-
-# name: bomb, its codec in formats 3 and 2
-BOMBS = {
-    "gzip": (gzip_bomb, GzipCodec, numcodecs.GZip),
-    "zlib": (zlib_bomb, bundled.Zlib, numcodecs.Zlib),
-    "bz2": (bz2_bomb, bundled.BZ2, numcodecs.BZ2),
-    "lzma": (lzma_bomb, bundled.LZMA, numcodecs.LZMA),
-    "zstd": (zstd_bomb, ZstdCodec, numcodecs.Zstd),
-    "zstd of no size": (zstd_stream, ZstdCodec, numcodecs.Zstd),
-    "zstd of two frames": (zstd_second_frame, ZstdCodec, numcodecs.Zstd),
-    "zstd skipped": (zstd_after_a_skipped_frame, ZstdCodec, numcodecs.Zstd),
-    "lz4": (lz4_bomb, bundled.LZ4, numcodecs.LZ4),
-    "blosc": (blosc_bomb, BloscCodec, numcodecs.Blosc),
-}
-
-
-def in_gzip(bomb):
-    packer = zlib.compressobj(9, wbits=31)
-    return packer.compress(bomb) + packer.flush()
-
-
-def checked(data):
-    return bytes(numcodecs.CRC32C(location="end").encode(data))
-
-
-def in_shard(bomb):
-    """A shard of two chunks, of which the second one is not stored."""
-    index = np.array([0, len(bomb), 2**64 - 1, 2**64 - 1], "<u8")
-    return bomb + checked(index.tobytes())
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_a_smaller_bomb_is_what_its_codec_decodes(name):
-    make, _, codec = BOMBS[name]
-    size = 2**23
-    assert len(make(size)) < size / 100
-    decoded = np.frombuffer(codec().decode(make(size)), "u1")
-    assert abs(decoded.size - size) <= 2**17
-    assert not decoded.any()
-
-
-def refuse_bombs(folder):
-    """Clip every source in a folder with 1.5 GB above the imports; prints each outcome."""
-    with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**29,) * 2)
-    for source in sorted(Path(folder).iterdir()):
-        try:
-            outcome = clip_zarr(source, source.with_name(f"{source.name} clipped"), 1.0).status
-        except StorageError as error:
-            outcome = str(error)
-        print(json.dumps([source.name, outcome]))
-
-
-# zarr says so for every codec of numcodecs in format 3
-@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
-def test_bombs_are_refused_by_their_chunk(tmp_path):
-    values, folder, wanted = some((4, 8), "f4"), tmp_path / "bombs", {}
-
-    def add(name, key, bomb, **options):
-        assert len(bomb) < 10**7
-        source = create(folder / name, values, (2, 8), **options)
-        assert (source / key).is_file()
-        (source / key).write_bytes(bomb)
-        wanted[name] = rf"failed at chunk {key}: ValueError: it decodes to \d+ bytes or more"
-
-    for name, (make, three, two) in BOMBS.items():
-        bomb = make(SIZE)
-        add(f"{name} 3", "c/1/0", bomb, compressors=three())
-        add(f"{name} 2", "1.0", bomb, compressors=two(), zarr_format=2)
-    add("nested", "c/1/0", in_gzip(gzip_bomb(SIZE)), compressors=[GzipCodec(), GzipCodec()])
-    add("checked", "c/1/0", checked(zstd_stream(SIZE)), compressors=[ZstdCodec(), Crc32cCodec()])
-    add("shard", "c/0/0", in_shard(zstd_stream(SIZE)), compressors=ZstdCodec(), shards=(4, 8))
-    create(folder / "sound", values, (2, 8))
-    command = [sys.executable, "-W", "ignore", __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout[-200:] + done.stderr
-    outcomes = dict(map(json.loads, done.stdout.splitlines()))
-    assert outcomes.pop("sound") == "clipped"
-    assert outcomes.keys() == wanted.keys()
-    for name, outcome in outcomes.items():
-        assert re.search(wanted[name], outcome), (name, outcome)
-        assert "\n" not in outcome
-
-
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        refuse_bombs(sys.argv[1])
-    else:
-        damage(*sys.argv[1:4], int(sys.argv[4]))
+    damage(*sys.argv[1:4], int(sys.argv[4]))

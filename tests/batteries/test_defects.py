@@ -1,4 +1,4 @@
-"""Deliberate defects, one at a time: the battery must see each of them, and nothing without."""
+"""Deliberate defects, one at a time: the battery detects each, and nothing when there is none."""
 
 import json
 import os
@@ -26,11 +26,11 @@ COPY, ONE_PASS, OVERWRITE = CASES[:3]
 REAL = SimpleNamespace(append=Journal.append, rescale=tasks.rescale_block)
 
 
-# --- the battery: each returns what it sees ------------------------------------------------------
+# --- the battery: each test returns the violations it finds --------------------------------------
 
 
 def kills(case, step, power=False):
-    """Kill a job at some of its file operations."""
+    """Kill a run at some of its file operations."""
 
     def look(defect):
         if defect is None:
@@ -43,7 +43,7 @@ def kills(case, step, power=False):
 
 
 def after_window(number, action):
-    """Do something once a run has journalled so many windows."""
+    """Call something once a run has journalled that many windows."""
     seen = []
 
     def append(self, entry):
@@ -56,7 +56,7 @@ def after_window(number, action):
 
 
 def change(folder):
-    """Other bytes in one chunk, of the same length and time."""
+    """Replace the bytes of one chunk; length and modification time stay the same."""
     chunk = folder / "x/c/5/0"
     status, data = chunk.stat(), bytearray(chunk.read_bytes())
     data[0] ^= 1
@@ -65,7 +65,7 @@ def change(folder):
 
 
 def a_source_that_changes(case, window, words):
-    """Change a chunk while the run is under way: it must stop, in these words."""
+    """Change a chunk during the run: it must stop with this message."""
 
     def look(defect):
         sweep = Sweep(case)
@@ -82,7 +82,7 @@ def a_source_that_changes(case, window, words):
 
 
 def a_block_of_an_earlier_run(defect):
-    """A task that was held up ends while another run is under way."""
+    """A delayed task of one run ends during another run."""
     other, taken = replace(COPY, clip_norm=2.0), []
 
     def take(job, *args):
@@ -118,7 +118,7 @@ def a_block_of_an_earlier_run(defect):
 
 
 def two_at_once(defect):
-    """A second client comes while a run is under way: it must be told so."""
+    """Start a second client during a run: it must be refused."""
     sweep = Sweep(COPY)
     with sweep.folder() as folder:
         seen = []
@@ -135,8 +135,8 @@ def two_at_once(defect):
                 COPY.run(folder)
             return seen
 
-        told = in_child(run, defect=defect)["value"]
-        return [] if "being written by another run" in "".join(told) else [told]
+        lines = in_child(run, defect=defect)["value"]
+        return [] if "being written by another run" in "".join(lines) else [lines]
 
 
 def interrupted(folder, case, number):
@@ -145,7 +145,7 @@ def interrupted(folder, case, number):
 
 
 def other_parameters(defect):
-    """Run again with another limit: refused, or right."""
+    """Run again with another limit: refused, or right bits."""
     sweep = Sweep(COPY)
     with sweep.folder() as folder:
         interrupted(folder, COPY, 60)
@@ -154,7 +154,7 @@ def other_parameters(defect):
 
 
 def a_journal_with_another_digit(defect):
-    """Change one digit of the journal: the run must end right all the same."""
+    """Change one digit of the journal: the run must still give the right bits."""
     sweep, seen = Sweep(ONE_PASS), []
     for place in range(0, 60, 4):
         with sweep.folder() as folder:

@@ -1,4 +1,4 @@
-"""The same run wherever it can run, each place started for real: the same bytes and digests."""
+"""The same run in every deployment, each started for real: the same bytes and digests."""
 
 import json
 import os
@@ -35,7 +35,7 @@ SBATCH = Path(__file__).parents[2] / "examples" / "pipelines" / "slurm.sbatch"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The folder of a source, with what threads make of it: files and digests, by axes."""
+    """Folder of a source, and what a run on threads gives, by axes: files and digests."""
     folder = tmp_path_factory.mktemp("data")
     array = zarr.create_array(
         folder / "x", shape=SHAPE, chunks=CHUNKS, dtype="f4",
@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def agrees(data, record_property):
-    """Runs both cases with a function of source, target, limit and axes; compares files."""
+    """Run both cases with a function of source, target, limit and axes, and compare files."""
     folder, reports = data
 
     def check(name, run, source=folder / "x", target=None):
@@ -81,7 +81,7 @@ def library(source, target, limit, axes):
 
 
 def command(*options, environment=None):
-    """Runs the command, and reads its report."""
+    """Run the command and read its report."""
 
     def run(source, target, limit, axes):
         words = [source, target, "--clip-norm", limit, "--json", *options]
@@ -104,7 +104,7 @@ def command(*options, environment=None):
 
 @contextmanager
 def from_the_command_line(folder, workers=2):
-    """A scheduler and workers; gives the scheduler file."""
+    """Start a scheduler and workers; yields the scheduler file."""
     file, processes = folder / "scheduler.json", []
     local = ["--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0"]
 
@@ -205,7 +205,8 @@ def test_a_slurm_cluster(agrees, cluster, tmp_path):
 
 SLOW = """#!{python}
 import time
-from daskclip import cli, plan
+from daskclip import cli
+from daskclip.plan import array as plan
 from daskclip.target.journal import Journal
 plan.WINDOW, plan.BLOCK = 1, 1 << 22
 def slowly(self, entry, append=Journal.append):

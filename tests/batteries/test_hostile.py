@@ -1,7 +1,7 @@
-"""Metadata, links and files made to mislead: refused on one line, or read as zarr reads them.
+"""Hostile metadata, links and files are refused on one line, or read as zarr reads them.
 
-Each document is tried by a process of its own with little memory and time: one that imports once,
-this file run as a script, is forked for each.
+Each document is read in a separate process with little memory and time, forked from this file run
+as a script, which imports once.
 """
 
 import copy
@@ -23,6 +23,7 @@ import numcodecs
 import numpy as np
 import pytest
 import zarr
+from damage import Payload, dangle, folder, link, loop, pipe
 from reference import bits
 from stores import create, read, some
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
@@ -56,16 +57,6 @@ VALUES = [
 ]
 
 
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def places(document, path=()):
     """Paths of everything in a JSON document."""
     items = document.items() if isinstance(document, dict) else enumerate(document)
@@ -76,7 +67,7 @@ def places(document, path=()):
 
 
 def changed(document, path, value):
-    """A copy with another value in one place."""
+    """A copy with another value at one path."""
     new = copy.deepcopy(document)
     inner = new
     for key in path[:-1]:
@@ -86,7 +77,7 @@ def changed(document, path, value):
 
 
 def without(document, path):
-    """A copy without what is in one place."""
+    """A copy without the value at one path."""
     new = changed(document, path, None)
     inner = new
     for key in path[:-1]:
@@ -96,7 +87,7 @@ def without(document, path):
 
 
 def encoded(document):
-    """A document in bytes, with lists in lists where it asks for them."""
+    """Bytes of a document, with ``of depth N`` replaced by N nested lists."""
     text = re.sub(
         r'"of depth (\d+)"', lambda m: "[" * int(m[1]) + "]" * int(m[1]), json.dumps(document)
     )
@@ -104,7 +95,7 @@ def encoded(document):
 
 
 def replaced(template, document):
-    """Every field replaced by every value, and left out."""
+    """Yield documents with each field replaced by each value, and left out."""
     for path in places(document):
         where = f"{template} {'/'.join(map(str, path))}"
         for n, value in enumerate(VALUES):
@@ -113,7 +104,7 @@ def replaced(template, document):
 
 
 def whole(template, document):
-    """Documents that are odd as a whole."""
+    """Yield documents that are malformed as a whole."""
     plain = json.dumps(document)
     for n, data in enumerate(
         [
@@ -143,7 +134,7 @@ def whole(template, document):
 
 
 def payloads(documents):
-    """Documents by which zarr alone would decode what runs a payload."""
+    """Yield documents with which zarr alone would unpickle a payload."""
     two, three, shards = (documents[name] for name in ("format 2", "format 3", "shards"))
     codec = {"id": "pickle", "protocol": 5}
     for dtype in ("|O", "<f4", [["a", "|O"]], "|V8", "<U4", "<M8[s]"):
@@ -165,7 +156,7 @@ def payloads(documents):
 
 
 def mutations(folder):
-    """Name and bytes or content of all documents; templates are made in ``folder``."""
+    """Yield name and bytes or content of all documents; templates are made in ``folder``."""
     documents = {}
     for name, options in TEMPLATES.items():
         create(folder / name, some(SHAPE, "f4"), CHUNKS, **options)
@@ -177,8 +168,8 @@ def mutations(folder):
     yield from payloads(documents)
 
 
-def make(folder, every):
-    """Make a source of every so many mutations, and of more with payloads; returns their number."""
+def make_mutated(folder, every):
+    """Make sources of one in ``every`` mutations, of more with payloads; returns the number."""
     templates = folder / "templates"
     chosen = list(mutations(templates))
     random.Random(0).shuffle(chosen)
@@ -199,8 +190,8 @@ def make(folder, every):
     return len(chosen)
 
 
-def outcome(source):
-    """What becomes of one source."""
+def clip_hostile(source):
+    """Outcome, message and exit code of clipping one source."""
     target = source.with_name("y")
     try:
         if plan_zarr(source, target, 1.0).nbytes > HUGE:
@@ -215,7 +206,7 @@ def outcome(source):
 
 
 def attempt(source):
-    """The outcome in a process of its own, or how that died."""
+    """Outcome in a forked process, or how that process died."""
     answers, answer = os.pipe()
     child = os.fork()
     if not child:
@@ -225,7 +216,7 @@ def attempt(source):
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         os.close(answers)
         with open(answer, "w") as file:
-            json.dump(outcome(source), file)
+            json.dump(clip_hostile(source), file)
         os._exit(0)
     os.close(answer)
     with open(answers) as file:
@@ -243,7 +234,7 @@ def attempt_all(folder):
 
 @pytest.mark.parametrize("every", [100, pytest.param(12, marks=pytest.mark.slow)])
 def test_documents_are_refused_or_read_as_zarr_reads_them(tmp_path, every):
-    number = make(tmp_path, every)
+    number = make_mutated(tmp_path, every)
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # forking needs one thread
     command = [sys.executable, __file__, str(tmp_path / "tried")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -261,15 +252,15 @@ def test_documents_are_refused_or_read_as_zarr_reads_them(tmp_path, every):
             bad.append(((Path(place) / "name").read_text(), kind, text[-2000:], left))
     assert not bad, f"{len(bad)} of {number}: {bad[:5]}"
     assert not (tmp_path / "unpickled").exists()
-    # the library of blosc itself says what it thinks of numbers
-    told = [line for line in done.stderr.splitlines() if " parameter must be " not in line]
-    assert not told
+    # the Blosc library itself prints warnings about its parameters
+    printed = [line for line in done.stderr.splitlines() if " parameter must be " not in line]
+    assert not printed
     kinds = Counter(kind for _, kind, *_ in lines)
     assert kinds["refused"] > number / 2
     assert kinds["right"]
 
 
-# --- links, and what is no file ------------------------------------------------------------------
+# --- links and special files ---------------------------------------------------------------------
 
 LAYOUTS = {"format 3": "c/1/0", "format 2": "1.0", "shards": "c/0/0"}
 
@@ -285,44 +276,18 @@ def source(tmp_path, layout):
     return create(tmp_path / "x", some(SHAPE, "f4"), CHUNKS, **options)
 
 
-def link(path):
-    elsewhere = path.parents[len(path.parts) - path.parts.index("x") - 1] / "elsewhere"
-    path.rename(elsewhere)
-    path.symlink_to(elsewhere)
-
-
-def dangle(path):
-    path.unlink()
-    path.symlink_to(path.parent / "nowhere")
-
-
-def loop(path):
-    path.unlink()
-    path.symlink_to(path)
-
-
-def folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-def pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def tree(folder):
-    """Name, kind and link of everything below a folder, without following links."""
+def modes_and_links(folder):
+    """Mode and link target of every path below a folder; links are not followed."""
     return {
         str(p.relative_to(folder)): (p.lstat().st_mode, p.is_symlink() and os.readlink(p))
         for p in folder.rglob("*")
     }
 
 
-def refused(kind, code, *words, **call):
-    """The call fails on one line, for a new target and in place, and nothing changes."""
+def assert_refused_unchanged(kind, code, *words, **call):
+    """Check that clipping and planning fail alike, on one line, and change no file."""
     folder = Path(call["source"]).parent
-    before = tree(folder)
+    before = modes_and_links(folder)
     for function in (clip_zarr, plan_zarr):
         with pytest.raises(kind) as caught:
             function(**{"clip_norm": 1.0} | call)
@@ -330,36 +295,36 @@ def refused(kind, code, *words, **call):
         assert "\n" not in str(caught.value)
         for word in words:
             assert word in str(caught.value)
-    assert tree(folder) == before
+    assert modes_and_links(folder) == before
 
 
 @pytest.mark.parametrize("change", [link, dangle, loop, folder, pipe])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_chunks_that_are_no_files_are_refused(tmp_path, source, layout, change, in_place):
-    change(source / LAYOUTS[layout])
-    before = tree(tmp_path)
+    change(source, LAYOUTS[layout])
+    before = modes_and_links(tmp_path)
     with pytest.raises(SourceError, match=LAYOUTS[layout]) as caught:
         clip_zarr(source, None if in_place else tmp_path / "y", 1.0, in_place=in_place)
     assert (caught.value.exit_code, "\n" in str(caught.value)) == (3, False)
-    assert tree(tmp_path) == before
+    assert modes_and_links(tmp_path) == before
 
 
 def test_a_folder_of_chunks_that_is_a_link_is_refused(tmp_path):
     source = create(tmp_path / "x", some(SHAPE, "f4"), CHUNKS)
     (source / "c/1").rename(tmp_path / "elsewhere")
     (source / "c/1").symlink_to(tmp_path / "elsewhere")
-    before = tree(tmp_path)
+    before = modes_and_links(tmp_path)
     with pytest.raises(SourceError, match="c/1 is a symbolic link"):
         clip_zarr(source, tmp_path / "y", 1.0)
-    assert tree(tmp_path) == before
+    assert modes_and_links(tmp_path) == before
 
 
 @pytest.mark.parametrize("change", [link, dangle, loop, folder, pipe])
 def test_metadata_that_is_no_file_is_refused(tmp_path, source, layout, change):
     (tmp_path / "deep" / "deep").mkdir(parents=True)
     source = source.rename(tmp_path / "deep" / "deep" / "x")
-    change(source / (".zarray" if layout == "format 2" else "zarr.json"))
-    refused(SourceError, 3, source=source, target=source.with_name("y"))
+    change(source, ".zarray" if layout == "format 2" else "zarr.json")
+    assert_refused_unchanged(SourceError, 3, source=source, target=source.with_name("y"))
 
 
 def test_attributes_that_are_a_link_are_refused(tmp_path):
@@ -368,7 +333,7 @@ def test_attributes_that_are_a_link_are_refused(tmp_path):
     (source / ".zattrs").rename(tmp_path / "elsewhere")
     (source / ".zattrs").symlink_to(tmp_path / "elsewhere")
     words = (".zattrs", "symbolic link")
-    refused(SourceError, 3, *words, source=source, target=tmp_path / "y")
+    assert_refused_unchanged(SourceError, 3, *words, source=source, target=tmp_path / "y")
 
 
 @pytest.mark.parametrize("there", ["array", "nothing", "itself"])
@@ -379,12 +344,12 @@ def test_a_target_that_is_a_link_is_refused(tmp_path, there):
         clip_zarr(source, tmp_path / "array", 1.0)
     target.symlink_to(target if there == "itself" else tmp_path / there)
     call = {"source": source, "target": target}
-    refused(DaskClipError, 3, "is a link", **call, overwrite=True)
+    assert_refused_unchanged(DaskClipError, 3, "is a link", **call, overwrite=True)
     if there == "array":
-        # the same call made what it leads to: still it is not the place to write to
-        refused(TargetError, 3, "is a link", **call)
+        # the link leads to the result of the same call, but is still not written to
+        assert_refused_unchanged(TargetError, 3, "is a link", **call)
     else:
-        refused(TargetExistsError, 5, "exists", **call)
+        assert_refused_unchanged(TargetExistsError, 5, "exists", **call)
 
 
 def test_a_target_in_a_linked_folder_is_made_where_it_leads(tmp_path):
@@ -417,10 +382,10 @@ def test_no_name_hides_that_a_target_lies_inside_the_source(tmp_path, where):
     (tmp_path / "link").symlink_to(source)
     for name in (source, tmp_path / "link"):
         for overwrite in (False, True):
-            before = tree(tmp_path)
+            before = modes_and_links(tmp_path)
             with pytest.raises(DaskClipError):
                 clip_zarr(name, f"{tmp_path}/{where}", 1.0, overwrite=overwrite)
-            assert tree(tmp_path) == before
+            assert modes_and_links(tmp_path) == before
 
 
 @pytest.mark.parametrize("where", ["link", "deep/../x", "deep/../link/", "./x"])
@@ -447,7 +412,7 @@ def test_an_array_of_objects_is_refused_before_anything_is_decoded(tmp_path, zar
     for chunk in source.rglob("*"):
         if chunk.is_file() and not chunk.name.startswith((".z", "zarr")):
             chunk.write_bytes(pickle.dumps(Payload(tmp_path / "unpickled")))
-    refused(TypeError, 3, source=source, target=tmp_path / "y")
+    assert_refused_unchanged(TypeError, 3, source=source, target=tmp_path / "y")
     assert not (tmp_path / "unpickled").exists()
 
 

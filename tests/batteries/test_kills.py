@@ -1,4 +1,4 @@
-"""Killed, failing or without power at any file operation: never a wrong byte, then it resumes."""
+"""Kills, errors and power losses at any file operation: no wrong byte, and the next run resumes."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from daskclip.storage import files
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT]
 case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# together they go through all that the others do
+# together they run all code that the other cases run
 some = [CASES[0], *CASES[2:4], CASES[5]]
 four = pytest.mark.parametrize("case", some, ids=lambda case: case.name)
 
@@ -23,9 +23,10 @@ def without_syncing():
 
 @case
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power loss"])
-def test_some_kills(case, power):
+def test_a_kill_at_some_file_operations(case, power):
     sweep = Sweep(case)
     sweep.kills(range(7, sweep.operations + 1, 40), power)
+    assert sweep.points
     assert not sweep.violations
 
 
@@ -66,7 +67,8 @@ def test_errors_from_every_file_operation_on(case):
 
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
-def test_some_errors(code):
+def test_errors_from_some_file_operations_on(code):
     sweep = Sweep(CASES[0])
     sweep.fails(range(1, sweep.operations + 1, 12), [code])
+    assert sweep.points
     assert not sweep.violations

@@ -1,4 +1,4 @@
-"""Peak memory from outside: fresh processes, measured against their imports and their plan."""
+"""Peak memory of fresh processes, compared with their imports and their plan."""
 
 import json
 import os
@@ -10,18 +10,18 @@ from functools import cache
 import numpy as np
 import pytest
 import zarr
+from command_line import DASKCLIP
 from zarr.codecs import BloscCodec, ZstdCodec
 
 MIB = 2**20
-DASKCLIP = [sys.executable, "-c", "from daskclip.cli import main; main()"]
-# the command is a child of a process that is smaller than it: what it weighs is its own
+# started from a small process: a child inherits the peak of the process that forks it
 MEASURE = """
 import resource, subprocess, sys
 done = subprocess.run(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 sys.exit(done.returncode)
 """
-# plans depend on the number of cores, which these budgets are for
+# plans depend on the number of cores; these budgets are for two
 TWO_THREADS = {**os.environ, "DASK_NUM_WORKERS": "2"}
 
 
@@ -34,19 +34,19 @@ def output(*command):
 
 
 def peak(*command):
-    """Bytes that a command holds at its highest."""
+    """Peak memory of a command, in bytes."""
     return int(output(sys.executable, "-c", MEASURE, *command).splitlines()[-1])
 
 
 @cache
 def imports():
-    """Bytes of the imports alone."""
+    """Peak memory of the imports alone, in bytes."""
     code = "import daskclip, zarr, dask.array, distributed, numpy"
     return peak(sys.executable, "-c", code)
 
 
 def make(path, shape, chunks, codec, shards=None, dtype="f4"):
-    """Array written slab by slab along its first axis, of numbers that compress somewhat."""
+    """Write an array of moderately compressible numbers, slab by slab along its first axis."""
     array = zarr.create_array(
         path, shape=shape, chunks=chunks, shards=shards, dtype=dtype, compressors=codec
     )
@@ -63,7 +63,7 @@ FAST = BloscCodec(cname="lz4", clevel=1)
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
-    """Paths of arrays by their size in MiB, made when they are first asked for."""
+    """Function that returns the path of an array of some MiB, made on first use."""
     made = {}
 
     def of(size):
@@ -76,7 +76,7 @@ def arrays(tmp_path_factory):
 
 
 def grown(source, target, memory, *options):
-    """Bytes above the imports that a run holds; at most the budget and what the plan foresaw."""
+    """Peak memory of a run above the imports; at most the budget and the projection."""
     command = [source, target, "--clip-norm", "1", "--memory", f"{memory // MIB}MiB", *options]
     planned = json.loads(output(*DASKCLIP, "plan", *command, "--json"))
     opened = zarr.open(source, mode="r")
@@ -88,13 +88,13 @@ def grown(source, target, memory, *options):
 
 
 def shapes(opened):
-    """Shapes of what is an array, or of those in a group."""
+    """Shape of an array, or shapes of the arrays in a group."""
     if isinstance(opened, zarr.Array):
         return opened.shape
     return {n: a.shape for n, a in opened.members(max_depth=None) if isinstance(a, zarr.Array)}
 
 
-def test_256_mib_in_128_mib(arrays, tmp_path):
+def test_an_array_of_256_mib_fits_in_128_mib(arrays, tmp_path):
     assert grown(arrays(256), tmp_path / "y", 128 * MIB) > 0
 
 
@@ -113,7 +113,7 @@ def test_the_peak_does_not_grow_with_the_array(arrays, tmp_path):
 
 @pytest.fixture(scope="module")
 def days(tmp_path_factory):
-    """A year of a quarter-degree grid, a chunk a day."""
+    """A year of a quarter-degree grid, in daily chunks."""
     path = tmp_path_factory.mktemp("days") / "x"
     return make(path, (365, 721, 1440), (1, 721, 1440), FAST)
 
@@ -143,7 +143,7 @@ def test_sums_in_less_memory_work_or_are_refused_with_the_numbers(days, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_many_small_chunks(tmp_path):
+def test_many_small_chunks_fit_in_memory(tmp_path):
     source = make(tmp_path / "x", (2, 40000), (2, 1), None)
     grown(source, tmp_path / "y", 64 * MIB)
 
@@ -152,7 +152,7 @@ def test_many_small_chunks(tmp_path):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("axes", ["1", ""])
 @pytest.mark.parametrize("memory", [64, 128])
-def test_slices_of_few_elements(tmp_path, memory, axes):
+def test_slices_of_few_elements_fit_in_memory(tmp_path, memory, axes):
     source = make(tmp_path / "x", (1 << 23, 2), (1 << 18, 2), FAST)
     grown(source, tmp_path / "y", memory * MIB, "--axes", axes)
 
@@ -184,7 +184,7 @@ def test_the_projection_holds(layout, tmp_path, axes, memory):
 
 @pytest.fixture(scope="module")
 def unlike(tmp_path_factory):
-    """A group of some large arrays of all kinds, of small ones, and of integers in one chunk."""
+    """A group of large arrays of several kinds, small arrays, and integers in one chunk."""
     path = tmp_path_factory.mktemp("group") / "x"
     zarr.create_group(path).create_group("layers")
     for name, how in LAYOUTS.items():

@@ -51,7 +51,7 @@ DECIDED = {f"open-{i:04}": (rule, error) for rule, error, ids in RULES for i in 
 
 
 def in_chunks(x, seed):
-    """Dask array of `x` in chunks that the seed decides."""
+    """Dask array of `x` in chunks drawn from the seed."""
     random = Random(zlib.crc32(seed.encode()))
     cuts = [sorted(random.choices(range(n + 1), k=2)) if n else [] for n in x.shape]
     edges = [[0, *c, n] for c, n in zip(cuts, x.shape, strict=True)]
@@ -73,7 +73,7 @@ def is_met(y, x, case, axes, clip_norm):
 
 @pytest.mark.parametrize("form", ["numpy", "dask"])
 @pytest.mark.parametrize("name", BY_NORM)
-def test_clip_by_norm(name, form):
+def test_clip_by_norm_is_as_recorded(name, form):
     case = CASES[name]
     x = array(case["input"], case["dtype"])
     axes, clip_norm = argument(case["axes"]), argument(case["clip_norm"])
@@ -107,7 +107,7 @@ def test_clip_by_norm(name, form):
 
 @pytest.mark.parametrize("form", ["numpy", "dask"])
 @pytest.mark.parametrize("name", BY_GLOBAL_NORM)
-def test_clip_by_global_norm(name, form):
+def test_clip_by_global_norm_is_as_recorded(name, form):
     case = CASES[name]
     arrays = [
         None if key is None else array(key, dtype)

@@ -1,4 +1,4 @@
-"""Pipelines in their own environments: what passes is tried again and resumes, the rest is not."""
+"""Pipelines in their own environments retry temporary failures, and resume; others fail."""
 
 import json
 import os
@@ -30,14 +30,14 @@ Journal.append = stale
 
 
 def needs(name):
-    """Marks a test that needs the environment ``.venv-NAME``, which .ci/run makes."""
+    """Mark for a test that needs the environment ``.venv-NAME``, made by .ci/run."""
     bin_ = ROOT / f".venv-{name}" / "bin"
     reason = f"no {bin_ / name}; .ci/run installs it"
     return pytest.mark.skipif(not (bin_ / name).exists(), reason=reason)
 
 
-def run(name, *command, cwd, **environment):
-    """Exit code and everything that was printed by a command of an environment."""
+def run_in(name, *command, cwd, **environment):
+    """Exit code and output of a command of an environment."""
     bin_ = ROOT / f".venv-{name}" / "bin"
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     path = f"{bin_}{os.pathsep}{os.environ['PATH']}"
@@ -55,7 +55,7 @@ def run(name, *command, cwd, **environment):
 
 @pytest.fixture
 def failing_once(tmp_path):
-    """A PYTHONPATH with which one run fails in a way that passes."""
+    """A PYTHONPATH with which one run fails temporarily."""
     (tmp_path / "patch").mkdir()
     (tmp_path / "patch" / "sitecustomize.py").write_text(STALE.format(flag=str(tmp_path / "flag")))
     return str(tmp_path / "patch")
@@ -67,7 +67,7 @@ def test_snakemake(tmp_path, failing_once, record_property):
         create(tmp_path / f"{name}.zarr", some((8, 8), "f4"), (2, 4))
     command = ["-s", PIPELINES / "Snakefile", "--cores", 1]
     command += ["--config", f"folder={tmp_path}", "clip_norm=1.0"]
-    code, said = run("snakemake", *command, cwd=tmp_path, PYTHONPATH=failing_once)
+    code, said = run_in("snakemake", *command, cwd=tmp_path, PYTHONPATH=failing_once)
     assert code == 0, said
     assert "Stale file handle" in said
     for name in ("a", "b"):
@@ -76,11 +76,11 @@ def test_snakemake(tmp_path, failing_once, record_property):
         x = read(tmp_path / f"{name}.zarr")
         assert bits(read(tmp_path / f"{name}.clipped")) == bits(clip_by_norm(x, 1.0))
     (tmp_path / "b.clipped.json").unlink()
-    assert run("snakemake", *command, cwd=tmp_path)[0] == 0
+    assert run_in("snakemake", *command, cwd=tmp_path)[0] == 0
     assert json.loads((tmp_path / "b.clipped.json").read_text())["status"] == "up to date"
     # refused: no report, no store
     create(tmp_path / "c.zarr", some((8, 8), "f4").astype("i4"), (2, 4))
-    code, said = run("snakemake", *command, cwd=tmp_path)
+    code, said = run_in("snakemake", *command, cwd=tmp_path)
     assert code == 1
     assert "int32" in said
     assert not list(tmp_path.glob("c.clipped*"))
@@ -96,22 +96,22 @@ def test_airflow(tmp_path, failing_once, record_property):
         "AIRFLOW__CORE__DAGS_FOLDER": str(tmp_path / "dags"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
     }
-    assert run("airflow", "db", "migrate", cwd=tmp_path, **settings)[0] == 0
+    assert run_in("airflow", "db", "migrate", cwd=tmp_path, **settings)[0] == 0
     x = create(tmp_path / "x", some((8, 8), "f4"), (2, 4))
     integers = create(tmp_path / "integers", read(x).astype("i4"), (2, 4))
 
-    def test(source, **more):
+    def run_dag(source, **more):
         conf = json.dumps({"source": str(source), "target": str(tmp_path / "y")})
         command = ["dags", "test", "clip_gradients", "--conf", conf]
-        return run("airflow", *command, cwd=tmp_path, **settings, **more)
+        return run_in("airflow", *command, cwd=tmp_path, **settings, **more)
 
-    code, said = test(integers)
+    code, said = run_dag(integers)
     assert code != 0
     assert "int32" in said
     assert said.count("DTypeError") == said.count("AirflowFailException") > 0
     assert "UP_FOR_RETRY" not in said.upper()
     assert not list(tmp_path.glob("*y*clip*"))
-    code, said = test(x, PYTHONPATH=failing_once)
+    code, said = run_dag(x, PYTHONPATH=failing_once)
     assert code == 0, said
     assert "Stale file handle" in said
     assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0))

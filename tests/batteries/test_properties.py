@@ -1,80 +1,75 @@
-"""The rules of the operation on random arrays, judged in exact arithmetic."""
+"""Properties of the operation on random arrays, checked in exact arithmetic."""
 
 import math
 import re
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import bits, integer, is_ideal, is_rounded, native, slices, squares
-from strategies import cases
+from reference import DTYPES, bits, integer, is_ideal, is_rounded, native, slices, totals
+from servers import local_cluster
+from strategies import ORDS, cases, for_each_ord
 
 from daskclip import clip_by_norm, norm
 
-many = settings(max_examples=500, derandomize=True, deadline=None)
+policies = st.sampled_from(["propagate", "omit"])
 
 
-@many
-@given(case=cases())
-def test_no_slice_exceeds_the_limit(case):
-    y = clip_by_norm(case.x, case.clip_norm, case.axes)
+@for_each_ord(500, 80)
+def test_no_slice_exceeds_the_limit(case, ord):
+    y = clip_by_norm(case.x, case.clip_norm, case.axes, ord=ord)
     limit = integer(max(case.clip_norm, 0.0)) ** 2
-    assert all(total <= limit for total in squares(y, case.axes).flat)
+    assert all(total <= limit for total in totals(y, case.axes, ord).flat)
 
 
-@many
-@given(case=cases())
-def test_elements_are_within_2_ulp_and_unclipped_slices_unchanged(case):
-    y = clip_by_norm(case.x, case.clip_norm, case.axes)
+@for_each_ord(500, 80)
+def test_elements_are_within_2_ulp_and_unclipped_slices_unchanged(case, ord):
+    y = clip_by_norm(case.x, case.clip_norm, case.axes, ord=ord)
     assert (y.dtype, y.shape) == (case.x.dtype, case.x.shape)
-    totals = squares(case.plain, case.axes)
+    exact = totals(case.plain, case.axes, ord)
     for index, part in slices(y.shape, case.axes):
-        assert is_ideal(y[part], case.plain[part], totals[index], case.clip_norm)
+        assert is_ideal(y[part], case.plain[part], exact[index], case.clip_norm)
 
 
-@many
-@given(case=cases())
-def test_clipping_twice_changes_nothing_more(case):
-    once = clip_by_norm(case.x, case.clip_norm, case.axes)
-    assert bits(clip_by_norm(once, case.clip_norm, case.axes)) == bits(once)
+@for_each_ord(500, 80)
+def test_clipping_twice_changes_nothing_more(case, ord):
+    once = clip_by_norm(case.x, case.clip_norm, case.axes, ord=ord)
+    assert bits(clip_by_norm(once, case.clip_norm, case.axes, ord=ord)) == bits(once)
 
 
-@many
-@given(case=cases())
-def test_norms_are_rounded_correctly(case):
-    norms = norm(case.x, case.axes, keepdims=True)
-    totals = squares(case.plain, case.axes)
-    assert norms.shape == totals.shape
-    assert all(is_rounded(n, t) for n, t in zip(norms.flat, totals.flat, strict=True))
+@for_each_ord(500, 80)
+def test_norms_are_rounded_correctly(case, ord):
+    norms = norm(case.x, case.axes, keepdims=True, ord=ord)
+    exact = totals(case.plain, case.axes, ord)
+    assert norms.shape == exact.shape
+    assert all(is_rounded(n, t) for n, t in zip(norms.flat, exact.flat, strict=True))
 
 
-@many
-@given(case=cases(), scheduler=st.sampled_from(["sync", "threads"]))
-def test_bits_do_not_depend_on_layout_chunks_or_scheduler(case, scheduler):
-    assert_same_bits(case, scheduler)
+@for_each_ord(500, 80, scheduler=st.sampled_from(["sync", "threads"]))
+def test_bits_do_not_depend_on_layout_chunks_or_scheduler(case, ord, scheduler):
+    assert_same_bits(case, ord, scheduler)
 
 
-@settings(many, max_examples=100)
-@given(case=cases(special=True), nonfinite=st.sampled_from(["propagate", "omit"]))
-def test_bits_of_nonfinite_slices_do_not_depend_on_layout_or_chunks(case, nonfinite):
-    assert_same_bits(case, "sync", nonfinite)
+@for_each_ord(100, 80, special=True, nonfinite=policies)
+def test_bits_of_nonfinite_slices_do_not_depend_on_layout_or_chunks(case, ord, nonfinite):
+    assert_same_bits(case, ord, "sync", nonfinite)
 
 
-def assert_same_bits(case, scheduler, nonfinite="propagate"):
+def assert_same_bits(case, ord, scheduler, nonfinite="propagate"):
     def clip(x):
-        return clip_by_norm(x, case.clip_norm, case.axes, nonfinite=nonfinite, return_norm=True)
+        how = {"ord": ord, "nonfinite": nonfinite, "return_norm": True}
+        return [*clip_by_norm(x, case.clip_norm, case.axes, **how), norm(x, case.axes, ord=ord)]
 
     expected = [bits(v) for v in clip(case.plain)]
     assert [bits(v) for v in clip(case.x)] == expected
     assert [bits(v) for v in case.compute(clip, scheduler)] == expected
 
 
-@settings(many, max_examples=120)
-@given(case=cases(special=True))
-def test_propagate(case):
-    y = clip_by_norm(case.x, case.clip_norm, case.axes)
+@for_each_ord(120, 50, special=True)
+def test_propagate_makes_slices_nan_or_zero_where_they_are_not_finite(case, ord):
+    y = clip_by_norm(case.x, case.clip_norm, case.axes, ord=ord)
     for _, part in slices(y.shape, case.axes):
         x, result = case.plain[part], y[part]
         if np.isnan(x).any():
@@ -85,39 +80,36 @@ def test_propagate(case):
             signed_zeros = parts * parts.dtype.type(0)
             assert bits(native(result[np.isfinite(x)])) == bits(signed_zeros)
         else:
-            assert is_ideal(result, x, squares(x, None).item(), case.clip_norm)
+            assert is_ideal(result, x, totals(x, None, ord).item(), case.clip_norm)
 
 
-@settings(many, max_examples=120)
-@given(case=cases(special=True))
-def test_omit(case):
-    y = clip_by_norm(case.x, case.clip_norm, case.axes, nonfinite="omit")
+@for_each_ord(120, 50, special=True)
+def test_omit_clips_as_if_nan_were_zero(case, ord):
+    y = clip_by_norm(case.x, case.clip_norm, case.axes, ord=ord, nonfinite="omit")
     filled = np.where(np.isnan(case.plain), case.plain.dtype.type(0), case.plain)
-    expected = clip_by_norm(filled, case.clip_norm, case.axes)
+    expected = clip_by_norm(filled, case.clip_norm, case.axes, ord=ord)
     nan = np.isnan(case.plain)
     assert np.isnan(y[nan]).all()
     assert bits(y[~nan]) == bits(expected[~nan])
 
 
-@settings(many, max_examples=100)
-@given(case=cases(special=True))
-def test_raise_names_the_first_slice(case):
+@for_each_ord(100, 50, special=True)
+def test_raise_names_the_first_slice(case, ord):
     finite = np.isfinite(case.plain).all(axis=case.axes, keepdims=True)
     if finite.all():
-        y = clip_by_norm(case.x, case.clip_norm, case.axes, nonfinite="raise")
-        assert bits(y) == bits(clip_by_norm(case.x, case.clip_norm, case.axes))
+        y = clip_by_norm(case.x, case.clip_norm, case.axes, ord=ord, nonfinite="raise")
+        assert bits(y) == bits(clip_by_norm(case.x, case.clip_norm, case.axes, ord=ord))
         return
     first = np.argwhere(~finite)[0]
     name = ", ".join(":" if k in case.axes else str(i) for k, i in enumerate(first))
     with pytest.raises(FloatingPointError, match=rf"^slice {re.escape(f'[{name}]')} holds nan or"):
-        clip_by_norm(case.x, case.clip_norm, case.axes, nonfinite="raise")
+        clip_by_norm(case.x, case.clip_norm, case.axes, ord=ord, nonfinite="raise")
 
 
-@settings(many, max_examples=100)
-@given(case=cases(special=True))
-def test_raise_names_a_slice_of_a_chunk(case):
+@for_each_ord(100, 50, special=True)
+def test_raise_names_a_slice_of_a_chunk(case, ord):
     def clip(x):
-        return [clip_by_norm(x, case.clip_norm, case.axes, nonfinite="raise")]
+        return [clip_by_norm(x, case.clip_norm, case.axes, ord=ord, nonfinite="raise")]
 
     if np.isfinite(case.plain).all():
         assert bits(case.compute(clip, "sync")[0]) == bits(clip(case.plain)[0])
@@ -137,40 +129,50 @@ def test_raise_names_a_slice_of_a_chunk(case):
     assert not np.isfinite(case.plain[tuple(part)]).all()
 
 
-@settings(many, max_examples=100)
-@given(case=cases(special=True), nonfinite=st.sampled_from(["propagate", "omit", "raise"]))
-def test_no_limit_changes_nothing(case, nonfinite):
+@for_each_ord(100, 50, special=True, nonfinite=st.sampled_from(["propagate", "omit", "raise"]))
+def test_no_limit_changes_nothing(case, ord, nonfinite):
     def clip(x):
-        return [clip_by_norm(x, math.inf, case.axes, nonfinite=nonfinite)]
+        return [clip_by_norm(x, math.inf, case.axes, ord=ord, nonfinite=nonfinite)]
 
     assert bits(clip(case.x)[0]) == bits(case.plain)
     assert bits(case.compute(clip, "sync")[0]) == bits(case.plain)
 
 
-@settings(many, max_examples=100)
-@given(case=cases(special=True), nonfinite=st.sampled_from(["propagate", "omit"]))
-def test_a_limit_of_nan_gives_nan(case, nonfinite):
-    assert np.isnan(clip_by_norm(case.x, math.nan, case.axes, nonfinite=nonfinite)).all()
+@for_each_ord(100, 50, special=True, nonfinite=policies)
+def test_a_limit_of_nan_gives_nan(case, ord, nonfinite):
+    y = clip_by_norm(case.x, math.nan, case.axes, ord=ord, nonfinite=nonfinite)
+    assert np.isnan(y).all()
+
+
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("clip_norm", [1e-310, 5e-324, 1e-300, 1e300])
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.kind != "c"], ids=str)
+def test_many_subnormal_results_stay_within_the_limit(ord, dtype, clip_norm):
+    tiny = {"bfloat16": 2.0**-126, "float16": 2.0**-14, "float32": 2.0**-126}
+    rng = np.random.default_rng(0)
+    least = tiny.get(dtype.name, 2.0**-1022)
+    x = (least * rng.uniform(0.2, 4, 3000)).astype(dtype)
+    for limit in (clip_norm, 700 * least, 1500 * least, 0.9 * least):
+        y = clip_by_norm(x, limit, ord=ord)
+        assert totals(y, None, ord).item() <= integer(limit) ** 2
+        assert is_ideal(y, x, totals(x, None, ord).item(), limit)
+        assert bits(clip_by_norm(y, limit, ord=ord)) == bits(y)
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address=None,
-        ) as two,
-        Client(two) as client,
-    ):
+def client():
+    with local_cluster(2) as two, Client(two) as client:
         yield client
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@settings(many, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=20,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(case=cases())
-def test_bits_do_not_depend_on_processes(cluster, case):
-    assert_same_bits(case, cluster)
+def test_bits_do_not_depend_on_processes(client, case):
+    assert_same_bits(case, 2, client)

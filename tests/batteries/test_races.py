@@ -1,4 +1,4 @@
-"""Runs at the same instant, runs that are interrupted, and what the next one repeats."""
+"""Runs that start at the same instant, runs that are interrupted, and what the next run does."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from functools import partial, wraps
 from multiprocessing import get_context
@@ -15,12 +14,12 @@ from threading import Lock
 import dask
 import pytest
 import zarr
-from click.testing import CliRunner
+from command_line import assert_fails, run
 from reference import bits
-from stores import create, read, some, stored
+from stores import create, read, some, stopping_at, stored
+from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr
-from daskclip.cli import main
 from daskclip.engine import request as prepare
 from daskclip.plan import array as plan
 from daskclip.storage import files, regions
@@ -50,13 +49,6 @@ def x(tmp_path):
     return create(tmp_path / "x", some(SHAPE, "f4"), CHUNKS)
 
 
-def run(*args):
-    """Exit code, stdout and stderr of the command line, in this process."""
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result
-
-
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -65,7 +57,7 @@ def names(folder):
 
 
 def compete(number, barrier, results, folder, limits):
-    """Run the command line in each round with the others, and tell how it ended."""
+    """Run the command line in each round, together with the others, and report how it ended."""
     for target, limit in enumerate(limits):
         options = ["--clip-norm", limit, "--json", "--progress", "none"]
         barrier.wait(120)
@@ -127,15 +119,16 @@ def test_of_four_processes_with_the_same_command_one_clips(tmp_path, x, rounds):
 
 # --- interrupted ---------------------------------------------------------------------------------
 
-PATCHES = f"from daskclip import cli, engine, prepare, plan; prepare.STATE = {STATE}; " + "".join(
-    f"plan.{name} = {size}; " for name, size in SIZES.items()
-)
-# a block tells that it began; from one on they wait until the process was told to stop, so that
-# the signal comes in the middle of a block, and what begins afterwards can be seen
+PATCHES = (
+    "from daskclip import cli; from daskclip.engine import request as prepare; "
+    f"from daskclip.plan import array as plan; prepare.STATE = {STATE}; "
+) + "".join(f"plan.{name} = {size}; " for name, size in SIZES.items())
+# blocks report that they begin; from one on they wait until the process has the signal, so that it
+# comes in the middle of a block, and blocks that begin afterwards are counted
 TELLING = """
 import time
 from pathlib import Path
-from daskclip import regions
+from daskclip.storage import regions
 told, stopped = Path({told!r}), Path({stopped!r})
 def telling(*args, original=regions.read):
     with told.open("a") as file:
@@ -150,27 +143,19 @@ if regions.read.__name__ != "telling":
 WAITING = 40  # blocks: in the third window on threads, in the second on two workers
 
 
-def until(condition, seconds=120):
-    """Wait for something; the time only guards against hanging."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.001)
-
-
 def size(path):
     return path.stat().st_size if path.exists() else 0
 
 
 def pending(pid, number):
-    """Whether a process has yet to take a signal."""
+    """Whether a signal to a process is still pending."""
     with open(f"/proc/{pid}/status") as status:
         fields = dict(line.split(":", 1) for line in status)
     return int(fields["ShdPnd"], 16) >> (number - 1) & 1
 
 
-def shell(code, *args, **options):
-    """The command line in a process of its own, after some code."""
+def start(code, *args, **options):
+    """Start the command line in a process of its own, after some code."""
     return subprocess.Popen(
         [sys.executable, "-c", f"{PATCHES}\n{code}\ncli.main()", *map(str, args)],
         stdout=subprocess.PIPE,
@@ -186,7 +171,7 @@ def shell(code, *args, **options):
     [
         (0, False),
         pytest.param(2, False, marks=[pytest.mark.distributed, pytest.mark.slow]),
-        # as a terminal does it
+        # as a terminal does
         pytest.param(2, True, marks=[pytest.mark.distributed, pytest.mark.slow]),
     ],
     ids=["threads", "workers", "workers that get it too"],
@@ -200,11 +185,11 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
     code = TELLING.format(told=str(told), stopped=str(stopped), limit=WAITING)
     preload.write_text(code)
     environment = os.environ | {"DASK_DISTRIBUTED__WORKER__PRELOAD": f'["{preload}"]'}
-    # tests that run in the background of a shell inherit that it is ignored
+    # the signal is ignored by default in background processes of a shell
     code += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = ["run", x, folder / "y", "--clip-norm", 1, "--axes", 0, "--progress", "json"]
     command += ["--memory", 700, *(["--workers", workers] if workers else [])]
-    with shell(code, *command, env=environment, start_new_session=True) as child:
+    with start(code, *command, env=environment, start_new_session=True) as child:
         until(lambda: size(told) >= WAITING)
         (os.killpg if group else os.kill)(child.pid, number)
         until(lambda: not pending(child.pid, number))
@@ -218,12 +203,12 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
     if workers:
         assert states.pop(0).keys() == {"dashboard"}
     assert states
-    # of the dozens that the window has left: one more a thread that was handed it before
+    # of the dozens left in the window, at most the one that each thread had taken already
     assert size(told) - begun <= 2
     journal = folder / ".y.daskclip" / "journal"
     assert len(list(entries(journal))) == 1 + len(states)
     assert names(folder) == [".y.daskclip", "x"]
-    with shell("", *command) as child:
+    with start("", *command) as child:
         _, err = child.communicate(timeout=120)
     assert child.returncode == 0
     again = [json.loads(line) for line in err.splitlines()][1 if workers else 0 :]
@@ -233,7 +218,7 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
 
 
 class Stopping:
-    """Interrupts the process when a number of blocks has begun; counts them all."""
+    """Counts blocks as they begin, and interrupts the process at one of them."""
 
     def __init__(self, monkeypatch, at=None):
         self.at, self.counts, self.lock = at, Counter(), Lock()
@@ -269,7 +254,7 @@ def interruptible():
 
 
 # axes, options, memory, blocks of a window
-JOBS = {
+KINDS = {
     "two passes": (0, {}, TIGHT, 2),
     "one pass": (1, {}, 2**30, 2),
     "in place in two passes": (0, {"in_place": True}, TIGHT, 2),
@@ -281,11 +266,11 @@ JOBS = {
 @pytest.mark.parametrize(
     "scheduler", [pytest.param("synchronous", marks=pytest.mark.slow), "threads"]
 )
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
-    tmp_path, monkeypatch, job, scheduler
+    tmp_path, monkeypatch, kind, scheduler
 ):
-    axes, options, memory, window = JOBS[job]
+    axes, options, memory, window = KINDS[kind]
     values = some(SHAPE, "f4")
     values[:, 16:] *= 1e-9
     values[8:] *= 1e-9  # so that blocks stay as they are, by columns and by rows
@@ -321,11 +306,11 @@ def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
     assert total >= 8
 
 
-# --- done already, or something else -------------------------------------------------------------
+# --- identical runs, and other ones --------------------------------------------------------------
 
 
-def touched(monkeypatch):
-    """What is read and written of chunks, by file and by block."""
+def chunk_accesses(monkeypatch):
+    """List of the reads and writes of chunks, by file and by block."""
     seen = []
     for module in (files, regions):
         for name in ("read", "write"):
@@ -341,7 +326,7 @@ def touched(monkeypatch):
 
 
 def state(folder):
-    """What tells whether anything was touched in a folder."""
+    """Inode, size and times of every path in a folder, which change with any access to it."""
     found = {}
     for path in [folder, *folder.rglob("*")]:
         s = path.stat()
@@ -356,7 +341,7 @@ def test_an_identical_run_is_up_to_date(tmp_path, monkeypatch, x, option):
     first = json.loads(run(*command, *option).stdout)
     assert first["status"] == "clipped"
     before = state(x) | state(tmp_path / "y" if target else x)
-    seen = touched(monkeypatch)
+    seen = chunk_accesses(monkeypatch)
     done = run(*command, *option)
     assert (done.exit_code, done.stderr, seen) == (0, "", [])
     figures = json.loads(done.stdout)
@@ -371,24 +356,16 @@ def test_an_identical_run_is_up_to_date(tmp_path, monkeypatch, x, option):
     }
     assert state(x) | state(tmp_path / "y" if target else x) == before
     assert names(tmp_path) == ["x", *(["y"] if target else [])]
-    # what counts is not blind
+    # the counter does see accesses
     run("run", x, tmp_path / "z", "--clip-norm", 1)
     wanted = {"files.read", "files.write", "regions.read", "regions.write"}
     assert {name for name, _ in seen} == wanted
 
 
 def stop_after(monkeypatch, lines, call):
-    """Interrupt a call when the journal has so many lines."""
-    append, done = Journal.append, []
-
-    def stopping(self, entry):
-        append(self, entry)
-        done.append(entry)
-        if len(done) == lines:
-            raise KeyboardInterrupt
-
+    """Interrupt a call when the journal has that many lines."""
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", stopping)
+        stopping_at(patch)[0] = lines
         with pytest.raises(KeyboardInterrupt):
             call()
 
@@ -400,15 +377,6 @@ def unfinished(small, monkeypatch, tmp_path, x):
     stop_after(monkeypatch, 6, call)
     assert names(tmp_path) == [".y.daskclip", "x"]
     return call
-
-
-def refused(done, code, *words):
-    """One line on stderr that holds ``words``, nothing on stdout, and the exit code."""
-    assert (done.exit_code, done.stdout) == (code, "")
-    assert done.stderr.startswith("daskclip: ")
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert str(word) in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -424,7 +392,7 @@ def refused(done, code, *words):
 def test_an_unfinished_run_with_other_parameters_is_refused(unfinished, tmp_path, options, words):
     before = stored(tmp_path)
     done = run("run", tmp_path / "x", tmp_path / "y", "--memory", TIGHT, *options)
-    refused(done, 5, "unfinished run", *words, "daskclip discard")
+    assert_fails(done, 5, "unfinished run", *words, "daskclip discard")
     assert stored(tmp_path) == before
     assert unfinished().status == "clipped"
     assert names(tmp_path) == ["x", "y"]
@@ -435,7 +403,7 @@ def test_an_unfinished_run_from_another_source_is_refused(unfinished, tmp_path):
     before = stored(tmp_path)
     options = ["--clip-norm", 1, "--axes", 0, "--memory", TIGHT]
     done = run("run", tmp_path / "other", tmp_path / "y", *options)
-    refused(done, 5, f"source {tmp_path / 'x'} and not {tmp_path / 'other'}")
+    assert_fails(done, 5, f"source {tmp_path / 'x'} and not {tmp_path / 'other'}")
     assert stored(tmp_path) == before
 
 
@@ -449,7 +417,7 @@ def test_a_source_that_changed_since_is_refused(unfinished, tmp_path, change):
     before = stored(tmp_path)
     options = ["--clip-norm", 1, "--axes", 0, "--memory", TIGHT]
     done = run("run", tmp_path / "x", tmp_path / "y", *options)
-    refused(done, 5, tmp_path / "x", "chunk c/3/1", "changed", "daskclip discard")
+    assert_fails(done, 5, tmp_path / "x", "chunk c/3/1", "changed", "daskclip discard")
     assert stored(tmp_path) == before
     assert run("discard", tmp_path / "y").stdout == "discarded\n"
     assert run("run", tmp_path / "x", tmp_path / "y", *options).exit_code == 0
@@ -459,10 +427,10 @@ def test_a_source_that_changed_since_is_refused(unfinished, tmp_path, change):
 def test_a_published_target_of_another_run_is_refused(tmp_path, x):
     assert run("run", x, tmp_path / "y", "--clip-norm", 1).exit_code == 0
     before = stored(tmp_path)
-    refused(run("run", x, tmp_path / "y", "--clip-norm", 2), 5, "exists", "overwrite")
+    assert_fails(run("run", x, tmp_path / "y", "--clip-norm", 2), 5, "exists", "overwrite")
     zarr.open_array(x, mode="r+")[0, 0] = 9.0
     before |= {f"x/{key}": value for key, value in stored(x).items()}
-    refused(run("run", x, tmp_path / "y", "--clip-norm", 1), 5, "exists", "overwrite")
+    assert_fails(run("run", x, tmp_path / "y", "--clip-norm", 1), 5, "exists", "overwrite")
     assert stored(tmp_path) == before
 
 
@@ -474,16 +442,16 @@ def rows(done):
     return {line[:10].strip(): line[10:].strip() for line in done.stdout.splitlines()}
 
 
-def test_of_nothing(tmp_path):
+def test_status_discard_and_verify_where_there_is_nothing(tmp_path):
     target = tmp_path / "y"
     assert rows(run("status", target)) == {"target": f"{target} does not exist"}
     done = run("discard", target)
     assert (done.exit_code, done.stdout, done.stderr) == (0, "there is no unfinished run\n", "")
-    refused(run("verify", target), 3, target, "does not exist")
+    assert_fails(run("verify", target), 3, target, "does not exist")
     assert not names(tmp_path)
 
 
-def test_of_an_unfinished_run(unfinished, tmp_path):
+def test_status_discard_and_verify_of_an_unfinished_run(unfinished, tmp_path):
     target = tmp_path / "y"
     found = rows(run("status", target))
     assert found["target"] == f"{target} does not exist"
@@ -494,7 +462,7 @@ def test_of_an_unfinished_run(unfinished, tmp_path):
         "1.0",
         "[0]",
     )
-    refused(run("verify", target), 3, target, "does not exist")
+    assert_fails(run("verify", target), 3, target, "does not exist")
     assert run("discard", target).stdout == "discarded\n"
     assert names(tmp_path) == ["x"]
     assert rows(run("status", target)) == {"target": f"{target} does not exist"}
@@ -503,7 +471,7 @@ def test_of_an_unfinished_run(unfinished, tmp_path):
     assert unfinished().bytes_read == 2 * read(tmp_path / "x").nbytes
 
 
-def test_of_a_run_under_way(small, monkeypatch, tmp_path, x):
+def test_status_discard_and_verify_during_a_run(small, monkeypatch, tmp_path, x):
     target = tmp_path / "y"
     append, seen = Journal.append, []
 
@@ -511,8 +479,8 @@ def test_of_a_run_under_way(small, monkeypatch, tmp_path, x):
         append(self, entry)
         if len(seen) < 3:
             seen.append(rows(run("status", target))["journal"])
-            refused(run("discard", target), 5, "being written by another run")
-            refused(run("verify", target), 3, "does not exist")
+            assert_fails(run("discard", target), 5, "being written by another run")
+            assert_fails(run("verify", target), 3, "does not exist")
 
     monkeypatch.setattr(Journal, "append", looking)
     clip_zarr(x, target, 1.0, 0, memory=TIGHT)
@@ -521,7 +489,7 @@ def test_of_a_run_under_way(small, monkeypatch, tmp_path, x):
     assert names(tmp_path) == ["x", "y"]
 
 
-def test_of_a_published_array(tmp_path, x):
+def test_status_discard_and_verify_of_a_published_array(tmp_path, x):
     target = tmp_path / "y"
     run("run", x, target, "--clip-norm", 1, "--axes", 0)
     before = state(tmp_path)
@@ -538,8 +506,8 @@ def test_of_a_published_array(tmp_path, x):
     assert state(tmp_path) == before
     chunk = target / "c" / "0" / "0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
-    refused(run("verify", target), 4, target, "c/0/0")
-    refused(run("verify", x), 4, x, "no record")
+    assert_fails(run("verify", target), 4, target, "c/0/0")
+    assert_fails(run("verify", x), 4, x, "no record")
 
 
 # --- in place and over another -------------------------------------------------------------------
@@ -569,7 +537,7 @@ def test_only_an_array_is_overwritten(tmp_path, x, kind):
         (target / "zarr.json" if kind == "torn" else target / "data").write_text('{"node_type"')
     before = state(tmp_path)
     done = run("run", x, target, "--clip-norm", 1, "--overwrite")
-    refused(done, 3, target, "is no zarr array", "choose another path")
+    assert_fails(done, 3, target, "is no zarr array", "choose another path")
     assert state(tmp_path) == before
 
 

@@ -1,4 +1,4 @@
-"""Object stores while something dies: the client, the server, connections; the bytes are right."""
+"""Object stores whose client, server or connections die during a run: the bytes are right."""
 
 import json
 import random
@@ -26,7 +26,9 @@ SIZES = {"BLOCK": 4096, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
 STATE = {2: 1, 4: 1, 8: 1}
 BEATS = {"HEARTBEAT_S": 0.2, "LEASE_TIMEOUT_S": 2.0}
 SMALL = (
-    f"from daskclip import cli, prepare, leases, plan; prepare.STATE = {STATE}; "
+    "from daskclip import cli; from daskclip.engine import request as prepare; "
+    "from daskclip.target import lease as leases; from daskclip.plan import array as plan; "
+    f"prepare.STATE = {STATE}; "
     + "".join(f"plan.{name} = {size}; " for name, size in SIZES.items())
     + "".join(f"leases.{name} = {size}; " for name, size in BEATS.items())
 )
@@ -49,7 +51,7 @@ def case(tmp_path, small):
 
 
 def started(source, place):
-    """The command, which tells each window on stderr."""
+    """Start the command, which reports each window on stderr."""
     options = ["--clip-norm", 1, "--axes", 0, "--memory", MEMORY, "--progress", "json", "--json"]
     command = [sys.executable, "-c", f"{SMALL} cli.main()", "run", source, place.name, *options]
     return subprocess.Popen(
@@ -83,7 +85,7 @@ def test_a_client_that_is_killed(weed, case):
     code, report = ended(started(source, place))
     assert (code, report["status"]) == (0, "clipped")
     assert place.objects() == wanted
-    # what was done before was not done again
+    # finished windows were not repeated
     planned = 2 * 256 * 64 * 4
     assert 0 < report["bytes_read"] < planned / 2
 

@@ -1,21 +1,12 @@
-"""Runs, kills, damage and second clients in any order: a result that is right, or none."""
+"""Runs, kills, damage and second clients in any order: the right result, or none."""
 
-import builtins
-import fcntl
-import io
 import os
-import pickle
 import re
 import shutil
-import signal
 import tempfile
-import traceback
-import warnings
-from bisect import bisect_left
 from dataclasses import dataclass, replace
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
-from threading import Lock
 
 import dask
 import numpy as np
@@ -32,200 +23,19 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from reference import bits
-from stores import FORMATS, create, read, some
+from stopped_calls import AMPLE, Call, Child, outcome
+from stores import FORMATS, create, least_memory, read, some
 
-from daskclip import clip_by_norm, clip_zarr, plan_zarr, verify_zarr
+from daskclip import clip_by_norm, plan_zarr, verify_zarr
 from daskclip.engine import request as prepare
 from daskclip.engine.run_record import discard, status
-from daskclip.errors import DaskClipError, MemoryBudgetError
 from daskclip.plan import array as plan
-from daskclip.storage import files
-from daskclip.target import directory as publish
 from daskclip.target import journal
 
 SHAPE, CHUNKS = (12, 8), (2, 4)
 # plans of several slabs, windows and passes for an array of 384 bytes
 SIZES = {"BLOCK": 64, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
-AMPLE = 2**30
-# exit code and text, remedy included, of every refusal that there may be
-REFUSALS = {
-    "exists": (5, r"target .* exists; remove it or choose another path, or overwrite it"),
-    "locked": (5, r"target .* is being written by another run; wait for it or stop it"),
-    "other parameters": (5, r"has .* and not .*; finish it, or discard it with: "),
-    "source changed": (5, r"changed since the unfinished run to .* began; discard it with: "),
-    "staging lost": (5, r"has lost its files; discard it with: "),
-    "other version": (5, r"has version \d+ and not \d+; finish it .*, or discard it with: "),
-    "memory": (3, r"memory .* holds less than .*; give memory='.*', or discard it with: "),
-    "missing": (3, r"chunk \S+ of .* is missing; restore it, or use missing='fill'"),
-    "absent": (3, r"target .* does not exist; check the path"),
-    "not what was written": (4, r"; (clip it again|remove it)$"),
-}
 OF_A_JOURNAL = {"other parameters", "source changed", "staging lost"}
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is asked of `clip_zarr`, in a folder with the source x and the target y."""
-
-    way: str
-    clip_norm: float = 0.5
-    axes: int | tuple[int, ...] | None = 0
-    missing: str = "fill"
-    memory: int = AMPLE
-
-    @property
-    def place(self):
-        return "x" if self.way == "in place" else "y"
-
-    def same(self, other):
-        """Whether a journal cannot tell them apart."""
-        return (self.place, self.clip_norm, self.axes, self.missing) == (
-            other.place, other.clip_norm, other.axes, other.missing
-        )  # fmt: skip
-
-    def start(self, folder):
-        in_place = self.way == "in place"
-        return clip_zarr(
-            folder / "x",
-            None if in_place else folder / "y",
-            self.clip_norm,
-            self.axes,
-            memory=self.memory,
-            missing=self.missing,
-            overwrite=self.way == "overwrite",
-            in_place=in_place,
-        )
-
-
-def outcome(function, *args):
-    """What a call comes to: the status of its report, or the one kind of refusal that it is."""
-    try:
-        return getattr(function(*args), "status", "right")
-    except DaskClipError as error:
-        code, text = error.exit_code, str(error)
-    kinds = [
-        kind for kind, like in REFUSALS.items() if like[0] == code and re.search(like[1], text)
-    ]
-    assert len(kinds) == 1, (code, text)
-    assert "\n" not in text
-    return kinds[0]
-
-
-def counted(reached):
-    """Call ``reached`` before every operation that changes files or makes them durable."""
-
-    def wrap(owner, name, counts):
-        original = getattr(owner, name)
-
-        @wraps(original)
-        def operation(*args, **kwargs):
-            if counts(*args, **kwargs):
-                reached()
-            return original(*args, **kwargs)
-
-        setattr(owner, name, operation)
-
-    names = ["replace", "rename", "link", "unlink", "mkdir", "rmdir", "truncate", "fsync"]
-    for owner, name in [*((os, n) for n in names), (files, "sync"), (files, "exchange")]:
-        wrap(owner, name, lambda *_, **__: True)
-    wrap(os, "open", lambda path, flags, *_, **__: flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    for owner in (io, builtins):
-        wrap(owner, "open", lambda file, mode="r", *_, **__: set(mode) & set("wax+"))
-
-
-class Child:
-    """A process that makes a call, and dies or waits before an operation of it.
-
-    Operations are counted from ``since`` on: the start, the lock or the publishing.
-    """
-
-    def __init__(self, call, folder, since, number, wait=False):
-        self._results, results = os.pipe()
-        words, self._words = os.pipe()
-        with warnings.catch_warnings():
-            # of zarr's threads, which wait; the child starts its own
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded")
-            self._pid = os.fork()
-        if not self._pid:
-            try:
-                os.close(self._results)
-                os.close(self._words)
-                self._count(since, number, (results, words) if wait else None, folder / call.place)
-                os.write(results, b"r" + pickle.dumps(_answer(call, folder)))
-            finally:
-                os._exit(0)
-        os.close(results)
-        os.close(words)
-        self.waits = False
-        self.result = None
-        self._listen()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        os.close(self._words)  # one that waits dies
-        os.waitpid(self._pid, 0)
-        os.close(self._results)
-
-    def go_on(self):
-        os.write(self._words, b"g")
-        self._listen()
-
-    def die(self):
-        os.write(self._words, b"d")
-        self._listen()
-
-    def _listen(self):
-        """Return once it waits, is done or is dead."""
-        kind = os.read(self._results, 1)
-        self.waits = kind == b"w"
-        if kind == b"r":
-            with open(self._results, "rb", closefd=False) as results:
-                self.result, failure = pickle.load(results)
-            assert failure is None, failure
-
-    @staticmethod
-    def _count(since, number, pipes, path):
-        left, begun, guard = number, since == "start", Lock()
-        lock = path.with_name(f".{path.name}.daskclip") / "lock"
-
-        def reached():
-            nonlocal left
-            with guard:
-                left -= begun
-                # the lock may be gone already, and with it what a second client would respect
-                if left or not begun or (pipes and not lock.exists()):
-                    return
-                if pipes:
-                    os.write(pipes[0], b"w")
-                    if os.read(pipes[1], 1) == b"g":
-                        return
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def begin(owner, name, after):
-            original = getattr(owner, name)
-
-            def beginning(*args):
-                nonlocal begun
-                begun = begun or not after
-                original(*args)
-                begun = True
-
-            setattr(owner, name, beginning)
-
-        if since == "lock":
-            begin(fcntl, "flock", after=True)
-        if since == "publish":
-            begin(publish.DirectoryTransaction, "publish", after=False)
-        counted(reached)
-
-
-def _answer(call, folder):
-    try:
-        return outcome(call.start, folder), None
-    except BaseException:
-        return None, traceback.format_exc()
 
 
 def chunks(folder):
@@ -235,13 +45,13 @@ def chunks(folder):
 
 
 def looks(folder):
-    """What a copy of the chunks has in common with them."""
+    """Size and time of each chunk, which a copy of the array preserves."""
     status = {str(p.relative_to(folder)): p.stat() for p in chunks(folder)}
     return {key: (s.st_size, s.st_mtime_ns) for key, s in status.items()}
 
 
 def tree(folder):
-    """Bytes of every file below a folder, hidden ones too; None if there is no folder."""
+    """Bytes of every file below a folder, hidden ones included; None if it does not exist."""
     if not folder.exists():
         return None
     return {
@@ -251,29 +61,21 @@ def tree(folder):
 
 
 def first_line(path):
-    """The line about the run, of a journal or a record."""
+    """First line of a journal or a record, which describes the run."""
     return path.read_bytes().split(b"\n")[0] if path.exists() else None
 
 
 @cache
-def tight(layout, axes):
-    """The smallest budget that there is a plan for."""
+def smallest_budget(layout, axes):
+    """The smallest budget for which there is a plan."""
     with tempfile.TemporaryDirectory() as name:
         source = create(Path(name, "x"), some(SHAPE, "f4"), CHUNKS, **FORMATS[layout])
-        array = zarr.open_array(source, mode="r")
-
-        def fits(memory):
-            try:
-                return bool(plan_zarr(array, f"{name}/y", 1.0, axes, memory=memory))
-            except MemoryBudgetError:
-                return False
-
-        return 1 + bisect_left(range(1, 2**14), True, key=fits)
+        return least_memory(source, axes)
 
 
 @dataclass
 class Made:
-    """An array that is complete, and the call that made it; None if another program did."""
+    """A complete array, and the call that made it; None if another program did."""
 
     call: Call | None
     state: int
@@ -336,7 +138,7 @@ def remove_or_cut(path, at):
 
 
 class Machine(RuleBasedStateMachine):
-    """A folder with a source and a target, and what must be in it."""
+    """A folder with a source and a target, and what it must hold."""
 
     def __init__(self):
         super().__init__()
@@ -382,13 +184,13 @@ class Machine(RuleBasedStateMachine):
         return self.work(place) / "journal"
 
     def prepared(self, call):
-        return replace(call, memory=call.memory or tight(self.layout, call.axes))
+        return replace(call, memory=call.memory or smallest_budget(self.layout, call.axes))
 
     def some_place(self, number, test):
         found = [p for p in "xy" if test(p)]
         return found[number % len(found)]
 
-    # what must come of a call, in the order of its checks
+    # expected outcomes of a call, in the order of its checks
 
     def expected(self, call):
         self.used = True
@@ -398,7 +200,7 @@ class Machine(RuleBasedStateMachine):
         if call.way == "copy" and made:
             return {"exists"}
         if run and not run.readable:
-            # which run it was is lost: it may be refused, or done from the start
+            # the description of the run is lost: the call may be refused, or start again
             return {self.end(call), *OF_A_JOURNAL, "memory"}
         if run and not call.same(run.call):
             return {"other parameters"}
@@ -420,7 +222,7 @@ class Machine(RuleBasedStateMachine):
         )
 
     def end(self, call):
-        """What a run ends with that is begun."""
+        """Status with which a run ends once it has begun."""
         if call.missing == "error" and self.lacks_chunks():
             return "missing"
         return "clipped" if call.place == "y" or self.is_clipped(call) else "nothing to clip"
@@ -433,10 +235,10 @@ class Machine(RuleBasedStateMachine):
     def is_clipped(self, call):
         return bits(clip_by_norm(self.values, call.clip_norm, call.axes)) != bits(self.values)
 
-    # what has come of it
+    # checks after a call
 
     def ended(self, call, wanted, found):
-        """A call has returned."""
+        """Check the folder after a call that returned."""
         assert found in wanted
         place = call.place
         foreign = self.made[place] and not self.made[place].call
@@ -444,7 +246,7 @@ class Machine(RuleBasedStateMachine):
             self.published(call)
         if found in ("clipped", "nothing to clip", "missing"):
             self.unfinished[place] = None
-        # what is refused at the first look leaves alone what a kill may have left
+        # a call refused at its first check does not clean up after a kill
         if not (found == "exists" and foreign):
             assert self.work(place).exists() == bool(self.unfinished[place])
         if run := self.unfinished[place]:
@@ -462,7 +264,7 @@ class Machine(RuleBasedStateMachine):
         self.unfinished[call.place] = None
 
     def killed(self, call, wanted, record):
-        """A call was killed; ``record`` was that of the target before."""
+        """Check the folder after a killed call; ``record`` is that of the target before."""
         place = call.place
         before, line = self.unfinished[place], first_line(self.journal(place))
         after = first_line(self.folder / place / ".daskclip")
@@ -496,7 +298,7 @@ class Machine(RuleBasedStateMachine):
 
     # rules: calls
 
-    # Hypothesis leaves most rules out of most examples, so that several do what matters most
+    # Hypothesis leaves most rules out of most examples, so several rules do what matters most
 
     @rule(call=calls, again=st.sampled_from((True, True, False)), damage=damages)
     def run(self, call, again, damage):
@@ -537,7 +339,7 @@ class Machine(RuleBasedStateMachine):
     def run_again(self, place, memory):
         call = self.prepared(replace(self.unfinished[place].call, memory=memory))
         if self.make(call) in OF_A_JOURNAL:
-            # the remedy that is named
+            # the remedy in the message
             self.discard(place)
             assert self.make(call) in ("clipped", "nothing to clip", "missing")
 
@@ -620,7 +422,7 @@ class Machine(RuleBasedStateMachine):
         source = self.folder / "x" if place == "y" and again else None
         assert outcome(verify_zarr, path, source) in wanted
 
-    # rules: what others do
+    # rules: changes by other programs
 
     @precondition(lambda self: self.used)
     @rule(number=numbers, delete=st.sampled_from((False, False, True)))
@@ -636,7 +438,7 @@ class Machine(RuleBasedStateMachine):
         self.tree["x"] = tree(self.folder / "x")
 
     def rewrite_a_chunk(self, number):
-        """Give a chunk other values and its old time."""
+        """Give a chunk other values and restore its modification time."""
         unit = FORMATS[self.layout].get("shards", CHUNKS)
         cells = list(np.ndindex(*(n // u for n, u in zip(SHAPE, unit, strict=True))))
         cell = cells[number % len(cells)]
@@ -706,7 +508,7 @@ class Machine(RuleBasedStateMachine):
         self.made["y"] = self.tree["y"] = None
         line = first_line(self.journal("y"))
         if line is not None and not self.unfinished["y"]:
-            # of the run that was killed after publishing it: what is staged now is an older target
+            # the run was killed after it had published: the staging folder holds the older target
             self.unfinished["y"] = Unfinished(made.call, made.state, 0, line, staged=False)
 
     # after each step
@@ -737,27 +539,27 @@ def check(examples, steps):
             derandomize=True,
             suppress_health_check=[HealthCheck.too_slow],
             report_multiple_bugs=False,
-            # a failure is shown as it was found: making it shorter takes minutes
+            # without shrinking, which takes minutes
             phases=[Phase.generate],
         ),
     )
 
 
 @pytest.mark.timeout(900)
-def test_a_few_steps_in_any_order():
+def test_a_few_steps_in_any_order_leave_whole_arrays():
     check(5, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_many_steps_in_any_order():
+def test_many_steps_in_any_order_leave_whole_arrays():
     check(60, 15)
 
 
 @pytest.mark.parametrize("number", [40, 110])
 @pytest.mark.parametrize("header", [False, True])
 @pytest.mark.parametrize("what", [None, "sums", "source", "staging", "flip", "cut"])
-def test_each_kind_of_damage(what, header, number):
+def test_each_kind_of_damage_is_refused_or_repaired(what, header, number):
     machine = Machine()
     try:
         machine.begin("format 3", there=False)
@@ -783,7 +585,7 @@ def small(monkeypatch):
 
 
 def source_of(folder, way):
-    """A source of two chunks, with a target to replace; returns what clipping makes of it."""
+    """Make a source of two chunks, and a target to replace; returns the bits of the result."""
     values = some((4, 4), "f4")
     create(folder / "x", values, CHUNKS)
     if way == "overwrite":
@@ -792,7 +594,7 @@ def source_of(folder, way):
 
 
 def killed_while_publishing(call, folder, number):
-    """Whether the run was killed before that operation; it may have fewer."""
+    """Kill a run before one operation of its publishing; False if it has fewer operations."""
     with Child(call, folder, "publish", number) as child:
         return child.result is None
 

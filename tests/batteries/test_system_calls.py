@@ -1,4 +1,4 @@
-"""System calls that fail from outside, a disk that is really full, a folder really read-only."""
+"""System calls that fail, a full disk and a read-only mount, all real."""
 
 import shutil
 import subprocess
@@ -45,7 +45,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from faults import CASES, SIZES, warm
-from daskclip import engine, prepare, plan
+from daskclip.engine import request as prepare
+from daskclip.plan import array as plan
 from daskclip.errors import DaskClipError
 warm()
 for name, size in SIZES.items():
@@ -61,12 +62,12 @@ except DaskClipError as error:
 """
 
 
-def traced(folder, case, injection, log):
-    """A job in which a system call fails or kills; its exit code and output."""
+def traced(folder, index, injection, log):
+    """Exit code and output of a run in which a system call fails or kills."""
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     code = CHILD.format(
-        tests=str(Path(__file__).parents[1] / "support"), case=case, folder=str(folder)
+        tests=str(Path(__file__).parents[1] / "support"), case=index, folder=str(folder)
     )
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as child:
@@ -76,10 +77,10 @@ def traced(folder, case, injection, log):
         with subprocess.Popen(
             ["strace", *options, "-e", f"inject={injection}"], stderr=subprocess.PIPE, text=True
         ) as tracer:
-            told = tracer.stderr.readline()
-            if "attached" not in told:
+            line = tracer.stderr.readline()
+            if "attached" not in line:
                 child.kill()
-                pytest.skip(f"strace cannot attach here: {told.strip()}")
+                pytest.skip(f"strace cannot attach here: {line.strip()}")
             out, err = child.communicate("\n", timeout=120)
             tracer.stderr.read()
     return child.returncode, out, err
@@ -87,22 +88,22 @@ def traced(folder, case, injection, log):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(INJECTIONS)), ids=INJECTIONS)
-def test_a_system_call_that_fails(tmp_path, number):
-    case = number % len(CASES)
-    job = CASES[case]
+def test_a_system_call_that_fails_leaves_an_old_or_a_new_array(tmp_path, number):
+    index = number % len(CASES)
+    case = CASES[index]
     whole, folder = tmp_path / "whole", tmp_path / "folder"
     for place in (whole, folder):
-        shutil.copytree(prepared(job), place)
-    wanted = in_child(lambda: job.run(whole))["value"]
+        shutil.copytree(prepared(case), place)
+    wanted = in_child(lambda: case.run(whole))["value"]
     log = tmp_path / "log"
-    code, out, err = traced(folder, case, INJECTIONS[number], log)
+    code, out, err = traced(folder, index, INJECTIONS[number], log)
     assert code == -9 if "signal" in INJECTIONS[number] else "INJECTED" in log.read_text()
     assert code in (0, 1, 3, 5, 75, -9), (out, err)
     assert "Traceback" not in err
     for name in "xy":
-        states = [contents(prepared(job), name), contents(whole, name)]
+        states = [contents(prepared(case), name), contents(whole, name)]
         assert contents(folder, name) in states
-    assert in_child(lambda: job.run(folder))["value"][1:] == wanted[1:]
+    assert in_child(lambda: case.run(folder))["value"][1:] == wanted[1:]
     assert {name: contents(folder, name) for name in "xy"} == {
         name: contents(whole, name) for name in "xy"
     }
@@ -125,7 +126,7 @@ def test_a_disk_that_is_full_is_named_and_the_run_ends_once_there_is_room(tmp_pa
         assert [p.name for p in point.iterdir()] == ["y"]
 
 
-def test_a_disk_that_becomes_read_only(tmp_path):
+def test_a_disk_that_becomes_read_only_is_named(tmp_path):
     x = create(tmp_path / "x", some((64, 64), "f4"), (16, 64))
     with mounted(tmp_path, "size=4m") as point:
         subprocess.run(["mount", "-o", "remount,ro", str(point)], check=True)

@@ -1,38 +1,34 @@
-"""From storage to storage: NumPy's bits for any plan, nothing half done after a failure."""
+"""From storage to storage: NumPy's bits for any plan, each chunk once, nothing after a failure."""
 
 import asyncio
 import json
 import math
-from bisect import bisect_left
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
-from threading import Barrier, Event, Lock
+from threading import Event, Lock
 
 import dask
 import numpy as np
 import pytest
 import zarr
-from distributed import Client, LocalCluster
+from distributed import Client
 from reference import bits
-from stores import FORMATS, create, finished, read, some, stored
+from servers import local_cluster
+from stores import FORMATS, clipped, create, finished, least_memory, memory_of, read, some, stored
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
 from daskclip.engine import cluster as workers
 from daskclip.engine import request as prepare
 from daskclip.errors import (
-    DaskClipError,
-    MemoryBudgetError,
     NonFiniteError,
     SourceError,
     StorageError,
-    TargetExistsError,
     TemporaryError,
 )
 from daskclip.plan import array as plan
 from daskclip.storage import files, regions
-from daskclip.target import directory as publish
 from daskclip.target.journal import Journal
 from daskclip.worker import context as jobs
 from daskclip.worker import tasks
@@ -53,17 +49,10 @@ def small(monkeypatch):
     monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
-def cluster_of(workers):
-    # without an address it takes a fixed port, and warns where that is in use
-    return LocalCluster(
-        n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-    )
-
-
 @pytest.fixture(scope="module")
 def two():
     """Two worker processes."""
-    with cluster_of(2) as cluster:
+    with local_cluster(2) as cluster:
         yield cluster
 
 
@@ -75,35 +64,8 @@ def client(two):
 
 @pytest.fixture
 def four():
-    with cluster_of(4) as cluster, Client(cluster):
+    with local_cluster(4) as cluster, Client(cluster):
         yield
-
-
-def tight(source, axes):
-    """The smallest budget that a plan is made for."""
-    array, absent = zarr.open_array(source, mode="r"), source.parent / "absent"
-
-    def fits(memory):
-        try:
-            return bool(plan_zarr(array, absent, 1.0, axes, memory=memory))
-        except MemoryBudgetError:
-            return False
-
-    return 1 + bisect_left(range(1, 2**20), True, key=fits)
-
-
-def memory_of(budget, source, axes):
-    """The smallest budget, or one that everything fits."""
-    return tight(source, axes) if budget == "tight" else 2**30
-
-
-def clipped(source, target, axes=None, clip_norm=1.0, **options):
-    """Clip; the result must be NumPy's, to the bit."""
-    x = read(source)
-    report = clip_zarr(source, target, clip_norm, axes, **options)
-    policy = options.get("nonfinite", "propagate")
-    assert bits(read(target)) == bits(clip_by_norm(x, clip_norm, axes, nonfinite=policy))
-    return report
 
 
 def source_of(folder, layout="format 3", dtype="f4", values=None):
@@ -116,7 +78,7 @@ def source_of(folder, layout="format 3", dtype="f4", values=None):
 @pytest.mark.parametrize("axes", AXES, ids=str)
 def test_results_are_those_of_numpy_with_little_memory(tmp_path, layout, axes):
     x = source_of(tmp_path, layout)
-    memory = tight(x, axes)
+    memory = least_memory(x, axes)
     planned = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert planned.passes == (1 if axes == () else 2)
     assert len([blocks for _, windows in planned.windows() for blocks in windows]) > 1
@@ -138,14 +100,14 @@ def test_results_are_those_of_numpy_with_much_memory(tmp_path, layout, axes):
 @pytest.mark.parametrize("axes", [None, 0], ids=str)
 def test_results_are_those_of_numpy_for_every_dtype(tmp_path, dtype, axes):
     x = source_of(tmp_path, dtype=dtype)
-    clipped(x, tmp_path / "y", axes, memory=tight(x, axes))
+    clipped(x, tmp_path / "y", axes, memory=least_memory(x, axes))
 
 
 @pytest.mark.usefixtures("small")
 def test_both_passes_take_several_slabs_and_windows(tmp_path):
     x = create(tmp_path / "x", some((20, 24), "f4"), (2, 8))
-    report = clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
-    planned = plan_zarr(x, tmp_path / "z", 1.0, 0, memory=tight(x, 0))
+    report = clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
+    planned = plan_zarr(x, tmp_path / "z", 1.0, 0, memory=least_memory(x, 0))
     assert report.passes == 2
     assert planned.slabs > 1
     assert all(len(list(windows)) > 1 for _, windows in planned.windows())
@@ -161,27 +123,27 @@ SCHEDULERS = {
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("settings", SCHEDULERS)
-def test_schedulers(tmp_path, settings):
+def test_results_are_those_of_numpy_on_any_scheduler(tmp_path, settings):
     x = source_of(tmp_path, "shards")
     with dask.config.set(SCHEDULERS[settings]):
-        clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+        clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
 
 
 @pytest.mark.usefixtures("small")
-def test_a_thread_pool_of_the_caller(tmp_path):
+def test_a_thread_pool_of_the_caller_is_used_and_left_open(tmp_path):
     x = source_of(tmp_path)
     with ThreadPoolExecutor(3) as pool, dask.config.set(pool=pool):
         assert plan_zarr(x, tmp_path / "y", 1.0).threads == 3
-        clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+        clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
         assert pool.submit(int).result() == 0
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_the_scheduler_of_processes(tmp_path):
+def test_results_are_those_of_numpy_on_the_scheduler_of_processes(tmp_path):
     x = source_of(tmp_path)
     with dask.config.set(scheduler="processes", num_workers=2):
-        clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+        clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
 
 
 @pytest.mark.distributed
@@ -192,7 +154,7 @@ def test_the_scheduler_of_processes(tmp_path):
 )
 def test_results_are_those_of_numpy_on_two_processes(tmp_path, layout, axes):
     x = source_of(tmp_path, layout)
-    memory = tight(x, axes)
+    memory = least_memory(x, axes)
     planned = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert (planned.processes, planned.threads) == (2, 1)
     assert clipped(x, tmp_path / "y", axes, memory=memory).passes == planned.passes
@@ -201,8 +163,8 @@ def test_results_are_those_of_numpy_on_two_processes(tmp_path, layout, axes):
 @pytest.mark.distributed
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("times", [1, 2])
-def test_results_whose_way_back_is_cancelled(tmp_path, client, monkeypatch, times):
-    # as happens in distributed by chance
+def test_results_lost_on_their_way_are_fetched_again(tmp_path, client, monkeypatch, times):
+    # a race in distributed that happens by chance
     x = source_of(tmp_path)
     gather, calls = client._gather_remote, []
 
@@ -216,8 +178,8 @@ def test_results_whose_way_back_is_cancelled(tmp_path, client, monkeypatch, time
     monkeypatch.setattr(client, "_gather_remote", cancelled)
     if times == 2:
         with pytest.raises(TemporaryError, match="the cluster was lost"):
-            clip_zarr(x, tmp_path / "y", 1.0, 0, memory=tight(x, 0))
-    clipped(x, tmp_path / "y", 0, memory=tight(x, 0))
+            clip_zarr(x, tmp_path / "y", 1.0, 0, memory=least_memory(x, 0))
+    clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
     assert len(calls) > times
 
 
@@ -259,8 +221,8 @@ def test_four_workers_give_numpys_result_20_times_of_20(tmp_path, monkeypatch, l
         assert bits(read(tmp_path / f"y{n}")) == wanted
 
 
-def touched(monkeypatch, name):
-    """Counts how often each file of a chunk is read or written."""
+def file_accesses(monkeypatch, name):
+    """Count how often each chunk file is read or written."""
     counts, lock = Counter(), Lock()
     original = getattr(files, name)
 
@@ -278,8 +240,8 @@ def touched(monkeypatch, name):
 @pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
 def test_every_unit_is_written_once(tmp_path, monkeypatch, layout, axes):
     x = source_of(tmp_path, layout)
-    memory = tight(x, axes)
-    written = touched(monkeypatch, "write")
+    memory = least_memory(x, axes)
+    written = file_accesses(monkeypatch, "write")
     clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     made = [k for k, v in stored(tmp_path / "y").items() if v is not None]
     keys = sorted(str(path).partition(".daskclip/")[2].partition("/")[2] for path in written)
@@ -292,8 +254,8 @@ def test_every_unit_is_written_once(tmp_path, monkeypatch, layout, axes):
 @pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
 def test_every_chunk_is_read_once_a_pass(tmp_path, monkeypatch, layout, axes):
     x = source_of(tmp_path, layout)
-    memory = tight(x, axes)
-    got = touched(monkeypatch, "read")
+    memory = least_memory(x, axes)
+    got = file_accesses(monkeypatch, "read")
     report = clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert len(got) == math.prod(-(-n // c) for n, c in zip(SHAPE, CHUNKS, strict=True))
     assert set(got.values()) == {report.passes}
@@ -362,9 +324,9 @@ NONFINITE[5, 4, 3], NONFINITE[3, 6, 4] = math.nan, -math.inf
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("axes", [None, 0, -1], ids=str)
 @pytest.mark.parametrize("policy", ["propagate", "omit"])
-def test_nan_and_infinity(tmp_path, axes, policy):
+def test_slices_with_nan_and_infinity_are_those_of_numpy(tmp_path, axes, policy):
     x = source_of(tmp_path, values=NONFINITE)
-    report = clipped(x, tmp_path / "y", axes, memory=tight(x, axes), nonfinite=policy)
+    report = clipped(x, tmp_path / "y", axes, memory=least_memory(x, axes), nonfinite=policy)
     counted = np.where(np.isnan(NONFINITE), 0, NONFINITE) if policy == "omit" else NONFINITE
     norms = norm(counted, axes)
     finite = norms[np.isfinite(norms)]
@@ -419,8 +381,8 @@ SPARSE = [(0, 0), (1, 1), (2, 0), (3, 1)]  # chunks, and not as many in every ro
 
 
 @pytest.fixture
-def looked_at(monkeypatch):
-    """Number of blocks that tasks were made for, by what they do."""
+def task_counts(monkeypatch):
+    """Number of task calls, by function."""
     counts = Counter()
 
     def counting(function):
@@ -440,7 +402,7 @@ def looked_at(monkeypatch):
 @pytest.mark.parametrize("axes", [None, 0, 1])
 @pytest.mark.parametrize("odd", [0.0, np.nan])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_only_what_is_stored_is_looked_at(tmp_path, looked_at, budget, axes, odd, in_place):
+def test_only_what_is_stored_is_looked_at(tmp_path, task_counts, budget, axes, odd, in_place):
     x = tmp_path / "x"
     array = zarr.create_array(
         x, shape=(30, 20), chunks=(2, 4), dtype="f4", zarr_format=2 + bool(odd)
@@ -460,10 +422,10 @@ def test_only_what_is_stored_is_looked_at(tmp_path, looked_at, budget, axes, odd
     assert report.clipped == (finite > 1).sum()
     if finite.size:
         assert (report.smallest_norm, report.largest_norm) == (finite.min(), finite.max())
-    there = 7 * len(SPARSE)  # a slab of few blocks is looked at whole
-    assert 0 < looked_at["sum_block"] + looked_at["clip_slab"] <= there
+    most = 7 * len(SPARSE)  # a slab of few blocks is processed whole
+    assert 0 < task_counts["sum_block"] + task_counts["clip_slab"] <= most
     if not odd:
-        assert looked_at["rescale_block"] <= there
+        assert task_counts["rescale_block"] <= most
     assert verify_zarr(y).slices == norms.size
 
 
@@ -485,7 +447,7 @@ def test_missing_chunks_and_a_run_that_is_stopped_anywhere(tmp_path, monkeypatch
 
     stop = 0
     with dask.config.set(scheduler="synchronous"):
-        memory = tight(x, 0)
+        memory = least_memory(x, 0)
         monkeypatch.setattr(Journal, "append", stopping)
         with np.errstate(invalid="ignore"):
             clipped(x, tmp_path / "wanted", 0, memory=memory)
@@ -503,7 +465,7 @@ def test_missing_chunks_and_a_run_that_is_stopped_anywhere(tmp_path, monkeypatch
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("budget", ["tight", "ample"])
 @pytest.mark.parametrize("axes", [None, 0])
-def test_a_limit_of_nan_where_nothing_is_stored(tmp_path, budget, axes):
+def test_a_limit_of_nan_makes_nan_where_nothing_is_stored(tmp_path, budget, axes):
     x = tmp_path / "x"
     zarr.create_array(x, shape=(30, 20), chunks=(2, 4), dtype="f4")[0, 0] = 1.0
     clip_zarr(x, tmp_path / "y", math.nan, axes, memory=memory_of(budget, x, axes))
@@ -533,7 +495,7 @@ def test_a_broken_chunk_stops_the_run_and_is_named(tmp_path, layout, damage):
     before = stored(tmp_path)
     match = rf"reading block \[.*\] of {x} failed at chunk {CHUNK[layout]}: .*"
     with pytest.raises(StorageError, match=match) as caught:
-        clip_zarr(x, tmp_path / "y", 1.0, axes, memory=tight(x, axes))
+        clip_zarr(x, tmp_path / "y", 1.0, axes, memory=least_memory(x, axes))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
     assert finished(tmp_path) == before
@@ -566,7 +528,7 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["broken", "nan"])
 def test_a_failure_on_workers_makes_no_target(tmp_path, monkeypatch, client, kind):
-    # blocks of many chunks, so that others are under way when the first fails
+    # blocks of many chunks, so that others are running when the first fails
     monkeypatch.setattr(plan, "BLOCK", 4 * 256)
     values = some((6, 256), "f4")
     values[0, 0] = math.nan if kind == "nan" else 1.0
@@ -582,109 +544,6 @@ def test_a_failure_on_workers_makes_no_target(tmp_path, monkeypatch, client, kin
     for address in client.nthreads():
         assert client.submit(abs, -1, workers=[address], pure=False).result() == 1
     assert (stored if kind == "nan" else finished)(tmp_path) == before
-
-
-def test_a_second_run_on_the_same_target_is_refused(tmp_path, monkeypatch):
-    x = source_of(tmp_path)
-    original, seen = regions.read, []
-
-    def run_again(*args):
-        if not seen:
-            seen.append(None)
-            with pytest.raises(TargetExistsError, match="being written by another run") as caught:
-                clip_zarr(x, tmp_path / "y", 2.0)
-            seen.append(caught.value.exit_code)
-        return original(*args)
-
-    monkeypatch.setattr(regions, "read", run_again)
-    clipped(x, tmp_path / "y")
-    assert seen == [None, 5]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
-
-
-@pytest.mark.parametrize("step", ["mkdir", "flock"])
-def test_a_run_that_starts_while_another_one_ends_is_refused(tmp_path, monkeypatch, step):
-    x = source_of(tmp_path)
-    owner = publish.fcntl if step == "flock" else Path
-    original, done = getattr(owner, step), []
-
-    def after_a_whole_run(*args, **kwargs):
-        result = original(*args, **kwargs) if step == "mkdir" else None
-        if not done and (step == "flock" or args[0].name == ".y.daskclip"):
-            done.append(None)
-            clip_zarr(x, tmp_path / "y", 1.0)
-        return result if step == "mkdir" else original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, step, after_a_whole_run)
-    with pytest.raises(TargetExistsError):
-        clip_zarr(x, tmp_path / "y", 2.0)
-    assert done
-    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
-
-
-def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
-    x = source_of(tmp_path)
-    original = regions.read
-
-    def make_target(*args):
-        (tmp_path / "y").mkdir(exist_ok=True)
-        return original(*args)
-
-    monkeypatch.setattr(regions, "read", make_target)
-    with pytest.raises(TargetExistsError, match="meanwhile"):
-        clip_zarr(x, tmp_path / "y", 1.0)
-    assert not stored(tmp_path / "y")
-    (tmp_path / "y").rmdir()
-    clipped(x, tmp_path / "y")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
-
-
-def at_once(number, run):
-    """Results or errors of threads that start together."""
-    barrier = Barrier(number)
-
-    def start(n):
-        barrier.wait()
-        try:
-            return run(n)
-        except DaskClipError as error:
-            return error
-
-    with ThreadPoolExecutor(number) as pool:
-        return list(pool.map(start, range(number)))
-
-
-def test_of_runs_on_one_target_at_once_one_wins(tmp_path):
-    x = source_of(tmp_path)
-    wanted = bits(read(x))
-    for n in range(10):
-        target = tmp_path / f"y{n}"
-        # limits that change nothing: a run that comes late must not be the one that is done
-        results = at_once(3, lambda i, target=target: clip_zarr(x, target, 1e9 + i))
-        errors = [r for r in results if isinstance(r, DaskClipError)]
-        assert [type(e) for e in errors] == [TargetExistsError] * 2
-        assert bits(read(target)) == wanted
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", *(f"y{n}" for n in range(10))]
-
-
-def test_runs_on_several_targets_at_once(tmp_path):
-    x = source_of(tmp_path)
-    wanted = bits(clip_by_norm(read(x), 1.0))
-    for n in range(5):
-        at_once(4, lambda i, n=n: clip_zarr(x, tmp_path / f"y{n}-{i}", 1.0))
-    targets = [p for p in tmp_path.iterdir() if p != x]
-    assert len(targets) == 20
-    assert all(bits(read(target)) == wanted for target in targets)
-
-
-def test_what_an_earlier_run_left_does_not_stop_the_next(tmp_path):
-    x = source_of(tmp_path)
-    work = tmp_path / ".y.daskclip"
-    create(work / "0123456789abcdef", some(SHAPE, "f4", seed=1), CHUNKS)
-    (work / "lock").touch()
-    clipped(x, tmp_path / "y")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
 
 
 def test_a_target_opens_as_part_of_its_group(tmp_path):

@@ -1,4 +1,4 @@
-"""Norms that are saved: right, complete or not there, and a run that has them reads once."""
+"""Saved norms are right, and complete or absent; a run that has them reads the source once."""
 
 import json
 import os
@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 import zarr
-from click.testing import CliRunner
-from distributed import Client, LocalCluster
+from command_line import run
+from distributed import Client
 from reference import bits
+from servers import local_cluster
 from stores import create, read, some, stopping_at, stored
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, stats_zarr, verify_zarr
-from daskclip.cli import main
 from daskclip.engine import request as prepare
 from daskclip.engine.saved_norms import SUMS
 from daskclip.errors import (
@@ -45,8 +45,8 @@ def small(monkeypatch):
     monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
-def memory_of(source, axes, passes):
-    """A budget for so many passes."""
+def memory_for_passes(source, axes, passes):
+    """A budget that leads to that many passes."""
     for memory in (2**k for k in range(8, 20)):
         try:
             if plan_zarr(source, f"{source}-no", 1.0, axes, memory=memory).passes == passes:
@@ -62,8 +62,8 @@ def source(tmp_path):
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """Number of reads of chunks."""
+def chunk_reads(monkeypatch):
+    """List with an entry for each read of a region."""
     reads = []
 
     def reading(*args, **kwargs):
@@ -77,7 +77,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(("axes", "passes"), PLANS)
 @pytest.mark.parametrize("ord", [1, 2, np.inf])
 def test_saved_norms_are_the_norms(source, tmp_path, axes, passes, ord):
-    memory, path = memory_of(source, axes, passes), tmp_path / "norms"
+    memory, path = memory_for_passes(source, axes, passes), tmp_path / "norms"
     saved = stats_zarr(source, axes, ord=ord, memory=memory, save_norms=path)
     plain = stats_zarr(source, axes, ord=ord, memory=memory)
     assert (saved.slices, saved.quantiles, saved.bytes_read) == (
@@ -94,18 +94,18 @@ def test_saved_norms_are_the_norms(source, tmp_path, axes, passes, ord):
 
 @pytest.mark.parametrize(("axes", "passes"), PLANS)
 def test_a_run_with_saved_norms_reads_once_and_writes_the_same(
-    source, tmp_path, axes, passes, counted
+    source, tmp_path, axes, passes, chunk_reads
 ):
-    memory, path = memory_of(source, axes, passes), tmp_path / "norms"
+    memory, path = memory_for_passes(source, axes, passes), tmp_path / "norms"
     stats_zarr(source, axes, memory=memory, save_norms=path)
     plain = clip_zarr(source, tmp_path / "a", 2.0, axes, memory=memory)
     planned = plan_zarr(source, tmp_path / "b", 2.0, axes, memory=memory, norms=path)
     assert (planned.passes, planned.bytes_read) == (1, plain.bytes_read // passes)
     for limit in (2.0, "p40"):
         target, twin = tmp_path / f"y{limit}", tmp_path / f"z{limit}"
-        before = len(counted)
+        before = len(chunk_reads)
         report = clip_zarr(source, target, limit, axes, memory=memory, norms=path)
-        assert len(counted) - before <= planned.blocks
+        assert len(chunk_reads) - before <= planned.blocks
         assert (report.passes, report.bytes_read) == (1, planned.bytes_read)
         other = clip_zarr(source, twin, report.clip_norm, axes, memory=memory)
         assert (report.digest, report.clipped, report.slices, report.largest_norm) == (
@@ -118,10 +118,10 @@ def test_a_run_with_saved_norms_reads_once_and_writes_the_same(
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_in_place_and_where_little_is_stored(tmp_path, passes):
+def test_saved_norms_in_place_and_where_little_is_stored(tmp_path, passes):
     sparse = zarr.create_array(tmp_path / "x", shape=SHAPE, chunks=CHUNKS, dtype="f4")
     sparse[4:8, 8:12] = some((4, 4), "f4")
-    memory = memory_of(tmp_path / "x", 0, passes)
+    memory = memory_for_passes(tmp_path / "x", 0, passes)
     measured = stats_zarr(tmp_path / "x", 0, memory=memory, save_norms=tmp_path / "norms")
     assert bits(read(tmp_path / "norms")) == bits(norm(sparse[...], 0))
     expected = clip_by_norm(sparse[...], 2.0, 0)
@@ -138,7 +138,7 @@ def test_in_place_and_where_little_is_stored(tmp_path, passes):
 
 
 def test_a_run_with_saved_norms_that_is_stopped_anywhere(source, tmp_path, monkeypatch):
-    left, memory = stopping_at(monkeypatch), memory_of(source, 0, 2)
+    left, memory = stopping_at(monkeypatch), memory_for_passes(source, 0, 2)
     how = {"memory": memory, "norms": tmp_path / "norms"}
     stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
     clip_zarr(source, tmp_path / "y", 2.0, 0, memory=memory)
@@ -159,7 +159,7 @@ def test_a_run_with_saved_norms_that_is_stopped_anywhere(source, tmp_path, monke
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_norms_appear_complete_or_not_at_all(source, tmp_path, monkeypatch, passes):
-    append, memory, path = Journal.append, memory_of(source, 0, passes), tmp_path / "norms"
+    append, memory, path = Journal.append, memory_for_passes(source, 0, passes), tmp_path / "norms"
 
     def stopping(self, entry):
         append(self, entry)
@@ -181,7 +181,8 @@ def test_a_killed_process_leaves_no_norms(tmp_path):
     create(tmp_path / "x", some((64, 64), "f4"), (1, 64))
     code = """
 import os, signal, sys
-from daskclip import stats_zarr, tasks
+from daskclip import stats_zarr
+from daskclip.worker import tasks
 save = tasks.save_norms
 def saving(*args):
     done = save(*args)
@@ -199,11 +200,11 @@ stats_zarr(sys.argv[1], 1, save_norms=sys.argv[2])
 
 @pytest.mark.parametrize("known", [True, False])
 def test_norms_of_another_state_of_the_source_are_refused(source, tmp_path, monkeypatch, known):
-    memory = memory_of(source, 0, 2)
+    memory = memory_for_passes(source, 0, 2)
     stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
     state = Hierarchy.fingerprint(at_folder(source), changes=True)
     zarr.open_array(source, mode="r+")[0, 0] += 1.0
-    if not known:  # by its files: the pass that is left finds it by what it reads
+    if not known:  # unknown from the files: the remaining pass detects it by the sums
         monkeypatch.setattr(Hierarchy, "fingerprint", lambda *_, **__: state)
     with pytest.raises(SourceChangedError, match="saved; save them" if known else "between the"):
         clip_zarr(source, tmp_path / "y", 2.0, 0, memory=memory, norms=tmp_path / "norms")
@@ -211,7 +212,7 @@ def test_norms_of_another_state_of_the_source_are_refused(source, tmp_path, monk
 
 
 def wrong(tmp_path, source):
-    """What is refused: arguments, the error, its words."""
+    """Refused calls: arguments, error class and pattern of the message."""
     group = zarr.create_group(tmp_path / "group")
     group.create_array("a", shape=(4,), chunks=(2,), dtype="f4")
     damaged = tmp_path / "damaged"
@@ -262,7 +263,7 @@ def test_norms_that_are_refused(source, tmp_path):
 
 
 def test_sums_that_are_damaged_are_refused(source, tmp_path):
-    memory = memory_of(source, 0, 2)
+    memory = memory_for_passes(source, 0, 2)
     stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
     path = next((tmp_path / "norms" / SUMS).glob("*.npz"))
     data = bytearray(path.read_bytes())
@@ -274,7 +275,7 @@ def test_sums_that_are_damaged_are_refused(source, tmp_path):
 
 
 def test_too_little_memory_for_the_plan_of_the_norms(source, tmp_path):
-    memory = memory_of(source, 0, 2)
+    memory = memory_for_passes(source, 0, 2)
     stats_zarr(source, 0, memory="1MiB", save_norms=tmp_path / "norms")
     with pytest.raises(MemoryBudgetError, match=r"that norms .* need with .*; give memory='"):
         clip_zarr(source, tmp_path / "y", 2.0, 0, memory=memory, norms=tmp_path / "norms")
@@ -282,10 +283,9 @@ def test_too_little_memory_for_the_plan_of_the_norms(source, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("passes", [1, 2])
-def test_two_processes(source, tmp_path, passes):
-    how = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1"}
-    with LocalCluster(dashboard_address="127.0.0.1:0", **how) as two, Client(two):
-        memory = memory_of(source, 0, passes)
+def test_saved_norms_on_two_processes(source, tmp_path, passes):
+    with local_cluster(2) as two, Client(two):
+        memory = memory_for_passes(source, 0, passes)
         stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
         clip_zarr(source, tmp_path / "y", 2.0, 0, memory=memory, norms=tmp_path / "norms")
     assert bits(read(tmp_path / "norms")) == bits(norm(some(SHAPE, "f8"), 0))
@@ -293,13 +293,8 @@ def test_two_processes(source, tmp_path, passes):
     assert stored(tmp_path / "y") == stored(tmp_path / "z")
 
 
-def test_the_command_line(source, tmp_path):
-    def run(*args):
-        result = CliRunner().invoke(main, [str(a) for a in args])
-        assert result.exception is None or isinstance(result.exception, SystemExit)
-        return result
-
-    norms, how = tmp_path / "norms", ("--axes", "0", "--memory", memory_of(source, 0, 2))
+def test_saved_norms_on_the_command_line(source, tmp_path):
+    norms, how = tmp_path / "norms", ("--axes", "0", "--memory", memory_for_passes(source, 0, 2))
     done = run("stats", source, *how, "--save-norms", norms)
     assert done.exit_code == 0, done.output
     done = run(

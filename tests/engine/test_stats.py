@@ -1,4 +1,4 @@
-"""Seeing before clipping: counts against NumPy for any plan, and a quantile as the limit."""
+"""Statistics of norms: counts as NumPy gives them, for any plan, and a quantile as the limit."""
 
 import json
 import subprocess
@@ -8,11 +8,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import zarr
-from click.testing import CliRunner
+from command_line import run
 from stores import create, finished, read, stored
 
 from daskclip import clip_zarr, norm, plan_zarr, stats_zarr, verify_zarr
-from daskclip.cli import main
 from daskclip.engine import request as prepare
 from daskclip.errors import InvalidTypeError, InvalidValueError, NonFiniteError, TargetExistsError
 from daskclip.numerics.histogram import RELATIVE_ERROR
@@ -39,19 +38,13 @@ def values(dtype="f4"):
     return x.astype(dtype)
 
 
-def run(*args):
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result
-
-
 @pytest.fixture
 def source(tmp_path):
     return create(tmp_path / "x", values(), CHUNKS)
 
 
-def counted(report):
-    """Figures that do not depend on how they were found."""
+def comparable(report):
+    """Figures of a report that do not depend on the plan."""
     other = ("source", "bytes_read", "seconds", "projected_memory")
     return {k: v for k, v in json.loads(report.to_json()).items() if k not in other}
 
@@ -95,14 +88,14 @@ def test_stats_depend_on_no_chunks(source, tmp_path, axes, memory, monkeypatch):
     if axes in (0, (0, 2)):  # several slabs, in one pass or in two
         passes = plan_zarr(source, tmp_path / "y", 1.0, axes, memory=memory).passes
         assert passes == (2 if memory == "4KiB" else 1)
-    wanted = counted(stats_zarr(source, axes, memory=memory))
+    wanted = comparable(stats_zarr(source, axes, memory=memory))
     other = create(tmp_path / "other", values(), SHAPE)
     monkeypatch.setattr(plan, "BLOCK", 1 << 20)
-    found = counted(stats_zarr(other, axes))
+    found = comparable(stats_zarr(other, axes))
     assert found == wanted
 
 
-def test_largest_along_an_axis(source):
+def test_the_largest_norms_along_an_axis(source):
     found = stats_zarr(source, (1, 2))
     norms = norm(values(), (1, 2))
     (along,) = found.along
@@ -110,7 +103,7 @@ def test_largest_along_an_axis(source):
     assert along["largest"] == np.where(np.isfinite(norms), norms, 0.0).tolist()
 
 
-def test_nothing_is_written(source, tmp_path):
+def test_stats_write_nothing(source, tmp_path):
     before = stored(tmp_path)
     stats_zarr(source, 0)
     assert run("stats", source, "--axes", 1).exit_code == 0
@@ -131,7 +124,7 @@ def test_what_is_not_stored_is_zeros(tmp_path, axes):
     assert stats_zarr(empty, axes).slices == np.atleast_1d(norm(empty[...], axes)).size
 
 
-def test_policies(source):
+def test_stats_under_omit_and_raise(source):
     omitted = stats_zarr(source, (1, 2), nonfinite="omit")
     assert (omitted.nan, omitted.infinite) == (0, 2)
     with pytest.raises(NonFiniteError):
@@ -146,7 +139,7 @@ def test_norms_that_exceed_float64(tmp_path):
     assert json.loads(found.to_json())["worst"][0]["norm"] == "inf"
 
 
-def test_text_and_json(source, tmp_path):
+def test_stats_are_printed_as_text_and_json(source, tmp_path):
     done = run("stats", source, "--axes", "1,2", "--progress", "none")
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     assert rows["slices"].strip() == "40"
@@ -154,7 +147,7 @@ def test_text_and_json(source, tmp_path):
     report = tmp_path / "report.json"
     done = run("stats", source, "--axes", "1,2", "--json", "--report", report, "--progress", "none")
     assert report.read_text() == done.stdout
-    wanted = counted(stats_zarr(source, (1, 2)))
+    wanted = comparable(stats_zarr(source, (1, 2)))
     assert {k: v for k, v in json.loads(done.stdout).items() if k in wanted} == wanted
 
 
@@ -168,7 +161,7 @@ def test_a_quantile_is_the_limit(source, tmp_path, axes, memory, percent):
     norms = norm(values(), axes)
     finite = np.sort(norms[np.isfinite(norms)])
     share = 1 - float(percent[1:]) / 100
-    # those within the error of the limit may be on either side of it
+    # norms within the error of the limit may be on either side of it
     assert (finite > done.clip_norm * (1 + 2 * RELATIVE_ERROR)).sum() <= finite.size * share
     assert (finite >= done.clip_norm * (1 - 2 * RELATIVE_ERROR)).sum() >= int(finite.size * share)
     assert done.clipped == (finite > done.clip_norm).sum()
@@ -205,7 +198,7 @@ def test_a_resumed_run_keeps_the_quantile(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("percent", ["p", "p101", "p-1", "pnan", "99", "p1e1", "", "p٣"])
-def test_what_is_no_quantile(source, tmp_path, percent):
+def test_what_is_no_quantile_is_refused(source, tmp_path, percent):
     with pytest.raises(InvalidTypeError, match="give a number, or 'p' and a percentage"):
         clip_zarr(source, tmp_path / "y", percent)
 
@@ -220,11 +213,11 @@ def test_no_quantile_without_a_finite_slice(source, tmp_path):
     assert run("run", source, tmp_path / "y", "--clip-norm", "q99").exit_code == 2
 
 
-# that of the array comes from a file, so that the process holds what stats hold and no more
+# in a process of its own, which holds nothing but what stats_zarr holds
 MEASURE = """
 import json, resource, sys
 import daskclip, dask
-from daskclip import workers
+from daskclip.engine import cluster as workers
 small, large = sys.argv[1:]
 with dask.config.set(num_workers=2):
     daskclip.stats_zarr(small, 1, memory="128MiB")
@@ -284,7 +277,7 @@ def test_pictures_of_a_resumed_run_are_whole_or_none(source, tmp_path, monkeypat
     monkeypatch.setattr(tasks, "clip_slab", original)
     found = clip_zarr(source, tmp_path / "y", **options, pictures=True).pictures
     if not first:
-        assert found is None  # the norms of the first windows were not kept
+        assert found is None  # the histograms of the first windows were not journalled
         return
     names = ("histogram", "worst", "along", "zeros")
     as_stored = json.loads(json.dumps([wanted[k] for k in names]))

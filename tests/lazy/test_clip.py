@@ -1,4 +1,4 @@
-"""The operation on values: extremes, kinds of input, and the documentation's example."""
+"""The operation on NumPy and Dask arrays: extremes, kinds of input, the documented example."""
 
 import math
 
@@ -34,9 +34,9 @@ def assert_right(y, x, axes, clip_norm):
 
 @pytest.mark.parametrize("clip_norm", [5e-324, 1e-300, 1e-3, 1.0, 1e300, math.inf, 0.0, -0.0, -2.0])
 @pytest.mark.parametrize(("value", "dtype"), EXTREMES)
-def test_extremes(value, dtype, clip_norm):
+def test_extremes_are_clipped_without_warnings(value, dtype, clip_norm):
     x = np.array([[value, -value, 0.0], [value, value / 2, -0.0]], dtype)
-    # the caller's settings must not turn what happens inside into warnings or errors
+    # the caller's floating-point settings must not affect the computation
     with np.errstate(all="raise"):
         y = clip_by_norm(x, clip_norm, 1)
         lazy = clip_by_norm(da.from_array(x, (1, 2)), clip_norm, 1).compute(scheduler="sync")
@@ -127,7 +127,7 @@ def test_a_large_array_equals_its_chunks(dtype):
     assert value == norm(x) == global_norm([x])
 
 
-def test_lists_and_scalars():
+def test_lists_and_scalars_are_converted():
     assert clip_by_norm([3.0, 4.0], 1.0).dtype == np.float64
     assert clip_by_norm([[3j]], 1.0).dtype == np.complex128
     assert isinstance(clip_by_norm(np.float32(3), 1.0), np.float32)
@@ -137,7 +137,7 @@ def test_lists_and_scalars():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [0.0, -0.0, 3.0, -3.0])
-def test_0_d_arrays(value, dtype):
+def test_0_d_arrays_are_one_slice(value, dtype):
     x = np.array(value, dtype)
     for t in (x, da.from_array(x)):
         for axes in (None, []):

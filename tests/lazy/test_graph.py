@@ -1,4 +1,4 @@
-"""The lazy form: what it computes, when, how often, and under which names."""
+"""The lazy operation: what is computed, when, how often, and under which keys."""
 
 import os
 import subprocess
@@ -19,8 +19,8 @@ X = np.random.default_rng(0).standard_normal((30, 20)).astype(np.float32)
 MIB = 2**20
 
 
-def counted(chunks, calls, shape=(MIB,)):
-    """Dask array of ``chunks`` chunks of 4 MiB that counts how often each is made."""
+def counting_array(chunks, calls, shape=(MIB,)):
+    """Dask array of chunks of 4 MiB that counts how often each is computed."""
 
     def make(block_id):
         calls[block_id] += 1
@@ -38,7 +38,7 @@ def compute(*arrays):
 
 def test_nothing_is_computed_before_it_is_asked_for():
     calls = Counter()
-    x = counted(6, calls)
+    x = counting_array(6, calls)
     limit = norm(x) / 2
     clip_by_norm(x, limit, 0, return_norm=True)
     clip_by_norm(x, 1.0, [], nonfinite="raise")
@@ -50,13 +50,13 @@ def test_nothing_is_computed_before_it_is_asked_for():
 
 def test_two_passes_make_each_chunk_twice():
     calls = Counter()
-    compute(*clip_by_norm(counted(6, calls), 1.0, return_norm=True))
+    compute(*clip_by_norm(counting_array(6, calls), 1.0, return_norm=True))
     assert calls == Counter({(i,): 2 for i in range(6)})
 
 
 def test_clipping_a_list_makes_each_chunk_twice_or_once_with_a_given_norm():
     calls = Counter()
-    x = counted(6, calls)
+    x = counting_array(6, calls)
     compute(*clip_by_global_norm([x], 1.0))
     assert calls == Counter({(i,): 2 for i in range(6)})
     calls.clear()
@@ -67,13 +67,13 @@ def test_clipping_a_list_makes_each_chunk_twice_or_once_with_a_given_norm():
 @pytest.mark.parametrize("axes", [1, []])
 def test_slices_inside_a_chunk_take_one_pass(axes):
     calls = Counter()
-    compute(*clip_by_norm(counted(6, calls, (1000, 4)), 1.0, axes, return_norm=True))
+    compute(*clip_by_norm(counting_array(6, calls, (1000, 4)), 1.0, axes, return_norm=True))
     assert calls == Counter({(i, 0): 1 for i in range(6)})
 
 
 def test_norms_take_one_pass():
     calls = Counter()
-    x = counted(6, calls, (1000,))
+    x = counting_array(6, calls, (1000,))
     for lazy in (norm(x), norm(x, 0), norm(x, []), global_norm([x])):
         calls.clear()
         compute(lazy)
@@ -82,14 +82,14 @@ def test_norms_take_one_pass():
 
 def test_few_small_chunks_are_held_not_made_again():
     calls = Counter()
-    compute(clip_by_norm(counted(3, calls, (1000,)), 1.0))
+    compute(clip_by_norm(counting_array(3, calls, (1000,)), 1.0))
     assert calls == Counter({(i,): 1 for i in range(3)})
 
 
 @pytest.mark.parametrize("chunks", [9, 40])
 def test_a_mean_is_made_once_not_for_each_chunk(chunks):
     calls = Counter()
-    x = counted(chunks, calls, (MIB // 2,))
+    x = counting_array(chunks, calls, (MIB // 2,))
     compute(clip_by_norm(x - x.mean(), 1.0))
     # for the mean and the first pass, and for the second
     assert set(calls.values()) <= {2, 3}
@@ -97,7 +97,7 @@ def test_a_mean_is_made_once_not_for_each_chunk(chunks):
 
 def test_persisted_chunks_are_used_as_they_are():
     calls = Counter()
-    x = counted(6, calls).persist(scheduler="sync")
+    x = counting_array(6, calls).persist(scheduler="sync")
     calls.clear()
     y, z = compute(clip_by_norm(x, 1.0), clip_by_norm(2 * x, 1.0))
     assert not calls
@@ -106,7 +106,7 @@ def test_persisted_chunks_are_used_as_they_are():
 
 
 def sources(x):
-    """The same array in every way that Dask arrays are made of others."""
+    """The same array, derived from others in every way that Dask offers."""
     lazy = da.from_array(x, (7, 6))
     memory = zarr.create_array({}, data=x, chunks=(4, 20))
     return {
@@ -128,7 +128,7 @@ def sources(x):
 
 @pytest.mark.parametrize("axes", [None, 1])
 @pytest.mark.parametrize("source", sources(X))
-def test_every_kind_of_source(source, axes):
+def test_every_kind_of_source_gives_numpys_bits(source, axes):
     x = sources(X)[source]
     y, value = clip_by_norm(x, 1.5, axes, return_norm=True)
     x, y, value = compute(x, y, value)
@@ -138,7 +138,7 @@ def test_every_kind_of_source(source, axes):
 
 
 @pytest.mark.parametrize("axes", [None, 0, 1, []])
-def test_unknown_chunk_sizes(axes):
+def test_arrays_of_unknown_chunk_sizes_are_clipped(axes):
     x = da.from_array(X, (7, 6))
     x = x[(x > 0).any(axis=1)]
     assert np.isnan(x.shape[0])
@@ -271,7 +271,7 @@ def test_results_of_different_calls_have_different_names():
 
 
 def make_all(folder):
-    """Names and all keys of the graphs of many calls on arrays that are built anew."""
+    """Names and graph keys of many calls on newly built arrays."""
     z = zarr.create_array(
         f"{folder}/x.zarr", shape=(6, 4), chunks=(2, 2), dtype="f4", overwrite=True
     )

@@ -1,4 +1,4 @@
-"""Slices of a larger array."""
+"""Indexed slices: rows of a larger array."""
 
 from types import SimpleNamespace
 
@@ -75,7 +75,7 @@ def test_coalesce_sorts_the_indices_and_makes_them_unique():
     assert bits(y.to_dense()) == bits(s.to_dense())
 
 
-def test_slices_of_no_rows():
+def test_indexed_slices_without_rows():
     s = IndexedSlices(np.zeros((0, 2), np.float32), np.zeros(0, int), (6, 2))
     assert clip_by_norm(s, 1.0, 1).values.shape == (0, 2)
     assert bits(s.to_dense()) == bits(np.zeros((6, 2), np.float32))

@@ -1,4 +1,4 @@
-"""What the lazy form holds while it clips a GiB or half of it, each in a process of its own."""
+"""Memory of lazy clipping of 1 GiB and of 512 MiB, measured in separate processes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ SOURCES = ["zarr", "rechunked", "split", "sliced", "concatenated", "chain", "cen
 
 
 def make(folder, bands):
-    """An array of float32 in chunks of 4 MiB, 16 of them in each of some bands."""
+    """Make an array of float32 in chunks of 4 MiB, 16 in each band."""
     path = folder / "x.zarr"
     z = zarr.create_array(
         path, shape=(1024 * bands, 16384), chunks=(1024, 1024), dtype="f4", compressors=None
@@ -45,7 +45,7 @@ def half(tmp_path_factory):
 
 
 def held(store, kind, scheduler):
-    """MB above the start, of each process that computes."""
+    """Peak memory above the start, in MB, of each process that computes."""
     target = store.with_name("y.zarr")
     try:
         done = subprocess.run(

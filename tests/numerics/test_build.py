@@ -114,7 +114,7 @@ def check_wheel(wheel, folder):
 
 
 @pytest.mark.parametrize("environment", COMPILERS)
-def test_wheel(tree, tmp_path, environment):
+def test_a_wheel_has_every_kernel(tree, tmp_path, environment):
     check_wheel(wheel_of(tree, tmp_path / "wheels", **environment), tmp_path)
     assert kernels(tree).keys() == set(KERNELS)
 

@@ -1,32 +1,35 @@
-"""Sums of squares against Python's integers."""
+"""Exact sums, compared with Python's integers."""
 
 import math
-from fractions import Fraction
 from itertools import pairwise
 
 import dask.array as da
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference import DTYPES, is_rounded, native, squares, tall_squares
-from strategies import LAYOUTS, cases
+from reference import (
+    DTYPES,
+    EXPONENTS,
+    exact_sums,
+    integer,
+    is_rounded,
+    native,
+    same,
+    squares,
+    tall_squares,
+    totals,
+)
+from strategies import LAYOUTS, ORDS, cases, for_each_ord
 
-from daskclip import norm
+from daskclip import clip_by_norm, norm
 from daskclip.numerics import combine, combine_all, partial_norm, state_nbytes
-
-WIDE = {  # exponents that a dtype's values can have
-    "float16": (-24, 15),
-    "bfloat16": (-133, 127),
-    "float32": (-149, 127),
-    "float64": (-1074, 1023),
-}
 
 
 def wide(shape, dtype, low=-1074, high=1023):
     """Random values with exponents spread over the dtype's range."""
     real = native(np.zeros((), dtype)).dtype
-    lowest, highest = WIDE[real.name]
+    lowest, highest = EXPONENTS[real.name]
     shape = (*shape, 2) if dtype.kind == "c" else shape
     low, high = max(low, lowest), min(high, highest)
     rng = np.random.default_rng(0)
@@ -35,35 +38,12 @@ def wide(shape, dtype, low=-1074, high=1023):
     return x.view(dtype)[..., 0] if dtype.kind == "c" else x
 
 
-def value(partial):
-    """Sums as exact fractions, an object array of shape kept."""
-    limbs = partial.limbs.astype(object)
-    unit = Fraction(2) ** (32 * partial.low)
-    weights = [unit * 2 ** (32 * i) for i in range(len(limbs))]
-    total = sum((w * limb for w, limb in zip(weights, limbs, strict=True)), Fraction(0))
-    return np.broadcast_to(np.asarray(total, object), partial.flags.shape)
-
-
-def expected(x, axes):
-    return np.asarray(squares(x, axes) * Fraction(1, 2**2148), object)
-
-
-def same(a, b):
-    return (
-        np.array_equal(a.limbs, b.limbs)
-        and a.limbs.shape == b.limbs.shape
-        and a.low == b.low
-        and np.array_equal(a.flags, b.flags)
-        and a.terms == b.terms
-    )
-
-
 @pytest.mark.parametrize("axes", [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_are_exact_over_the_whole_range(dtype, axes):
     x = wide((3, 40, 5), dtype)
     partial = partial_norm(x, axes)
-    assert (value(partial) == expected(x, axes)).all()
+    assert (exact_sums(partial) == squares(x, axes)).all()
     assert partial.limbs.dtype == np.uint32
     assert not partial.flags.any()
 
@@ -74,7 +54,21 @@ def test_sums_are_exact_over_the_whole_range(dtype, axes):
 @pytest.mark.parametrize("axes", [(0,), (1,)])
 def test_float64_sums_are_exact_in_every_part_of_the_range(low, high, axes):
     x = wide((30, 31), np.dtype(float), low, high)
-    assert (value(partial_norm(x, axes)) == expected(x, axes)).all()
+    assert (exact_sums(partial_norm(x, axes)) == squares(x, axes)).all()
+
+
+# longer than a run, a tile and a panel, whole range of exponents, slices along rows and columns
+@pytest.mark.parametrize("ord", ORDS)
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.kind != "c"], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((3, 40, 5), (0, 2)), ((1030, 20), (0,)), ((20, 1030), (1,))]
+)
+def test_norms_over_the_whole_range(ord, dtype, shape, axes):
+    x = wide(shape, dtype)
+    exact = totals(x, axes, ord)
+    for layout in LAYOUTS.values():
+        norms = norm(layout(x), axes, keepdims=True, ord=ord)
+        assert all(is_rounded(n, t) for n, t in zip(norms.flat, exact.flat, strict=True))
 
 
 # longer than a run of products, a tile and a panel; slices along rows and along columns
@@ -95,14 +89,21 @@ def test_float64_sums_are_exact_in_every_part_of_the_range(low, high, axes):
 @pytest.mark.parametrize(("dtype", "spread"), [("f4", 2), ("f8", 60)])
 def test_sums_are_exact_over_many_tiles(shape, axes, spread, dtype):
     x = wide(shape, np.dtype(dtype), -spread, spread)
-    assert (value(partial_norm(x, axes)) == expected(x, axes)).all()
+    assert (exact_sums(partial_norm(x, axes)) == squares(x, axes)).all()
 
 
+@pytest.mark.parametrize("ord", ORDS)
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
-def test_the_largest_values_of_a_whole_panel_add_up(dtype):
+def test_the_largest_values_of_a_whole_panel_add_up(dtype, ord):
     x = np.full((2**18 + 1, 1), np.finfo(dtype).max, dtype)
-    one = expected(x[:1], (0,)).item()
-    assert value(partial_norm(x, (0,))).item() == len(x) * one
+    if ord == math.inf:
+        assert norm(x, ord=ord) == np.finfo(dtype).max
+    else:
+        one = exact_sums(partial_norm(x[:1], (0,), ord=ord)).item()
+        assert one == (integer(x[0, 0]) ** 2 if ord == 2 else integer(x[0, 0]) << 1074)
+        assert exact_sums(partial_norm(x, (0,), ord=ord)).item() == len(x) * one
+    limit = 1e-30 if dtype != "f2" else 0.01
+    assert totals(clip_by_norm(x, limit, ord=ord), None, ord).item() <= integer(limit) ** 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -125,17 +126,16 @@ def test_transposed_blocks_have_the_same_sums(dtype):
     )
 
 
-@settings(max_examples=150, derandomize=True, deadline=None)
-@given(case=cases(special=True), data=st.data())
-def test_any_grouping_of_the_parts_equals_the_whole(case, data):
-    if not case.axes:
-        return
+@for_each_ord(150, 50, special=True, data=st.data())
+def test_any_grouping_of_the_parts_equals_the_whole(case, ord, data):
+    assume(case.axes)
     axis = data.draw(st.sampled_from(case.axes))
     edges = np.cumsum([0, *case.chunks[axis]])
     parts = [
-        partial_norm(np.take(case.plain, range(a, b), axis), case.axes) for a, b in pairwise(edges)
+        partial_norm(np.take(case.plain, range(a, b), axis), case.axes, ord=ord)
+        for a, b in pairwise(edges)
     ]
-    whole = partial_norm(case.plain, case.axes)
+    whole = partial_norm(case.plain, case.axes, ord=ord)
     assert same(combine(parts), whole)
     parts = data.draw(st.permutations(parts))
     while len(parts) > 1:
@@ -148,7 +148,7 @@ def test_any_grouping_of_the_parts_equals_the_whole(case, data):
 @given(many=st.lists(cases(), max_size=4))
 def test_sum_over_all_slices_of_several_arrays(many):
     total = combine_all([partial_norm(c.plain, c.axes) for c in many])
-    assert value(total).item() == sum(expected(c.plain, None).item() for c in many)
+    assert exact_sums(total).item() == sum(squares(c.plain, None).item() for c in many)
     assert total.flags.shape == ()
 
 
@@ -167,7 +167,7 @@ def test_flags_tell_what_was_met_and_the_sum_leaves_it_out(case, omit):
 
 def test_more_parts_than_a_limb_has_room_for_carries():
     one = partial_norm(np.float32([0xFFFFFF]), (0,))
-    assert value(combine([one] * 5000)).item() == 5000 * value(one).item()
+    assert exact_sums(combine([one] * 5000)).item() == 5000 * exact_sums(one).item()
 
 
 @pytest.mark.parametrize("ord", [1, 2, math.inf])
@@ -176,7 +176,7 @@ def test_no_sum_takes_more_bytes_than_are_announced(dtype, ord):
     """The largest sum that an array can have, beside the smallest element."""
     if dtype.kind == "c" and ord != 2:
         return
-    lowest, highest = WIDE[native(np.zeros((), dtype)).dtype.name]
+    lowest, highest = EXPONENTS[native(np.zeros((), dtype)).dtype.name]
     smallest, total = (
         partial_norm(np.ldexp([1.0], e).astype(dtype), (0,), ord=ord) for e in (lowest, highest)
     )
@@ -190,7 +190,7 @@ def test_no_sum_takes_more_bytes_than_are_announced(dtype, ord):
 
 def test_a_sum_exceeds_float64_without_harm():
     x = np.full(1000, np.finfo(float).max)
-    assert value(partial_norm(x, (0,))).item() == expected(x, (0,)).item()
+    assert exact_sums(partial_norm(x, (0,))).item() == squares(x, (0,)).item()
     assert norm(x) == np.inf
 
 
@@ -219,6 +219,27 @@ def test_norms_halfway_between_two_floats(odd, even, beside, scale):
 )
 def test_norms_of_subnormal_numbers(x, expected):
     assert norm(np.ldexp(np.float64(x), -1074)) == math.ldexp(expected, -1074)
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        ([1e300, 1e300], 2e300),
+        ([1.7e308, 1.7e308], math.inf),
+        ([5e-324, 5e-324, -5e-324], 15e-324),
+        ([2.0**53, 1.0], 2.0**53),  # halfway: to even
+        ([2.0**53, 1.0, 2.0**-1074], 2.0**53 + 2),
+        ([2.0**53, -3.0], 2.0**53 + 4),
+        ([2.0**53, 1 - 2.0**-53], 2.0**53),
+        ([2.0**53, -0.5, 2.0**-1000], 2.0**53),
+        ([1.0, 2.0**-54], 1.0),
+        ([2.0**-1022, 2.0**-1074], 2.0**-1022 + 2.0**-1074),
+        ([], 0.0),
+    ],
+)
+def test_sums_of_magnitudes_and_the_largest_at_the_edges(x, expected):
+    assert norm(np.array(x), ord=1) == expected
+    assert norm(np.array(x), ord=math.inf) == max(map(abs, x), default=0.0)
 
 
 def tall_constant():

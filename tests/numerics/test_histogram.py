@@ -1,4 +1,4 @@
-"""Histograms of norms: within their stated error of NumPy, and the same from whatever boxes."""
+"""Histograms of norms: within the stated error of NumPy, and independent of the blocks."""
 
 import math
 from fractions import Fraction
@@ -20,7 +20,7 @@ def norms_of(x, limit=np.inf, start=None, shape=None):
     return collect(x, (nan, odd), clipped, start or (0,) * x.ndim, shape or x.shape)
 
 
-def told(norms, x, percent):
+def quantile(norms, x, percent):
     return norms.quantile(Fraction(percent), float(x.min()), float(x.max()))
 
 
@@ -34,32 +34,32 @@ def exact(x, percent):
 @pytest.mark.parametrize("percent", PERCENTS)
 def test_a_quantile_is_within_the_stated_error(spread, percent):
     x = np.exp(spread * np.random.default_rng(0).standard_normal(20_000))
-    assert abs(told(norms_of(x), x, percent) / exact(x, percent) - 1) <= RELATIVE_ERROR
+    assert abs(quantile(norms_of(x), x, percent) / exact(x, percent) - 1) <= RELATIVE_ERROR
 
 
 @given(st.lists(st.floats(2.0**-1022, 1e308) | st.just(0.0), min_size=1), st.sampled_from(PERCENTS))
 def test_quantiles_of_any_norms(values, percent):
     x = np.array(values)
     wanted = exact(x, percent)
-    assert abs(told(norms_of(x), x, percent) - wanted) <= RELATIVE_ERROR * wanted
+    assert abs(quantile(norms_of(x), x, percent) - wanted) <= RELATIVE_ERROR * wanted
 
 
 @given(st.lists(st.floats(0.0, 2.0**-1021, exclude_min=True), min_size=1))
 def test_subnormal_norms_are_told_to_within_twice_that(values):
     x = np.array(values)
-    assert abs(told(norms_of(x), x, "50") / exact(x, "50") - 1) <= 2 * RELATIVE_ERROR
+    assert abs(quantile(norms_of(x), x, "50") / exact(x, "50") - 1) <= 2 * RELATIVE_ERROR
 
 
 def test_the_last_rank_is_rounded_up_exactly():
     x = np.arange(1.0, 1001.0)
     # 0.07 * 100 is above 7 in floating point
-    assert abs(told(norms_of(x[:100]), x[:100], "7") / 7 - 1) <= RELATIVE_ERROR
-    assert abs(told(norms_of(x), x, "99.9") / 999 - 1) < 1 / 2000
+    assert abs(quantile(norms_of(x[:100]), x[:100], "7") / 7 - 1) <= RELATIVE_ERROR
+    assert abs(quantile(norms_of(x), x, "99.9") / 999 - 1) < 1 / 2000
 
 
 def test_quantiles_of_equal_norms_are_that_norm():
     x = np.full(100, 0.1)
-    assert {told(norms_of(x), x, p) for p in PERCENTS} == {0.1}
+    assert {quantile(norms_of(x), x, p) for p in PERCENTS} == {0.1}
     assert np.isnan(norms_of(np.array([np.nan])).quantile(Fraction(50), np.inf, -np.inf))
 
 

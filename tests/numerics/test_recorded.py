@@ -23,6 +23,6 @@ def test_the_bits_are_those_of_0_1_0(group):
         wrong = differing(group, found, EXPECTED[group])
         pytest.fail(
             f"cases {wrong} of {group} have other bits than 0.1.0 gave; "
-            f"python tests/recorded.py {group} {wrong[0]} shows the first",
+            f"python tests/support/recorded.py {group} {wrong[0]} shows the first",
             pytrace=False,
         )

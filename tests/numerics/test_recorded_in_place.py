@@ -11,7 +11,7 @@ THEMES = ("any", "special", "limits", "tiny", "runs", "far")
 
 
 @pytest.mark.parametrize("theme", THEMES)
-def test_in_place(theme):
+def test_blocks_clipped_in_place_have_the_same_bits(theme):
     checked = 0
     for of, name, ord, numbers in GROUPS.values():
         for number in numbers if of == theme else ():
@@ -37,6 +37,6 @@ def test_in_place(theme):
 
 
 def assert_same(found, expected, where):
-    (told, bits), (other, others) = canonical(found), canonical(expected)
-    assert told == other, where
+    (form, bits), (other, others) = canonical(found), canonical(expected)
+    assert form == other, where
     assert bits.tobytes() == others.tobytes(), where

@@ -1,4 +1,4 @@
-"""The page of figures: what is in it, and that a browser shows it without an error."""
+"""The HTML page: its contents, and that a browser shows it without an error."""
 
 import re
 import shutil
@@ -8,11 +8,10 @@ from html.parser import HTMLParser
 import dask
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import run
 from stores import create
 
 from daskclip import clip_zarr, plan_zarr, stats_zarr
-from daskclip.cli import main
 from daskclip.report.html import _ticks
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -20,7 +19,7 @@ VOID = {"meta", "link"}
 
 
 class Document(HTMLParser):
-    """Elements of a page; refuses what is not closed, and what comes from elsewhere."""
+    """Elements of a page; refuses unclosed elements and external resources."""
 
     def __init__(self, text):
         super().__init__()
@@ -50,8 +49,8 @@ class Document(HTMLParser):
         return sum(attrs.get("class") == name for _, attrs in self.found)
 
 
-def run(*args):
-    result = CliRunner().invoke(main, [str(a) for a in args])
+def succeed(*args):
+    result = run(*args)
     assert result.exit_code == 0, result.stderr
 
 
@@ -63,7 +62,7 @@ def source(tmp_path):
 
 
 def test_the_page_of_stats(source, tmp_path):
-    run("stats", source, "--axes", 2, "--html", tmp_path / "page.html")
+    succeed("stats", source, "--axes", 2, "--html", tmp_path / "page.html")
     page = Document((tmp_path / "page.html").read_text())
     assert page.pictures() == [
         "Slices by their norm",
@@ -77,7 +76,9 @@ def test_the_page_of_stats(source, tmp_path):
 
 
 def test_the_page_of_a_run(source, tmp_path):
-    run("run", source, tmp_path / "y", "--axes", 2, "--clip-norm", 5, "--html", tmp_path / "a.html")
+    succeed(
+        "run", source, tmp_path / "y", "--axes", 2, "--clip-norm", 5, "--html", tmp_path / "a.html"
+    )
     page = Document((tmp_path / "a.html").read_text())
     assert page.pictures() == [
         "Slices by their norm",
@@ -96,7 +97,9 @@ def test_the_page_of_a_run(source, tmp_path):
     ):
         assert text in page.texts
     # already done: the same pictures, from the record
-    run("run", source, tmp_path / "y", "--axes", 2, "--clip-norm", 5, "--html", tmp_path / "b.html")
+    succeed(
+        "run", source, tmp_path / "y", "--axes", 2, "--clip-norm", 5, "--html", tmp_path / "b.html"
+    )
     assert Document((tmp_path / "b.html").read_text()).pictures() == page.pictures()
 
 
@@ -121,7 +124,7 @@ def test_notebooks_show_the_same(source, tmp_path):
         assert all(value in shown.texts for value in rows.values())
 
 
-def test_nothing_to_draw(tmp_path):
+def test_pages_with_little_or_nothing_to_draw(tmp_path):
     zeros = create(tmp_path / "x", np.zeros((3, 2), "f4"), (3, 2))
     assert Document(stats_zarr(zeros, 1)._repr_html_()).count("line") == 0
     empty = create(tmp_path / "e", np.zeros((0, 2), "f4"), (3, 2))
@@ -135,7 +138,7 @@ def test_nothing_to_draw(tmp_path):
 
 def test_no_folder_for_the_page(source, tmp_path):
     at = tmp_path / "none" / "page.html"
-    done = CliRunner().invoke(main, ["stats", str(source), "--html", str(at)])
+    done = run("stats", source, "--html", at)
     assert done.exit_code == 3
     assert "does not exist; create it" in done.stderr
 
@@ -160,8 +163,8 @@ def test_a_browser_shows_the_page(tmp_path, width, scheme, rows):
     page, rng = tmp_path / "page.html", np.random.default_rng(0)
     x = rng.standard_normal((rows, 4, 3)) * np.exp(rng.standard_normal((rows, 4, 1)))
     source = create(tmp_path / "x", x.astype("f4"), (rows // 5, 4, 3))
-    run("run", source, tmp_path / "y", "--axes", 2, "--clip-norm", "p90", "--html", page)
-    # told by the browser itself: text that lies over other text of its picture, or outside of it
+    succeed("run", source, tmp_path / "y", "--axes", 2, "--clip-norm", "p90", "--html", page)
+    # measured by the browser: labels that overlap another label, or lie outside their picture
     look = """<script>
     const boxes = [...document.querySelectorAll('svg')].map(s => [s, ...s.querySelectorAll('text')]
       .map(e => e.getBoundingClientRect()));

@@ -1,4 +1,4 @@
-"""Chunks as they are stored, against zarr's own reading and writing; files of all lengths."""
+"""Codecs, compared with zarr's own reading and writing, and chunk files of all lengths."""
 
 import gzip
 from collections import Counter
@@ -59,7 +59,7 @@ def test_what_zarr_wrote_is_read_and_what_is_written_zarr_reads(tmp_path, layout
 
 
 def test_chunks_are_encoded_as_by_zarr(tmp_path, layout, monkeypatch):
-    monkeypatch.setattr(gzip.time, "time", lambda: 0.0)  # its header tells the second
+    monkeypatch.setattr(gzip.time, "time", lambda: 0.0)  # its header holds the time
     x = some(SHAPE, "f4")
     array = zarr.create_array(tmp_path, shape=SHAPE, chunks=CHUNKS, dtype="f4", **layout)
     array[...] = x

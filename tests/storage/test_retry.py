@@ -1,4 +1,4 @@
-"""Storage that fails now and then, or for good: what is tried again, and what is told."""
+"""Storage that fails temporarily or permanently: what is retried, and the errors."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ CHUNK = "c/2/0"
 
 
 class ResponseError(Exception):
-    """As aiohttp's errors of a response."""
+    """Like aiohttp's ClientResponseError."""
 
     def __init__(self, status):
         super().__init__(f"{status}, message='no'")
@@ -32,7 +32,7 @@ class ResponseError(Exception):
 
 
 class ClientError(Exception):
-    """As botocore's."""
+    """Like botocore's ClientError."""
 
     def __init__(self, status):
         super().__init__(f"An error occurred ({status}) when calling GetObject")
@@ -40,7 +40,7 @@ class ClientError(Exception):
 
 
 class StatusError(Exception):
-    """As those of requests and httpx."""
+    """Like the HTTP errors of requests and httpx."""
 
     def __init__(self, status):
         super().__init__(f"{status} for url")
@@ -83,7 +83,7 @@ PERMANENT = {
 
 
 class Failing(WrapperStore):
-    """Fails for one chunk, so many times."""
+    """A store that fails for one chunk, a number of times."""
 
     def __init__(self, store, error, times):
         super().__init__(store)
@@ -120,7 +120,7 @@ def failing(x, error, times):
 
 
 def calls(source):
-    """How often each chunk was asked for."""
+    """Number of reads of each chunk."""
     return {key: n for key, n in source.store.calls.items() if key.startswith("c/")}
 
 
@@ -142,7 +142,9 @@ def test_a_read_that_goes_on_failing_is_temporary(tmp_path, x, error):
     source = failing(x, TRANSIENT[error], 10**9)
     with pytest.raises(TemporaryError) as caught:
         clip_zarr(source, tmp_path / "y", 1.0, 1)
-    told(caught.value, 75, "reading", "[4:8, 0:8]", source.store_path, TRANSIENT[error]())
+    assert_names_chunk(
+        caught.value, 75, "reading", "[4:8, 0:8]", source.store_path, TRANSIENT[error]()
+    )
     # once more for the chunk alone, to name it
     assert source.store.calls[CHUNK] == retries.ATTEMPTS + 1
     assert not (tmp_path / "y").exists()
@@ -157,13 +159,15 @@ def test_a_read_that_will_not_do_is_not_tried_again(tmp_path, x, error):
     source = failing(x, PERMANENT[error], 10**9)
     with pytest.raises(StorageError) as caught:
         clip_zarr(source, tmp_path / "y", 1.0, 1)
-    told(caught.value, 1, "reading", "[4:8, 0:8]", source.store_path, PERMANENT[error]())
+    assert_names_chunk(
+        caught.value, 1, "reading", "[4:8, 0:8]", source.store_path, PERMANENT[error]()
+    )
     assert source.store.calls[CHUNK] == 1 + 1  # the second names the chunk
     assert not (tmp_path / "y").exists()
 
 
-def told(error, code, doing, block, path, cause):
-    """One line with the block, its array, the chunk and the number of the error."""
+def assert_names_chunk(error, code, doing, block, path, cause):
+    """Check that the error names block, array, chunk and cause on one line."""
     assert type(error) is (TemporaryError if code == 75 else StorageError)
     assert error.exit_code == code
     text = str(error)
@@ -210,7 +214,9 @@ def test_a_write_that_goes_on_failing_is_told(tmp_path, monkeypatch, x, error, c
     before = stored(x)
     with pytest.raises(StorageError) as caught:
         clip_zarr(x, tmp_path / "y", 1.0, 1)
-    told(caught.value, code, "writing", "[4:8, 0:8]", tmp_path / ".y.daskclip", cause())
+    assert_names_chunk(
+        caught.value, code, "writing", "[4:8, 0:8]", tmp_path / ".y.daskclip", cause()
+    )
     assert len(done) == times
     assert stored(x) == before
     monkeypatch.undo()
@@ -232,7 +238,7 @@ def test_the_shell_says_it_on_one_line(tmp_path, monkeypatch, capsys, x, error, 
 
 
 def waits(monkeypatch, first, longest, attempts):
-    """Seconds between the attempts at something that never works."""
+    """Seconds between the attempts at a call that always fails."""
     monkeypatch.setattr(retries, "FIRST", first)
     monkeypatch.setattr(retries, "LONGEST", longest)
     monkeypatch.setattr(retries, "ATTEMPTS", attempts)

@@ -1,4 +1,4 @@
-"""What is read from a Zarr array, and what its clipped copy keeps of it."""
+"""Sources of every format and codec, and what their clipped copies preserve."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 from reference import bits
-from stores import FORMATS, create, read, some, stored
+from stores import FORMATS, clipped, create, read, some, stored
 from zarr.codecs import (
     BloscCodec,
     BytesCodec,
@@ -38,17 +38,15 @@ LOSSY = {
     "astype": {"encode_dtype": "<f2", "decode_dtype": "<f4"},
 }
 
-# zarr says so for every codec of numcodecs in format 3, and once more when the target is opened
+# zarr warns of every numcodecs codec in format 3, and again when the target is opened
 pytestmark = pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
 
 
 def assert_clipped(source, target, clip_norm=1.0, axes=1):
-    """Clip, and compare with NumPy bit for bit; the source must stay as it was."""
+    """Clip and compare with NumPy bit for bit; the source must not change."""
     before = stored(source)
-    x = read(source)
-    clip_zarr(source, target, clip_norm, axes)
+    clipped(source, target, axes, clip_norm)
     assert stored(source) == before
-    assert bits(read(target)) == bits(clip_by_norm(x, clip_norm, axes))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +86,7 @@ def assert_clipped(source, target, clip_norm=1.0, axes=1):
     ],
     ids=str,
 )
-def test_codecs_of_format_3(tmp_path, options):
+def test_codecs_of_format_3_are_read_and_written(tmp_path, options):
     create(tmp_path / "x", some((5, 6), "f4"), (2, 4), **options)
     assert_clipped(tmp_path / "x", tmp_path / "y")
 
@@ -126,7 +124,7 @@ def test_bundled_checksums_and_shuffle_of_format_3(tmp_path, name):
     ],
     ids=str,
 )
-def test_codecs_of_format_2(tmp_path, compressor):
+def test_codecs_of_format_2_are_read_and_written(tmp_path, compressor):
     create(tmp_path / "x", some((5, 6), "f4"), (2, 4), zarr_format=2, compressors=compressor)
     assert_clipped(tmp_path / "x", tmp_path / "y")
 
@@ -145,8 +143,8 @@ def test_checksums_of_format_2(tmp_path, name):
     assert_clipped(tmp_path / "x", tmp_path / "y")
 
 
-def refused(source, codec):
-    """The source is refused by the codec's name and nothing is left beside it."""
+def assert_codec_refused(source, codec):
+    """Check that the source is refused by the name of its codec, and no file is left."""
     before = stored(source.parent)
     with pytest.raises(SourceError, match=rf"stored with {codec}, .*lossless.*another codec") as e:
         clip_zarr(source, source.parent / "y", 1.0)
@@ -164,14 +162,14 @@ def test_lossy_filters_are_refused(tmp_path, codec, zarr_format):
         used = kinds[codec](**LOSSY[codec])
     values = np.arange(6, dtype="f4").reshape(2, 3)
     create(tmp_path / "x", values, (2, 4), zarr_format=zarr_format, filters=[used])
-    refused(tmp_path / "x", codec)
+    assert_codec_refused(tmp_path / "x", codec)
 
 
 def test_lossy_codecs_inside_shards_are_refused(tmp_path):
     values = np.arange(32, dtype="f4").reshape(4, 8)
     filters = [bundled.Quantize(**LOSSY["quantize"])]
     create(tmp_path / "x", values, (2, 4), shards=(4, 8), filters=filters)
-    refused(tmp_path / "x", "quantize")
+    assert_codec_refused(tmp_path / "x", "quantize")
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
@@ -183,7 +181,7 @@ def test_zfpy_is_refused(tmp_path, zarr_format):
     else:
         options = {"serializer": bundled.ZFPY(**lossy)}
     create(tmp_path / "x", some((5, 6), "f4"), (2, 4), zarr_format=zarr_format, **options)
-    refused(tmp_path / "x", "zfpy")
+    assert_codec_refused(tmp_path / "x", "zfpy")
 
 
 @pytest.mark.parametrize("name", ["ScaleOffset", "CastValue"])
@@ -198,7 +196,7 @@ def test_rounding_codecs_of_newer_zarr_are_refused(tmp_path, name):
         create(tmp_path / "x", np.ones((2, 4), "f4"), (2, 4), filters=[codec])
     except ImportError as error:
         pytest.skip(f"this zarr cannot use its codec {name} here: {error}")
-    refused(tmp_path / "x", "scale_offset" if name == "ScaleOffset" else "cast_value")
+    assert_codec_refused(tmp_path / "x", "scale_offset" if name == "ScaleOffset" else "cast_value")
 
 
 ZEROS = np.array(
@@ -317,7 +315,7 @@ def test_metadata_is_carried_over_to_the_byte(tmp_path, layout):
 @pytest.mark.parametrize("separator", ["/", "."])
 @pytest.mark.parametrize("name", ["default", "v2", "format 2"])
 @pytest.mark.parametrize("missing", ["fill", "error"])
-def test_chunk_keys(tmp_path, name, separator, missing):
+def test_chunks_are_found_under_any_keys(tmp_path, name, separator, missing):
     encoding = {"name": "v2" if name == "format 2" else name, "separator": separator}
     create(
         tmp_path / "x",
@@ -354,7 +352,7 @@ def test_one_chunk_larger_than_the_array(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [">f2", ">f4", ">f8", ">c8", ">c16"])
-def test_byte_order_is_kept(tmp_path, layout, dtype):
+def test_byte_order_is_kept_in_storage(tmp_path, layout, dtype):
     create(tmp_path / "x", some((5, 6), dtype), (2, 4), **FORMATS[layout])
     assert_clipped(tmp_path / "x", tmp_path / "y")
     x, y = (zarr.open_array(tmp_path / name) for name in "xy")

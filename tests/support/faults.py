@@ -1,6 +1,6 @@
-"""A small job in a process of its own, killed or failing at any file operation, and what is left.
+"""A small run in a forked process, killed or failing at any file operation, and what it leaves.
 
-The model of a power loss: what was written to a file since it was last synced is gone.
+The model of a power loss: everything written to a file since its last sync is lost.
 """
 
 import atexit
@@ -39,7 +39,7 @@ SIZES = {"BLOCK": 128, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
 
 @contextmanager
 def room():
-    """A folder in memory where there is one: only the model loses what is not on disk."""
+    """A temporary folder, in memory if possible: only the model of a power loss loses data."""
     shm = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else None) as folder:
         yield Path(folder)
@@ -52,13 +52,13 @@ class Hooks:
     kill: int | None = None
     """Number of the operation to be killed at."""
     after: bool = False
-    """Whether it is done first."""
+    """Whether the operation is done first."""
     fail: int | None = None
     """Number of the operation from which on all fail that make or change something."""
     number: int = 0
     """errno of these failures."""
     log: Path | None = None
-    """Where to say which files would lose what."""
+    """File for the synced length of every written file."""
     count: int = 0
     lengths: dict = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -97,7 +97,7 @@ class Hooks:
         return operation
 
     def lose(self, name, args, kwargs):
-        """Keep up to date how much of every written file is on disk."""
+        """Track how much of every written file is on disk."""
 
         def place(path):
             if isinstance(path, int):
@@ -135,7 +135,7 @@ class Hooks:
 
 
 def lose_power(log):
-    """Cut every file to what was on disk when the process was killed; returns how many."""
+    """Truncate every file to its synced length; returns the number of files."""
     lost = 0
     for path, length in json.loads(log.read_text() or "{}").items():
         if os.path.isfile(path) and os.path.getsize(path) > length:
@@ -145,7 +145,7 @@ def lose_power(log):
 
 
 def in_child(function, hooks=None, defect=None):
-    """What ``function`` returns or raises in a forked process, and how many operations it took."""
+    """Result or error of ``function`` in a forked process, and its number of operations."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -183,7 +183,7 @@ def in_child(function, hooks=None, defect=None):
 
 @dataclass(frozen=True)
 class Case:
-    """A job over a folder."""
+    """A run over a folder."""
 
     name: str
     axes: object
@@ -194,7 +194,7 @@ class Case:
     """Of a group; None for an array."""
 
     def prepare(self, folder):
-        """Source, and an array to replace."""
+        """Make the source, and an array to replace."""
         if self.global_norm is not None:
             group = zarr.create_group(folder / "x")
             group.create_array("n", shape=(6,), chunks=(3,), dtype="i4")[:] = range(6)
@@ -242,7 +242,7 @@ CASES = [
 
 @cache
 def warm():
-    """Load here what every child would load again."""
+    """Load in this process what every child would load again."""
     with room() as folder:
         CASES[0].prepare(folder)
         replace(CASES[0], memory=2**30).run(folder)
@@ -250,7 +250,7 @@ def warm():
 
 @cache
 def prepared(case):
-    """A folder that is ready for the case, to copy."""
+    """A folder with the source of a case, to be copied."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     case.prepare(folder)
@@ -258,12 +258,12 @@ def prepared(case):
 
 
 def contents(folder, name):
-    """What a reader sees of an array."""
+    """Files of an array, without its record; None if it does not exist."""
     return stored(folder / name) if (folder / name).exists() else None
 
 
 class Sweep:
-    """A case, what it gives when nothing happens, and what went wrong when something did."""
+    """A case, its undisturbed result, and the violations found when it was disturbed."""
 
     def __init__(self, case, defect=None):
         self.case, self.defect = case, defect
@@ -284,7 +284,7 @@ class Sweep:
             yield folder
 
     def kills(self, numbers, power=False):
-        """Kill the job before and after each of these operations."""
+        """Kill the run before and after each of these operations."""
         # two at a time: each is a process
         with ThreadPoolExecutor(2) as pool:
             for number in numbers:
@@ -292,13 +292,13 @@ class Sweep:
                     pool.submit(self.kill, number, after, power).add_done_callback(Future.result)
 
     def fails(self, numbers, codes):
-        """Let all operations fail from each of these on, with one errno after the other."""
+        """For each of these operations, let it and all later ones fail, with the codes in turn."""
         with ThreadPoolExecutor(2) as pool:
             for number, code in zip(numbers, cycle(codes), strict=False):
                 pool.submit(self.fail, number, code).add_done_callback(Future.result)
 
     def kill(self, number, after, power):
-        """Kill the job at an operation, then run it again."""
+        """Kill the run at an operation, then repeat it."""
         when = f"{'after' if after else 'before'} {number}"
         with self.folder() as folder, room() as aside:
             log = aside / "log"
@@ -312,7 +312,7 @@ class Sweep:
             self.again(folder, when)
 
     def fail(self, number, code):
-        """Let all operations from one on fail, then run the job again without that."""
+        """Let all operations from one on fail, then repeat the run without failures."""
         when = f"{errno.errorcode[code]} from {number}"
         with self.folder() as folder:
             hooks = Hooks(fail=number, number=code)
@@ -324,13 +324,13 @@ class Sweep:
             self.again(folder, when)
 
     def look(self, folder, when):
-        """The target is what it was or what it is to be; the source is untouched."""
+        """Check that each array is either as before or as wanted."""
         for name in "xy":
             if contents(folder, name) not in (self.before[name], self.wanted[name]):
                 self.violations.append((when, f"{name} is neither old nor new"))
 
     def again(self, folder, when):
-        """The same job ends with the same bytes and norms, and nothing is left."""
+        """Check that the repeated run gives the same bytes and norms, and leaves no files."""
         outcome = in_child(lambda: self.case.run(folder), defect=self.defect)
         value = outcome.get("value")
         if value is None or value[1:] != self.outcome["value"][1:]:

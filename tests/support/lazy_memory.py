@@ -26,13 +26,13 @@ def halves(store):
 
 
 def everything(store):
-    """Sliced, concatenated and rechunked across the borders of chunks."""
+    """Array sliced, concatenated and rechunked across chunk borders."""
     x = array(store)
     return da.concatenate([x[3:5000], x[5000:, ::-1]])[:, 1024:].rechunk((1024, 1024))
 
 
 def chain(store):
-    """Many steps for each chunk, before a step that mixes chunks."""
+    """Array of many steps for each chunk, before a step that mixes chunks."""
     x = array(store)
     for _ in range(20):
         x = x + 1
@@ -60,7 +60,7 @@ def clipped(store, kind):
 
 
 def status(field):
-    """Of this process, in MB."""
+    """Memory of this process, in MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024 / 1e6

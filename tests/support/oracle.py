@@ -1,4 +1,4 @@
-"""Cases that were recorded from TensorFlow 2.21, and their arguments as arrays."""
+"""Cases recorded from TensorFlow 2.21, and their arguments as arrays."""
 
 import json
 from pathlib import Path

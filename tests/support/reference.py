@@ -1,4 +1,4 @@
-"""Exact arithmetic that the results are judged by.
+"""Exact arithmetic to check results with.
 
 A float64 is a whole number of units of 2**-1074, so Python's integers hold every value, square and
 sum of squares without rounding.
@@ -19,6 +19,13 @@ FORMATS = {
     "float32": (24, -149),
     "float64": (53, -1074),
 }
+# smallest and largest exponent
+EXPONENTS = {
+    "float16": (-24, 15),
+    "bfloat16": (-133, 127),
+    "float32": (-149, 127),
+    "float64": (-1074, 1023),
+}
 
 
 def native(x):
@@ -32,6 +39,25 @@ def native(x):
 def bits(x):
     """Dtype, shape and bits: equal for equal arrays only, -0.0 and NaN included."""
     return native(x).dtype.name, np.shape(x), native(x).tobytes()
+
+
+def same(a, b):
+    """Whether two partials, or an array and a scale, have equal fields and bits."""
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return bits(a) == bits(b) if a.dtype.kind in "fcV" else np.array_equal(a, b)
+    return a == b
+
+
+def exact_sums(partial):
+    """Sums as exact integers in units of 2**-2148; an array of one for each slice."""
+    limbs = partial.limbs.astype(object)
+    weights = [1 << (32 * (partial.low + i + 68)) for i in range(len(limbs))]
+    total = sum((w * limb for w, limb in zip(weights, limbs, strict=True)), 0)
+    total = np.broadcast_to(np.asarray(total, object), partial.flags.shape)
+    assert not (total & (1 << 28) - 1).any()
+    return total >> 28
 
 
 def integer(value):
@@ -71,7 +97,7 @@ def tall_squares(x):
         total = 0
         for part, weight in ((m & 0xFFFFFF, 0), (m >> 24, 24)):
             # float64 adds these integers without rounding: each is below 2**25
-            sums = np.bincount(e + 149, block_strides=part)
+            sums = np.bincount(e + 149, weights=part)
             unit = weight + 2 * (-149 - 24) - 2 * UNIT
             total += sum(int(s) << (unit + 2 * k) for k, s in enumerate(sums.tolist()))
         result.append(total)

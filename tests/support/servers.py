@@ -1,4 +1,4 @@
-"""Real object stores on loopback, each a process that was started here and is stopped by its id."""
+"""Servers on loopback: object stores, each a process stopped by its id, and Dask clusters."""
 
 import asyncio
 import contextlib
@@ -16,6 +16,7 @@ import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
+from distributed import LocalCluster
 from zarr.storage import FsspecStore, ObjectStore
 
 BIN = Path(sys.executable).parent
@@ -27,13 +28,13 @@ USERS = {
 
 
 def missing(*what):
-    """Why a test cannot run here: the commands and packages that are not installed, or ''."""
+    """Reason to skip a test, with the commands and packages that are not installed, or ''."""
     gone = [w for w in what if not (find_spec(w) or shutil.which(w) or (BIN / w).exists())]
     return f"not installed: {', '.join(gone)}" if gone else ""
 
 
 def free_port(beside=0):
-    """A port that is free, as is the one ``beside`` further."""
+    """A free port; the port ``beside`` above it is free too."""
     while True:
         with socket.socket() as one, socket.socket() as other:
             one.bind(("127.0.0.1", 0))
@@ -46,6 +47,14 @@ def free_port(beside=0):
             return port
 
 
+def local_cluster(workers):
+    """A cluster of worker processes, each of one thread."""
+    # by default the dashboard takes a fixed port, and warns if it is in use
+    return LocalCluster(
+        n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    )
+
+
 class Server:
     """A process that answers HTTP on a port."""
 
@@ -53,7 +62,7 @@ class Server:
         self.log, self.process = log, None
 
     def start(self):
-        """Start it, or start it again on the same folder; returns when it answers."""
+        """Start or restart the server on its folder; returns when it answers."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
         end = time.monotonic() + 60
@@ -116,7 +125,7 @@ class Rclone(Server):
 
 
 class Place:
-    """A prefix in a bucket of a server, another one each."""
+    """A prefix of its own in a bucket of a server."""
 
     number = itertools.count()
 
@@ -167,13 +176,13 @@ class Place:
         )
 
     def as_(self, kind):
-        """What a caller gives, and the options with it."""
+        """Target of some kind, and the options that it needs."""
         if kind == "url":
             return self.name, {"storage_options": self.options}
         return getattr(self, kind)(), {}
 
     def objects(self):
-        """Bytes of all objects but the journal, by key."""
+        """Bytes of all objects except the journal, by key."""
         store = self.obstore().store
         found = [about["path"] for batch in store.list() for about in batch]
         return {
@@ -203,7 +212,7 @@ class Proxy:
 
 
 async def proxy(port, most):
-    """What the process of a `Proxy` does."""
+    """Serve as the process of a `Proxy`."""
     rng = random.Random(0)
 
     async def accept(reader, writer):

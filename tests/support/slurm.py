@@ -45,7 +45,7 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf
 
 
 def missing():
-    """Why there can be no SLURM here, or ''."""
+    """Reason to skip tests of SLURM, or ''."""
     gone = [c for c in COMMANDS if not (shutil.which(c) or Path(f"/usr/sbin/{c}").exists())]
     if gone:
         return f"not installed: {', '.join(gone)}"
@@ -53,7 +53,7 @@ def missing():
 
 
 class Slurm:
-    """Daemons that were started here, and are stopped by their process ids."""
+    """SLURM daemons, each a child process."""
 
     def __init__(self, folder):
         self.folder, self.processes = folder, []
@@ -92,7 +92,7 @@ class Slurm:
             )
 
     def __call__(self, *command):
-        """What a command prints."""
+        """Output of a SLURM command."""
         done = subprocess.run(
             list(map(str, command)),
             capture_output=True,
@@ -111,13 +111,13 @@ class Slurm:
             time.sleep(0.1)
 
     def submit(self, *command):
-        """Number of a job."""
+        """Submit a job and return its number."""
         said = self("sbatch", "--parsable", *command)
         assert said.isdigit(), said
         return said
 
     def state(self, job):
-        """State of a job, and how often it was started again."""
+        """State of a job, and its number of restarts."""
         said = self("scontrol", "show", "job", job).split()
         fields = dict(field.split("=", 1) for field in said if "=" in field)
         return fields["JobState"], int(fields["Restarts"])

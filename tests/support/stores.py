@@ -1,17 +1,21 @@
-"""Zarr arrays to clip, and what is left of them on disk."""
+"""Zarr arrays to clip, and the files of the results."""
 
 import bisect
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
+from reference import bits
 
-from daskclip import plan_zarr
+from daskclip import clip_by_norm, clip_zarr, plan_zarr
 from daskclip.errors import MemoryBudgetError
 from daskclip.target.journal import Journal
 
+# budgets that lead to one pass and to two, where blocks do not hold slices whole
+BUDGETS = {1: "ample", 2: "tight"}
 # name: options of `zarr.create_array` for an array of two dimensions in chunks of (2, 4)
 FORMATS = {
     "format 3": {"zarr_format": 3},
@@ -32,7 +36,7 @@ def some(shape, dtype, seed=0):
 
 
 def create(path, values, chunks, **options):
-    """Array at ``path`` that holds ``values``, with every chunk stored; returns its path."""
+    """Create an array that holds ``values``, with every chunk stored, and return its path."""
     array = zarr.create_array(
         path,
         shape=values.shape,
@@ -53,7 +57,7 @@ def read(path):
 def stored(folder):
     """Bytes of every file below a folder, by relative path; folders end with a slash.
 
-    The record of the run that made an array is left out: no two are the same.
+    The record of the run is left out, which differs between equal arrays.
     """
     return {
         f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}": (
@@ -65,32 +69,45 @@ def stored(folder):
 
 
 def finished(folder):
-    """`stored` without what an unfinished run keeps for the next one."""
+    """`stored` without the files that an unfinished run keeps for the next one."""
     return {k: v for k, v in stored(folder).items() if not k.split("/")[0].endswith(".daskclip")}
 
 
 def files_of(folder):
-    """Bytes of the files of an array but the journal, by key."""
+    """Bytes of the files of an array except the journal, by key."""
     paths = [p for p in folder.rglob("*") if p.is_file() and p.name != ".daskclip"]
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
-def least_memory(source, target, *args, **how):
-    """The smallest budget, to a few bytes, that a plan fits."""
+def clipped(source, target, axes=None, clip_norm=1.0, **options):
+    """Clip and check that the result has NumPy's bits; returns the report."""
+    x = read(source)
+    report = clip_zarr(source, target, clip_norm, axes, **options)
+    policy = options.get("nonfinite", "propagate")
+    assert bits(read(target)) == bits(clip_by_norm(x, clip_norm, axes, nonfinite=policy))
+    return report
+
+
+def least_memory(source, axes=None, clip_norm=1.0, **how):
+    """The smallest budget for which there is a plan."""
+    array, absent = zarr.open_array(source, mode="r"), Path(source).parent / "absent"
 
     def fits(memory):
         try:
-            plan_zarr(source, target, *args, memory=memory, **how)
+            return bool(plan_zarr(array, absent, clip_norm, axes, memory=memory, **how))
         except MemoryBudgetError:
             return False
-        return True
 
-    budgets = range(64, 2**16, 64)
-    return budgets[bisect.bisect_left(budgets, True, key=fits)]
+    return 1 + bisect.bisect_left(range(1, 2**20), True, key=fits)
+
+
+def memory_of(budget, source, axes=None, clip_norm=1.0, **how):
+    """The smallest budget if it is ``"tight"``, else one that everything fits."""
+    return least_memory(source, axes, clip_norm, **how) if budget == "tight" else 2**30
 
 
 def stopping_at(monkeypatch):
-    """A list of the number of lines of journals after which a run is interrupted; 0 for never."""
+    """List of one number: journal lines after which a run is interrupted; 0 for never."""
     append, left = Journal.append, [0]
 
     def stopping(self, entry):
@@ -105,7 +122,7 @@ def stopping_at(monkeypatch):
 
 @contextmanager
 def mounted(folder, options):
-    """A file system of its own in ``folder``; the test is skipped where mounting is refused."""
+    """Mount a file system in ``folder``; skips the test where mounting is refused."""
     point = folder / "mount"
     point.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(point)]

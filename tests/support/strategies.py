@@ -1,4 +1,4 @@
-"""Arrays, their chunks and everything else that must not change a bit of the result."""
+"""Hypothesis strategies: arrays, limits, and the layouts and chunks that must not change a bit."""
 
 import math
 import sys
@@ -8,9 +8,12 @@ from functools import cache
 import dask
 import dask.array as da
 import numpy as np
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import BFLOAT16, DTYPES, FORMATS, native, root, totals
+from reference import BFLOAT16, DTYPES, EXPONENTS, FORMATS, native, root, totals
 
+ORDS = (2, 1, math.inf)
 # one step off the native layout each; ml_dtypes has no swapped bfloat16
 LAYOUTS = {
     "c": lambda x: x,
@@ -19,11 +22,11 @@ LAYOUTS = {
     "reversed": lambda x: np.flip(np.flip(x).copy()),
     "swapped": lambda x: x if x.dtype == BFLOAT16 else x.astype(x.dtype.newbyteorder()),
 }
-# strategies that are made once are drawn from several times faster
+# cached, because drawing from a strategy that exists is several times faster
 integers = cache(st.integers)
 one_of = cache(lambda *values: st.sampled_from(values))
 flags = st.booleans()
-# from the norm of a slice to a limit beside it, or far from all norms
+# functions from the norm of a slice to a limit beside it, or far from all norms
 limits = (
     one_of(lambda n: n, lambda n: math.nextafter(n, 0), lambda n: math.nextafter(n, 1e308))
     | st.floats(0, 1.5).map(lambda k: lambda n: k * n)
@@ -34,7 +37,7 @@ limits = (
 
 @dataclass(frozen=True)
 class Case:
-    """One call, and the ways to spread it over chunks."""
+    """One call, and the chunks to spread it over."""
 
     plain: np.ndarray
     """Native and contiguous."""
@@ -52,7 +55,7 @@ class Case:
         )
 
     def compute(self, function, scheduler):
-        """What a function of the Dask array gives, a list or an array."""
+        """Compute the list that a function returns for the Dask array."""
         with dask.config.set(split_every=self.split_every):
             results = function(da.from_array(self.x, self.chunks))
             return dask.compute(*results, scheduler=scheduler)
@@ -60,7 +63,7 @@ class Case:
 
 @cache
 def shapes():
-    """Up to three dimensions, some of no length, some longer than one run of products."""
+    """Shapes of up to three dimensions, some empty, some longer than a tile of the kernel."""
     short = st.lists(integers(0, 6), max_size=3).map(tuple)
     long = st.tuples(one_of(17, 40, 90), integers(0, 6), integers(1, 3)).flatmap(
         lambda shape: st.permutations(shape[: shape[2]])
@@ -79,7 +82,7 @@ def elements(draw, shape, dtype):
     """Values around one power of two of the dtype's range, with zeros of both signs."""
     name = native(np.zeros((), dtype)).dtype.name
     significant, lowest = FORMATS[name]
-    highest = {"float16": 15, "float64": 1023}.get(name, 127)
+    highest = EXPONENTS[name][1]
     centre = draw(integers(lowest, highest))
     spread = draw(one_of(0, 1, 4, 30, highest - lowest))
     rng = np.random.default_rng(draw(integers(0, 2**32)))
@@ -96,8 +99,8 @@ def elements(draw, shape, dtype):
     return parts.view(dtype).reshape(shape) if dtype.kind == "c" else parts.astype(dtype)
 
 
-def spoil(draw, x):
-    """Make some elements NaN or infinite, of complex ones both parts or one."""
+def make_nonfinite(draw, x):
+    """Make some elements NaN or infinite, in one or both parts of complex ones."""
     for at in draw(st.lists(integers(0, x.size - 1), min_size=1, max_size=3)):
         value = draw(one_of(math.nan, math.inf, -math.inf))
         x.flat[at] = complex(1.0, value) if x.dtype.kind == "c" and draw(flags) else value
@@ -114,8 +117,31 @@ def cases(draw, special=False, ord=2):
     norm = root(norms[draw(integers(0, 99)) % len(norms)]) if len(norms) else 1.0
     clip_norm = min(draw(limits)(norm if math.isfinite(norm) else 1.0), sys.float_info.max)
     if special and plain.size:
-        spoil(draw, plain)
+        make_nonfinite(draw, plain)
     layout = LAYOUTS[draw(one_of(*sorted(LAYOUTS)))]
     chunks = tuple(draw(partitions(n)) for n in shape)
     x = np.asarray(layout(plain))
     return Case(plain, x, axes, clip_norm, chunks, draw(integers(2, 4)))
+
+
+def for_each_ord(examples, others, special=False, **drawn):
+    """Test a property of a `Case` for each norm: ``examples`` cases of order 2, ``others`` else.
+
+    The decorated function takes ``case``, ``ord``, and a value of each strategy in ``drawn``.
+    """
+
+    def decorate(check):
+        def test(ord):
+            number = examples if ord == 2 else others
+
+            @settings(max_examples=number, derandomize=True, deadline=None)
+            @given(case=cases(special, ord), **drawn)
+            def of_all_cases(**values):
+                check(ord=ord, **values)
+
+            of_all_cases()
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return pytest.mark.parametrize("ord", ORDS)(test)
+
+    return decorate

@@ -1,11 +1,9 @@
-"""Sources and targets in object stores: a real S3 server on loopback, and one that is too weak."""
+"""Sources and targets in object stores: a real S3 server, and one without conditional puts."""
 
 import gzip
 import itertools
 import math
 import os
-import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -13,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import zarr
+from command_line import shell
 from reference import bits
 from servers import Place, Rclone, missing
 from stores import FORMATS, create, files_of, read, some
@@ -106,7 +105,7 @@ def test_a_source_of_other_bytes_is_copied_to_the_byte(place, tmp_path):
     assert files_of(tmp_path / "y") == files_of(source)
 
 
-def test_names_are_plain(place, tmp_path):
+def test_an_object_store_is_named_by_its_url(place, tmp_path):
     source = create(tmp_path / "x", some((4, 4), "f4"), (2, 4))
     for store in (place.fsspec(), place.obstore()):
         assert status(store) == {"target": f"{place.name} does not exist"}
@@ -121,18 +120,13 @@ def test_names_are_plain(place, tmp_path):
 # --- refused -------------------------------------------------------------------------------------
 
 
-def refused(place, *options, code, source, env=None):
-    """The line that the command ends with, before any chunk is read and with nothing left."""
-    command = [sys.executable, "-m", "daskclip.cli", "run", source, place.name, "--clip-norm", "1"]
-    code_ = "from daskclip import cli, regions; regions.read = None; cli.main()"
-    command[1:3] = ["-c", code_]
-    done = subprocess.run(
-        list(map(str, [*command, *options])),
-        capture_output=True,
-        text=True,
-        check=False,
+def refusal(place, *options, code, source, env=None):
+    """Error line of a command that is refused before it reads any chunk."""
+    done = shell(
+        "run", source, place.name, "--clip-norm", 1, *options,
+        code="from daskclip.storage import regions; regions.read = None",
         env=env or place.environment,
-    )
+    )  # fmt: skip
     assert done.returncode == code, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("daskclip: ")
@@ -144,42 +138,42 @@ def source(tmp_path):
     return create(tmp_path / "x", some((8, 8), "f4"), (2, 4))
 
 
-def test_wrong_credentials(weed, source):
+def test_wrong_credentials_are_refused(weed, source):
     place = Place(weed, secret="wrong")
-    assert "check credentials" in refused(place, code=3, source=source)
+    assert "check credentials" in refusal(place, code=3, source=source)
     inside = Place(weed)
     clip_zarr(source, inside.fsspec(), 1.0)
     there = Place(weed, secret="wrong")
     there.prefix = inside.prefix
-    assert "check credentials" in refused(place, code=3, source=there.name)
+    assert "check credentials" in refusal(place, code=3, source=there.name)
 
 
 def test_no_permission_to_write(weed, source):
     place = Place(weed, key="reader")
-    assert "check credentials" in refused(place, code=3, source=source)
+    assert "check credentials" in refusal(place, code=3, source=source)
     assert not Place(weed).objects()
 
 
 def test_missing_bucket(weed, source):
     place = Place(weed, bucket="nothing-here", key="writer")
-    assert "nothing-here" in refused(place, code=3, source=source)
-    assert "nothing-here" in refused(Place(weed), code=3, source=place.name)
+    assert "nothing-here" in refusal(place, code=3, source=source)
+    assert "nothing-here" in refusal(Place(weed), code=3, source=place.name)
 
 
 def test_a_prefix_in_use(place, source):
     store = place.obstore().store
     store.put("c/0/0", b"a chunk of another one")
-    assert "c/0/0" in refused(place, code=5, source=source)
+    assert "c/0/0" in refusal(place, code=5, source=source)
     assert place.objects() == {"c/0/0": b"a chunk of another one"}
     store.delete("c/0/0")
     create(place.fsspec(), some((2, 2), "f4"), (2, 2))
     before = place.objects()
-    assert "exists" in refused(place, code=5, source=source)
+    assert "exists" in refusal(place, code=5, source=source)
     assert place.objects() == before
 
 
 def test_what_cannot_be_done_in_an_object_store(place, source):
-    assert "replaced" in refused(place, "--overwrite", code=3, source=source)
+    assert "replaced" in refusal(place, "--overwrite", code=3, source=source)
     clip_zarr(source, place.fsspec(), 1.0)
     with pytest.raises(ValueError, match="replaced"):
         clip_zarr(place.fsspec(), None, 1.0, in_place=True)
@@ -206,7 +200,7 @@ def test_a_store_without_conditional_puts(tmp_path, source):
     server.start()
     try:
         place = Place(server)
-        line = refused(place, code=3, source=source)
+        line = refusal(place, code=3, source=source)
         assert "If-None-Match" in line
         assert not place.objects()
         # it will do as a source
@@ -217,7 +211,7 @@ def test_a_store_without_conditional_puts(tmp_path, source):
         server.kill()
 
 
-def test_nothing_answers(source, monkeypatch):
+def test_a_server_that_does_not_answer_is_named(source, monkeypatch):
     monkeypatch.setattr(retries, "ATTEMPTS", 1)
     place = Place(SimpleNamespace(url="http://127.0.0.1:9"))
     store = place.obstore(retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=1)})
@@ -276,7 +270,7 @@ def test_an_object_that_another_wrote_is_not_replaced(place, source, monkeypatch
 @pytest.mark.parametrize("codec", ["zstd", "gzip"])
 def test_a_block_that_is_written_twice_is_the_same(place, source, monkeypatch, codec, tmp_path):
     original, clock = regions.write, itertools.count(time.time())
-    if codec == "gzip":  # its header tells the second
+    if codec == "gzip":  # its header holds the time
         source = create(tmp_path / "gzip", read(source), (2, 4), compressors=GzipCodec())
         monkeypatch.setattr(gzip.time, "time", lambda: next(clock))
 
