@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -111,6 +111,16 @@ class IndexedSlices:
         return values, indices
 
 
-def is_indexed(t: Any) -> bool:
-    """Whether ``t`` has the three parts of IndexedSlices."""
+def is_indexed(t: object) -> TypeGuard[IndexedSlices]:
+    """Whether ``t`` has the three parts of IndexedSlices; TensorFlow's own has them too."""
     return all(hasattr(t, name) for name in ("dense_shape", "indices", "values"))
+
+
+def values_of(t: object) -> object:
+    """Return the array to clip: the values of IndexedSlices, else ``t`` itself."""
+    return t.values if is_indexed(t) else t
+
+
+def with_values(t: object, values: object) -> object:
+    """Return ``values`` in the form of ``t``: IndexedSlices if ``t`` has their parts."""
+    return IndexedSlices(values, t.indices, t.dense_shape) if is_indexed(t) else values
