@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from daskclip.errors import MemoryBudgetError
-from daskclip.grid import box_shape, boxes, ceil_div, index, tile_shape
+from daskclip.grid import box_index, box_shape, boxes, ceil_div, tile_shape
 from daskclip.numerics.compiled import FORMATS, Array, Block, real_dtype
 
 LIMB = 32
@@ -106,7 +106,7 @@ def partial_norm(
     for box in boxes(kept, step) if x.size else ():
         over = tuple(slice(None) if k in axes else s for k, s in enumerate(box))
         shape = box_shape(box)
-        block.describe(x[index(over)], shape)
+        block.describe(x[box_index(over)], shape)
         sum_slices(block, x.dtype, ord, omit_nan)
         slices = math.prod(shape)
         flags[box] = found.reshape(-1)[:slices].reshape(shape)

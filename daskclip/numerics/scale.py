@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from daskclip.grid import index
+from daskclip.grid import box_index
 from daskclip.numerics.compiled import FORMATS, Array, Block, real_dtype
 from daskclip.numerics.partial import ORDERS, Partial
 
@@ -30,7 +30,7 @@ class Scale(NamedTuple):
 
 def limit_at(limit: Any, shape: tuple[int, ...], at: Any) -> Any:
     """Limits of a region of slices; one for all stays one."""
-    return limit if np.ndim(limit) == 0 else np.broadcast_to(limit, shape)[index(at)]
+    return limit if np.ndim(limit) == 0 else np.broadcast_to(limit, shape)[box_index(at)]
 
 
 def finalize(partial: Partial, clip_norm: Any, dtype: np.dtype[Any]) -> Scale:
