@@ -47,25 +47,19 @@ def parse_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
     """
     if axes is None:
         return tuple(range(ndim))
-    result = [_parse_axis(axis, axes, ndim) for axis in _as_sequence(axes)]
-    if len(set(result)) < len(result):
-        raise InvalidValueError(f"axes {short_repr(axes)} names an axis twice; give each axis once")
-    return tuple(sorted(result))
-
-
-def _as_sequence(axes: object) -> Iterable[object]:
-    """One or several axes as several."""
     if isinstance(axes, np.ndarray) and axes.dtype.kind in "iu":
         # an axis of a 2-d array is a list, and refused as one
         axes = axes.tolist() if axes.ndim < 2 else [axes.tolist()]
-    if _is_integer(axes):
-        return [axes]
+    sequence = [axes] if _is_integer(axes) else axes
     # not isinstance(axes, Iterable): a 0-d array is one and cannot be iterated over
-    if isinstance(axes, str | bytes) or not np.iterable(axes):
+    if isinstance(axes, str | bytes) or not np.iterable(sequence):
         raise InvalidTypeError(
             f"axes {short_repr(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}"
         )
-    return axes
+    result = [_parse_axis(axis, axes, ndim) for axis in sequence]
+    if len(set(result)) < len(result):
+        raise InvalidValueError(f"axes {short_repr(axes)} names an axis twice; give each axis once")
+    return tuple(sorted(result))
 
 
 def _parse_axis(axis: object, axes: object, ndim: int) -> int:
@@ -128,7 +122,7 @@ def axes_named(dim: Dim, names: Sequence[Hashable] | None, axes: Axes) -> Axes:
         )
     if not names or not any(names):
         raise InvalidValueError(
-            f"dim {short_repr(dim)} is given for an array without dimension names; give axes"
+            f"dim {short_repr(dim)} is given, and the array names no dimensions; give axes"
         )
     wanted = parse_dim(dim, names)
     return [a for a, name in enumerate(names) if name in wanted]

@@ -13,18 +13,8 @@ import numpy.typing as npt
 from dask.system import CPU_COUNT
 
 from daskclip.arguments import Array, Axes, NonFinite, check_nonfinite, parse_axes, parse_ord
-from daskclip.lazy import graph
+from daskclip.lazy import graph, inputs
 from daskclip.lazy.indexed_slices import IndexedSlices, values_of, with_values
-from daskclip.lazy.inputs import (
-    Operation,
-    are_numpy,
-    as_array,
-    as_arrays,
-    as_dask,
-    check_name,
-    normalize_clip_norm,
-    normalize_limit,
-)
 from daskclip.numerics import (
     Partial,
     clip_array,
@@ -145,22 +135,22 @@ def clip_by_norm(
     array([[0.26967993, 0.53935987, 0.80903983, 1.0787197 , 1.3483996 ]],
           dtype=float32)
     """
-    check_name(name)
+    inputs.check_name(name)
     check_nonfinite(nonfinite)
-    x = as_array(values_of(t))
-    operation = Operation(parse_axes(axes, x.ndim), parse_ord(ord, x.dtype), nonfinite)
-    limit = normalize_limit(clip_norm, limits, x, operation.axes)
-    clipped: object
-    norms: object
+    x = inputs.as_array(values_of(t))
+    operation = inputs.Operation(parse_axes(axes, x.ndim), parse_ord(ord, x.dtype), nonfinite)
+    limit = inputs.normalize_limit(clip_norm, limits, x, operation.axes)
+    clipped: Any
+    norms: Any
     if isinstance(x, da.Array) or isinstance(limit, da.Array):
-        clipped, norms = graph.clip(as_dask(x), limit, operation, name)
+        clipped, norms = graph.clip(inputs.as_dask(x), limit, operation, name)
     else:
-        values, norms = _clip(x, limit, operation)
+        clipped, norms = _clip(x, limit, operation)
         # as in NumPy: a scalar for a scalar, an array for an array of shape ()
-        is_scalar = x.ndim == 0 and not isinstance(t, np.ndarray)
-        clipped = values[()] if is_scalar else values
-    result = with_values(t, clipped)
-    return (result, norms) if return_norm else result
+        if x.ndim == 0 and not isinstance(t, np.ndarray):
+            clipped = clipped[()]
+    clipped = with_values(t, clipped)
+    return (clipped, norms) if return_norm else clipped
 
 
 def norm(t: Operand, axes: Axes = None, *, keepdims: bool = False, ord: float = 2) -> Any:
@@ -204,8 +194,8 @@ def norm(t: Operand, axes: Axes = None, *, keepdims: bool = False, ord: float = 
     >>> norm(np.float32([[3, 4], [6, 8]]), axes=1)
     array([ 5., 10.])
     """
-    x = as_array(values_of(t))
-    operation = Operation(parse_axes(axes, x.ndim), parse_ord(ord, x.dtype))
+    x = inputs.as_array(values_of(t))
+    operation = inputs.Operation(parse_axes(axes, x.ndim), parse_ord(ord, x.dtype))
     if isinstance(x, da.Array):
         return graph.norm(x, operation, keepdims)
     total = partial_norm(x, operation.axes, ord=operation.ord)
@@ -249,10 +239,10 @@ def global_norm(t_list: Sequence[Operand | None]) -> Any:
     >>> global_norm([np.float32([3]), None, np.float64([4])])
     np.float64(5.0)
     """
-    arrays = as_arrays(t_list)
-    if are_numpy(arrays):
-        return _norm_of(_total(arrays))
-    return graph.global_norm(map(as_dask, arrays))
+    arrays = inputs.as_arrays(t_list)
+    if inputs.is_lazy(arrays):
+        return graph.global_norm(map(inputs.as_dask, arrays))
+    return _norm_of(_total(arrays))
 
 
 def clip_by_global_norm(
@@ -304,22 +294,22 @@ def clip_by_global_norm(
     >>> clip_by_global_norm([np.float32([3]), None, np.float32([4])], 10.0)
     ([array([3.], dtype=float32), None, array([4.], dtype=float32)], np.float64(5.0))
     """
-    check_name(name)
-    limit = normalize_clip_norm(clip_norm)
-    known = None if use_norm is None else normalize_clip_norm(use_norm, "use_norm")
-    arrays = as_arrays(t_list)
-    clipped: Sequence[object]
-    total: object
-    if are_numpy(arrays) and isinstance(limit, float) and not isinstance(known, da.Array):
-        clipped, total = _clip_list(arrays, limit, known)
+    inputs.check_name(name)
+    limit = inputs.normalize_clip_norm(clip_norm)
+    known = None if use_norm is None else inputs.normalize_clip_norm(use_norm, "use_norm")
+    arrays = inputs.as_arrays(t_list)
+    clipped: Any
+    total: Any
+    if inputs.is_lazy(arrays) or isinstance(limit, da.Array) or isinstance(known, da.Array):
+        clipped, total = graph.clip_list(list(map(inputs.as_dask, arrays)), limit, known, name)
     else:
-        clipped, total = graph.clip_list(list(map(as_dask, arrays)), limit, known, name)
-    results = iter(clipped)
-    return [None if t is None else with_values(t, next(results)) for t in t_list], total
+        clipped, total = _clip_list(arrays, limit, known)
+    values = iter(clipped)
+    return [None if t is None else with_values(t, next(values)) for t in t_list], total
 
 
 def _clip(
-    x: Array, limit: float | npt.NDArray[np.float64], operation: Operation
+    x: Array, limit: float | npt.NDArray[np.float64], operation: inputs.Operation
 ) -> tuple[Array, Array]:
     """Clipped array and norms, in memory."""
     if operation.nonfinite == "raise":
@@ -338,7 +328,7 @@ def _clip_list(
     """Arrays clipped by one factor and the global norm, in memory."""
     # the norm of an array that holds one number is that number
     total = _total(arrays if use_norm is None else [np.array(use_norm)])
-    # an infinite array alone would give zeros; of a list, all becomes NaN
+    # an infinite norm makes a list NaN, an array alone not
     sums = nan_if_infinite(total)
     return [rescale(x, finalize(sums, limit, x.dtype)) for x in arrays], _norm_of(total)
 

@@ -35,7 +35,6 @@ from daskclip.lazy.recipes import Recipe, chunk_recipes
 from daskclip.lazy.tree import map_object_blocks, object_meta, tree_reduce
 from daskclip.numerics import (
     Array,
-    Partial,
     Scale,
     clip_block,
     combine_all,
@@ -96,11 +95,13 @@ def clip_list(
     # the norm of an array that holds one number is that number
     measured = arrays if use_norm is None else [da.asarray(use_norm).astype(float)]
     total = _total(measured)
+    # an infinite norm makes a list NaN, an array alone not
+    sums = delayed(nan_if_infinite, pure=True)(total)
     if isinstance(limit, da.Array):
         limit = limit.to_delayed()[()]
     clipped = []
     for x in arrays:
-        scale = delayed(_list_scale, pure=True)(total, limit, x.dtype)
+        scale = delayed(finalize, pure=True)(sums, limit, x.dtype)
         token = tokenize(x, x.chunks, scale.key, ensure_deterministic=True)
         scales = da.from_delayed(
             scale, (1,) * x.ndim, meta=object_meta(x.ndim), name=f"list-scale-{token}"
@@ -179,7 +180,7 @@ def _total(arrays: Iterable[da.Array]) -> Delayed:
 
 def _list_norm(total: Delayed) -> da.Array:
     """Norm that a total gives, of shape ()."""
-    value = delayed(_total_norm, pure=True)(total)
+    value = delayed(finalize, pure=True)(total, math.inf, np.dtype(float)).norm
     norm: da.Array = da.from_delayed(value, (), float, name=f"global-norm-{tokenize(value.key)}")
     return norm
 
@@ -199,7 +200,7 @@ def _rescaled(x: da.Array, scales: da.Array, name: str, *, keep: bool) -> da.Arr
         # chunks along a reduced axis share one scale
         own = (0 if n == 1 else i for i, n in zip(coords, scales.numblocks, strict=True))
         scale_key = (scales.name, *own)
-        tasks[(name, *coords)] = (_rescale_chunk, recipe, list(recipe.inputs), scale_key)
+        tasks[(name, *coords)] = (_rescale_chunk, recipe, recipe.inputs, scale_key)
     graph = HighLevelGraph(
         {**x.dask.layers, **scales.dask.layers, name: tasks},
         {**x.dask.dependencies, **scales.dask.dependencies, name: {*layers, scales.name}},
@@ -231,13 +232,3 @@ def _require_finite(
 def _rescale_chunk(recipe: Recipe, inputs: list[Any], scale: Scale) -> Array:
     """Make a chunk again and rescale it, in one task so that it is held by no other."""
     return rescale(recipe.make(inputs), scale)
-
-
-def _list_scale(total: Partial, limit: float | Array, dtype: np.dtype[Any]) -> Scale:
-    """Scale of every array of a list that has ``dtype``."""
-    return finalize(nan_if_infinite(total), limit, dtype)
-
-
-def _total_norm(total: Partial) -> Array:
-    """Norm of a list."""
-    return finalize(total, math.inf, np.dtype(float)).norm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -12,16 +12,7 @@ import numpy.typing as npt
 from dask import config
 from dask.base import tokenize
 
-from daskclip.arguments import (
-    Array,
-    Check,
-    NonFinite,
-    check_dtype,
-    check_limits,
-    check_limits_dtype,
-    check_scalar,
-    parse_clip_norm,
-)
+from daskclip import arguments
 from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, short_repr
 from daskclip.lazy.indexed_slices import values_of
 from daskclip.storage import array as storage
@@ -38,7 +29,7 @@ class Operation:
     """Axes of the norm, sorted and not negative."""
     ord: float = 2.0
     """Key of `ORDERS`."""
-    nonfinite: NonFinite = "propagate"
+    nonfinite: arguments.NonFinite = "propagate"
     """Policy for NaN and infinity."""
 
     @property
@@ -55,7 +46,7 @@ def check_name(name: object) -> None:
         )
 
 
-def as_array(t: object, check: Check = check_dtype) -> Array | da.Array:
+def as_array(t: object, check: arguments.Check = arguments.check_dtype) -> Any:
     """Return ``t`` as a NumPy or Dask array whose dtype and blocks can be clipped."""
     if storage.is_array(t):
         # before Dask sees the array: it does not know every dtype that Zarr can store
@@ -77,44 +68,44 @@ def as_array(t: object, check: Check = check_dtype) -> Array | da.Array:
     return x
 
 
-def as_arrays(t_list: object) -> list[Array | da.Array]:
+def as_arrays(t_list: object) -> list[Any]:
     """Return the arrays of a list, without those that are None."""
     if not isinstance(t_list, Sequence) or isinstance(t_list, str | bytes):
         raise InvalidTypeError(f"t_list is a {type(t_list).__name__}; give a list of arrays")
     return [as_array(values_of(t)) for t in t_list if t is not None]
 
 
-def as_dask(x: Array | da.Array) -> da.Array:
+def is_lazy(arrays: Iterable[object]) -> bool:
+    """Whether any array is a Dask array."""
+    return any(isinstance(x, da.Array) for x in arrays)
+
+
+def as_dask(x: arguments.Array | da.Array) -> da.Array:
     """Return a NumPy array as a Dask array of one chunk."""
     return x if isinstance(x, da.Array) else da.from_array(x, chunks=-1)
-
-
-def are_numpy(arrays: Iterable[Array | da.Array]) -> TypeGuard[list[Array]]:
-    """Whether none of some arrays is lazy."""
-    return not any(isinstance(x, da.Array) for x in arrays)
 
 
 def normalize_clip_norm(clip_norm: object, what: str = "clip_norm") -> float | da.Array:
     """Return a limit as a float; a lazy number stays lazy."""
     if isinstance(clip_norm, da.Array):
-        check_scalar(clip_norm.dtype, clip_norm.shape, what)
+        arguments.check_scalar(clip_norm.dtype, clip_norm.shape, what)
         return clip_norm
-    return parse_clip_norm(clip_norm, what)
+    return arguments.parse_clip_norm(clip_norm, what)
 
 
 def normalize_limit(
-    clip_norm: object, limits: object, x: Array | da.Array, axes: tuple[int, ...]
+    clip_norm: object, limits: object, x: arguments.Array | da.Array, axes: tuple[int, ...]
 ) -> Limit:
     """Return ``clip_norm``, or ``limits`` with as many axes as ``x``."""
     if limits is None:
         return normalize_clip_norm(clip_norm)
-    array = as_array(limits, check_limits_dtype)
-    check_limits(array.shape, clip_norm, x.shape, axes)
-    limit: Limit = array.astype(np.float64)[(None,) * (x.ndim - array.ndim) + (...,)]
-    return limit
+    array = as_array(limits, arguments.check_limits_dtype)
+    arguments.check_limits(array.shape, clip_norm, x.shape, axes)
+    limits_of_x: Limit = array.astype(np.float64)[(None,) * (x.ndim - array.ndim) + (...,)]
+    return limits_of_x
 
 
-def _as_numpy(t: object) -> Array:
+def _as_numpy(t: object) -> arguments.Array:
     if hasattr(t, "__dask_graph__"):
         raise InvalidTypeError(
             f"{type(t).__module__}.{type(t).__name__} is not an array of numpy, dask or zarr; "

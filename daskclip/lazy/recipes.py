@@ -35,7 +35,7 @@ class Recipe:
     """Tasks to run; empty where the chunk itself is among the inputs."""
     key: Key
     """Key of the chunk."""
-    inputs: tuple[Key, ...]
+    inputs: list[Key]
     """Keys of the results that the tasks need from outside."""
 
     def make(self, values: Sequence[Any]) -> Any:
@@ -70,7 +70,7 @@ def chunk_recipes(x: da.Array, keep: bool) -> tuple[dict[Key, Recipe], set[str]]
             small.add(name)
     outputs = list(flatten(x.__dask_keys__()))
     if keep:
-        recipes = {k: Recipe({}, k, (k,)) for k in outputs}
+        recipes = {k: Recipe({}, k, [k]) for k in outputs}
     else:
         recipes = _split(graph, outputs, lambda key: 1 if layer_of[key] in small else USERS)
     return recipes, {layer_of[k] for recipe in recipes.values() for k in recipe.inputs}
@@ -83,21 +83,20 @@ def _split(
     needs = {k: get_dependencies(graph, k) for k in graph}
     # outputs that need a key; those of a key are complete when its turn comes
     users: dict[Key, set[Key]] = {k: {k} for k in outputs}
-    tasks: dict[Key, Graph] = {k: {} for k in outputs}
-    inputs: dict[Key, list[Key]] = {k: [] for k in outputs}
+    recipes = {k: Recipe({}, k, []) for k in outputs}
     for key in reversed(toposort(graph, needs)):
         used_by = users.pop(key, set())
         # a value that needs others is an alias, not data
         is_data = not (needs[key] or istask(graph[key]))
         if is_data or len(used_by) > most_users(key):
             for k in used_by:
-                inputs[k].append(key)
+                recipes[k].inputs.append(key)
             continue
         for k in used_by:
-            tasks[k][key] = graph[key]
+            recipes[k].graph[key] = graph[key]
         for need in needs[key]:
             users.setdefault(need, set()).update(used_by)
-    return {k: Recipe(tasks[k], k, tuple(inputs[k])) for k in outputs}
+    return recipes
 
 
 def _nbytes(known: Mapping[str, Any]) -> float:
