@@ -1,8 +1,8 @@
 """Clip sea surface temperatures winter by winter, with missing values over land.
 
-It shows how to clip labelled data by the names of its dimensions, without missing values: in Zarr,
-where it may be larger than memory, and with xarray. The anomalies of 50 winters come with the
-package eofs; a winter whose norm exceeds the limit is scaled down as a whole.
+It shows how to clip labelled data by the names of its dimensions and to leave out missing values:
+in Zarr, where the data may be larger than memory, and with xarray. The anomalies of 50 winters come
+with the package eofs; a winter whose norm exceeds the limit is scaled down as a whole.
 """
 
 import tempfile

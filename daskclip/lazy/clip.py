@@ -142,6 +142,7 @@ def clip_by_norm(
     limit = inputs.normalize_limit(clip_norm, limits, x, operation.axes)
     clipped: Any
     norms: Any
+    # a limit that is not known yet makes the result lazy, whatever the array is
     if isinstance(x, da.Array) or isinstance(limit, da.Array):
         clipped, norms = graph.clip(inputs.as_dask(x), limit, operation, name)
     else:
@@ -304,6 +305,7 @@ def clip_by_global_norm(
         clipped, total = graph.clip_list(list(map(inputs.as_dask, arrays)), limit, known, name)
     else:
         clipped, total = _clip_list(arrays, limit, known)
+    # what was None has no clipped array
     values = iter(clipped)
     return [None if t is None else with_values(t, next(values)) for t in t_list], total
 

@@ -53,6 +53,7 @@ def as_array(t: object, check: arguments.Check = arguments.check_dtype) -> Any:
         check(t.dtype)
         t = _from_zarr(t)
     x = t if isinstance(t, da.Array) else _as_numpy(t)
+    # dask-expr arrays have no layers, which recipes are made of
     if isinstance(x, da.Array) and config.get("array.query-planning", None):
         raise InvalidTypeError(
             "dask arrays made under array.query-planning are not supported; "
@@ -111,7 +112,7 @@ def _as_numpy(t: object) -> arguments.Array:
             f"{type(t).__module__}.{type(t).__name__} is not an array of numpy, dask or zarr; "
             "pass its .data, or use daskclip.xarray"
         )
-    # numpy.asarray would drop the mask, and the masked elements would count
+    # kept for the check of blocks: numpy.asarray would drop the mask, and masked elements count
     if isinstance(t, np.ma.MaskedArray):
         return t
     try:
