@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from daskclip import arguments
+from daskclip.arguments import DTYPES, Axes, Dim, NonFinite, check_dtype, parse_clip_norm, parse_dim
 from daskclip.errors import DTypeError, InvalidTypeError, short_repr
 from daskclip.lazy import clip_by_norm as clip_unlabelled
 from daskclip.storage import SCALES, SENTINELS, numbers, require_decoded
@@ -31,11 +31,7 @@ ROUNDING = {
 
 
 def clip_by_norm(
-    obj: Labelled,
-    clip_norm: npt.ArrayLike,
-    dim: arguments.Dim = None,
-    *,
-    skipna: bool | None = None,
+    obj: Labelled, clip_norm: npt.ArrayLike, dim: Dim = None, *, skipna: bool | None = None
 ) -> Labelled:
     """Clip the L2-norm of every slice of labelled arrays over ``dim`` to at most ``clip_norm``.
 
@@ -97,9 +93,7 @@ def clip_by_norm(
     policy = _nonfinite(skipna)
     limit = clip_norm.data if isinstance(clip_norm, xr.DataArray) else clip_norm
     # of a lazy limit nothing is known yet, so that any value may occur in the result
-    largest = (
-        math.inf if isinstance(limit, da.Array) else max(arguments.parse_clip_norm(limit), 0.0)
-    )
+    largest = math.inf if isinstance(limit, da.Array) else max(parse_clip_norm(limit), 0.0)
     clipped: dict[Hashable, xr.DataArray] = {}
     for name, (x, dims) in _slices(obj, dim).items():
         axes = x.get_axis_num(dims)
@@ -112,7 +106,7 @@ def clip_by_norm(
     return clipped[obj.name]
 
 
-def norm(obj: Labelled, dim: arguments.Dim = None, *, skipna: bool | None = None) -> Labelled:
+def norm(obj: Labelled, dim: Dim = None, *, skipna: bool | None = None) -> Labelled:
     """L2-norm of every slice of labelled arrays over ``dim``.
 
     Parameters
@@ -179,24 +173,24 @@ class DaskClipAccessor(Generic[Labelled]):
         self._obj: Labelled = obj
 
     def clip_by_norm(
-        self, clip_norm: npt.ArrayLike, dim: arguments.Dim = None, *, skipna: bool | None = None
+        self, clip_norm: npt.ArrayLike, dim: Dim = None, *, skipna: bool | None = None
     ) -> Labelled:
         """See `daskclip.xarray.clip_by_norm`."""
         return clip_by_norm(self._obj, clip_norm, dim, skipna=skipna)
 
-    def norm(self, dim: arguments.Dim = None, *, skipna: bool | None = None) -> Labelled:
+    def norm(self, dim: Dim = None, *, skipna: bool | None = None) -> Labelled:
         """See `daskclip.xarray.norm`."""
         return norm(self._obj, dim, skipna=skipna)
 
 
 def _slices(
-    obj: xr.DataArray | xr.Dataset, dim: arguments.Dim
+    obj: xr.DataArray | xr.Dataset, dim: Dim
 ) -> dict[Hashable, tuple[xr.DataArray, list[Hashable]]]:
     """Arrays to clip, by name, each with those dimensions of ``dim`` that it has."""
     if isinstance(obj, xr.DataArray):
         require_decoded(obj.dtype, obj.attrs, f"array {short_repr(obj.name)}")
-        arguments.check_dtype(obj.dtype)
-        return {obj.name: (obj, arguments.parse_dim(dim, obj.dims))}
+        check_dtype(obj.dtype)
+        return {obj.name: (obj, parse_dim(dim, obj.dims))}
     if not isinstance(obj, xr.Dataset):
         raise InvalidTypeError(
             f"obj is a {type(obj).__name__}; give a DataArray or Dataset of xarray, "
@@ -206,20 +200,20 @@ def _slices(
         require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")
     bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in obj.variables.values()}
     data = {name: x for name, x in obj.data_vars.items() if name not in bounds}
-    found = {name: x for name, x in data.items() if x.dtype.name in arguments.DTYPES}
+    found = {name: x for name, x in data.items() if x.dtype.name in DTYPES}
     if not found:
         raise DTypeError(
             f"none of the {len(obj.data_vars)} variables can be clipped; cast one to one of "
-            f"{', '.join(arguments.DTYPES)}"
+            f"{', '.join(DTYPES)}"
         )
-    dims = arguments.parse_dim(dim, list(dict.fromkeys(d for x in found.values() for d in x.dims)))
+    dims = parse_dim(dim, list(dict.fromkeys(d for x in found.values() for d in x.dims)))
     own = {name: [d for d in x.dims if d in dims] for name, x in found.items()}
     # dim=[] asks for no dimension: every element of every variable is a slice
     is_whole = dim is None or dim is ... or not dims
     return {name: (x, own[name]) for name, x in found.items() if own[name] or is_whole}
 
 
-def _plain(data: object) -> arguments.Array | da.Array:
+def _plain(data: object) -> npt.NDArray[Any] | da.Array:
     """Return the data of a DataArray; refuse arrays of libraries other than NumPy and Dask."""
     if not isinstance(data, np.ndarray | da.Array):
         kind = type(data)
@@ -230,12 +224,12 @@ def _plain(data: object) -> arguments.Array | da.Array:
     return data
 
 
-def _norm(data: object, axis: arguments.Axes = None, *, nonfinite: arguments.NonFinite) -> Any:
+def _norm(data: object, axis: Axes = None, *, nonfinite: NonFinite) -> Any:
     # daskclip.norm has no policy for NaN; an infinite limit clips nothing
     return clip_unlabelled(_plain(data), math.inf, axis, nonfinite=nonfinite, return_norm=True)[1]
 
 
-def _nonfinite(skipna: object) -> arguments.NonFinite:
+def _nonfinite(skipna: object) -> NonFinite:
     if skipna is not None and not isinstance(skipna, bool | np.bool_):
         raise InvalidTypeError(
             f"skipna {short_repr(skipna)} is not a bool; give True, False or None"

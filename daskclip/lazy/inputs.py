@@ -53,7 +53,7 @@ def as_array(t: object, check: arguments.Check = arguments.check_dtype) -> Any:
         check(t.dtype)
         t = _from_zarr(t)
     x = t if isinstance(t, da.Array) else _as_numpy(t)
-    # dask-expr arrays have no layers, which recipes are made of
+    # an array that is an expression has no layers, from which recipes are made
     if isinstance(x, da.Array) and config.get("array.query-planning", None):
         raise InvalidTypeError(
             "dask arrays made under array.query-planning are not supported; "
