@@ -84,6 +84,7 @@ _AXES_REMEDY = "give None, an int or a sequence of ints"
 def _is_integer(axis: object) -> TypeGuard[int]:
     if isinstance(axis, np.ndarray):
         return axis.ndim == 0 and axis.dtype.kind in "iu"
+    # True is an Integral
     return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
 
 

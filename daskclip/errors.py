@@ -42,6 +42,7 @@ class KernelError(DaskClipError, ImportError):
     """The compiled kernel is missing or cannot be loaded (exit code 1)."""
 
     exit_code = 1
+    # nothing is wrong with the run: the installation is to be repaired
     resumable = True
 
 
@@ -97,6 +98,7 @@ class StorageError(DaskClipError, OSError):
 class TemporaryError(StorageError):
     """Reading or writing failed for a reason that may pass: run again (exit code 75)."""
 
+    # EX_TEMPFAIL of sysexits.h
     exit_code = 75
 
 

@@ -89,6 +89,7 @@ class Spans:
     def __iter__(self) -> Iterator[range]:
         return map(self._range, range(0, self.n, self.step))
 
+    # the second pass goes backwards, since what was read last may still be in the page cache
     def __reversed__(self) -> Iterator[range]:
         return map(self._range, reversed(range(0, self.n, self.step)))
 

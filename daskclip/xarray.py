@@ -196,8 +196,10 @@ def _slices(
             f"obj is a {type(obj).__name__}; give a DataArray or Dataset of xarray, "
             "or use daskclip.clip_by_norm"
         )
+    # all of them: an integer variable may be a packed one, and is not to be passed over in silence
     for name, x in obj.data_vars.items():
         require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")
+    # by the CF conventions a coordinate names its bounds; they need no attributes of their own
     bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in obj.variables.values()}
     data = {name: x for name, x in obj.data_vars.items() if name not in bounds}
     found = {name: x for name, x in data.items() if x.dtype.name in DTYPES}

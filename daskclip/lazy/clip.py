@@ -144,7 +144,7 @@ def clip_by_norm(
     norms: Any
     # a limit that is not known yet makes the result lazy, whatever the array is
     if isinstance(x, da.Array) or isinstance(limit, da.Array):
-        clipped, norms = graph.clip(inputs.as_dask(x), limit, operation, name)
+        clipped, norms = graph.clip(da.asarray(x, chunks=-1), limit, operation, name)
     else:
         clipped, norms = _clip(x, limit, operation)
         # as in NumPy: a scalar for a scalar, an array for an array of shape ()
@@ -242,7 +242,7 @@ def global_norm(t_list: Sequence[Operand | None]) -> Any:
     """
     arrays = inputs.as_arrays(t_list)
     if inputs.is_lazy(arrays):
-        return graph.global_norm(map(inputs.as_dask, arrays))
+        return graph.global_norm(da.asarray(x, chunks=-1) for x in arrays)
     return _norm_of(_total(arrays))
 
 
@@ -302,7 +302,8 @@ def clip_by_global_norm(
     clipped: Any
     total: Any
     if inputs.is_lazy(arrays) or isinstance(limit, da.Array) or isinstance(known, da.Array):
-        clipped, total = graph.clip_list(list(map(inputs.as_dask, arrays)), limit, known, name)
+        lazy = [da.asarray(x, chunks=-1) for x in arrays]
+        clipped, total = graph.clip_list(lazy, limit, known, name)
     else:
         clipped, total = _clip_list(arrays, limit, known)
     # what was None has no clipped array
@@ -316,7 +317,8 @@ def _clip(
     """Clipped array and norms, in memory."""
     if operation.nonfinite == "raise":
         require_finite(x, operation.axes, limit)
-    # the setting that bounds the threads of Dask's own scheduler
+    # as Dask's own scheduler of threads decides; its count of CPUs heeds the limits of the process
+    # and of the container
     threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
     clipped, norms = clip_array(
         x, limit, operation.axes, omit_nan=operation.omit_nan, ord=operation.ord, threads=threads

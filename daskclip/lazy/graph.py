@@ -74,6 +74,7 @@ def clip(
         )
     else:
         blocks = _scales(checked, limit, operation, token)
+        # from x, not checked again: what is rescaled has passed the check
         clipped = _rescaled(x, blocks, layer, keep=_slab_nbytes(x, axes) <= HELD_NBYTES)
     return clipped, _norms(blocks, axes, f"norm-{token}")
 
@@ -223,6 +224,7 @@ def _require_finite(
     x: Array, limit: float | Array, axes: tuple[int, ...], block_info: Any = None
 ) -> Array:
     """Return a chunk; raise with its place if NaN or infinity has a limit."""
+    # Dask fills in block_info; 0 is the first argument
     info = block_info[0]
     start = [first for first, _ in info["array-location"]]
     require_finite(x, axes, limit, start, lambda _: info["chunk-location"])

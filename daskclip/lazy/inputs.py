@@ -71,6 +71,7 @@ def as_array(t: object, check: arguments.Check = arguments.check_dtype) -> Any:
 
 def as_arrays(t_list: object) -> list[Any]:
     """Return the arrays of a list, without those that are None."""
+    # an array is not a Sequence: as a list it would be clipped row by row
     if not isinstance(t_list, Sequence) or isinstance(t_list, str | bytes):
         raise InvalidTypeError(f"t_list is a {type(t_list).__name__}; give a list of arrays")
     return [as_array(values_of(t)) for t in t_list if t is not None]
@@ -79,11 +80,6 @@ def as_arrays(t_list: object) -> list[Any]:
 def is_lazy(arrays: Iterable[object]) -> bool:
     """Whether any array is a Dask array."""
     return any(isinstance(x, da.Array) for x in arrays)
-
-
-def as_dask(x: arguments.Array | da.Array) -> da.Array:
-    """Return a NumPy array as a Dask array of one chunk."""
-    return x if isinstance(x, da.Array) else da.from_array(x, chunks=-1)
 
 
 def normalize_clip_norm(clip_norm: object, what: str = "clip_norm") -> float | da.Array:
@@ -102,6 +98,7 @@ def normalize_limit(
         return normalize_clip_norm(clip_norm)
     array = as_array(limits, arguments.check_limits_dtype)
     arguments.check_limits(array.shape, clip_norm, x.shape, axes)
+    # the leading axes that broadcasting lets limits leave out
     limits_of_x: Limit = array.astype(np.float64)[(None,) * (x.ndim - array.ndim) + (...,)]
     return limits_of_x
 
@@ -127,6 +124,8 @@ def _from_zarr(array: Any) -> da.Array:
     token = tokenize(
         str(array.store), array.path, array.metadata.to_dict(), ensure_deterministic=True
     )
+    # whole shards, which da.from_zarr would split: a result stored in its chunks is then written
+    # a shard at a time
     chunks = storage.write_unit(array)
     lazy: da.Array = da.from_array(array, chunks=chunks, name=f"zarr-{token}")
     return lazy
