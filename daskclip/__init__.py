@@ -1,23 +1,26 @@
 """Clip norms of arrays larger than memory, exactly.
 
 The rooms of the package, from the bottom up. An import goes down, never sideways, and into a room
-only through its ``__init__``.
+only through its ``__init__``, whose docstring draws what is inside.
 
 =========  =========================================================================
 errors     every error, with its exit code
-grid       grid arithmetic
-numerics   exact norms of NumPy blocks, factors, rescaling: a C kernel and its callers
-storage    Zarr arrays and groups in folders and object stores; no norms
-report     text, JSON, HTML and progress
-plan       what a run will do, in integers
-target     lock, staging, journal and commit
+grid       boxes of array elements, and grids of boxes
+numerics   exact norms, factors and rescaling of NumPy blocks: a C kernel and its callers
+storage    Zarr arrays and groups in folders and object stores; knows no norms
+report     reports as text, JSON and HTML, and progress
+plan       what a run will do, in integers: blocks, slabs, windows, passes, memory
+target     where a run writes: lock, staging, journal and commit
 arguments  the arguments of the operation, checked once
-worker     one block in, one block out
-lazy       the operation on NumPy and Dask arrays
-engine     the client's side of a run from storage to storage
-xarray     the operation on labelled arrays
+worker     one block in, one block out: the tasks of a run
+lazy       the operation on NumPy and Dask arrays, and on lists of them
+engine     a run from storage to storage, as the client sees it
+xarray     the operation on labelled arrays, by the names of their dimensions
 cli        the command line
 =========  =========================================================================
+
+A block of a run passes through engine, worker, storage, numerics and storage again; a chunk of a
+Dask array through lazy and numerics. `examples/00_one_chunk.py` goes this way by hand.
 """
 
 from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr

@@ -1,12 +1,12 @@
-"""The arguments of the operation, checked once and brought to one form."""
+"""The arguments of the operation: checked once, and brought to one form."""
 
 from __future__ import annotations
 
 import numbers
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,19 @@ from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValu
 from daskclip.numerics import ORDERS
 
 Array = npt.NDArray[Any]
+Axes = int | Sequence[int] | npt.NDArray[np.integer[Any]] | None
+"""Axes by number, one or several; None for all."""
+Dim = Hashable | Iterable[Hashable]
+"""Dimensions by name, one or several; None or ``...`` for all."""
 NonFinite = Literal["propagate", "omit", "raise"]
-Check = Callable[[Any], None]
+Check = Callable[[object], None]
+"""Raises if arrays of a dtype cannot be used."""
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
-def check_dtype(dtype: Any) -> None:
-    """Refuse what is neither floating point nor complex, and long doubles."""
+def check_dtype(dtype: object) -> None:
+    """Refuse arrays that are neither floating point nor complex, and long doubles."""
+    # bfloat16 is known by its name only: ml_dtypes need not be installed
     name = getattr(dtype, "name", str(dtype))
     if name not in DTYPES:
         raise DTypeError(
@@ -31,7 +37,7 @@ def check_dtype(dtype: Any) -> None:
         )
 
 
-def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
+def parse_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
     """Axes as sorted integers that are not negative.
 
     Examples
@@ -42,33 +48,48 @@ def parse_axes(axes: Any, ndim: int) -> tuple[int, ...]:
     if axes is None:
         return tuple(range(ndim))
     if isinstance(axes, np.ndarray) and axes.dtype.kind in "iu":
+        # an axis of a 2-d array is a list, and refused as one
         axes = axes.tolist() if axes.ndim < 2 else [axes.tolist()]
-    sequence = [axes] if _integer(axes) else axes
+    sequence = [axes] if _is_integer(axes) else axes
+    # not isinstance(axes, Iterable): a 0-d array is one and cannot be iterated over
     if isinstance(axes, str | bytes) or not np.iterable(sequence):
         raise InvalidTypeError(
             f"axes {short_repr(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}"
         )
-    result = []
-    for axis in sequence:
-        if not _integer(axis):
-            raise InvalidTypeError(
-                f"axes {short_repr(axes)} holds a {type(axis).__name__}; {_AXES_REMEDY}"
-            )
-        if not -ndim <= axis < ndim:
-            raise AxesError(
-                f"axis {axis} is out of bounds for an array of {ndim} dimensions; "
-                f"use {-ndim} to {ndim - 1}"
-                if ndim
-                else f"axis {axis} is out of bounds for a 0-d array; use None or []"
-            )
-        result.append(int(axis) % ndim)
+    result = [_parse_axis(axis, axes, ndim) for axis in sequence]
     if len(set(result)) < len(result):
         raise InvalidValueError(f"axes {short_repr(axes)} names an axis twice; give each axis once")
     return tuple(sorted(result))
 
 
-def parse_dim(dim: Any, known: Sequence[Any]) -> list[Any]:
-    """The names in ``dim``, one or several of those that are known; None and ``...`` are all.
+def _parse_axis(axis: object, axes: object, ndim: int) -> int:
+    """One of the axes, not negative."""
+    if not _is_integer(axis):
+        raise InvalidTypeError(
+            f"axes {short_repr(axes)} holds a {type(axis).__name__}; {_AXES_REMEDY}"
+        )
+    if not ndim:
+        raise AxesError(f"axis {axis} is out of bounds for a 0-d array; use None or []")
+    if not -ndim <= axis < ndim:
+        raise AxesError(
+            f"axis {axis} is out of bounds for an array of {ndim} dimensions; "
+            f"use {-ndim} to {ndim - 1}"
+        )
+    return int(axis) % ndim
+
+
+_AXES_REMEDY = "give None, an int or a sequence of ints"
+
+
+def _is_integer(axis: object) -> TypeGuard[int]:
+    if isinstance(axis, np.ndarray):
+        return axis.ndim == 0 and axis.dtype.kind in "iu"
+    # True is an Integral
+    return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
+
+
+def parse_dim(dim: Dim, known: Sequence[Hashable]) -> list[Any]:
+    """Names in ``dim``, each of which must be one of ``known``; None and ``...`` are all of them.
 
     Examples
     --------
@@ -79,6 +100,7 @@ def parse_dim(dim: Any, known: Sequence[Any]) -> list[Any]:
         return list(known)
     names = [dim] if isinstance(dim, str) or not isinstance(dim, Iterable) else list(dim)
     for name in names:
+        # known holds None for a dimension without a name
         if name is None or name not in known:
             listed = ", ".join(str(n) for n in known if n is not None) or "none"
             raise InvalidValueError(
@@ -91,58 +113,58 @@ def parse_dim(dim: Any, known: Sequence[Any]) -> list[Any]:
     return names
 
 
-def axes_named(dim: Any, names: Sequence[Any] | None, axes: Any) -> Any:
-    """Axes of the dimensions in ``dim``, which are given instead of ``axes``."""
+def axes_named(dim: Dim, names: Sequence[Hashable] | None, axes: Axes) -> Axes:
+    """Axes of the dimensions in ``dim``; without it, ``axes``."""
     if dim is None:
         return axes
     if axes is not None:
         raise InvalidValueError(
-            f"axes {short_repr(axes)} and dim {short_repr(dim)} are given; give one"
+            f"axes {short_repr(axes)} and dim {short_repr(dim)} are both given; give one"
         )
     if not names or not any(names):
-        raise InvalidValueError(f"dim {short_repr(dim)}: the array names no dimensions; give axes")
+        raise InvalidValueError(
+            f"dim {short_repr(dim)} is given, and the array names no dimensions; give axes"
+        )
     wanted = parse_dim(dim, names)
     return [a for a, name in enumerate(names) if name in wanted]
 
 
-_AXES_REMEDY = "give None, an int or a sequence of ints"
-
-
-def _integer(axis: Any) -> bool:
-    if isinstance(axis, np.ndarray):
-        return axis.ndim == 0 and axis.dtype.kind in "iu"
-    return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
-
-
-def check_scalar(ndim: int, dtype: Any, shape: Any, what: str = "clip_norm") -> None:
-    """Refuse a limit that is not a real number."""
+def check_scalar(dtype: object, shape: tuple[int, ...], what: str = "clip_norm") -> None:
+    """Refuse a limit that is not one real number."""
+    # bfloat16 is a dtype of the kind V, as structures are
     if getattr(dtype, "kind", "") not in "biuf" and getattr(dtype, "name", "") != "bfloat16":
         raise InvalidTypeError(f"{what} has dtype {dtype}; give a real number")
-    if ndim:
+    if shape:
         raise InvalidValueError(f"{what} has shape {tuple(shape)}; give one number (0-d)")
 
 
-def check_limits_dtype(dtype: Any) -> None:
+def check_limits_dtype(dtype: object) -> None:
     """Refuse limits that are not real numbers."""
-    check_scalar(0, dtype, (), "an array of limits")
+    check_scalar(dtype, (), "an array of limits")
 
 
-def check_limits(limits: Any, clip_norm: Any, shape: Any, axes: tuple[int, ...]) -> None:
-    """Refuse limits beside a clip_norm, and those that do not broadcast against the norms."""
+def check_limits(
+    limits: tuple[int, ...], clip_norm: object, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> None:
+    """Refuse limits given beside a clip_norm, or of a shape that no norms have.
+
+    ``limits`` and ``shape`` are the shapes of the limits and of the array.
+    """
     if clip_norm is not None:
         raise InvalidValueError(
             f"clip_norm {short_repr(clip_norm)} and limits are both given; give one"
         )
     kept = tuple(1 if k in axes else n for k, n in enumerate(shape))
-    pairs = zip(limits.shape[::-1], kept[::-1], strict=False)
-    if limits.ndim > len(kept) or any(n not in (1, m) for n, m in pairs):
+    # limits broadcast against norms, never the reverse: that would clip one slice in several ways
+    pairs = zip(limits[::-1], kept[::-1], strict=False)
+    if len(limits) > len(kept) or any(n not in (1, m) for n, m in pairs):
         raise InvalidValueError(
-            f"limits of shape {tuple(limits.shape)} do not broadcast against norms of shape "
-            f"{kept}; give each axis that size, or 1"
+            f"limits of shape {tuple(limits)} do not broadcast against norms of shape {kept}; "
+            "give each axis that size, or 1"
         )
 
 
-def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
+def parse_clip_norm(clip_norm: object, what: str = "clip_norm") -> float:
     """A real number as an exact float64."""
     if isinstance(clip_norm, numbers.Real):
         try:
@@ -161,32 +183,33 @@ def parse_clip_norm(clip_norm: Any, what: str = "clip_norm") -> float:
         raise InvalidValueError(
             f"{what} {short_repr(clip_norm)} is ragged; give one number (0-d)"
         ) from None
-    check_scalar(value.ndim, value.dtype, value.shape, what)
+    check_scalar(value.dtype, value.shape, what)
     return float(value)
 
 
-def parse_ord(ord: Any, dtype: np.dtype[Any]) -> float:
+def parse_ord(ord: object, dtype: np.dtype[Any]) -> float:
     """Key of `ORDERS` for a norm of arrays of ``dtype``."""
     if isinstance(ord, bool) or not isinstance(ord, numbers.Real) or ord not in ORDERS:
-        raise InvalidValueError(f"ord {short_repr(ord)} is not a norm; use 1, 2 or inf")
+        raise InvalidValueError(f"ord {short_repr(ord)} is not supported; use 1, 2 or inf")
     if dtype.kind == "c" and ord != 2:
         raise DTypeError(
-            f"the norm of ord {ord:g} of dtype {dtype} is not exact, since it takes the roots of "
-            "its elements; use ord=2, or clip .real and .imag"
+            f"the norm of ord {ord:g} of dtype {dtype} is not exact, since complex magnitudes are "
+            "rounded square roots; use ord=2, or clip .real and .imag"
         )
     return float(ord)
 
 
-def parse_clip_norm_or_quantile(clip_norm: Any) -> float | Fraction:
-    """A real number, or the percentage of the norms that are to be at most the limit.
+def parse_clip_norm_or_quantile(clip_norm: object) -> float | Fraction:
+    """A limit, or the percentage of the norms that are to be at most the limit.
 
     Examples
     --------
-    >>> parse_limit(2), parse_limit("p99.9")
+    >>> parse_clip_norm_or_quantile(2), parse_clip_norm_or_quantile("p99.9")
     (2.0, Fraction(999, 10))
     """
     if not isinstance(clip_norm, str):
         return parse_clip_norm(clip_norm)
+    # a fraction, not a float: the rank that a percentage means must not be off by one
     if not re.fullmatch(r"p[0-9]{1,3}(\.[0-9]{1,9})?", clip_norm) or Fraction(clip_norm[1:]) > 100:
         raise InvalidTypeError(
             f"clip_norm {short_repr(clip_norm)} is not a real number; give a number, or 'p' and a "
@@ -195,16 +218,16 @@ def parse_clip_norm_or_quantile(clip_norm: Any) -> float | Fraction:
     return Fraction(clip_norm[1:])
 
 
-def check_nonfinite(nonfinite: Any) -> None:
-    """Refuse a policy that does not exist."""
+def check_nonfinite(nonfinite: object) -> None:
+    """Refuse an unknown policy."""
     if nonfinite not in get_args(NonFinite):
         raise InvalidValueError(
             f"nonfinite={short_repr(nonfinite)} is not a policy; use 'propagate', 'omit' or 'raise'"
         )
 
 
-def parse_memory(memory: Any) -> int:
-    """A size in bytes."""
+def parse_memory(memory: object) -> int:
+    """Number of bytes, from a number or a text with a unit."""
     if not isinstance(memory, str | int) or isinstance(memory, bool):
         raise InvalidTypeError(
             f"memory {short_repr(memory)} is a {type(memory).__name__}; "

@@ -1,8 +1,10 @@
-"""Every error daskclip raises: ours and a builtin, one line, with the exit code of the shell."""
+"""Every error that daskclip raises on purpose.
+
+Each is a `DaskClipError` and also a builtin error, so that either can be caught, and has the exit
+code that the command line returns for it. A message is one line: the fact, the values, the remedy.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 from numpy.exceptions import AxisError
 
@@ -11,40 +13,44 @@ class DaskClipError(Exception):
     """Base of all errors that daskclip raises on purpose."""
 
     exit_code = 3
-    """Exit code of the command line; 3 says that a parameter or the source was rejected."""
+    """Exit code of the command line; 3 means that an argument or the source was rejected."""
     resumable = False
-    """Whether the journal of a run that this error stopped is kept, so that it can be resumed."""
+    """Whether a run that this error stopped keeps its journal and can be resumed."""
 
 
 class InvalidValueError(DaskClipError, ValueError):
-    """A parameter of the right type with a value that cannot be used."""
+    """An argument has a value that cannot be used (exit code 3)."""
 
 
 class InvalidTypeError(DaskClipError, TypeError):
-    """A parameter of a type that cannot be used."""
+    """An argument has a type that cannot be used (exit code 3)."""
 
 
 class AxesError(DaskClipError, AxisError):
-    """An axis outside the array."""
+    """An axis is out of bounds for the array (exit code 3)."""
 
 
 class DTypeError(DaskClipError, TypeError):
-    """An array whose elements or blocks the operation is not defined for."""
+    """The dtype of an array, or the type of its blocks, is not supported (exit code 3)."""
 
 
 class NonFiniteError(DaskClipError, FloatingPointError):
-    """NaN or infinity was met under ``nonfinite="raise"``."""
+    """NaN or infinity was met under ``nonfinite="raise"`` (exit code 3)."""
 
 
 class KernelError(DaskClipError, ImportError):
-    """The compiled kernel is not there or cannot be loaded."""
+    """The compiled kernel is missing or cannot be loaded (exit code 1)."""
 
     exit_code = 1
+    # nothing is wrong with the run: the installation is to be repaired
     resumable = True
 
 
 class MemoryBudgetError(DaskClipError, ValueError):
-    """The memory budget holds less than the ``need`` of the run, in bytes, where that is given."""
+    """The memory budget is too small for the run (exit code 3).
+
+    ``need`` is the number of bytes that would do, or 0 if it is unknown.
+    """
 
     def __init__(self, text: str, need: int = 0) -> None:
         super().__init__(text)
@@ -52,62 +58,64 @@ class MemoryBudgetError(DaskClipError, ValueError):
 
 
 class SourceNotFoundError(DaskClipError, FileNotFoundError):
-    """There is nothing at the source's path."""
+    """The source does not exist (exit code 3)."""
 
 
 class SourceError(DaskClipError, ValueError):
-    """The source is not an array that can be clipped."""
+    """The source is not an array or group that can be clipped (exit code 3)."""
 
 
 class SourceChangedError(SourceError):
-    """The source is not what it was when the run began."""
+    """The source changed after the run began (exit code 3)."""
 
 
 class TargetError(DaskClipError, ValueError):
-    """The target's place cannot be used."""
+    """The target cannot be at the given location (exit code 3)."""
 
 
 class TargetPermissionError(DaskClipError, PermissionError):
-    """The target's folder cannot be written."""
+    """The target's folder is not writable (exit code 3)."""
 
 
 class ClusterError(DaskClipError, RuntimeError):
-    """A worker has other versions than the client, or does not see the same files."""
+    """A worker runs other versions than the client or does not see the same files (exit code 3)."""
 
 
 class TargetExistsError(DaskClipError, FileExistsError):
-    """There is something at the target's path already, or a run is under way or unfinished."""
+    """The target exists already, or a run to it is active or unfinished (exit code 5)."""
 
     exit_code = 5
     resumable = True
 
 
 class StorageError(DaskClipError, OSError):
-    """Reading or writing failed while the run was under way; what is done is kept."""
+    """Reading or writing failed during a run; completed work is kept (exit code 1)."""
 
     exit_code = 1
     resumable = True
 
 
 class TemporaryError(StorageError):
-    """The same, of a kind that passes: run again."""
+    """Reading or writing failed for a reason that may pass: run again (exit code 75)."""
 
+    # EX_TEMPFAIL of sysexits.h
     exit_code = 75
 
 
 class VerificationError(DaskClipError, ValueError):
-    """The target is not what its run wrote."""
+    """The target differs from what its run wrote (exit code 4)."""
 
     exit_code = 4
 
 
-def short_repr(value: Any) -> str:
-    """A value for an error message: its repr on one line, cut off."""
+def short_repr(value: object) -> str:
+    """Return the repr of a value on one line, cut off after 60 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def error_text(error: BaseException) -> str:
-    """Text of an error of another library, on one line and without what it has for programs."""
+    """Return the message of a foreign error on one line, without debug output and XML."""
+    # clients of object stores append what they sent and received
     text = str(error).partition("Debug source")[0].partition("<?xml")[0]
     return " ".join(text.split()) or type(error).__name__

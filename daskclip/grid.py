@@ -1,4 +1,9 @@
-"""Grid arithmetic: cutting a box of integers into smaller boxes."""
+"""Grid arithmetic: boxes of array elements, and grids of boxes of one size.
+
+A box is a slice along each axis. In a grid of boxes of one size, *coords* are the position of a
+box: its number along each axis. Boxes at the far edges are smaller if the size does not divide
+the shape.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from itertools import product
 from typing import Any
 
 Box = tuple[slice, ...]
+"""Slices with a start and a stop, without a step."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -16,66 +22,63 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def grid(shape: Sequence[int], step: Sequence[int]) -> tuple[int, ...]:
-    """Number of boxes of size ``step`` along each axis of ``shape``."""
-    return tuple(ceil_div(n, k) for n, k in zip(shape, step, strict=True))
+def grid_shape(shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
+    """Number of boxes along each axis of ``shape``."""
+    return tuple(ceil_div(n, k) for n, k in zip(shape, size, strict=True))
 
 
-def box(cell: Sequence[int], step: Sequence[int], shape: Sequence[int]) -> Box:
-    """Region of grid cell ``cell``, cut off at the edge of ``shape``."""
+def box_at(coords: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> Box:
+    """Box at ``coords`` of the grid, cut off at the edges of ``shape``."""
     return tuple(
-        slice(i * k, min((i + 1) * k, n)) for i, k, n in zip(cell, step, shape, strict=True)
+        slice(i * k, min((i + 1) * k, n)) for i, k, n in zip(coords, size, shape, strict=True)
     )
 
 
-def index(region: Box) -> Any:
-    """Index for a region, which gives an array and not a scalar where there are no axes."""
-    return (*region, ...)
+def box_index(box: Box) -> tuple[Any, ...]:
+    """Index of a box; it gives an array, not a scalar, where there are no axes."""
+    return (*box, ...)
 
 
-def box_shape(region: Box) -> tuple[int, ...]:
-    """Extent of a region along each axis."""
-    return tuple(s.stop - s.start for s in region)
+def box_shape(box: Box) -> tuple[int, ...]:
+    """Extent of a box along each axis."""
+    return tuple(s.stop - s.start for s in box)
 
 
-def shift(inside: Box, region: Box) -> Box:
-    """A box given relative to ``region``, in the coordinates of ``region``."""
+def offset_box(inside: Box, outer: Box) -> Box:
+    """Box given relative to the start of ``outer``, in the coordinates that ``outer`` has."""
     return tuple(
-        slice(r.start + i.start, r.start + i.stop) for i, r in zip(inside, region, strict=True)
+        slice(o.start + i.start, o.start + i.stop) for i, o in zip(inside, outer, strict=True)
     )
 
 
-def tile_shape(shape: Sequence[int], size: int) -> tuple[int, ...]:
-    """Box of at most ``size`` elements that grows from the last axis on, the contiguous one."""
-    step = []
+def tile_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
+    """Shape of a box of at most ``elements`` elements that lie side by side in C order."""
+    size = []
+    # the last axis first: it is contiguous
     for n in reversed(shape):
-        k = max(1, min(n, size))
-        step.append(k)
-        size //= k
-    return tuple(reversed(step))
+        k = max(1, min(n, elements))
+        size.append(k)
+        elements //= k
+    return tuple(reversed(size))
 
 
-def boxes(shape: Sequence[int], step: Sequence[int]) -> Iterator[Box]:
-    """All boxes of size ``step`` that cover ``shape``, the last axis fastest.
+def boxes(shape: Sequence[int], size: Sequence[int]) -> Iterator[Box]:
+    """All boxes of a grid, the last axis fastest.
 
     Examples
     --------
     >>> list(boxes((3, 4), (2, 4)))
     [(slice(0, 2, None), slice(0, 4, None)), (slice(2, 3, None), slice(0, 4, None))]
     """
+    # the chunks of an empty array may have the size 0, which would divide by zero
     if math.prod(shape):
-        for cell in product(*map(range, grid(shape, step))):
-            yield box(cell, step, shape)
-
-
-def tiles(shape: Sequence[int], size: int) -> Iterator[Box]:
-    """Boxes of at most ``size`` elements that cover ``shape``."""
-    return boxes(shape, tile_shape(shape, size))
+        for coords in product(*map(range, grid_shape(shape, size))):
+            yield box_at(coords, size, shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """``range(n)`` in ranges of ``step``, made as they are iterated over: there may be 10**9."""
+    """``range(n)`` cut into ranges of ``step``, made one at a time: there may be 10**9."""
 
     n: int
     step: int
@@ -86,6 +89,7 @@ class Spans:
     def __iter__(self) -> Iterator[range]:
         return map(self._range, range(0, self.n, self.step))
 
+    # the second pass goes backwards, since what was read last may still be in the page cache
     def __reversed__(self) -> Iterator[range]:
         return map(self._range, reversed(range(0, self.n, self.step)))
 

@@ -1,28 +1,29 @@
 """The operation on labelled arrays: dimensions by name, labels kept, missing values left out.
 
-Importing this module gives every DataArray and Dataset an accessor, ``.daskclip``, with the same
-two functions.
+Importing this module registers an accessor, ``.daskclip``, for DataArray and Dataset, whose methods
+are the two functions of this module.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import dask.array as da
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 
-from daskclip.arguments import DTYPES, NonFinite, check_dtype, parse_dim
+from daskclip.arguments import DTYPES, Axes, Dim, NonFinite, check_dtype, parse_clip_norm, parse_dim
 from daskclip.errors import DTypeError, InvalidTypeError, short_repr
-from daskclip.lazy import clip, normalize_clip_norm
+from daskclip.lazy import clip_by_norm as clip_unlabelled
 from daskclip.storage import SCALES, SENTINELS, numbers, require_decoded
 
 __all__ = ["DaskClipAccessor", "clip_by_norm", "norm"]
 
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
-# encoding by which saving rounds, so that the bound would not hold in what is read again
+# encoding with which saving rounds, so that the bound would not hold after reading the values back
 ROUNDING = {
     *SCALES, "_Unsigned", "filters", "serializer",
     "least_significant_digit", "significant_digits", "quantize_mode",
@@ -30,12 +31,13 @@ ROUNDING = {
 
 
 def clip_by_norm(
-    obj: Labelled, clip_norm: Any, dim: Any = None, *, skipna: bool | None = None
+    obj: Labelled, clip_norm: npt.ArrayLike, dim: Dim = None, *, skipna: bool | None = None
 ) -> Labelled:
     """Clip the L2-norm of every slice of labelled arrays over ``dim`` to at most ``clip_norm``.
 
-    Of a Dataset, every floating point or complex variable is clipped by its own norm over those
-    of ``dim`` that it has. Those that have none of them, other variables and coordinates are kept.
+    In a Dataset, every floating point or complex variable is clipped by its own norm, over those
+    dimensions of ``dim`` that it has. Variables that have none of them, variables of other dtypes
+    and coordinates are unchanged.
 
     Parameters
     ----------
@@ -46,9 +48,9 @@ def clip_by_norm(
     dim : str, sequence of str, ... or None
         Dimensions over which the norm is taken; None and ``...`` take all.
     skipna : bool, optional
-        Whether NaN elements are missing values: they do not count and stay NaN. False: a NaN makes
-        its slice NaN. None is True, as in the reductions of xarray for floating point, whereas
-        `daskclip.clip_by_norm` has no missing values unless told.
+        True: NaN elements are missing values, which do not count and stay NaN. False: a NaN makes
+        its slice NaN. None means True, as in xarray's own reductions of floating point numbers;
+        the default of `daskclip.clip_by_norm` is the other one.
 
     Returns
     -------
@@ -58,28 +60,28 @@ def clip_by_norm(
     Raises
     ------
     TypeError
-        If ``obj`` is of another type, is or holds packed integers (with the attributes
-        ``scale_factor`` or ``add_offset``), or has nothing that is floating point or complex.
+        If ``obj`` has another type, is or holds packed integers (with the attributes
+        ``scale_factor`` or ``add_offset``), or holds nothing that is floating point or complex.
     ValueError
-        If ``dim`` is not a dimension of what can be clipped, or ``clip_norm`` is not 0-D, or
+        If ``dim`` is not a dimension of anything that can be clipped, ``clip_norm`` is not 0-D, or
         missing values are not decoded to NaN.
 
     See Also
     --------
-    daskclip.clip_by_norm : On arrays without labels; says what the result is.
-    daskclip.clip_zarr : From storage to storage, with ``dim`` too.
+    daskclip.clip_by_norm : For arrays without labels; defines the result.
+    daskclip.clip_zarr : From storage to storage; takes ``dim`` too.
 
     Notes
     -----
     Reads and memory are those of `daskclip.clip_by_norm`.
 
-    Variables that another one names as its ``bounds`` belong to its coordinates and are carried.
+    A variable that another one names as its ``bounds`` belongs to the coordinates: it is unchanged.
 
-    Encoding is kept but for what would round when the result is saved, since rounding lifts norms
-    above the limit: ``scale_factor`` and ``add_offset``, a ``dtype`` other than that of the result,
-    netCDF's quantization and Zarr's filters. So packed integers become floating point numbers.
+    Encoding that would round the saved values is removed, since rounding can lift norms above the
+    limit: ``scale_factor`` and ``add_offset``, a ``dtype`` other than that of the result, netCDF's
+    quantization and Zarr's filters. So packed integers are saved as floating point numbers.
     ``_FillValue`` and ``missing_value`` are kept if no clipped value can equal them, that is if
-    they are NaN or larger than ``clip_norm``. A lossy compressor is kept, and breaks the bound.
+    they are NaN or larger than ``clip_norm``. A lossy compressor is kept and breaks the bound.
 
     Examples
     --------
@@ -90,11 +92,12 @@ def clip_by_norm(
     """
     policy = _nonfinite(skipna)
     limit = clip_norm.data if isinstance(clip_norm, xr.DataArray) else clip_norm
-    largest = math.inf if isinstance(limit, da.Array) else max(normalize_clip_norm(limit), 0.0)
+    # of a lazy limit nothing is known yet, so that any value may occur in the result
+    largest = math.inf if isinstance(limit, da.Array) else max(parse_clip_norm(limit), 0.0)
     clipped: dict[Hashable, xr.DataArray] = {}
     for name, (x, dims) in _slices(obj, dim).items():
         axes = x.get_axis_num(dims)
-        data = clip.clip_by_norm(_plain(x.data), limit, axes, nonfinite=policy)
+        data = clip_unlabelled(_plain(x.data), limit, axes, nonfinite=policy)
         clipped[name] = x.copy(deep=False, data=data)
         clipped[name].encoding = _encoding(x.encoding, data.dtype, largest)
     if isinstance(obj, xr.Dataset):
@@ -103,7 +106,7 @@ def clip_by_norm(
     return clipped[obj.name]
 
 
-def norm(obj: Labelled, dim: Any = None, *, skipna: bool | None = None) -> Labelled:
+def norm(obj: Labelled, dim: Dim = None, *, skipna: bool | None = None) -> Labelled:
     """L2-norm of every slice of labelled arrays over ``dim``.
 
     Parameters
@@ -118,7 +121,8 @@ def norm(obj: Labelled, dim: Any = None, *, skipna: bool | None = None) -> Label
     Returns
     -------
     xarray.DataArray or xarray.Dataset of the shape of obj without dim
-        float64, correctly rounded; lazy where ``obj`` is. A Dataset has what `clip_by_norm` clips.
+        float64, correctly rounded; lazy where ``obj`` is. A Dataset holds the norms of the
+        variables that `clip_by_norm` clips.
 
     Raises
     ------
@@ -131,7 +135,7 @@ def norm(obj: Labelled, dim: Any = None, *, skipna: bool | None = None) -> Label
 
     Notes
     -----
-    Reads each chunk once; holds what `daskclip.clip_by_norm` holds for the partial sums, and one
+    Computes each chunk once. Holds the partial sums that `daskclip.clip_by_norm` holds, and one
     copy of a NumPy array.
 
     Examples
@@ -150,7 +154,7 @@ def norm(obj: Labelled, dim: Any = None, *, skipna: bool | None = None) -> Label
 
 @xr.register_dataset_accessor("daskclip")
 @xr.register_dataarray_accessor("daskclip")
-class DaskClipAccessor:
+class DaskClipAccessor(Generic[Labelled]):
     """The functions of `daskclip.xarray` as methods of a DataArray or Dataset.
 
     Parameters
@@ -165,20 +169,24 @@ class DaskClipAccessor:
     5.0
     """
 
-    def __init__(self, obj: Any) -> None:
-        self._obj = obj
+    def __init__(self, obj: Labelled) -> None:
+        self._obj: Labelled = obj
 
-    def clip_by_norm(self, clip_norm: Any, dim: Any = None, *, skipna: bool | None = None) -> Any:
+    def clip_by_norm(
+        self, clip_norm: npt.ArrayLike, dim: Dim = None, *, skipna: bool | None = None
+    ) -> Labelled:
         """See `daskclip.xarray.clip_by_norm`."""
         return clip_by_norm(self._obj, clip_norm, dim, skipna=skipna)
 
-    def norm(self, dim: Any = None, *, skipna: bool | None = None) -> Any:
+    def norm(self, dim: Dim = None, *, skipna: bool | None = None) -> Labelled:
         """See `daskclip.xarray.norm`."""
         return norm(self._obj, dim, skipna=skipna)
 
 
-def _slices(obj: Any, dim: Any) -> dict[Hashable, tuple[xr.DataArray, list[Hashable]]]:
-    """What of ``obj`` is clipped, by its name, and the dimensions its slices have."""
+def _slices(
+    obj: xr.DataArray | xr.Dataset, dim: Dim
+) -> dict[Hashable, tuple[xr.DataArray, list[Hashable]]]:
+    """Arrays to clip, by name, each with those dimensions of ``dim`` that it has."""
     if isinstance(obj, xr.DataArray):
         require_decoded(obj.dtype, obj.attrs, f"array {short_repr(obj.name)}")
         check_dtype(obj.dtype)
@@ -188,8 +196,10 @@ def _slices(obj: Any, dim: Any) -> dict[Hashable, tuple[xr.DataArray, list[Hasha
             f"obj is a {type(obj).__name__}; give a DataArray or Dataset of xarray, "
             "or use daskclip.clip_by_norm"
         )
+    # all of them: an integer variable may be a packed one, and is not to be passed over in silence
     for name, x in obj.data_vars.items():
         require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")
+    # by the CF conventions a coordinate names its bounds; they need no attributes of their own
     bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in obj.variables.values()}
     data = {name: x for name, x in obj.data_vars.items() if name not in bounds}
     found = {name: x for name, x in data.items() if x.dtype.name in DTYPES}
@@ -200,13 +210,13 @@ def _slices(obj: Any, dim: Any) -> dict[Hashable, tuple[xr.DataArray, list[Hasha
         )
     dims = parse_dim(dim, list(dict.fromkeys(d for x in found.values() for d in x.dims)))
     own = {name: [d for d in x.dims if d in dims] for name, x in found.items()}
-    # without any dimension asked for, every element is a slice
+    # dim=[] asks for no dimension: every element of every variable is a slice
     is_whole = dim is None or dim is ... or not dims
     return {name: (x, own[name]) for name, x in found.items() if own[name] or is_whole}
 
 
-def _plain(data: Any) -> Any:
-    """Data, if it is of a library whose arrays can be clipped."""
+def _plain(data: object) -> npt.NDArray[Any] | da.Array:
+    """Return the data of a DataArray; refuse arrays of libraries other than NumPy and Dask."""
     if not isinstance(data, np.ndarray | da.Array):
         kind = type(data)
         raise DTypeError(
@@ -216,12 +226,12 @@ def _plain(data: Any) -> Any:
     return data
 
 
-def _norm(data: Any, axis: Any = None, *, nonfinite: NonFinite) -> Any:
-    # the infinite limit changes nothing
-    return clip.clip_by_norm(_plain(data), math.inf, axis, nonfinite=nonfinite, return_norm=True)[1]
+def _norm(data: object, axis: Axes = None, *, nonfinite: NonFinite) -> Any:
+    # daskclip.norm has no policy for NaN; an infinite limit clips nothing
+    return clip_unlabelled(_plain(data), math.inf, axis, nonfinite=nonfinite, return_norm=True)[1]
 
 
-def _nonfinite(skipna: Any) -> NonFinite:
+def _nonfinite(skipna: object) -> NonFinite:
     if skipna is not None and not isinstance(skipna, bool | np.bool_):
         raise InvalidTypeError(
             f"skipna {short_repr(skipna)} is not a bool; give True, False or None"
@@ -229,9 +239,10 @@ def _nonfinite(skipna: Any) -> NonFinite:
     return "omit" if skipna is None or skipna else "propagate"
 
 
-def _encoding(encoding: Mapping[Any, Any], dtype: Any, largest: float) -> dict[Any, Any]:
-    """What of an encoding saves values of ``dtype`` as they are, clipped to ``largest``."""
+def _encoding(encoding: Mapping[Any, Any], dtype: np.dtype[Any], largest: float) -> dict[Any, Any]:
+    """The part of an encoding that saves values of ``dtype`` up to ``largest`` unchanged."""
     kept = {k: v for k, v in encoding.items() if k not in ROUNDING}
+    # the sentinels of packed data are packed values, which mean nothing without the packing
     is_packed = any(name in encoding for name in SCALES)
     if not np.can_cast(dtype, encoding.get("dtype", dtype), "equiv"):
         is_packed = True

@@ -1,7 +1,7 @@
-"""From one Zarr array to another, in less memory than the array has.
+"""Clip one Zarr array to another in less memory than the array takes.
 
-You learn to ask for the plan first, what its figures mean, and what the report says afterwards.
-The array has 128 MiB and is clipped by its global norm in 64 MiB, so it is read twice.
+It shows the plan of a run, what its figures mean, and the report of the run. The array of 128 MiB
+is clipped by its global norm within 64 MiB, so it is read twice.
 """
 
 import tempfile
@@ -11,11 +11,7 @@ import dask
 import numpy as np
 import zarr
 
-from daskclip import (
-    clip_zarr,
-    norm,
-    plan_zarr,
-)
+from daskclip import clip_zarr, norm, plan_zarr
 
 MIB = 2**20
 
@@ -27,7 +23,7 @@ def main(tmp):
     for first in range(0, 1024, 64):
         x[first : first + 64] = random.standard_normal((64, 32768), np.float32)
 
-    # the budget is shared by the threads of a process, so their number counts
+    # the threads of a process share its budget, so the plan depends on their number
     with dask.config.set(num_workers=2):
         plan = plan_zarr(source, target, 1000.0, memory="64MiB")
         assert plan.nbytes == 128 * MIB

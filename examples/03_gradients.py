@@ -1,7 +1,7 @@
-"""Per-example gradients of a real network, clipped as private training does.
+"""Clip per-example gradients of a real network, as differentially private training does.
 
-You learn to clip many slices of a store larger than the memory allowed: the gradients of a small
-network for each of the 1,797 digits of scikit-learn, 37,888 numbers a row, 260 MiB together.
+It shows how to clip many slices of a store that is larger than the memory budget: the gradients of
+a small network for each of scikit-learn's 1,797 digits, 37,888 numbers in a row, 260 MiB in all.
 """
 
 import tempfile
@@ -14,12 +14,12 @@ from sklearn.datasets import load_digits
 
 import daskclip
 
-TEXT = """Each row that DP-SGD adds has a norm of at most {} exactly: noise scaled to it is enough.
-x * minimum(1, limit / norm) in float32 leaves {} of {} rows above it, daskclip {}."""
+TEXT = """DP-SGD scales its noise to the limit, {}, so no row that it adds up may exceed it.
+x * minimum(1, limit / norm) in float32 leaves {} of {} clipped rows above it, daskclip {}."""
 
 
 def gradients(x, y, w1, w2):
-    """Gradient of the cross-entropy for each example: a row of that for w1, then that for w2."""
+    """Gradients of the cross-entropy with respect to w1 and w2, a row for each example."""
     hidden = np.maximum(x @ w1, 0)
     error2 = softmax(hidden @ w2, axis=1) - np.eye(10, dtype=x.dtype)[y]
     error1 = error2 @ w2.T * (hidden > 0)
@@ -39,7 +39,7 @@ def main(tmp):
     store = zarr.create_array(source, shape=(1797, 37888), chunks=(16, 37888), dtype="float32")
     for b in batches:
         store[b] = gradients(x[b], y[b], w1, w2)
-    with dask.config.set(num_workers=2):  # threads, which share the 64 MiB
+    with dask.config.set(num_workers=2):  # two threads, which share the 64 MiB
         norms = daskclip.norm(store, axes=1).compute()
         limit = round(float(np.median(norms)), 3)
         report = daskclip.clip_zarr(source, target, limit, axes=1, memory="64MiB")

@@ -1,8 +1,8 @@
-"""Sea surface temperatures, clipped by winter, with land that has none.
+"""Clip sea surface temperatures winter by winter, with missing values over land.
 
-You learn to clip labelled data by the names of its dimensions, missing values left out: in Zarr,
-where it may be larger than memory, and the same with xarray. The anomalies of 50 winters come with
-the package eofs; a winter whose norm is above the limit is scaled down as a whole.
+It shows how to clip labelled data by the names of its dimensions and to leave out missing values:
+in Zarr, where the data may be larger than memory, and with xarray. The anomalies of 50 winters come
+with the package eofs; a winter whose norm exceeds the limit is scaled down as a whole.
 """
 
 import tempfile
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-import daskclip.xarray  # gives .daskclip to arrays and datasets
+import daskclip.xarray  # registers the accessor .daskclip
 
 DATA = "eofs/examples/example_data/sst_ndjfm_anom.nc"
 SPACE = ["latitude", "longitude"]
@@ -21,7 +21,7 @@ SPACE = ["latitude", "longitude"]
 def main(tmp):
     source, target = Path(tmp) / "sst.zarr", Path(tmp) / "clipped.zarr"
     file = xr.load_dataset(distribution("eofs").locate_file(DATA), decode_coords="all")
-    # the file has 1e20 for land: without its encoding, Zarr has NaN
+    # the file marks land with 1e20; without its encoding, Zarr stores NaN
     ds = file.drop_encoding().chunk(time=10)
     ds.to_zarr(source, consolidated=False)
 

@@ -1,7 +1,7 @@
-"""The gradients of a training run, clipped as a collection: each by its own norm, or all by one.
+"""Clip the gradients of a training run as a group: each by its own norm, or all by one.
 
-You learn to clip groups: the gradients of every parameter of a small network, in 20 steps over the
-digits of scikit-learn, are 80 arrays of four shapes. One run clips them all.
+It shows how to clip a Zarr group: the gradients of every parameter of a small network, in 20 steps
+over the digits of scikit-learn, are 80 arrays of four shapes. One run clips them all.
 """
 
 import tempfile

@@ -12,7 +12,7 @@ from daskclip.engine.cluster import memory_used, running, versions
 from daskclip.engine.passes import Passes
 from daskclip.engine.run_record import Transaction, close_journal
 from daskclip.engine.saved_norms import SavedNorms
-from daskclip.grid import grid
+from daskclip.grid import grid_shape
 from daskclip.numerics import NormHistogram
 from daskclip.plan import GroupPlan
 from daskclip.report import ClipReport, ProgressState, format_size
@@ -131,7 +131,7 @@ def stored_of(jobs: list[ArrayTask], run: Entry) -> list[Any]:
     """Whether anything of each block is stored; None to look at all: a limit may be NaN."""
     parameters = run["parameters"]
     everything = parameters["missing"] == "error" or parameters["clip_norm"] in ("nan", "None")
-    units = sum(math.prod(grid(job.plan.shape, job.plan.unit)) for job in jobs)
+    units = sum(math.prod(grid_shape(job.plan.shape, job.plan.unit)) for job in jobs)
     if run["source"].get("chunks", units) >= units:
         return [None] * len(jobs)
     return [

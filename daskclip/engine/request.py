@@ -196,7 +196,7 @@ def _usable(limits: Any, clip_norm: Any, shape: Any, axes: Any, options: Any) ->
     check_limits_dtype(limits.dtype)
     if storage.is_array(limits):
         check_source(limits, check_limits_dtype)
-    check_limits(limits, clip_norm, shape, axes)
+    check_limits(limits.shape, clip_norm, shape, axes)
     return limits.astype(np.float64, order="C") if isinstance(limits, np.ndarray) else limits
 
 

@@ -6,15 +6,12 @@
 Nothing here computes a Dask graph or knows a run from storage to storage.
 """
 
-from daskclip.lazy import clip
-from daskclip.lazy.clip import clip_by_norm, norm
-from daskclip.lazy.clip_list import clip_by_global_norm, global_norm
+from daskclip.lazy.clip import clip_by_global_norm, clip_by_norm, global_norm, norm
 from daskclip.lazy.indexed_slices import IndexedSlices
-from daskclip.lazy.inputs import normalize_clip_norm
 from daskclip.lazy.recipes import LiteralTask
 from daskclip.lazy.tree import object_meta, tree_reduce
 
 __all__ = [
-    "IndexedSlices", "LiteralTask", "clip", "clip_by_global_norm", "clip_by_norm", "global_norm",
-    "norm", "normalize_clip_norm", "object_meta", "tree_reduce",
-]  # fmt: skip  # fmt: skip
+    "IndexedSlices", "LiteralTask", "clip_by_global_norm", "clip_by_norm", "global_norm", "norm",
+    "object_meta", "tree_reduce",
+]  # fmt: skip

@@ -1,30 +1,45 @@
-"""The operation on one array: NumPy at once, Dask and Zarr lazily."""
+"""The operation on an array or a list of arrays: NumPy at once, Dask and Zarr lazily."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import dask
 import dask.array as da
 import numpy as np
+import numpy.typing as npt
 from dask.system import CPU_COUNT
 
-from daskclip.arguments import NonFinite, check_nonfinite, parse_axes, parse_ord
-from daskclip.lazy import graph as lazy
-from daskclip.lazy.indexed_slices import IndexedSlices, is_indexed
-from daskclip.lazy.inputs import as_array, check_name, normalize_clip_norm, normalize_limits
-from daskclip.numerics import clip_array, finalize, partial_norm, require_finite
+from daskclip.arguments import Array, Axes, NonFinite, check_nonfinite, parse_axes, parse_ord
+from daskclip.lazy import graph, inputs
+from daskclip.lazy.indexed_slices import IndexedSlices, values_of, with_values
+from daskclip.numerics import (
+    Partial,
+    clip_array,
+    combine_all,
+    finalize,
+    nan_if_infinite,
+    partial_norm,
+    require_finite,
+    rescale,
+)
+
+Operand = npt.ArrayLike | da.Array | IndexedSlices
+"""What is clipped: also Zarr arrays, which NumPy's protocol covers."""
+ClipNorm = npt.ArrayLike | da.Array
+"""A real number, or an array of shape () that holds one."""
 
 
 def clip_by_norm(
-    t: Any,
-    clip_norm: Any = None,
-    axes: Any = None,
+    t: Operand,
+    clip_norm: ClipNorm | None = None,
+    axes: Axes = None,
     name: str | None = None,
     *,
     ord: float = 2,
-    limits: Any = None,
+    limits: npt.ArrayLike | da.Array | None = None,
     nonfinite: NonFinite = "propagate",
     return_norm: bool = False,
 ) -> Any:
@@ -46,10 +61,10 @@ def clip_by_norm(
     name : str, optional
         Prefix of the Dask layer.
     ord : {1, 2, inf}
-        Which norm: the sum of magnitudes, the root of the sum of their squares, or the largest
-        magnitude; complex arrays have 2 only.
+        Order of the norm: 1 is the sum of the magnitudes, 2 the square root of the sum of their
+        squares, inf the largest magnitude. Complex arrays support 2 only.
     limits : array of a shape that broadcasts against the norms with reduced axes of size 1
-        A limit for each slice, each one as ``clip_norm``: NumPy, Dask or Zarr.
+        A limit for each slice, with the meaning of ``clip_norm``: NumPy, Dask or Zarr.
     nonfinite : {'propagate', 'omit', 'raise'}
         ``'propagate'``: a NaN makes its slice NaN; an infinity makes the finite elements of its
         slice 0 and the infinite ones NaN. ``'omit'``: NaN elements do not count and stay NaN.
@@ -61,18 +76,18 @@ def clip_by_norm(
     -------
     clipped : array of the shape of t
         Of the dtype and byte order of ``t``; NumPy for NumPy, Dask for Dask and Zarr,
-        IndexedSlices for IndexedSlices.
+        IndexedSlices for IndexedSlices. With a lazy limit, always Dask.
     norm : array of the shape of t without axes
         float64, correctly rounded; only with ``return_norm``.
 
     Raises
     ------
     TypeError
-        If ``t`` is not floating point or complex, or complex for another ``ord`` than 2, or an
-        argument is of a wrong type.
+        If ``t`` is neither floating point nor complex, if it is complex and ``ord`` is not 2, or
+        if an argument has a wrong type.
     ValueError
-        If ``clip_norm`` is not 0-D, an axis is named twice, there is no such ``ord``, or
-        ``limits`` do not broadcast or are given beside ``clip_norm``.
+        If ``clip_norm`` is not 0-D, an axis is repeated, ``ord`` is not supported, or ``limits``
+        do not broadcast or are given together with ``clip_norm``.
     numpy.exceptions.AxisError
         If an axis is out of bounds.
     FloatingPointError
@@ -85,19 +100,30 @@ def clip_by_norm(
 
     Notes
     -----
-    Reads: a Dask array whose reduced axes lie within one chunk is read once. Otherwise each chunk
-    is made twice, for the norms and for the result, so that no chunk waits in memory: work
-    upstream is done twice (persist or store what is expensive), and a source that gives other
-    values the second time breaks the bound. Chunks in memory or persisted are used as they are,
-    and chunks that share their slices are held instead if all of them have less than 16 MiB. What
-    several chunks need of an array 16 times smaller, such as a mean, is made once and held, and so
-    is a chunk upstream that more than 64 chunks need.
+    **Reads.** A Dask array is computed once if no axis in ``axes`` is split into chunks. Otherwise
+    every chunk is computed twice, first for the norms and then for the result, so that no chunk
+    is held in between. Upstream work runs twice too: persist or store what is expensive. A source
+    that returns other values the second time breaks the bound.
 
-    Memory: a chunk and its result per thread, some 2 MB of scratch, and for each slice the
-    partial sums (some 20 bytes; at most 80 for float32, 550 for float64) of the chunks that Dask
-    combines at a time, and 8 bytes for ``limits``. NumPy: the result and the scratch.
+    The following are computed once and held until they have been used:
 
-    The exact norm is compared, so a limit that is its rounding to float64 may be just below it.
+    - chunks that share their slices, if together they have at most 16 MiB;
+    - upstream results that several chunks need, if their array has at most 1/16 of the size of
+      ``t``: a mean, for example;
+    - upstream chunks that more than 64 chunks of ``t`` need.
+
+    Arrays in memory and persisted chunks are used as they are.
+
+    **Memory.** Dask holds a chunk, its result and 2 MB of scratch for each thread. For each slice
+    it holds the partial sums of the chunks that it combines at a time (about 20 bytes each; at most
+    80 for float32 and 550 for float64) and, with ``limits``, 8 bytes. NumPy holds the result and
+    the scratch.
+
+    **Threads.** A NumPy array of 8 MiB or more is clipped by as many threads as Dask's setting
+    ``num_workers``, or by one for each CPU.
+
+    **Comparison.** ``clip_norm`` is compared with the exact norm. A limit that is a norm rounded
+    to float64 may be just below the exact one; then that slice is clipped.
 
     References
     ----------
@@ -109,37 +135,26 @@ def clip_by_norm(
     array([[0.26967993, 0.53935987, 0.80903983, 1.0787197 , 1.3483996 ]],
           dtype=float32)
     """
-    check_name(name)
+    inputs.check_name(name)
     check_nonfinite(nonfinite)
-    x = as_array(t.values if is_indexed(t) else t)
-    over = parse_axes(axes, x.ndim)
-    ord = parse_ord(ord, x.dtype)
-    limit = (
-        normalize_clip_norm(clip_norm)
-        if limits is None
-        else normalize_limits(limits, clip_norm, x, over)
-    )
-    if isinstance(limit, da.Array) and not isinstance(x, da.Array):
-        x = da.from_array(x, chunks=-1)
+    x = inputs.as_array(values_of(t))
+    operation = inputs.Operation(parse_axes(axes, x.ndim), parse_ord(ord, x.dtype), nonfinite)
+    limit = inputs.normalize_limit(clip_norm, limits, x, operation.axes)
     clipped: Any
     norms: Any
-    if isinstance(x, da.Array):
-        clipped, norms = lazy.clip(x, limit, over, name, nonfinite, ord)
+    # a limit that is not known yet makes the result lazy, whatever the array is
+    if isinstance(x, da.Array) or isinstance(limit, da.Array):
+        clipped, norms = graph.clip(da.asarray(x, chunks=-1), limit, operation, name)
     else:
-        if nonfinite == "raise":
-            require_finite(x, over, limit)
-        threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
-        omit = nonfinite == "omit"
-        clipped, norms = clip_array(x, limit, over, omit_nan=omit, ord=ord, threads=threads)
-        norms = norms.squeeze(over)[()]
+        clipped, norms = _clip(x, limit, operation)
+        # as in NumPy: a scalar for a scalar, an array for an array of shape ()
         if x.ndim == 0 and not isinstance(t, np.ndarray):
             clipped = clipped[()]
-    if is_indexed(t):
-        clipped = IndexedSlices(clipped, t.indices, t.dense_shape)
+    clipped = with_values(t, clipped)
     return (clipped, norms) if return_norm else clipped
 
 
-def norm(t: Any, axes: Any = None, *, keepdims: bool = False, ord: float = 2) -> Any:
+def norm(t: Operand, axes: Axes = None, *, keepdims: bool = False, ord: float = 2) -> Any:
     """Norm of every slice of ``t`` over ``axes``.
 
     Parameters
@@ -156,7 +171,7 @@ def norm(t: Any, axes: Any = None, *, keepdims: bool = False, ord: float = 2) ->
     Returns
     -------
     array of the shape of t without axes
-        float64, correctly rounded; lazy where ``t`` is.
+        float64, correctly rounded; lazy if ``t`` is.
 
     Raises
     ------
@@ -169,7 +184,7 @@ def norm(t: Any, axes: Any = None, *, keepdims: bool = False, ord: float = 2) ->
 
     Notes
     -----
-    Reads each chunk once; holds what `clip_by_norm` holds for the partial sums.
+    Computes each chunk once. Holds the partial sums that `clip_by_norm` holds.
 
     References
     ----------
@@ -180,10 +195,153 @@ def norm(t: Any, axes: Any = None, *, keepdims: bool = False, ord: float = 2) ->
     >>> norm(np.float32([[3, 4], [6, 8]]), axes=1)
     array([ 5., 10.])
     """
-    x = as_array(t.values if is_indexed(t) else t)
-    over = parse_axes(axes, x.ndim)
-    ord = parse_ord(ord, x.dtype)
+    x = inputs.as_array(values_of(t))
+    operation = inputs.Operation(parse_axes(axes, x.ndim), parse_ord(ord, x.dtype))
     if isinstance(x, da.Array):
-        return lazy.norm(x, over, keepdims, ord)
-    norms = finalize(partial_norm(x, over, ord=ord), math.inf, x.dtype).norm
-    return norms if keepdims else norms.squeeze(over)[()]
+        return graph.norm(x, operation, keepdims)
+    total = partial_norm(x, operation.axes, ord=operation.ord)
+    # no limit is needed for a norm, and an infinite one clips nothing
+    norms = finalize(total, math.inf, x.dtype).norm
+    return norms if keepdims else norms.squeeze(operation.axes)[()]
+
+
+def global_norm(t_list: Sequence[Operand | None]) -> Any:
+    """L2-norm of all elements of all arrays of a list.
+
+    Parameters
+    ----------
+    t_list : sequence of arrays of any shape, IndexedSlices or None
+        Dtypes may differ; None is ignored.
+
+    Returns
+    -------
+    array of shape ()
+        float64, correctly rounded; a Dask array if any array of the list is lazy.
+
+    Raises
+    ------
+    TypeError
+        If ``t_list`` is not a sequence, or an array is neither floating point nor complex.
+
+    See Also
+    --------
+    clip_by_global_norm : Clips by this norm.
+
+    Notes
+    -----
+    Computes each chunk once. Holds the partial sums that `clip_by_norm` holds.
+
+    References
+    ----------
+    `tf.linalg.global_norm <https://www.tensorflow.org/api_docs/python/tf/linalg/global_norm>`_
+
+    Examples
+    --------
+    >>> global_norm([np.float32([3]), None, np.float64([4])])
+    np.float64(5.0)
+    """
+    arrays = inputs.as_arrays(t_list)
+    if inputs.is_lazy(arrays):
+        return graph.global_norm(da.asarray(x, chunks=-1) for x in arrays)
+    return _norm_of(_total(arrays))
+
+
+def clip_by_global_norm(
+    t_list: Sequence[Operand | None],
+    clip_norm: ClipNorm,
+    use_norm: ClipNorm | None = None,
+    name: str | None = None,
+) -> tuple[list[Any], Any]:
+    """Clip all arrays of a list by one factor, that of their global norm.
+
+    Parameters
+    ----------
+    t_list : sequence of arrays of any shape, IndexedSlices or None
+        Dtypes may differ; None stays None.
+    clip_norm : float or 0-d array
+        See `clip_by_norm`.
+    use_norm : float or 0-d array, optional
+        Precomputed global norm; not verified.
+    name : str, optional
+        Prefix of the Dask layers.
+
+    Returns
+    -------
+    clipped : list
+        As ``t_list``; lazy if any argument is. All NaN if the global norm is infinite or NaN.
+    norm : array of shape ()
+        The global norm before clipping, float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `clip_by_norm`.
+
+    See Also
+    --------
+    clip_by_norm : Every array by its own norm.
+
+    Notes
+    -----
+    Computes every chunk twice, or once with ``use_norm``. Holds what `clip_by_norm` holds, but no
+    chunks between the passes, however small.
+
+    References
+    ----------
+    `tf.clip_by_global_norm <https://www.tensorflow.org/api_docs/python/tf/clip_by_global_norm>`_
+
+    Examples
+    --------
+    >>> clip_by_global_norm([np.float32([3]), None, np.float32([4])], 10.0)
+    ([array([3.], dtype=float32), None, array([4.], dtype=float32)], np.float64(5.0))
+    """
+    inputs.check_name(name)
+    limit = inputs.normalize_clip_norm(clip_norm)
+    known = None if use_norm is None else inputs.normalize_clip_norm(use_norm, "use_norm")
+    arrays = inputs.as_arrays(t_list)
+    clipped: Any
+    total: Any
+    if inputs.is_lazy(arrays) or isinstance(limit, da.Array) or isinstance(known, da.Array):
+        lazy = [da.asarray(x, chunks=-1) for x in arrays]
+        clipped, total = graph.clip_list(lazy, limit, known, name)
+    else:
+        clipped, total = _clip_list(arrays, limit, known)
+    # what was None has no clipped array
+    values = iter(clipped)
+    return [None if t is None else with_values(t, next(values)) for t in t_list], total
+
+
+def _clip(
+    x: Array, limit: float | npt.NDArray[np.float64], operation: inputs.Operation
+) -> tuple[Array, Array]:
+    """Clipped array and norms, in memory."""
+    if operation.nonfinite == "raise":
+        require_finite(x, operation.axes, limit)
+    # as Dask's own scheduler of threads decides; its count of CPUs heeds the limits of the process
+    # and of the container
+    threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
+    clipped, norms = clip_array(
+        x, limit, operation.axes, omit_nan=operation.omit_nan, ord=operation.ord, threads=threads
+    )
+    return clipped, norms.squeeze(operation.axes)[()]
+
+
+def _clip_list(
+    arrays: list[Array], limit: float, use_norm: float | None
+) -> tuple[list[Array], Array]:
+    """Arrays clipped by one factor and the global norm, in memory."""
+    # the norm of an array that holds one number is that number
+    total = _total(arrays if use_norm is None else [np.array(use_norm)])
+    # an infinite norm makes a list NaN, an array alone not
+    sums = nan_if_infinite(total)
+    return [rescale(x, finalize(sums, limit, x.dtype)) for x in arrays], _norm_of(total)
+
+
+def _total(arrays: list[Array]) -> Partial:
+    """Exact sum of all elements of all arrays."""
+    return combine_all([partial_norm(x, tuple(range(x.ndim))) for x in arrays])
+
+
+def _norm_of(total: Partial) -> Array:
+    norms: Array = finalize(total, math.inf, np.dtype(float)).norm[()]
+    return norms

@@ -1,11 +1,28 @@
-"""The operation as Dask graphs."""
+"""The operation as a Dask graph.
+
+Where every chunk holds its slices whole, one task clips a chunk and returns its norms too::
+
+    chunk ── clip-chunk ──┬── clipped chunk
+                          └── norms
+
+Otherwise there are two passes, and no chunk is held between them::
+
+    chunk ── partial-norm ──┐
+    chunk ── partial-norm ──┼── combine ── scale ──┬── norms
+    chunk ── partial-norm ──┘                      │
+    recipe of a chunk ─────────────────────────────┴── clipped chunk
+
+The second pass makes each chunk again from its recipe (see `recipes`). A list of arrays has one
+sum for all of them, and a scale for each dtype.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import partial
-from operator import attrgetter, itemgetter
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -13,11 +30,11 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 from dask.highlevelgraph import HighLevelGraph
 
-from daskclip.lazy.recipes import Recipe, recipes
-from daskclip.lazy.tree import map_object_blocks, tree_reduce
+from daskclip.lazy.inputs import Limit, Operation
+from daskclip.lazy.recipes import Recipe, chunk_recipes
+from daskclip.lazy.tree import map_object_blocks, object_meta, tree_reduce
 from daskclip.numerics import (
     Array,
-    Partial,
     Scale,
     clip_block,
     combine_all,
@@ -28,155 +45,192 @@ from daskclip.numerics import (
     rescale,
 )
 
-HOLD = 16 * 2**20  # bytes of the chunks that share their slices, up to which they are held
-NORM = attrgetter("norm")
+# chunks that share their slices are held up to this size: reading them again would cost more
+HELD_NBYTES = 16 * 2**20
+
+
+class ClippedChunk(NamedTuple):
+    """A chunk clipped in one pass; the rest of its scale is not kept."""
+
+    clipped: Array
+    norm: Array
 
 
 def clip(
-    x: da.Array, limit: Any, over: tuple[int, ...], name: str | None, nonfinite: str, ord: float
+    x: da.Array, limit: Limit, operation: Operation, name: str | None
 ) -> tuple[da.Array, da.Array]:
-    """Clipped array and norms: one map where chunks hold their slices whole, else two passes."""
-    if np.ndim(limit):
-        chunks = tuple((1,) if n == 1 else c for n, c in zip(limit.shape, x.chunks, strict=True))
-        limit = da.asarray(limit).rechunk(chunks)
-    limit_name = limit.name if isinstance(limit, da.Array) else limit
-    token = tokenize(x.name, x.chunks, limit_name, over, nonfinite, ord, ensure_deterministic=True)
-    full = f"{name or 'clip-by-norm'}-{token}"
-    omit = nonfinite == "omit"
-    checked = x
-    if nonfinite == "raise":
-        checked = da.map_blocks(
-            _require_finite, x, limit, over=over,
-            name=f"require-finite-{token}", dtype=x.dtype, meta=x._meta,
-        )  # fmt: skip
-    if all(x.numblocks[a] == 1 for a in over):
-        pairs = map_object_blocks(
-            _clip_chunk, checked, limit, over=over, omit=omit, ord=ord, name=f"clip-chunk-{token}"
+    """Return the clipped array and its norms, in one pass or two."""
+    axes = operation.axes
+    limit = _chunked_like(x, limit)
+    # the chunks too: compute_chunk_sizes() replaces them and keeps the name
+    token = tokenize(x, x.chunks, limit, operation, ensure_deterministic=True)
+    layer = f"{name or 'clip-by-norm'}-{token}"
+    checked = _checked(x, limit, axes, token) if operation.nonfinite == "raise" else x
+    if all(x.numblocks[a] == 1 for a in axes):
+        clip_chunk = partial(_clip_chunk, operation=operation)
+        blocks = map_object_blocks(clip_chunk, checked, limit, name=f"clip-chunk-{token}")
+        clipped = da.map_blocks(
+            attrgetter("clipped"), blocks, name=layer, dtype=x.dtype, meta=x._meta
         )
-        clipped = da.map_blocks(itemgetter(0), pairs, name=full, dtype=x.dtype, meta=x._meta)
-        return clipped, _norms(itemgetter(1), pairs, over, f"norm-{token}")
-    scale = _scales(checked, limit, over, omit, ord, token)
-    return rescaled(x, scale, over, full), _norms(NORM, scale, over, f"norm-{token}")
+    else:
+        blocks = _scales(checked, limit, operation, token)
+        # from x, not checked again: what is rescaled has passed the check
+        clipped = _rescaled(x, blocks, layer, keep=_slab_nbytes(x, axes) <= HELD_NBYTES)
+    return clipped, _norms(blocks, axes, f"norm-{token}")
 
 
-def norm(x: da.Array, over: tuple[int, ...], keepdims: bool, ord: float) -> da.Array:
-    """Norms of the slices of ``x``."""
-    token = tokenize(x.name, x.chunks, over, ord, ensure_deterministic=True)
-    scale = _scales(x, math.inf, over, False, ord, f"only-{token}")
-    return _norms(NORM, scale, () if keepdims else over, f"norm-only-{keepdims}-{token}")
+def norm(x: da.Array, operation: Operation, keepdims: bool) -> da.Array:
+    """Return the norms of the slices of ``x``."""
+    token = tokenize(x, x.chunks, operation, ensure_deterministic=True)
+    scales = _scales(x, math.inf, operation, f"only-{token}")
+    return _norms(scales, () if keepdims else operation.axes, f"norm-only-{keepdims}-{token}")
 
 
 def clip_list(
-    arrays: list[Any], limit: Any, used: Any, name: str | None
-) -> tuple[list[Any], da.Array]:
-    """Arrays clipped by one factor, and the norm it is taken from."""
-    summed = total(arrays if used is None else [da.asarray(used).astype(float)])
+    arrays: Sequence[da.Array],
+    limit: float | da.Array,
+    use_norm: float | da.Array | None,
+    name: str | None,
+) -> tuple[list[da.Array], da.Array]:
+    """Return arrays clipped by one factor, and the norm that it follows from."""
+    # the norm of an array that holds one number is that number
+    measured = arrays if use_norm is None else [da.asarray(use_norm).astype(float)]
+    total = _total(measured)
+    # an infinite norm makes a list NaN, an array alone not
+    sums = delayed(nan_if_infinite, pure=True)(total)
     if isinstance(limit, da.Array):
         limit = limit.to_delayed()[()]
     clipped = []
     for x in arrays:
-        if x is not None:
-            scale = delayed(_global_scale, pure=True)(summed, limit, x.dtype)
-            token = tokenize(x.name, x.chunks, scale.key, ensure_deterministic=True)
-            x = rescaled(x, scale, (), f"{name or 'clip-by-global-norm'}-{token}")
-        clipped.append(x)
-    return clipped, global_norm(summed)
+        scale = delayed(finalize, pure=True)(sums, limit, x.dtype)
+        token = tokenize(x, x.chunks, scale.key, ensure_deterministic=True)
+        scales = da.from_delayed(
+            scale, (1,) * x.ndim, meta=object_meta(x.ndim), name=f"list-scale-{token}"
+        )
+        layer = f"{name or 'clip-by-global-norm'}-{token}"
+        # not kept: each array may be small, and a list has any number of them
+        clipped.append(_rescaled(x, scales, layer, keep=False))
+    return clipped, _list_norm(total)
 
 
-def total(arrays: list[Any]) -> Delayed:
-    """Partial over all elements of all arrays."""
-    parts = []
-    for x in arrays:
-        if x is not None:
-            over = tuple(range(x.ndim))
-            token = tokenize(x.name, x.chunks, over, ensure_deterministic=True)
-            parts += _partials(x, over, False, 2, f"global-{token}").to_delayed().ravel().tolist()
-    summed: Delayed = delayed(combine_all, pure=True)(parts)
-    return summed
+def global_norm(arrays: Iterable[da.Array]) -> da.Array:
+    """Return the norm of all elements of all arrays, of shape ()."""
+    return _list_norm(_total(arrays))
 
 
-def global_norm(summed: Delayed) -> da.Array:
-    """Norm of what `total` gives, as an array of shape ()."""
-    value = delayed(_global_norm, pure=True)(summed)
-    name = f"global-norm-{tokenize(value.key)}"
-    result: da.Array = da.from_delayed(value, (), float, name=name)
-    return result
+# ---- layers
 
 
-def rescaled(x: da.Array, scale: Any, over: tuple[int, ...], name: str) -> da.Array:
-    """Second pass: every chunk is made again from its recipe once its scale is known."""
-    group = math.prod(
-        sum(x.chunks[a]) if a in over else max(x.chunks[a], default=0) for a in range(x.ndim)
-    )
-    hold = isinstance(scale, da.Array) and group * x.dtype.itemsize <= HOLD
-    made, layers = recipes(x, hold)
-    tasks: dict[Any, Any] = {}
-    for index in np.ndindex(*x.numblocks):
-        recipe = made[(x.name, *index)]
-        if isinstance(scale, da.Array):
-            at = (scale.name, *(0 if a in over else i for a, i in enumerate(index)))
-        else:
-            at = scale.key
-        tasks[(name, *index)] = (_rescale_made, recipe, list(recipe.inputs), at)
-    graph = HighLevelGraph(
-        {**x.dask.layers, **scale.dask.layers, name: tasks},
-        {
-            **x.dask.dependencies,
-            **scale.dask.dependencies,
-            name: {*layers, *scale.__dask_layers__()},
-        },
-    )
-    return da.Array(graph, name, x.chunks, meta=x._meta)
+def _chunked_like(x: da.Array, limit: Limit) -> float | da.Array:
+    """Limits in the chunks of the array whose slices they are for; one limit as it is."""
+    if isinstance(limit, float):
+        return limit
+    limits: da.Array = da.asarray(limit)
+    if limits.ndim:
+        chunks = zip(limits.shape, x.chunks, strict=True)
+        limits = limits.rechunk(tuple((1,) if n == 1 else c for n, c in chunks))
+    return limits
 
 
-def _partials(x: da.Array, over: tuple[int, ...], omit: bool, ord: float, token: str) -> da.Array:
-    kept = tuple((1,) * len(c) if a in over else c for a, c in enumerate(x.chunks))
+def _checked(x: da.Array, limit: float | da.Array, axes: tuple[int, ...], token: str) -> da.Array:
+    """The same array; computing a chunk of it raises where NaN or infinity has a limit."""
+    checked: da.Array = da.map_blocks(
+        _require_finite, x, limit, axes=axes,
+        name=f"require-finite-{token}", dtype=x.dtype, meta=x._meta,
+    )  # fmt: skip
+    return checked
+
+
+def _partials(x: da.Array, operation: Operation, token: str) -> da.Array:
+    """`Partial` blocks, one along each reduced axis."""
+    axes = operation.axes
+    kept = tuple((1,) * len(c) if a in axes else c for a, c in enumerate(x.chunks))
     parts = map_object_blocks(
-        partial_norm, x, axes=over, omit_nan=omit, ord=ord,
+        partial_norm, x, axes=axes, omit_nan=operation.omit_nan, ord=operation.ord,
         name=f"partial-norm-{token}", chunks=kept,
     )  # fmt: skip
-    return tree_reduce(parts, over)
+    return tree_reduce(parts, axes)
 
 
-def _scales(
-    x: da.Array, limit: Any, over: tuple[int, ...], omit: bool, ord: float, token: str
-) -> da.Array:
-    parts = _partials(x, over, omit, ord, token)
+def _scales(x: da.Array, limit: float | da.Array, operation: Operation, token: str) -> da.Array:
+    """`Scale` blocks, one along each reduced axis."""
+    parts = _partials(x, operation, token)
     return map_object_blocks(partial(finalize, dtype=x.dtype), parts, limit, name=f"scale-{token}")
 
 
-def _norms(pick: Any, blocks: da.Array, over: tuple[int, ...], name: str) -> da.Array:
-    chunks = tuple((1,) if a in over else c for a, c in enumerate(blocks.chunks))
-    result: da.Array = da.map_blocks(
-        pick, blocks, name=name, chunks=chunks, dtype=float, meta=np.empty((0,) * blocks.ndim)
+def _norms(blocks: da.Array, axes: tuple[int, ...], name: str) -> da.Array:
+    """Norms of `ClippedChunk` or `Scale` blocks, without ``axes``."""
+    chunks = tuple((1,) if a in axes else c for a, c in enumerate(blocks.chunks))
+    norms: da.Array = da.map_blocks(
+        attrgetter("norm"), blocks,
+        name=name, chunks=chunks, dtype=float, meta=np.empty((0,) * blocks.ndim),
+    )  # fmt: skip
+    return norms.squeeze(axis=axes) if axes else norms
+
+
+def _total(arrays: Iterable[da.Array]) -> Delayed:
+    """`Partial` of all elements of all arrays."""
+    parts = []
+    for x in arrays:
+        operation = Operation(tuple(range(x.ndim)))
+        token = tokenize(x, x.chunks, ensure_deterministic=True)
+        parts += _partials(x, operation, f"global-{token}").to_delayed().ravel().tolist()
+    total: Delayed = delayed(combine_all, pure=True)(parts)
+    return total
+
+
+def _list_norm(total: Delayed) -> da.Array:
+    """Norm that a total gives, of shape ()."""
+    value = delayed(finalize, pure=True)(total, math.inf, np.dtype(float)).norm
+    norm: da.Array = da.from_delayed(value, (), float, name=f"global-norm-{tokenize(value.key)}")
+    return norm
+
+
+def _slab_nbytes(x: da.Array, axes: tuple[int, ...]) -> float:
+    """Bytes of the largest group of chunks that share their slices; NaN if Dask cannot tell."""
+    sizes = (sum(c) if a in axes else max(c, default=0) for a, c in enumerate(x.chunks))
+    return float(math.prod(sizes) * x.dtype.itemsize)
+
+
+def _rescaled(x: da.Array, scales: da.Array, name: str, *, keep: bool) -> da.Array:
+    """Second pass: each chunk is made again from its recipe once its scale is known."""
+    recipes, layers = chunk_recipes(x, keep)
+    tasks: dict[Any, Any] = {}
+    for coords in np.ndindex(*x.numblocks):
+        recipe = recipes[(x.name, *coords)]
+        # chunks along a reduced axis share one scale
+        own = (0 if n == 1 else i for i, n in zip(coords, scales.numblocks, strict=True))
+        scale_key = (scales.name, *own)
+        tasks[(name, *coords)] = (_rescale_chunk, recipe, recipe.inputs, scale_key)
+    graph = HighLevelGraph(
+        {**x.dask.layers, **scales.dask.layers, name: tasks},
+        {**x.dask.dependencies, **scales.dask.dependencies, name: {*layers, scales.name}},
     )
-    return result.squeeze(axis=over) if over else result
+    return da.Array(graph, name, x.chunks, meta=x._meta)
 
 
 # ---- tasks
 
 
-def _clip_chunk(
-    x: Array, limit: Any, over: tuple[int, ...], omit: bool, ord: float
-) -> tuple[Array, Array]:
-    clipped, scale = clip_block(x, limit, over, omit_nan=omit, ord=ord)
-    return clipped, scale.norm
+def _clip_chunk(x: Array, limit: float | Array, operation: Operation) -> ClippedChunk:
+    """Clip a chunk that holds its slices whole."""
+    clipped, scale = clip_block(
+        x, limit, operation.axes, omit_nan=operation.omit_nan, ord=operation.ord
+    )
+    return ClippedChunk(clipped, scale.norm)
 
 
-def _require_finite(x: Array, limit: Any, over: tuple[int, ...], block_info: Any = None) -> Array:
-    where = block_info[0]
-    start = [first for first, _ in where["array-location"]]
-    require_finite(x, over, limit, start, lambda _: where["chunk-location"])
+def _require_finite(
+    x: Array, limit: float | Array, axes: tuple[int, ...], block_info: Any = None
+) -> Array:
+    """Return a chunk; raise with its place if NaN or infinity has a limit."""
+    # Dask fills in block_info; 0 is the first argument
+    info = block_info[0]
+    start = [first for first, _ in info["array-location"]]
+    require_finite(x, axes, limit, start, lambda _: info["chunk-location"])
     return x
 
 
-def _rescale_made(recipe: Recipe, inputs: list[Any], scale: Scale) -> Array:
+def _rescale_chunk(recipe: Recipe, inputs: list[Any], scale: Scale) -> Array:
+    """Make a chunk again and rescale it, in one task so that it is held by no other."""
     return rescale(recipe.make(inputs), scale)
-
-
-def _global_scale(summed: Partial, limit: Any, dtype: Any) -> Scale:
-    return finalize(nan_if_infinite(summed), limit, dtype)
-
-
-def _global_norm(summed: Partial) -> Any:
-    return finalize(summed, math.inf, np.dtype(float)).norm

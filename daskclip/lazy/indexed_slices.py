@@ -1,11 +1,12 @@
-"""Slices of a larger array, as TensorFlow's sparse gradients have them."""
+"""Rows of a larger array, the form of TensorFlow's sparse gradients."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 
 from daskclip.errors import InvalidTypeError, InvalidValueError
 
@@ -25,11 +26,11 @@ class IndexedSlices:
 
     See Also
     --------
-    clip_by_norm : Clips ``values`` and passes the rest through.
+    clip_by_norm : Clips ``values``; the other fields stay the same objects.
 
     Notes
     -----
-    Holds references to what it is given, and copies nothing.
+    Holds references to its arguments and copies nothing.
 
     References
     ----------
@@ -51,8 +52,8 @@ class IndexedSlices:
     dense_shape: Any = None
     """Shape of the dense array, or None."""
 
-    def to_dense(self) -> Any:
-        """Dense NumPy array; rows with the same index are added, absent rows are 0.
+    def to_dense(self) -> npt.NDArray[Any]:
+        """Return a dense NumPy array; rows of equal index are added, absent rows are 0.
 
         Returns
         -------
@@ -69,20 +70,21 @@ class IndexedSlices:
         Computes lazy values and holds the dense array in memory.
         """
         if self.dense_shape is None:
-            raise InvalidValueError("dense_shape is None; give it to turn slices into an array")
+            raise InvalidValueError("dense_shape is None; give it to make a dense array")
         values, indices = self._arrays()
         shape = tuple(int(n) for n in np.asarray(self.dense_shape))
         dense = np.zeros(shape, values.dtype)
         if indices.size and not (indices.min() >= 0 and indices.max() < shape[0]):
             raise InvalidValueError(
                 f"indices {indices.min()} to {indices.max()} leave 0 to {shape[0] - 1}; "
-                f"mend them or dense_shape {shape}"
+                f"correct them or dense_shape {shape}"
             )
+        # unlike dense[indices] += values, adds every row of an index that occurs twice
         np.add.at(dense, indices, values)
         return dense
 
     def coalesce(self) -> IndexedSlices:
-        """Slices with sorted indices, each once; rows with the same index are added.
+        """Return slices with sorted, unique indices; rows of equal index are added.
 
         Returns
         -------
@@ -96,10 +98,11 @@ class IndexedSlices:
         values, indices = self._arrays()
         unique, inverse = np.unique(indices, return_inverse=True)
         summed = np.zeros((len(unique), *values.shape[1:]), values.dtype)
-        np.add.at(summed, inverse.reshape(-1), values)
+        np.add.at(summed, inverse, values)
         return IndexedSlices(summed, unique, self.dense_shape)
 
     def _arrays(self) -> tuple[Any, Any]:
+        """Values and indices as NumPy arrays, checked against each other."""
         values, indices = np.asarray(self.values), np.asarray(self.indices)
         if indices.dtype.kind not in "iu":
             raise InvalidTypeError(f"indices have dtype {indices.dtype}; give integers")
@@ -111,6 +114,17 @@ class IndexedSlices:
         return values, indices
 
 
-def is_indexed(t: Any) -> bool:
+def is_indexed(t: object) -> TypeGuard[IndexedSlices]:
     """Whether ``t`` has the three parts of IndexedSlices."""
+    # not isinstance: TensorFlow's own class has them too, and need not be importable
     return all(hasattr(t, name) for name in ("dense_shape", "indices", "values"))
+
+
+def values_of(t: object) -> object:
+    """Return the array to clip: the values of IndexedSlices, else ``t`` itself."""
+    return t.values if is_indexed(t) else t
+
+
+def with_values(t: object, values: object) -> object:
+    """Return ``values`` in the form of ``t``: IndexedSlices if ``t`` has their parts."""
+    return IndexedSlices(values, t.indices, t.dense_shape) if is_indexed(t) else values

@@ -9,17 +9,21 @@ the chunk when it runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import dask
 import dask.array as da
 from dask.core import flatten, get_dependencies, istask, toposort
+from dask.typing import Key
 
-# results that several chunks use are made once and held if their array is this many times smaller
-# than the clipped one, such as a mean; larger ones only if more chunks use them than
+Graph = dict[Key, Any]
+
+# a result that several chunks use, such as a mean, is made once and held if the array it belongs
+# to is this many times smaller than the clipped one
 SMALLER = 16
+# a larger one is held if more chunks use it: making it again for each would take too long
 USERS = 64
 
 
@@ -27,15 +31,15 @@ USERS = 64
 class Recipe:
     """How to make one chunk."""
 
-    graph: dict[Any, Any]
+    graph: Graph
     """Tasks to run; empty where the chunk itself is among the inputs."""
-    key: Any
+    key: Key
     """Key of the chunk."""
-    inputs: tuple[Any, ...]
-    """Keys of results that the tasks need from outside."""
+    inputs: list[Key]
+    """Keys of the results that the tasks need from outside."""
 
-    def make(self, values: list[Any]) -> Any:
-        """The chunk, from the values of ``inputs``."""
+    def make(self, values: Sequence[Any]) -> Any:
+        """Return the chunk, given the values of ``inputs``."""
         given = {k: (LiteralTask(v),) for k, v in zip(self.inputs, values, strict=True)}
         return dask.get({**self.graph, **given}, self.key)
 
@@ -50,14 +54,14 @@ class LiteralTask:
         return self.value
 
 
-def recipes(x: da.Array, hold: bool) -> tuple[dict[Any, Recipe], set[str]]:
+def chunk_recipes(x: da.Array, keep: bool) -> tuple[dict[Key, Recipe], set[str]]:
     """Recipes of all chunks, by key, and the layers of ``x`` that hold their inputs.
 
     Data in memory (arrays, persisted chunks, futures) and results worth holding are inputs, not
-    part of the recipes; with ``hold``, so are the chunks themselves.
+    part of the recipes; with ``keep``, so are the chunks themselves.
     """
-    graph: dict[Any, Any] = {}
-    layer_of: dict[Any, str] = {}
+    graph: Graph = {}
+    layer_of: dict[Key, str] = {}
     small = set()
     for name, layer in x.dask.layers.items():
         graph.update(layer)
@@ -65,25 +69,34 @@ def recipes(x: da.Array, hold: bool) -> tuple[dict[Any, Recipe], set[str]]:
         if SMALLER * _nbytes(layer.collection_annotations or {}) <= x.nbytes:
             small.add(name)
     outputs = list(flatten(x.__dask_keys__()))
-    if hold:
-        return {k: Recipe({}, k, (k,)) for k in outputs}, {layer_of[k] for k in outputs}
+    if keep:
+        recipes = {k: Recipe({}, k, [k]) for k in outputs}
+    else:
+        recipes = _split(graph, outputs, lambda key: 1 if layer_of[key] in small else USERS)
+    return recipes, {layer_of[k] for recipe in recipes.values() for k in recipe.inputs}
+
+
+def _split(
+    graph: Graph, outputs: Sequence[Key], most_users: Callable[[Key], int]
+) -> dict[Key, Recipe]:
+    """Cut a graph into one for each output; what has more users than allowed becomes an input."""
     needs = {k: get_dependencies(graph, k) for k in graph}
-    users: dict[Any, set[Any]] = {k: {k} for k in outputs}
-    parts: dict[Any, tuple[dict[Any, Any], list[Any]]] = {k: ({}, []) for k in outputs}
+    # outputs that need a key; those of a key are complete when its turn comes
+    users: dict[Key, set[Key]] = {k: {k} for k in outputs}
+    recipes = {k: Recipe({}, k, []) for k in outputs}
     for key in reversed(toposort(graph, needs)):
-        used_by = users.pop(key, ())
-        held = len(used_by) > (1 if layer_of[key] in small else USERS)
+        used_by = users.pop(key, set())
         # a value that needs others is an alias, not data
-        if held or not (needs[key] or istask(graph[key])):
+        is_data = not (needs[key] or istask(graph[key]))
+        if is_data or len(used_by) > most_users(key):
             for k in used_by:
-                parts[k][1].append(key)
+                recipes[k].inputs.append(key)
             continue
         for k in used_by:
-            parts[k][0][key] = graph[key]
+            recipes[k].graph[key] = graph[key]
         for need in needs[key]:
             users.setdefault(need, set()).update(used_by)
-    made = {k: Recipe(tasks, k, tuple(inputs)) for k, (tasks, inputs) in parts.items()}
-    return made, {layer_of[k] for r in made.values() for k in r.inputs}
+    return recipes
 
 
 def _nbytes(known: Mapping[str, Any]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import NonFiniteError
-from daskclip.grid import Box, ceil_div, index
+from daskclip.grid import Box, box_index, ceil_div
 from daskclip.numerics.compiled import Array, Block
 from daskclip.numerics.partial import combine, kept_shape, partial_norm, sum_slices, term_count
 from daskclip.numerics.scale import Limits, Scale, finalize, prepare_scale, without_zeros
@@ -147,7 +147,7 @@ def clip_array(
 
 def broadcast_limit(limit: Limits, kept: tuple[int, ...], region: Box) -> Limits:
     """Limits of a region of slices; a single limit stays one."""
-    limits: Limits = np.broadcast_to(limit, kept)[index(region)] if np.ndim(limit) else limit
+    limits: Limits = np.broadcast_to(limit, kept)[box_index(region)] if np.ndim(limit) else limit
     return limits
 
 

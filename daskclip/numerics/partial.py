@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import MemoryBudgetError
-from daskclip.grid import box_shape, boxes, ceil_div, index, tile_shape
+from daskclip.grid import box_index, box_shape, boxes, ceil_div, tile_shape
 from daskclip.numerics.compiled import Array, Block, DType, format_of
 
 LIMB = 32  # bits
@@ -134,7 +134,7 @@ def partial_norm(
         filled, found = np.zeros((count, *shape), np.uint32), np.empty(shape, np.uint8)
         block.point(limbs=filled, flags=found)
         region = tuple(slice(None) if k in axes else s for k, s in enumerate(box))
-        block.describe(x[index(region)], shape)
+        block.describe(x[box_index(region)], shape)
         sum_slices(block, x.dtype, ord, omit_nan)
         flags[box] = found
         low, stop = block.used

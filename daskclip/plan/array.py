@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from daskclip.errors import MemoryBudgetError
-from daskclip.grid import Box, Spans, box, box_shape, ceil_div, grid
+from daskclip.grid import Box, Spans, box_at, box_shape, ceil_div, grid_shape
 from daskclip.report import MIB, format_axes, format_size, fragment, shared_rows
 
 BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
@@ -75,7 +75,7 @@ class ClipPlan:
     @property
     def grid(self) -> tuple[int, ...]:
         """Number of blocks along each axis."""
-        return grid(self.shape, self.block)
+        return grid_shape(self.shape, self.block)
 
     @property
     def is_whole(self) -> bool:
@@ -139,7 +139,7 @@ class ClipPlan:
             else:
                 slab, i = divmod(slab, n)
             place.append(i)
-        return box(place[::-1], self.block, self.shape)
+        return box_at(place[::-1], self.block, self.shape)
 
     def number(self, slab: int, block: int) -> int:
         """Number of a block among all."""
@@ -291,7 +291,7 @@ def _plan(
         max(1, n) if a in axes else u for a, (n, u) in enumerate(zip(shape, unit, strict=True))
     )
     # a slab that a single thread would read for long is faster in two passes of all threads
-    few = math.prod(grid(shape, whole)) < at_once
+    few = math.prod(grid_shape(shape, whole)) < at_once
     small = math.prod(whole) * itemsize <= BLOCK
     block = whole if fits(whole) and (small or not few) and not shared else unit
     if not fits(block):

@@ -15,7 +15,7 @@ import zarr
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
-from daskclip.grid import grid
+from daskclip.grid import grid_shape
 from daskclip.storage import files
 from daskclip.storage import object_store as objects
 from daskclip.storage.retry import retrying
@@ -142,7 +142,7 @@ def stored_blocks(
 
 def cells(array: zarr.Array[Any]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
     """Key of all that is stored, and its place in the grid of chunks or shards, if any."""
-    ndim, ends = array.ndim, grid(array.shape, write_unit(array))
+    ndim, ends = array.ndim, grid_shape(array.shape, write_unit(array))
     for key, *_ in listed(array):
         numbers = [int(i) for i in NUMBER.findall(key)]
         cell = tuple(numbers[-ndim:] if ndim else ())

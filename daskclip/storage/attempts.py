@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from daskclip.errors import DaskClipError, error_text
-from daskclip.grid import Box, box_shape, boxes, shift
+from daskclip.grid import Box, box_shape, boxes, offset_box
 from daskclip.storage import array as storage
 from daskclip.storage import regions
 from daskclip.storage.retry import kind_and_remedy, retrying
@@ -36,7 +36,7 @@ def _culprit(
 ) -> tuple[str, Exception]:
     """The first chunk of a block that the operation fails for alone."""
     for inside in boxes(box_shape(region), storage.write_unit(array)):
-        part = shift(inside, region)
+        part = offset_box(inside, region)
         key = next(regions.keys(array, part))
         try:
             operation(part)

@@ -20,7 +20,7 @@ from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.dtype import UInt64
 
-from daskclip.grid import boxes, grid, index
+from daskclip.grid import box_index, boxes, grid_shape
 from daskclip.storage.decode_guard import decoded
 
 Array = npt.NDArray[Any]
@@ -92,7 +92,7 @@ def encode(chain: Chain, values: Array) -> Any:
     x = values
     if x.shape != chain.shape:
         x = np.full(chain.shape, chain.fill)
-        x[index(tuple(slice(n) for n in values.shape))] = values
+        x[box_index(tuple(slice(n) for n in values.shape))] = values
     return _through(chain.codecs, x)
 
 
@@ -113,7 +113,7 @@ def decode(chain: Chain, data: Any, out: Array) -> None:
         x = codec.decode(x, room if i < 2 else None)
         if x is out:
             return
-    out[...] = x[index(tuple(slice(n) for n in out.shape))]
+    out[...] = x[box_index(tuple(slice(n) for n in out.shape))]
 
 
 def elements(chain: Chain, x: Array) -> Array | None:
@@ -240,7 +240,7 @@ class _Shards:
         parts: list[Any] = []
         at = self.index_size if self.index_first else 0
         for cell, inside in zip(where.reshape(-1, 2), self._cells(), strict=True):
-            data = encode(self.inner, x[index(inside)])
+            data = encode(self.inner, x[box_index(inside)])
             if data is not None:
                 parts.append(memoryview(data).cast("B"))
                 cell[:] = at, len(parts[-1])
@@ -256,11 +256,11 @@ class _Shards:
         values = np.empty(self.shape, self.inner.fill.dtype) if out is None else out
         for (start, size), inside in zip(where.reshape(-1, 2).tolist(), self._cells(), strict=True):
             if (start, size) == (ABSENT, ABSENT):
-                values[index(inside)] = self.inner.fill
+                values[box_index(inside)] = self.inner.fill
             elif start + size > len(x):
                 raise ValueError(f"its index leads beyond its {len(x)} bytes")
             else:
-                decode(self.inner, x[start : start + size], values[index(inside)])
+                decode(self.inner, x[start : start + size], values[box_index(inside)])
         return values
 
     def _cells(self) -> Any:
@@ -269,10 +269,10 @@ class _Shards:
 
 def _shards(codec: Any, spec: Any, fill: Array) -> _Shards:
     inner = _chain(codec.codecs, replace(spec, shape=codec.chunk_shape), fill)
-    size = 16 * math.prod(grid(spec.shape, codec.chunk_shape))
+    size = 16 * math.prod(grid_shape(spec.shape, codec.chunk_shape))
     cells = replace(
         spec,
-        shape=(*grid(spec.shape, codec.chunk_shape), 2),
+        shape=(*grid_shape(spec.shape, codec.chunk_shape), 2),
         dtype=UInt64(),
         fill_value=np.uint64(ABSENT),
     )

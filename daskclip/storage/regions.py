@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import SourceError
-from daskclip.grid import Box, box_shape, boxes, index, shift
+from daskclip.grid import Box, box_index, box_shape, boxes, offset_box
 from daskclip.storage import array as storage
 from daskclip.storage import codecs as chunks
 from daskclip.storage import files
@@ -31,7 +31,7 @@ def _units(array: Any, region: Box) -> Iterator[tuple[str, Box]]:
     """Key and place in the region of all that is stored as one object."""
     unit = storage.write_unit(array)
     for inside in boxes(box_shape(region), unit):
-        cell = [s.start // u for s, u in zip(shift(inside, region), unit, strict=True)]
+        cell = [s.start // u for s, u in zip(offset_box(inside, region), unit, strict=True)]
         yield array.metadata.encode_chunk_key(tuple(cell)), inside
 
 
@@ -51,7 +51,7 @@ def read(array: Any, region: Box, missing: str, out: Array | None = None) -> Arr
     how = chunks.chain(array)
     units = list(_units(array, region))
     values = np.empty(box_shape(region), array.dtype) if out is None else out
-    parts = [values[index(inside)] for _, inside in units]
+    parts = [values[box_index(inside)] for _, inside in units]
     rooms = [chunks.elements(how, part) for part in parts]
     stored = _stored(array, [key for key, _ in units], rooms)
     for (key, _), part, room, data in zip(units, parts, rooms, stored, strict=True):
@@ -74,7 +74,7 @@ def write(array: Any, region: Box, values: Array) -> int:
     Chunks that are the fill value to the bit stay absent.
     """
     how = chunks.chain(array)
-    encoded = ((k, chunks.encode(how, values[index(i)])) for k, i in _units(array, region))
+    encoded = ((k, chunks.encode(how, values[box_index(i)])) for k, i in _units(array, region))
     return _put(array, encoded)
 
 

@@ -16,7 +16,7 @@ from daskclip.errors import (
     error_text,
     short_repr,
 )
-from daskclip.grid import grid
+from daskclip.grid import grid_shape
 from daskclip.storage import codecs as chunks
 from daskclip.storage.array import V2_NAMES, attributes, location, place, write_unit
 from daskclip.storage.cf import require_decoded
@@ -98,7 +98,7 @@ def check_source(array: Any, check_dtype: Callable[[Any], None]) -> None:
             f"{where} has shape {array.shape} in chunks of {array.chunks}; "
             "store it with chunks of at least one element"
         )
-    if math.prod(grid(array.shape, unit)) > UNITS:
+    if math.prod(grid_shape(array.shape, unit)) > UNITS:
         raise SourceError(
             f"{where} has more than the {UNITS:.0e} chunks or shards that can be stored; "
             "check its metadata"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
-from daskclip.grid import Box, box_shape, boxes, index, shift
+from daskclip.grid import Box, box_index, box_shape, boxes, offset_box
 from daskclip.numerics import (
     Partial,
     Scale,
@@ -160,10 +160,10 @@ def compare_block(job: ArrayTask, slab: int, block: int, scale: Scale, expected:
     x = _read_same(job, region, expected, _stays_empty(job, region, expected))
     rescale(x, scale, x)
     for inside in boxes(box_shape(region), job.plan.unit):
-        part = shift(inside, region)
+        part = offset_box(inside, region)
         read = partial(regions.read, job.target, missing="fill")
         with retrying_block("reading", job.target, part, read) as reading:
-            same = reading(part).tobytes() == x[index(inside)].tobytes()
+            same = reading(part).tobytes() == x[box_index(inside)].tobytes()
         if not same:
             raise VerificationError(
                 f"{format_region(part)} of {storage.location(job.target)} is not what clipping "
@@ -242,8 +242,8 @@ def _copy(job: ArrayTask, region: Box) -> int:
 
 def _write(job: ArrayTask, region: Box, x: Any) -> int:
     def write(part: Box) -> int:
-        inside = shift(part, tuple(slice(-s.start, None) for s in region))
-        return regions.write(job.target, part, x[index(inside)])
+        inside = offset_box(part, tuple(slice(-s.start, None) for s in region))
+        return regions.write(job.target, part, x[box_index(inside)])
 
     return _stored(job, region, write)
 

@@ -13,7 +13,7 @@ import zarr
 from reference import BFLOAT16, bits
 
 from daskclip import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
-from daskclip.lazy.recipes import recipes
+from daskclip.lazy.recipes import chunk_recipes
 
 X = np.random.default_rng(0).standard_normal((30, 20)).astype(np.float32)
 MIB = 2**20
@@ -334,7 +334,7 @@ def halves(x):
 )
 def test_the_second_pass_holds_no_chunk_of_the_source(source):
     x = source(da.random.default_rng(0).random((40, 20), chunks=(4, 4)))
-    made, held = recipes(x, hold=False)
+    made, held = chunk_recipes(x, keep=False)
     assert not held
     assert all(not recipe.inputs for recipe in made.values())
 
@@ -342,7 +342,7 @@ def test_the_second_pass_holds_no_chunk_of_the_source(source):
 def test_the_second_pass_holds_a_mean():
     x = da.random.default_rng(0).random((40, 20), chunks=(2, 4))
     centred = x - x.mean(axis=0)
-    made, held = recipes(centred, hold=False)
+    made, held = chunk_recipes(centred, keep=False)
     assert all(len(recipe.inputs) == 1 for recipe in made.values())
     assert len(held) == 1
     assert {k[0] for k in made} == {centred.name}
