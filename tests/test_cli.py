@@ -651,7 +651,7 @@ def test_an_interrupted_run_can_be_resumed(tmp_path):
     # chunks that are not stored: as many windows as it takes, without data to make first
     zarr.create_array(tmp_path / "x", shape=(10**6, 4), chunks=(1, 4), dtype="f4", fill_value=1.0)
     before = stored(tmp_path)
-    code = "from daskclip import plan; plan.BLOCK = 64; plan.WINDOW = 1"
+    code = "from sizes import use; use(block_nbytes=64, window_blocks=1)"
     # tests that run in the background of a shell inherit that it is ignored
     code += "; import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{code}; {DASKCLIP[2]}", "run", tmp_path / "x"]

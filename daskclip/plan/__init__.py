@@ -3,8 +3,9 @@
 Pure functions of shapes and sizes: nothing here opens a store or holds a value of an array.
 """
 
-from daskclip.plan import array
+from daskclip.plan import sizing
 from daskclip.plan.array import ClipPlan
 from daskclip.plan.group import GroupPlan, plan_group
+from daskclip.plan.sizing import Layout, Machine
 
-__all__ = ["ClipPlan", "GroupPlan", "array", "plan_group"]
+__all__ = ["ClipPlan", "GroupPlan", "Layout", "Machine", "plan_group", "sizing"]

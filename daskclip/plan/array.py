@@ -18,29 +18,28 @@ A *window* is one Dask graph: all blocks of a few slabs, or a few blocks of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from daskclip.errors import MemoryBudgetError
 from daskclip.grid import Box, Spans, box, box_shape, ceil_div, grid
-from daskclip.report import MIB, format_axes, format_size, fragment, shared_rows
+from daskclip.plan.sizing import Layout, Machine, MemoryModel, Shape, Sizing
+from daskclip.report import MIB, format_axes, format_size, fragment
 
-BLOCK = 16 * MIB  # bytes of a block beyond which batching gains nothing
-CALL = 1024  # units of a block
-FIXED = 16 * MIB  # graph, scheduler, zarr's threads
-SCRATCH = 8 * MIB  # numerics, pages to write from, and what the allocator keeps; per thread
-SLICE = 36  # limit, norm, factor and flags of a slice of a block, and what counts them
-WINDOW = 16  # blocks of a window per thread
-USUAL = 80  # bytes of the exact sum of a slice that are enough unless values span 10**80
+Numbers = Sequence[int] | npt.NDArray[np.intp]
+"""Numbers of some slabs, or of some blocks of a slab."""
+Windows = Spans | Sequence[npt.NDArray[np.intp]]
+"""Numbers of the blocks of each window of a slab."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipPlan:
-    """Blocks, slabs and windows of a run, and the memory it will need."""
+    """Blocks, slabs and windows of a run over an array, and the memory it needs."""
 
     shape: tuple[int, ...]
     """Shape of the array."""
@@ -55,15 +54,16 @@ class ClipPlan:
     window: int
     """Blocks of a window, at most."""
     passes: int
-    """How often it is read: 1 if norms are saved or a block holds its slices, else 2; 0 copied."""
+    """Times the array is read: 0 copied as it is, 1 if norms are saved or a block holds its slices
+    whole, else 2."""
     processes: int
     """Processes that run blocks."""
     threads: int
-    """Threads of each of them; fewer than there are if blocks of more would not fit."""
+    """Threads of each process; fewer than it has if blocks of all would not fit."""
     memory: int
-    """Budget of each of them, in bytes above its imports."""
+    """Budget of each process, in bytes above its imports."""
     projected_memory: int
-    """What each of them will need at most, in bytes."""
+    """Peak memory of each process, in bytes above its imports."""
     state: int = 0
     """Bytes that the exact sum of a slice may take; 0 if there is room for values of any spread."""
     derived: ClassVar = (
@@ -109,7 +109,7 @@ class ClipPlan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that will be read, decoded."""
+        """Bytes to read, decoded, over all passes."""
         return self.nbytes * self.passes
 
     @property
@@ -129,20 +129,20 @@ class ClipPlan:
     def _repr_html_(self) -> str:
         return fragment("daskclip plan", self.rows(), None)
 
-    def region(self, slab: int, index: int) -> Box:
-        """Where a block of a slab lies in the array."""
-        place = []
+    def region(self, slab: int, block: int) -> Box:
+        """Region of the array that a block of a slab covers."""
+        coords = []
         for a in reversed(range(len(self.shape))):
             n = self.grid[a]
             if a in self.axes:
-                index, i = divmod(index, n)
+                block, i = divmod(block, n)
             else:
                 slab, i = divmod(slab, n)
-            place.append(i)
-        return box(place[::-1], self.block, self.shape)
+            coords.append(i)
+        return box(coords[::-1], self.block, self.shape)
 
     def number(self, slab: int, block: int) -> int:
-        """Number of a block among all."""
+        """Number of a block of a slab among all blocks of the array."""
         return slab * (self.blocks // self.slabs) + block
 
     def nbytes_of(self, slab: int, block: int) -> int:
@@ -151,59 +151,112 @@ class ClipPlan:
 
     @property
     def block_strides(self) -> tuple[int, ...]:
-        """What one block more along each axis adds to the number of a block."""
-        weights, inside, slab = [], 1, self.blocks // self.slabs
+        """Strides of the number of a block along each axis."""
+        strides, reduced, kept = [], 1, self.blocks // self.slabs
         for a in reversed(range(len(self.shape))):
             if a in self.axes:
-                weights.append(inside)
-                inside *= self.grid[a]
+                strides.append(reduced)
+                reduced *= self.grid[a]
             else:
-                weights.append(slab)
-                slab *= self.grid[a]
-        return tuple(weights[::-1])
+                strides.append(kept)
+                kept *= self.grid[a]
+        return tuple(strides[::-1])
 
     @property
     def spans(self) -> Spans:
         """Ranges of all blocks of a slab, a window each."""
-        each = self.blocks // self.slabs
-        return Spans(each, min(each, max(1, self.window)))
+        length = self.blocks // self.slabs
+        return Spans(length, min(length, max(1, self.window)))
 
-    def windows(self, stored: Any = None) -> Iterator[tuple[Any, Any]]:
-        """Slabs that are finished together, and their blocks, a window each.
+    def windows(
+        self, stored: npt.NDArray[np.bool_] | None = None
+    ) -> Iterator[tuple[Numbers, Windows]]:
+        """Yield slabs that are finished together, with the blocks of each of their windows.
 
-        With ``stored``, those of the blocks where that is true; slabs without any are left out.
+        Parameters
+        ----------
+        stored : ndarray of bool of shape (blocks,), optional
+            Which blocks to yield; slabs without any are left out. All by default.
+
+        Yields
+        ------
+        slabs : sequence of int
+            Several only if all their blocks are one window.
+        windows : Spans or sequence of ndarray
+            Numbers of blocks in a slab, a window each.
         """
         if not self.blocks:
             return
         spans = self.spans
-        each, step = spans.n, spans.step
-        together = max(1, self.window // each)
+        step = max(1, self.window // spans.n)
         if stored is None:
-            for first in range(0, self.slabs, together):
-                yield range(first, min(first + together, self.slabs)), spans
+            for first in range(0, self.slabs, step):
+                yield range(first, min(first + step, self.slabs)), spans
             return
-        stored = np.reshape(stored, (self.slabs, each))
+        stored = stored.reshape(self.slabs, spans.n)
         slabs = np.flatnonzero(stored.any(axis=1))
-        for i in range(0, len(slabs), together):
-            some = slabs[i : i + together]
-            if together > 1:
-                yield some, spans
+        for i in range(0, len(slabs), step):
+            if step > 1:
+                yield slabs[i : i + step], spans
             else:
-                there = np.flatnonzero(stored[some[0]])
-                yield some, [there[j : j + step] for j in range(0, len(there), step)]
+                blocks = np.flatnonzero(stored[slabs[i]])
+                parts = [blocks[j : j + spans.step] for j in range(0, len(blocks), spans.step)]
+                yield slabs[i : i + 1], parts
 
 
-def make_plan(*, state: int, **sizes: Any) -> ClipPlan:
-    """Choose blocks that keep within ``memory``.
+class Totals(Protocol):
+    """Figures that plans of an array and of a group both have; see `ClipPlan`."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def passes(self) -> int: ...
+    @property
+    def tasks(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def processes(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def memory(self) -> int: ...
+    @property
+    def projected_memory(self) -> int: ...
+
+
+def shared_rows(plan: Totals) -> dict[str, str]:
+    """Rows of the figures that plans of an array and of a group both have."""
+    return {
+        "passes": str(plan.passes),
+        "read": format_size(plan.bytes_read),
+        "written": format_size(plan.nbytes),
+        "tasks": f"{plan.tasks:,} in windows of {plan.window}",
+        "threads": f"{plan.threads} a process, {plan.threads * plan.processes} in all",
+        "memory": f"{format_size(plan.projected_memory)} of {format_size(plan.memory)} a process",
+    }
+
+
+def make_plan(
+    layout: Layout, machine: Machine, sizing: Sizing, *, is_shared: bool = False
+) -> ClipPlan:
+    """Choose blocks that keep within the memory of a machine.
+
+    There is room for exact sums of values of any spread unless that takes threads away. Then there
+    is room for usual ones, and a run that needs more is refused when it does.
 
     Parameters
     ----------
-    state : int
-        Bytes that the exact sum of a slice takes at most, for values of any spread. The plan has
-        room for them unless that takes threads away: then for `USUAL` ones, and a run that needs
-        more is refused when it does.
-    **sizes
-        See `_plan`.
+    layout : Layout
+        The array.
+    machine : Machine
+        What runs the blocks. The plan has fewer threads if more blocks at a time would not fit.
+    sizing : Sizing
+        Sizes of blocks and windows.
+    is_shared : bool
+        Whether the only slice goes on in other arrays.
 
     Returns
     -------
@@ -214,120 +267,90 @@ def make_plan(*, state: int, **sizes: Any) -> ClipPlan:
     MemoryBudgetError
         If blocks of one unit do not fit the fewest threads.
     """
-    plan = _plan(state=min(state, USUAL), **sizes)
-    if state <= USUAL:
-        return plan
+
+    def plan(sum_nbytes: int) -> ClipPlan:
+        return _plan(
+            MemoryModel(
+                layout=layout, machine=machine, sizing=sizing, sum_nbytes=sum_nbytes,
+                is_shared=is_shared,
+            )
+        )  # fmt: skip
+
+    usual = plan(min(layout.sum_nbytes, sizing.usual_sum_nbytes))
+    if layout.sum_nbytes <= sizing.usual_sum_nbytes:
+        return usual
     with suppress(MemoryBudgetError):
-        wide = _plan(state=state, **sizes)
-        if wide.threads == plan.threads:
+        wide = plan(layout.sum_nbytes)
+        if wide.threads == usual.threads:
             return wide
-    return replace(plan, state=USUAL)
+    return replace(usual, state=sizing.usual_sum_nbytes)
 
 
-def _plan(
-    *,
-    shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    unit: tuple[int, ...],
-    itemsize: int,
-    state: int,
-    memory: int,
-    processes: int,
-    threads: int,
-    fewest: int,
-    shared: bool = False,
-    beside: int = 0,
-) -> ClipPlan:
-    """`make_plan` for sums of ``state`` bytes a slice.
-
-    Parameters
-    ----------
-    shape, axes, unit, itemsize
-        See `ClipPlan`.
-    state : int
-        Bytes that the exact sum of a slice may take.
-    memory, processes
-        See `ClipPlan`.
-    threads, fewest : int
-        Threads of each process, and to how many of them the plan may go down.
-    shared : bool
-        Whether the one slice goes on in other arrays, so that no block holds it whole.
-    beside : int
-        Bytes of a chunk that is read beside those of the array.
-    """
-    stored = math.prod(unit) * itemsize  # a chunk is decoded whole, beyond the shape too
-    unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
-    units = CALL * math.prod(unit)
-
-    def is_whole(block: tuple[int, ...]) -> bool:
-        return not shared and all(block[a] >= shape[a] for a in axes)
-
-    def projected(block: tuple[int, ...], threads: int) -> tuple[int, int]:
-        """Bytes of one process, and blocks of a window."""
-        size = math.prod(block) * itemsize
-        # a chunk on its way is there as read, decoded, encoded, and once more in the allocator
-        thread = size + 4 * (stored + beside) + SCRATCH
-        window = WINDOW * threads
-        slices = math.prod(n for a, n in enumerate(block) if a not in axes)
-        if is_whole(block):
-            return FIXED + threads * (thread + SLICE * slices), window * processes
-        sums = state * slices
-        # a thread puts its result together from parts
-        base = FIXED + threads * (thread + 2 * sums)
-        room = (memory - base) // max(1, sums) - 1
-        window = max(threads, min(window, room))
-        return base + (window + 1) * sums, window * processes
-
-    def fits(block: tuple[int, ...]) -> bool:
-        return projected(block, threads)[0] <= memory
-
-    at_once = processes * threads
-    while threads > fewest and not fits(unit):
+def _plan(model: MemoryModel) -> ClipPlan:
+    """Plan for exact sums of a fixed size."""
+    layout, machine = model.layout, model.machine
+    block, threads = layout.first_block, machine.threads
+    while threads > machine.fewest and not model.fits(block, threads):
         threads -= 1
+    slab = _slab_of_one_block(model, threads)
+    if slab is not None:
+        block = slab
+    elif not model.fits(block, threads):
+        raise _too_little_memory(model, threads)
+    # reduced axes first, so that fewer blocks share a slice; then the slowest ones: the chunks of a
+    # block lie one after the other in its memory
+    order = sorted(range(len(layout.shape)), key=lambda a: a not in layout.axes)
+    most = layout.max_block(model.sizing)
+    block = grown(block, layout.shape, order, most, lambda block: model.fits(block, threads))
+    return ClipPlan(
+        shape=layout.shape,
+        axes=layout.axes,
+        unit=layout.first_block,
+        itemsize=layout.itemsize,
+        block=block,
+        window=model.window(block, threads) * machine.processes,
+        passes=1 if model.is_whole(block) else 2,
+        processes=machine.processes,
+        threads=threads,
+        memory=machine.memory,
+        projected_memory=model.peak(block, threads),
+    )
 
-    # along the first axes first: the chunks of a block lie in its memory one after the other
-    order = sorted(range(len(shape)), key=lambda a: a not in axes)
-    whole = tuple(
-        max(1, n) if a in axes else u for a, (n, u) in enumerate(zip(shape, unit, strict=True))
+
+def _slab_of_one_block(model: MemoryModel, threads: int) -> Shape | None:
+    """Shape of a slab that is one block and read once; None where two passes are better."""
+    layout, machine = model.layout, model.machine
+    if model.is_shared:
+        return None
+    block = tuple(
+        max(1, n) if a in layout.axes else u
+        for a, (n, u) in enumerate(zip(layout.shape, layout.first_block, strict=True))
     )
     # a slab that a single thread would read for long is faster in two passes of all threads
-    few = math.prod(grid(shape, whole)) < at_once
-    small = math.prod(whole) * itemsize <= BLOCK
-    block = whole if fits(whole) and (small or not few) and not shared else unit
-    if not fits(block):
-        need = projected(block, threads)[0]
-        run = "1 thread needs" if threads == 1 else f"{threads} threads need"
-        fewer = "" if threads == 1 else " or use workers of fewer threads"
-        raise MemoryBudgetError(
-            f"memory {format_size(memory)} holds less than the {format_size(need)} that {run} "
-            f"for blocks of one chunk or shard {unit}; "
-            f"give memory='{ceil_div(need, MIB)}MiB'{fewer}",
-            need,
-        )
-    block = grown(block, shape, order, min(BLOCK // itemsize, units), fits)
-    need, window = projected(block, threads)
-    return ClipPlan(
-        shape=shape,
-        axes=axes,
-        unit=unit,
-        itemsize=itemsize,
-        block=block,
-        window=window,
-        passes=1 if is_whole(block) else 2,
-        processes=processes,
-        threads=threads,
-        memory=memory,
-        projected_memory=need,
+    is_busy = math.prod(grid(layout.shape, block)) >= machine.processes * machine.threads
+    is_small = math.prod(block) * layout.itemsize <= model.sizing.block_nbytes
+    return block if (is_small or is_busy) and model.fits(block, threads) else None
+
+
+def _too_little_memory(model: MemoryModel, threads: int) -> MemoryBudgetError:
+    unit = model.layout.first_block
+    need = model.peak(unit, threads)
+    run = "1 thread needs" if threads == 1 else f"{threads} threads need"
+    fewer = "" if threads == 1 else " or use workers of fewer threads"
+    return MemoryBudgetError(
+        f"memory {format_size(model.machine.memory)} is too small: {run} {format_size(need)} for "
+        f"blocks of one chunk or shard {unit}; give memory='{ceil_div(need, MIB)}MiB'{fewer}",
+        need,
     )
 
 
 def grown(
-    block: tuple[int, ...],
-    shape: tuple[int, ...],
+    block: Shape,
+    shape: Shape,
     order: Iterable[int],
     size: int,
-    fits: Callable[[tuple[int, ...]], bool] = lambda _: True,
-) -> tuple[int, ...]:
+    fits: Callable[[Shape], bool] = lambda _: True,
+) -> Shape:
     """Double ``block`` along the axes of ``order`` while it has at most ``size`` elements."""
     for a in order:
         while block[a] < shape[a]:

@@ -1,24 +1,23 @@
-"""What a run over several arrays will do: a plan for each, under one budget."""
+"""The plan of a run over several arrays: one for each, under one budget."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from operator import itemgetter
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from daskclip.errors import MemoryBudgetError
-from daskclip.plan.array import BLOCK, CALL, ClipPlan, grown, make_plan
-from daskclip.report import format_size, fragment, shared_rows
+from daskclip.plan.array import ClipPlan, grown, make_plan, shared_rows
+from daskclip.plan.sizing import Layout, Machine, Sizing
+from daskclip.report import format_size, fragment
 
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """Plans of all arrays of a group, and the memory that the run will need."""
+    """Plans of all arrays of a group, and the memory the run needs."""
 
     plans: dict[str, ClipPlan]
-    """By the path of the array in the group; those that are only copied have no passes."""
+    """Plans by the path of the array in the group; one that is only copied has no passes."""
     global_norm: bool
     """Whether all arrays are one slice."""
     derived: ClassVar = ClipPlan.derived
@@ -31,7 +30,7 @@ class GroupPlan:
 
     @property
     def kept(self) -> dict[int, int]:
-        """Lengths of the axes that are not reduced, of an array that is no part of a group."""
+        """Lengths of the axes of an array that are not reduced; empty for a group."""
         return self.plans[""].kept if "" in self.plans else {}
 
     @property
@@ -46,7 +45,7 @@ class GroupPlan:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks, those that are only copied too."""
+        """Number of blocks, with those that are only copied."""
         return sum(p.blocks for p in self.plans.values())
 
     @property
@@ -61,12 +60,12 @@ class GroupPlan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that will be read, decoded."""
+        """Bytes to read, decoded, over all passes."""
         return sum(p.bytes_read for p in self.plans.values())
 
     @property
     def passes(self) -> int:
-        """How often the array that is read most often is read."""
+        """Times an array is read, at most."""
         return max(p.passes for p in self.plans.values())
 
     @property
@@ -77,21 +76,21 @@ class GroupPlan:
     @property
     def processes(self) -> int:
         """Processes that run blocks."""
-        return self._first.processes
+        return min(p.processes for p in self.plans.values())
 
     @property
     def threads(self) -> int:
-        """Threads of each of them."""
-        return self._first.threads
+        """Threads of each process."""
+        return min(p.threads for p in self.plans.values())
 
     @property
     def memory(self) -> int:
-        """Budget of each of them, in bytes above its imports."""
-        return self._first.memory
+        """Budget of each process, in bytes above its imports."""
+        return min(p.memory for p in self.plans.values())
 
     @property
     def projected_memory(self) -> int:
-        """What each of them will need at most, in bytes."""
+        """Peak memory of each process, in bytes above its imports."""
         return max(p.projected_memory for p in self.plans.values())
 
     def rows(self) -> dict[str, str]:
@@ -106,51 +105,73 @@ class GroupPlan:
     def _repr_html_(self) -> str:
         return fragment("daskclip plan", self.rows(), None)
 
-    @property
-    def _first(self) -> ClipPlan:
-        return next(iter(self.clipped.values()))
-
 
 def plan_group(
-    clipped: Mapping[str, dict[str, Any]],
-    copied: Mapping[str, dict[str, Any]],
-    threads: int,
+    clipped: Mapping[str, Layout],
+    copied: Mapping[str, Layout],
+    machine: Machine,
+    sizing: Sizing,
+    *,
     global_norm: bool,
-    **common: Any,
 ) -> GroupPlan:
-    """Plans of all arrays, on as many threads as the one that needs most of each allows.
+    """Plan all arrays of a group, on as many threads as the array that needs most memory allows.
 
-    ``clipped`` and ``copied`` hold arguments of `make_plan` by array.
+    Parameters
+    ----------
+    clipped, copied : mapping of str to Layout
+        Arrays to clip and arrays to copy as they are, by their paths.
+    machine : Machine
+        What runs the blocks of all arrays.
+    sizing : Sizing
+        Sizes of blocks and windows.
+    global_norm : bool
+        Whether all arrays are one slice.
+
+    Returns
+    -------
+    GroupPlan
+
+    Raises
+    ------
+    MemoryBudgetError
+        If an array does not fit; names the one that needs most.
     """
-
-    def plan(name: str, threads: int) -> ClipPlan:
-        return make_plan(**clipped[name], **common, threads=threads, shared=global_norm)
-
-    plans, refused = {}, []
-    for name in clipped:
-        try:
-            plans[name] = plan(name, threads)
-        except MemoryBudgetError as error:
-            refused.append((error.need, name, error))
-    if refused:
-        _, name, most = max(refused, key=itemgetter(0))
-        raise MemoryBudgetError(f"array {name}: {most}" if name else str(most)) from most
+    plans = _plan_each(clipped, machine, sizing, global_norm)
     fewest = min(p.threads for p in plans.values())
-    if fewest < threads:
-        plans = {name: plan(name, fewest) for name in clipped}
+    if fewest < machine.threads:
+        plans = _plan_each(clipped, replace(machine, threads=fewest), sizing, global_norm)
     window = min(p.window for p in plans.values())
     like = replace(next(iter(plans.values())), window=window)
-    return GroupPlan(
-        plans | {name: _copied(like, **one) for name, one in copied.items()}, global_norm
-    )
+    copies = {name: _plan_copy(like, layout, sizing) for name, layout in copied.items()}
+    return GroupPlan(plans | copies, global_norm)
 
 
-def _copied(like: ClipPlan, *, shape: Any, unit: Any, itemsize: int, **_: Any) -> ClipPlan:
+def _plan_each(
+    layouts: Mapping[str, Layout], machine: Machine, sizing: Sizing, global_norm: bool
+) -> dict[str, ClipPlan]:
+    plans, refused = {}, {}
+    for name, layout in layouts.items():
+        try:
+            plans[name] = make_plan(layout, machine, sizing, is_shared=global_norm)
+        except MemoryBudgetError as error:
+            refused[name] = error
+    if refused:
+        # the remedy of the array that needs most works for all
+        name, most = max(refused.items(), key=lambda item: item[1].need)
+        raise MemoryBudgetError(f"array {name}: {most}" if name else str(most)) from most
+    return plans
+
+
+def _plan_copy(like: ClipPlan, layout: Layout, sizing: Sizing) -> ClipPlan:
     """Plan of an array that is not decoded: files are copied in pieces, objects a few at a time."""
-    unit = tuple(max(1, min(u, n)) for u, n in zip(unit, shape, strict=True))
-    size = min(BLOCK // itemsize, CALL * math.prod(unit))
-    block = grown(unit, shape, range(len(shape)), size)
+    shape, unit = layout.shape, layout.first_block
     return replace(
-        like, shape=shape, axes=(), unit=unit, itemsize=itemsize, block=block, passes=0,
+        like,
+        shape=shape,
+        axes=(),
+        unit=unit,
+        itemsize=layout.itemsize,
+        block=grown(unit, shape, range(len(shape)), layout.max_block(sizing)),
+        passes=0,
         projected_memory=0,
-    )  # fmt: skip
+    )

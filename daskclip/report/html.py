@@ -190,18 +190,6 @@ def _figure(title: str, body: str) -> str:
     return f"<figure><h2>{escape(title)}</h2>{body}</figure>"
 
 
-def shared_rows(plan: Any) -> dict[str, str]:
-    """Figures that a plan of an array and one of a group have."""
-    return {
-        "passes": str(plan.passes),
-        "read": format_size(plan.bytes_read),
-        "written": format_size(plan.nbytes),
-        "tasks": f"{plan.tasks:,} in windows of {plan.window}",
-        "threads": f"{plan.threads} a process, {plan.threads * plan.processes} in all",
-        "memory": f"{format_size(plan.projected_memory)} of {format_size(plan.memory)} a process",
-    }
-
-
 def format_axes(axes: Sequence[int] | None, dim: Sequence[str] | None = None) -> str:
     """What norms are taken over, as the command line takes it."""
     if dim:

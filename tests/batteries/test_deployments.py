@@ -205,9 +205,10 @@ def test_a_slurm_cluster(agrees, cluster, tmp_path):
 
 SLOW = """#!{python}
 import time
-from daskclip import cli, plan
+from sizes import use
+from daskclip import cli
 from daskclip.target.journal import Journal
-plan.WINDOW, plan.BLOCK = 1, 1 << 22
+use(window_blocks=1, block_nbytes=1 << 22)
 def slowly(self, entry, append=Journal.append):
     append(self, entry)
     time.sleep(0.2)

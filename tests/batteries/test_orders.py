@@ -17,10 +17,8 @@ from strategies import LAYOUTS, cases
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
 from daskclip.cli import main
-from daskclip.engine import request as prepare
 from daskclip.errors import DaskClipError, TargetExistsError, VerificationError
 from daskclip.numerics import combine, partial_norm
-from daskclip.plan import array as plan
 
 many = settings(max_examples=80, derandomize=True, deadline=None)
 orders = pytest.mark.parametrize("ord", [1, math.inf])
@@ -189,14 +187,6 @@ def test_many_subnormal_results_stay_within_the_limit(ord, dtype, clip_norm):
         assert totals(y, None, ord).item() <= integer(limit) ** 2
         assert is_ideal(y, x, totals(x, None, ord).item(), limit)
         assert bits(clip_by_norm(y, limit, ord=ord)) == bits(y)
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
-    for name, size in {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}.items():
-        monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
 def memory_of(source, passes):
