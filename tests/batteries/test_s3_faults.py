@@ -23,7 +23,7 @@ pytestmark = [
 ]
 SIZES = SMALL | {"block_nbytes": 4096}
 BEATS = {"HEARTBEAT_S": 0.2, "LEASE_TIMEOUT_S": 2.0}
-SMALL = (
+PATCHES = (
     "from daskclip import cli; from daskclip.target import lease as leases; "
     f"from sizes import use; use(**{SIZES}); "
     + "".join(f"leases.{name} = {size}; " for name, size in BEATS.items())
@@ -44,7 +44,7 @@ def case(tmp_path, small, monkeypatch):
 def started(source, place):
     """The command, which tells each window on stderr."""
     options = ["--clip-norm", 1, "--axes", 0, "--memory", MEMORY, "--progress", "json", "--json"]
-    command = [sys.executable, "-c", f"{SMALL} cli.main()", "run", source, place.name, *options]
+    command = [sys.executable, "-c", f"{PATCHES} cli.main()", "run", source, place.name, *options]
     return subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
