@@ -14,7 +14,7 @@ from stores import create, least_memory
 
 from daskclip import clip_zarr, plan_zarr
 from daskclip.errors import MemoryBudgetError
-from daskclip.plan.array import make_plan
+from daskclip.plan.choose import make_plan
 from daskclip.plan.sizing import Layout, Machine, Sizing
 from daskclip.report import MIB
 

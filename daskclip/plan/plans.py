@@ -1,4 +1,4 @@
-"""What a run will do, in integers, before it does anything.
+"""Plans: what a run will do, in integers.
 
 A *block* is a box of whole write units (shards, else chunks) that one task reads and writes. All
 blocks that share their slices are a *slab*:
@@ -18,18 +18,15 @@ A *window* is one Dask graph: all blocks of a few slabs, or a few blocks of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.errors import MemoryBudgetError
-from daskclip.grid import Box, Spans, box, box_shape, ceil_div, grid
-from daskclip.plan.sizing import Layout, Machine, MemoryModel, Shape, Sizing
-from daskclip.report import MIB, format_axes, format_size, fragment
+from daskclip.grid import Box, Spans, box, box_shape, grid
+from daskclip.report import format_axes, format_size, fragment
 
 Numbers = Sequence[int] | npt.NDArray[np.intp]
 """Numbers of some slabs, or of some blocks of a slab."""
@@ -124,7 +121,7 @@ class ClipPlan:
             "slices": f"{self.slices:,}",
             "units": f"{self.unit} written as one object",
             "blocks": f"{self.blocks:,} of {self.block}, {self.slabs:,} slabs",
-        } | shared_rows(self)
+        } | _shared_rows(self)
 
     def _repr_html_(self) -> str:
         return fragment("daskclip plan", self.rows(), None)
@@ -204,31 +201,102 @@ class ClipPlan:
                 yield slabs[i : i + 1], parts
 
 
-class Totals(Protocol):
-    """Figures that plans of an array and of a group both have; see `ClipPlan`."""
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """Plans of all arrays of a group, and the memory the run needs."""
+
+    plans: dict[str, ClipPlan]
+    """Plans by the path of the array in the group; one that is only copied has no passes."""
+    global_norm: bool
+    """Whether all arrays are one slice."""
+    derived: ClassVar = ClipPlan.derived
+    """Properties that JSON has beside the fields."""
 
     @property
-    def nbytes(self) -> int: ...
+    def clipped(self) -> dict[str, ClipPlan]:
+        """Plans of the arrays that are clipped."""
+        return {name: plan for name, plan in self.plans.items() if plan.passes}
+
     @property
-    def bytes_read(self) -> int: ...
+    def kept(self) -> dict[int, int]:
+        """Lengths of the axes of an array that are not reduced; empty for a group."""
+        return self.plans[""].kept if "" in self.plans else {}
+
     @property
-    def passes(self) -> int: ...
+    def slices(self) -> int:
+        """Number of slices."""
+        return 1 if self.global_norm else sum(p.slices for p in self.clipped.values())
+
     @property
-    def tasks(self) -> int: ...
+    def slabs(self) -> int:
+        """Number of slabs."""
+        return 1 if self.global_norm else sum(p.slabs for p in self.clipped.values())
+
     @property
-    def window(self) -> int: ...
+    def blocks(self) -> int:
+        """Number of blocks, with those that are only copied."""
+        return sum(p.blocks for p in self.plans.values())
+
     @property
-    def processes(self) -> int: ...
+    def tasks(self) -> int:
+        """Blocks to run, over all passes; combining norms takes some more."""
+        return sum(p.tasks for p in self.plans.values())
+
     @property
-    def threads(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of the arrays that are clipped, decoded."""
+        return sum(p.nbytes for p in self.clipped.values())
+
     @property
-    def memory(self) -> int: ...
+    def bytes_read(self) -> int:
+        """Bytes to read, decoded, over all passes."""
+        return sum(p.bytes_read for p in self.plans.values())
+
     @property
-    def projected_memory(self) -> int: ...
+    def passes(self) -> int:
+        """Times an array is read, at most."""
+        return max(p.passes for p in self.plans.values())
+
+    @property
+    def window(self) -> int:
+        """Blocks of a window, at most."""
+        return min(p.window for p in self.plans.values())
+
+    @property
+    def processes(self) -> int:
+        """Processes that run blocks."""
+        return min(p.processes for p in self.plans.values())
+
+    @property
+    def threads(self) -> int:
+        """Threads of each process."""
+        return min(p.threads for p in self.plans.values())
+
+    @property
+    def memory(self) -> int:
+        """Budget of each process, in bytes above its imports."""
+        return min(p.memory for p in self.plans.values())
+
+    @property
+    def projected_memory(self) -> int:
+        """Peak memory of each process, in bytes above its imports."""
+        return max(p.projected_memory for p in self.plans.values())
+
+    def rows(self) -> dict[str, str]:
+        """The figures for people."""
+        copied = len(self.plans) - len(self.clipped)
+        return {
+            "arrays": f"{len(self.clipped):,}, {format_size(self.nbytes)}; {copied:,} more copied",
+            "slices": f"{self.slices:,}",
+            "blocks": f"{self.blocks:,}, {self.slabs:,} slabs",
+        } | _shared_rows(self)
+
+    def _repr_html_(self) -> str:
+        return fragment("daskclip plan", self.rows(), None)
 
 
-def shared_rows(plan: Totals) -> dict[str, str]:
-    """Rows of the figures that plans of an array and of a group both have."""
+def _shared_rows(plan: ClipPlan | GroupPlan) -> dict[str, str]:
+    """Figures that plans of an array and of a group both have."""
     return {
         "passes": str(plan.passes),
         "read": format_size(plan.bytes_read),
@@ -237,125 +305,3 @@ def shared_rows(plan: Totals) -> dict[str, str]:
         "threads": f"{plan.threads} a process, {plan.threads * plan.processes} in all",
         "memory": f"{format_size(plan.projected_memory)} of {format_size(plan.memory)} a process",
     }
-
-
-def make_plan(
-    layout: Layout, machine: Machine, sizing: Sizing, *, is_shared: bool = False
-) -> ClipPlan:
-    """Choose blocks that keep within the memory of a machine.
-
-    There is room for exact sums of values of any spread unless that takes threads away. Then there
-    is room for usual ones, and a run that needs more is refused when it does.
-
-    Parameters
-    ----------
-    layout : Layout
-        The array.
-    machine : Machine
-        What runs the blocks. The plan has fewer threads if more blocks at a time would not fit.
-    sizing : Sizing
-        Sizes of blocks and windows.
-    is_shared : bool
-        Whether the only slice goes on in other arrays.
-
-    Returns
-    -------
-    ClipPlan
-
-    Raises
-    ------
-    MemoryBudgetError
-        If blocks of one unit do not fit the fewest threads.
-    """
-
-    def plan(sum_nbytes: int) -> ClipPlan:
-        return _plan(
-            MemoryModel(
-                layout=layout, machine=machine, sizing=sizing, sum_nbytes=sum_nbytes,
-                is_shared=is_shared,
-            )
-        )  # fmt: skip
-
-    usual = plan(min(layout.sum_nbytes, sizing.usual_sum_nbytes))
-    if layout.sum_nbytes <= sizing.usual_sum_nbytes:
-        return usual
-    with suppress(MemoryBudgetError):
-        wide = plan(layout.sum_nbytes)
-        if wide.threads == usual.threads:
-            return wide
-    return replace(usual, state=sizing.usual_sum_nbytes)
-
-
-def _plan(model: MemoryModel) -> ClipPlan:
-    """Plan for exact sums of a fixed size."""
-    layout, machine = model.layout, model.machine
-    block, threads = layout.first_block, machine.threads
-    while threads > machine.fewest and not model.fits(block, threads):
-        threads -= 1
-    slab = _slab_of_one_block(model, threads)
-    if slab is not None:
-        block = slab
-    elif not model.fits(block, threads):
-        raise _too_little_memory(model, threads)
-    # reduced axes first, so that fewer blocks share a slice; then the slowest ones: the chunks of a
-    # block lie one after the other in its memory
-    order = sorted(range(len(layout.shape)), key=lambda a: a not in layout.axes)
-    most = layout.max_block(model.sizing)
-    block = grown(block, layout.shape, order, most, lambda block: model.fits(block, threads))
-    return ClipPlan(
-        shape=layout.shape,
-        axes=layout.axes,
-        unit=layout.first_block,
-        itemsize=layout.itemsize,
-        block=block,
-        window=model.window(block, threads) * machine.processes,
-        passes=1 if model.is_whole(block) else 2,
-        processes=machine.processes,
-        threads=threads,
-        memory=machine.memory,
-        projected_memory=model.peak(block, threads),
-    )
-
-
-def _slab_of_one_block(model: MemoryModel, threads: int) -> Shape | None:
-    """Shape of a slab that is one block and read once; None where two passes are better."""
-    layout, machine = model.layout, model.machine
-    if model.is_shared:
-        return None
-    block = tuple(
-        max(1, n) if a in layout.axes else u
-        for a, (n, u) in enumerate(zip(layout.shape, layout.first_block, strict=True))
-    )
-    # a slab that a single thread would read for long is faster in two passes of all threads
-    is_busy = math.prod(grid(layout.shape, block)) >= machine.processes * machine.threads
-    is_small = math.prod(block) * layout.itemsize <= model.sizing.block_nbytes
-    return block if (is_small or is_busy) and model.fits(block, threads) else None
-
-
-def _too_little_memory(model: MemoryModel, threads: int) -> MemoryBudgetError:
-    unit = model.layout.first_block
-    need = model.peak(unit, threads)
-    run = "1 thread needs" if threads == 1 else f"{threads} threads need"
-    fewer = "" if threads == 1 else " or use workers of fewer threads"
-    return MemoryBudgetError(
-        f"memory {format_size(model.machine.memory)} is too small: {run} {format_size(need)} for "
-        f"blocks of one chunk or shard {unit}; give memory='{ceil_div(need, MIB)}MiB'{fewer}",
-        need,
-    )
-
-
-def grown(
-    block: Shape,
-    shape: Shape,
-    order: Iterable[int],
-    size: int,
-    fits: Callable[[Shape], bool] = lambda _: True,
-) -> Shape:
-    """Double ``block`` along the axes of ``order`` while it has at most ``size`` elements."""
-    for a in order:
-        while block[a] < shape[a]:
-            wider = (*block[:a], min(2 * block[a], shape[a]), *block[a + 1 :])
-            if math.prod(wider) > size or not fits(wider):
-                break
-            block = wider
-    return block
