@@ -30,6 +30,7 @@ STYLE = """
 """
 
 
+NORM = "norm of a slice (logarithmic)"
 Bar = tuple[float, float, float]
 """Lower edge, upper edge and height."""
 
@@ -123,35 +124,21 @@ def page(title: str, body: str) -> str:
 
 def _histogram(bars: Sequence[Bar], limit: float | None) -> str:
     """Chart of how many slices have which norm."""
-    return _Chart(
-        title="Slices by their norm",
-        x_label="norm of a slice (logarithmic)",
-        y_label="slices",
-        x_range=(bars[0][0], bars[-1][1]),
-        y_max=max(n for *_, n in bars),
-        bars=[bar for bar in bars if bar[2]],
-        is_log=True,
-        limit=limit,
-    ).figure()
+    title, x_range = "Slices by their norm", (bars[0][0], bars[-1][1])
+    most = max(n for *_, n in bars)
+    bars = [bar for bar in bars if bar[2]]
+    return _Chart(title, NORM, "slices", x_range, most, bars, is_log=True, limit=limit).figure()
 
 
 def _cumulative(bars: Sequence[Bar], zeros: int, limit: float | None) -> str:
     """Chart of the share of slices up to each norm."""
-    x_range = bars[0][0], bars[-1][1]
     total = zeros + sum(n for *_, n in bars)
-    edges = [x_range[0], *(high for _, high, _ in bars)]
+    edges = [bars[0][0], *(high for _, high, _ in bars)]
     shares = accumulate(100 * n / total for n in (zeros, *(n for *_, n in bars)))
-    return _Chart(
-        title="Slices up to a norm",
-        x_label="norm of a slice (logarithmic)",
-        y_label="% of finite slices",
-        x_range=x_range,
-        y_max=100,
-        # a sum of rounded shares may exceed 100
-        line=[(x, min(share, 100.0)) for x, share in zip(edges, shares, strict=True)],
-        is_log=True,
-        limit=limit,
-    ).figure()
+    # a sum of rounded shares may exceed 100
+    line = [(x, min(share, 100.0)) for x, share in zip(edges, shares, strict=True)]
+    title, unit, x_range = "Slices up to a norm", "% of finite slices", (edges[0], edges[-1])
+    return _Chart(title, NORM, unit, x_range, 100, line=line, is_log=True, limit=limit).figure()
 
 
 def _per_axis(figures: PerAxis, slices: int) -> str:
@@ -164,14 +151,9 @@ def _per_axis(figures: PerAxis, slices: int) -> str:
         heights = [100 * n / ((end - start) * each) for (start, end), n in counts]
     else:
         title, unit, heights = "Largest norm", "norm", list(figures["largest"])
-    return _Chart(
-        title=f"{title} along axis {axis}",
-        x_label=f"index, axis {axis}",
-        y_label=unit,
-        x_range=(0, length),
-        y_max=max(heights) or 1.0,
-        bars=[(*edge, height) for edge, height in zip(edges, heights, strict=True)],
-    ).figure()
+    bars = [(*edge, height) for edge, height in zip(edges, heights, strict=True)]
+    title, label, most = f"{title} along axis {axis}", f"index, axis {axis}", max(heights) or 1.0
+    return _Chart(title, label, unit, (0, length), most, bars).figure()
 
 
 def _throughput(states: Sequence[tuple[float, int]]) -> str:
@@ -180,17 +162,12 @@ def _throughput(states: Sequence[tuple[float, int]]) -> str:
     for (before, start), (now, end) in pairwise(states):
         rate = (end - start) / max(now - before, 1e-9) / 1e6
         points += [(before, rate), (now, rate)]
-    return _Chart(
-        title="Throughput",
-        x_label="time of the passes, s",
-        y_label="MB/s",
-        x_range=(states[0][0], states[-1][0]),
-        y_max=max(y for _, y in points) or 1.0,
-        line=points,
-    ).figure()
+    x_range, most = (states[0][0], states[-1][0]), max(y for _, y in points) or 1.0
+    label = "time of the passes, s"
+    return _Chart("Throughput", label, "MB/s", x_range, most, line=points).figure()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Chart:
     """Bars or a line, with axes."""
 
