@@ -24,12 +24,13 @@ from daskclip.report import as_document, as_page, as_text
 if TYPE_CHECKING:
     from distributed import Client
 
+# \b keeps the lines: click would fill them
 EXIT_CODES = """\b
 Exit codes: 0 done or up to date, 1 storage failure or bug (run again to resume),
 2 usage error, 3 a parameter or the source rejected, 4 verification failed,
 5 the target exists, is being written or has an unfinished run with other
 parameters, 75 interrupted or temporarily failed: run again."""
-INTERRUPTED = 75
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h
 CONFIGURED = ("memory", "nonfinite", "missing", "progress")
 
 
@@ -61,7 +62,7 @@ class _Command(click.Command):
         self.groups = groups
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        help_option = self.get_help_option(ctx)
+        help_option = self.get_help_option(ctx)  # the only one that click adds
         rest = {"Other options": [help_option] if help_option else []}
         for heading, options in (self.groups | rest).items():
             records = (option.get_help_record(ctx) for option in options)
@@ -154,6 +155,7 @@ class _Group(click.Group):
         with _reporting_errors():
             defaults = _defaults()
         with _reporting_usage_errors():
+            # options of the command line take precedence over these
             extra["default_map"] = dict.fromkeys(("run", "plan", "stats"), defaults)
             return super().make_context(*args, **extra)
 
@@ -194,7 +196,7 @@ def _reporting_usage_errors() -> Iterator[None]:
 @click.version_option(package_name="daskclip", prog_name="daskclip")
 def main() -> None:
     """Clip norms of Zarr arrays larger than memory, exactly."""
-    # of zarr, about codecs and dtypes outside its specification: stderr has one line an event
+    # zarr warns of codecs and dtypes outside its specification; stderr has one line an event
     warnings.simplefilter("ignore")
 
 
@@ -210,6 +212,7 @@ def run(dry_run: bool, **options: Any) -> None:
 @main.command(**CLIPPING)
 def plan(dry_run: bool, **options: Any) -> None:
     """Show the plan for `run` with the same options; read no chunk."""
+    # --dry-run is accepted, so that any command line of run is one of plan
     _call(plan_zarr, **options)
 
 
@@ -264,6 +267,7 @@ def _call(
     if function is not stats_zarr and options["clip_norm"] is options["limits"] is None:
         raise click.UsageError("Missing option '--clip-norm' or '--limits'.")
     with _reporting_errors(), _cluster(scheduler, workers, options["progress"]):
+        # now and not after a run of hours
         for path in (report, html):
             if path is not None and not path.absolute().parent.is_dir():
                 folder = path.absolute().parent
@@ -357,6 +361,7 @@ def _reporting_errors() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    # a scheduler that preempts a job sends SIGTERM first: end it like Ctrl-C
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run will do, in integers: blocks, slabs, windows, passes and memory.
+"""Plans of a run, in integers: blocks, slabs, windows, passes and memory.
 
 Pure functions of shapes and sizes: nothing here opens a store or holds a value of an array.
 """

@@ -29,7 +29,7 @@ def plan_group(
     clipped, copied : mapping of str to Layout
         Arrays to clip and arrays to copy as they are, by their paths.
     machine : Machine
-        What runs the blocks of all arrays.
+        Processes, threads and memory for the blocks of all arrays.
     sizing : Sizing
         Sizes of blocks and windows.
     global_norm : bool
@@ -98,7 +98,8 @@ def make_plan(
     layout : Layout
         The array.
     machine : Machine
-        What runs the blocks. The plan has fewer threads if more blocks at a time would not fit.
+        Processes, threads and memory for the blocks. The plan has fewer threads if a block for
+        each would not fit.
     sizing : Sizing
         Sizes of blocks and windows.
     is_shared : bool

@@ -1,4 +1,4 @@
-"""Plans: what a run will do, in integers.
+"""Plans of an array and of a group, in integers.
 
 A *block* is a box of whole write units (shards, else chunks) that one task reads and writes. All
 blocks that share their slices are a *slab*:
@@ -43,7 +43,7 @@ class ClipPlan:
     axes: tuple[int, ...]
     """Axes the norms are taken over."""
     unit: tuple[int, ...]
-    """Shape of what is written as one object: a shard, else a chunk."""
+    """Shape of the part that is written as one object: a shard, else a chunk."""
     itemsize: int
     """Bytes of an element."""
     block: tuple[int, ...]
@@ -115,7 +115,7 @@ class ClipPlan:
         return self.blocks * self.passes
 
     def rows(self) -> dict[str, str]:
-        """The figures for people."""
+        """Figures as text, by their names."""
         return {
             "array": f"{self.shape}, {format_size(self.nbytes)}, {format_axes(self.axes)}",
             "slices": f"{self.slices:,}",
@@ -128,6 +128,7 @@ class ClipPlan:
 
     def region(self, slab: int, block: int) -> Box:
         """Region of the array that a block of a slab covers."""
+        # numbers of slabs, and of blocks in a slab, run along the last of their axes first
         coords = []
         for a in reversed(range(len(self.shape))):
             n = self.grid[a]
@@ -185,6 +186,7 @@ class ClipPlan:
         if not self.blocks:
             return
         spans = self.spans
+        # small slabs share a window; a large one takes several, one after the other
         step = max(1, self.window // spans.n)
         if stored is None:
             for first in range(0, self.slabs, step):
@@ -234,7 +236,7 @@ class GroupPlan:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks, with those that are only copied."""
+        """Number of blocks, including copied ones."""
         return sum(p.blocks for p in self.plans.values())
 
     @property
@@ -283,7 +285,7 @@ class GroupPlan:
         return max(p.projected_memory for p in self.plans.values())
 
     def rows(self) -> dict[str, str]:
-        """The figures for people."""
+        """Figures as text, by their names."""
         copied = len(self.plans) - len(self.clipped)
         return {
             "arrays": f"{len(self.clipped):,}, {format_size(self.nbytes)}; {copied:,} more copied",

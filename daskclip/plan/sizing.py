@@ -1,4 +1,4 @@
-"""What a plan is made from: sizes of an array, of the processes and of blocks, and their memory.
+"""Input of a plan: sizes of the array, the processes and the blocks, and the memory they take.
 
 A thread holds one block, and one chunk in several stages of decoding or encoding:
 
@@ -31,13 +31,13 @@ class Sizing:
     thread_nbytes: int = 8 * MIB
     """Bytes a thread needs beside its block: arithmetic, pages to write from, the allocator."""
     slice_nbytes: int = 36
-    """Bytes of the limit, norm, factor and flags of a slice, and of what counts it."""
+    """Bytes of the limit, norm, factor, flags and counters of a slice."""
     window_blocks: int = 16
     """Blocks of a window for each thread."""
     usual_sum_nbytes: int = 80
     """Bytes of the exact sum of a slice that are enough unless values span 10**80."""
     sum_nbytes: int | None = None
-    """Bytes of the exact sum of a slice; None for those that its dtype may take."""
+    """Bytes of the exact sum of a slice; None for the maximum of its dtype."""
 
     @property
     def task_nbytes(self) -> int:
@@ -55,7 +55,7 @@ class Layout:
     shape: Shape
     """Shape of the array."""
     unit: Shape
-    """Shape of what is written as one object: a shard, else a chunk."""
+    """Shape of the part that is written as one object: a shard, else a chunk."""
     itemsize: int
     """Bytes of an element."""
     axes: tuple[int, ...] = ()

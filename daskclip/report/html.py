@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from typing import NotRequired, TypedDict
 
 WIDTH, HEIGHT = 460, 240  # of a chart
-LEFT, RIGHT, TOP, BOTTOM = 66, WIDTH - 28, 22, HEIGHT - 44  # edges of what is inside its axes
+LEFT, RIGHT, TOP, BOTTOM = 66, WIDTH - 28, 22, HEIGHT - 44  # edges of the area inside the axes
 STYLE = """
 .daskclip { --ink: #1b1f24; --paper: #fff; --bar: #2f6fb3; --mark: #b5391a; --grid: #0002;
   color: var(--ink); background: var(--paper); font: 14px/1.45 sans-serif; padding: 8px 16px; }
@@ -53,7 +53,7 @@ class LargestSlice(TypedDict):
 
 
 class Pictures(TypedDict, total=False):
-    """What the charts and tables of a page show; the names are those of the JSON of a report."""
+    """Numbers of the charts and tables of a page, named as in the JSON of a report."""
 
     histogram: Sequence[Bar]
     zeros: int
@@ -63,7 +63,7 @@ class Pictures(TypedDict, total=False):
     throughput: Sequence[tuple[float, int]]
     """Seconds and bytes done after each window."""
     plan: Sequence[tuple[str, str, str]]
-    """Name of a figure, what was planned and what it was."""
+    """Name, planned value and actual value of a figure."""
 
 
 def fragment(

@@ -36,6 +36,7 @@ class ProgressState:
     @property
     def rate(self) -> float:
         """Bytes a second in this call."""
+        # seconds may be 0 where all windows were done before
         return (self.done - self.skipped) / max(self.seconds, 1e-9)
 
     @property
@@ -101,6 +102,7 @@ def _json(state: ProgressState) -> None:
 
 
 def _bar(state: ProgressState) -> None:
+    # \x1b[K clears what is left of a longer line
     full = BAR_WIDTH * state.done // max(1, state.total)
     end = "\n" if state.done >= state.total else ""
     _write(f"\r[{'#' * full}{' ' * (BAR_WIDTH - full)}] {_text(state)}\x1b[K{end}")

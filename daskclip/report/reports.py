@@ -1,4 +1,4 @@
-"""Reports of what a call did, and figures of any kind as text, JSON and HTML."""
+"""Reports of finished calls, and figures of any kind as text, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Drawn(Protocol):
 
 
 class Report:
-    """What all reports have in common."""
+    """Base of all reports."""
 
     __slots__ = ()
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -46,10 +46,10 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipReport(Report):
-    """What a run did; ``print`` shows it as text, `to_json` gives it to programs."""
+    """Result of a run; ``print`` shows it as text, `to_json` gives it to programs."""
 
     status: str
-    """What this call did: 'clipped', 'nothing to clip' (in place) or 'up to date'."""
+    """Outcome of this call: 'clipped', 'nothing to clip' (in place) or 'up to date'."""
     source: str
     """Location of the array or group that was read."""
     target: str
@@ -119,6 +119,7 @@ class ClipReport(Report):
             "status": self.status,
             "source": self.source,
             "target": self.target,
+            # an array by itself has no such row
             **(arrays if self.arrays + self.copied > 1 else {}),
             "clip_norm": f"{self._limit} over {over}{kind}",
             "slices": f"{self.slices:,}",
@@ -232,7 +233,7 @@ class VerifyReport(Report):
     clip_norm: float | None
     """Limit of the norms; None if each slice had its own."""
     blocks: int
-    """Blocks whose files are those that were written."""
+    """Blocks whose files are unchanged since they were written."""
     slices: int
     """Slices whose norm is within the limit, or that hold NaN or infinity."""
     nonfinite: int
