@@ -1,4 +1,4 @@
-"""The command line: strings in, `clip_zarr` below, text or JSON out."""
+"""The command line: strings in, a call of the engine, text or JSON out."""
 
 from __future__ import annotations
 
@@ -9,113 +9,163 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import dask
 
-from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
-from daskclip.engine import run_record as resume
+from daskclip.engine import clip_zarr, plan_zarr, run_record, stats_zarr, verify_zarr
 from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.report import as_document, as_page, as_text
 
+if TYPE_CHECKING:
+    from distributed import Client
+
+# \b keeps the lines: click would fill them
 EXIT_CODES = """\b
 Exit codes: 0 done or up to date, 1 storage failure or bug (run again to resume),
-2 command line not understood, 3 a parameter or the source rejected,
-4 verification failed, 5 the target exists, is being written or has an unfinished
-run with other parameters, 75 interrupted or temporarily failed: run again."""
-INTERRUPTED = 75
+2 usage error, 3 a parameter or the source rejected, 4 verification failed,
+5 the target exists, is being written or has an unfinished run with other
+parameters, 75 interrupted or temporarily failed: run again."""
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h
 CONFIGURED = ("memory", "nonfinite", "missing", "progress")
 
 
-class _Limit(click.ParamType[Any]):
-    """A number, or a quantile of the norms."""
+class _ClipNorm(click.ParamType[Any]):
+    """Number, or quantile of the norms."""
 
     name = "float or p99"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        quantile = isinstance(value, str) and value.startswith("p")
-        return value if quantile else click.FLOAT.convert(value, param, ctx)
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        if isinstance(value, str) and value.startswith("p"):
+            return value  # the engine checks it
+        return click.FLOAT.convert(value, param, ctx)
 
 
-WRITTEN = click.Path(dir_okay=False, path_type=Path)
-READING = (
-    click.option(
-        "--progress",
-        type=click.Choice(["auto", "bar", "lines", "json", "none"]),
-        default="auto",
-        help="What stderr shows.",
+Groups = dict[str, list[click.Option]]
+"""Options by the heading that ``--help`` lists them under."""
+
+
+class _Command(click.Command):
+    """Command whose options are listed in groups."""
+
+    def __init__(
+        self, name: str | None, *, params: list[click.Parameter], groups: Groups, **extra: Any
+    ) -> None:
+        params = [*params, *chain.from_iterable(groups.values())]
+        super().__init__(name, params=params, epilog=EXIT_CODES, **extra)
+        self.groups = groups
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        help_option = self.get_help_option(ctx)  # the only one that click adds
+        rest = {"Other options": [help_option] if help_option else []}
+        for heading, options in (self.groups | rest).items():
+            records = (option.get_help_record(ctx) for option in options)
+            with formatter.section(heading):
+                formatter.write_dl([record for record in records if record])
+
+
+def _option(names: str, metavar: str | None, text: str, **extra: Any) -> click.Option:
+    return click.Option(names.split(), metavar=metavar, help=text, show_default=True, **extra)
+
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+SOURCE, TARGET = click.Argument(["source"]), click.Argument(["target"])
+CLIP = [
+    _option("--axes", "AXES", "Axes to reduce, e.g. 0,2; all by default, '' for none."),
+    _option("--dim", "NAMES", "Dimensions to reduce, e.g. time,lat (instead of --axes)."),
+    _option("--ord", None, "Order of the norm.", type=click.Choice(["1", "2", "inf"]), default="2"),
+    _option(
+        "--include", "PATTERN", "Clip only these arrays of a group: 'layers/*'.", multiple=True
     ),
-    click.option("--report", type=WRITTEN, help="Write the JSON."),
-    click.option("--html", type=WRITTEN, help="Write a page of figures and pictures."),
-    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
-    click.option(
-        "--missing",
-        type=click.Choice(["fill", "error"]),
-        default="fill",
-        help="Chunks that are not stored: take the fill value, or stop.",
-    ),
-    click.option(
+    _option("--exclude", "PATTERN", "Copy these arrays of a group as they are.", multiple=True),
+    _option(
         "--nonfinite",
+        None,
+        "Spread NaN and infinity to their slice, leave NaN out of the norm, or stop.",
         type=click.Choice(["propagate", "omit", "raise"]),
         default="propagate",
-        help="What NaN and infinity do to their slice.",
     ),
-    click.option("--workers", type=click.IntRange(min=1), help="Start N local processes."),
-    click.option("--scheduler", help="Address, or scheduler file, of a Dask cluster."),
-    click.option("--memory", default="512MiB", show_default=True, help="Budget a process."),
-    click.option("--exclude", multiple=True, help="Of a group: arrays that stay as they are."),
-    click.option("--include", multiple=True, help="Of a group: clip these only: 'layers/*'."),
-    click.option("--ord", type=click.Choice(["1", "2", "inf"]), default="2", help="Which norm."),
-    click.option("--dim", help="Or the names of their dimensions: time,lat."),
-    click.option("--axes", help="Axes of a norm, such as 0,2; all by default, '' for none."),
-)
-WRITING = (
-    click.option("--in-place", is_flag=True, help="Replace SOURCE; there is no TARGET."),
-    click.option("--overwrite", is_flag=True, help="Replace an array at TARGET."),
-    click.option("--dry-run", is_flag=True, help="Check and plan only."),
-    click.option("--norms", help="Take those that stats --save-norms wrote."),
-    click.option("--global", "global_norm", is_flag=True, help="Of a group: one norm of all."),
-    click.option("--limits", help="Or a Zarr array of a limit for each slice."),
-    click.option(
-        "--clip-norm",
-        type=_Limit(),
-        help="The limit; p99 for the norm that 99 % of the slices do not exceed.",
+    _option(
+        "--missing",
+        None,
+        "Read chunks that are not stored as the fill value, or stop.",
+        type=click.Choice(["fill", "error"]),
+        default="fill",
     ),
-    click.argument("target", required=False),
-)
-
-
-def _options(*options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """What a command takes beside SOURCE; shown from the last to the first."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for option in (*options, click.argument("source")):
-            command = option(command)
-        return command
-
-    return decorate
+]
+LIMIT = [
+    _option(
+        "--clip-norm", None, "Limit; p99 is the 99th percentile of the norms.", type=_ClipNorm()
+    ),
+    _option("--limits", "PATH", "Zarr array of a limit for each slice (instead of --clip-norm)."),
+    _option(
+        "--global global_norm", None, "Clip all arrays of a group by one global norm.", is_flag=True
+    ),
+    _option("--norms", "PATH", "Reuse norms saved by `stats --save-norms`."),
+]
+RESOURCES = [
+    _option("--memory", "SIZE", "Memory budget per worker process.", default="512MiB"),
+    _option("--scheduler", "ADDRESS", "Use the Dask cluster at this address or scheduler file."),
+    _option("--workers", "N", "Start N local worker processes.", type=click.IntRange(min=1)),
+]
+DESTINATION = [
+    _option("--in-place", None, "Replace SOURCE; give no TARGET.", is_flag=True),
+    _option("--overwrite", None, "Replace an array or group at TARGET.", is_flag=True),
+    _option("--dry-run", None, "Show the plan and write nothing.", is_flag=True),
+]
+REPORT = [
+    _option("--json as_json", None, "Print the report as JSON.", is_flag=True),
+    _option("--report", None, "Write the report to FILE as JSON.", type=FILE),
+    _option("--html", None, "Write the report to FILE as HTML with charts.", type=FILE),
+    _option(
+        "--progress",
+        None,
+        "Show progress on stderr; auto is a bar on a terminal, else lines.",
+        type=click.Choice(["auto", "bar", "lines", "json", "none"]),
+        default="auto",
+    ),
+]
+SAVE_NORMS = _option("--save-norms", "PATH", "Save the norms for `run --norms`.")
+VERIFY = [
+    _option("--source", "PATH", "Clip every block of the source again and compare."),
+    _option("--limits", "PATH", "Limits used by the original run."),
+]
+CLIPPING: dict[str, Any] = {
+    "cls": _Command,
+    "params": [SOURCE, click.Argument(["target"], required=False)],
+    "groups": {
+        "What to clip": CLIP,
+        "Which limit": LIMIT,
+        "Resources": RESOURCES,
+        "Output": [*DESTINATION, *REPORT],
+    },
+}
 
 
 class _Group(click.Group):
-    """Says what it did not understand on one line, as it does for everything else."""
+    """Group of commands that reports usage errors on one line, as all other errors."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        with _failing_in_one_line():
+        with _reporting_errors():
             defaults = _defaults()
-        with _understood():
+        with _reporting_usage_errors():
+            # options of the command line take precedence over these
             extra["default_map"] = dict.fromkeys(("run", "plan", "stats"), defaults)
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _understood():
+        with _reporting_usage_errors():
             return super().invoke(ctx)
 
 
-def _defaults() -> dict[str, Any]:
-    """Defaults of options in Dask's configuration, from its files and the environment."""
+def _defaults() -> dict[str, str]:
+    """Defaults of options from Dask's configuration: its files and the environment."""
     defaults = dask.config.get("daskclip", None) or {}
     for name in defaults:
         if name not in CONFIGURED:
@@ -127,7 +177,7 @@ def _defaults() -> dict[str, Any]:
 
 
 @contextmanager
-def _understood() -> Iterator[None]:
+def _reporting_usage_errors() -> Iterator[None]:
     try:
         yield
     except click.UsageError as error:
@@ -146,56 +196,59 @@ def _understood() -> Iterator[None]:
 @click.version_option(package_name="daskclip", prog_name="daskclip")
 def main() -> None:
     """Clip norms of Zarr arrays larger than memory, exactly."""
-    # of zarr, about codecs and dtypes outside its specification: stderr has one line an event
+    # zarr warns of codecs and dtypes outside its specification; stderr has one line an event
     warnings.simplefilter("ignore")
 
 
-@main.command(epilog=EXIT_CODES)
-@_options(*READING, *WRITING)
+@main.command(**CLIPPING)
 def run(dry_run: bool, **options: Any) -> None:
-    """Clip an array or a group SOURCE into a new TARGET; resumes a run that was stopped."""
+    """Clip an array or group SOURCE into a new TARGET.
+
+    An interrupted run is resumed by the same command.
+    """
     _call(plan_zarr if dry_run else clip_zarr, **options)
 
 
-@main.command(epilog=EXIT_CODES)
-@_options(*READING, *WRITING)
+@main.command(**CLIPPING)
 def plan(dry_run: bool, **options: Any) -> None:
-    """Say what run would do with the same words, without reading a chunk."""
+    """Show the plan for `run` with the same options; read no chunk."""
+    # --dry-run is accepted, so that any command line of run is one of plan
     _call(plan_zarr, **options)
 
 
-@main.command(epilog=EXIT_CODES)
-@_options(*READING, click.option("--save-norms", help="Write the norms, for run --norms."))
+@main.command(
+    cls=_Command,
+    params=[SOURCE],
+    groups={"What to measure": CLIP, "Resources": RESOURCES, "Output": [SAVE_NORMS, *REPORT]},
+)
 def stats(**options: Any) -> None:
-    """Say how large the norms of SOURCE are, and what a limit would clip."""
+    """Show the norms of SOURCE and what a limit would clip."""
     _call(stats_zarr, **options)
 
 
-@main.command(epilog=EXIT_CODES)
-@click.argument("target")
-@click.option("--source", help="Derive every block again and compare it.")
-@click.option("--limits", help="Those that run had.")
+@main.command(cls=_Command, params=[TARGET], groups={"What to compare": VERIFY})
 def verify(target: str, source: str | None, limits: str | None) -> None:
-    """Check what run wrote: its files, its norms and, with its source, every bit."""
-    with _failing_in_one_line():
+    """Check the files and norms of a TARGET that `run` wrote.
+
+    With --source, every bit is compared too.
+    """
+    with _reporting_errors():
         click.echo(as_text(verify_zarr(target, source, limits=limits)))
 
 
-@main.command(epilog=EXIT_CODES)
-@click.argument("target")
+@main.command(cls=_Command, params=[TARGET], groups={})
 def status(target: str) -> None:
-    """Say what there is at TARGET and whether a run is unfinished."""
-    with _failing_in_one_line():
-        for name, value in resume.status(target).items():
+    """Show whether TARGET exists and whether a run is unfinished."""
+    with _reporting_errors():
+        for name, value in run_record.status(target).items():
             click.echo(f"{name:<10}  {value}")
 
 
-@main.command(epilog=EXIT_CODES)
-@click.argument("target")
+@main.command(cls=_Command, params=[TARGET], groups={})
 def discard(target: str) -> None:
-    """Remove what an unfinished run to TARGET has done; TARGET stays as it is."""
-    with _failing_in_one_line():
-        click.echo("discarded" if resume.discard(target) else "there is no unfinished run")
+    """Remove an unfinished run; TARGET stays as it is."""
+    with _reporting_errors():
+        click.echo("discarded" if run_record.discard(target) else "there is no unfinished run")
 
 
 def _call(
@@ -213,14 +266,15 @@ def _call(
 ) -> None:
     if function is not stats_zarr and options["clip_norm"] is options["limits"] is None:
         raise click.UsageError("Missing option '--clip-norm' or '--limits'.")
-    with _failing_in_one_line(), _workers(scheduler, workers, options["progress"]):
+    with _reporting_errors(), _cluster(scheduler, workers, options["progress"]):
+        # now and not after a run of hours
         for path in (report, html):
             if path is not None and not path.absolute().parent.is_dir():
                 folder = path.absolute().parent
                 raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
         if html is not None and function is not stats_zarr:
             options["pictures"] = True
-        result = function(axes=_axes(axes), dim=_names(dim), ord=float(ord), **options)
+        result = function(axes=_parse_axes(axes), dim=_parse_dim(dim), ord=float(ord), **options)
         if report is not None:
             report.write_text(as_document(result) + "\n")
         if html is not None:
@@ -228,46 +282,52 @@ def _call(
         click.echo(as_document(result) if as_json else as_text(result))
 
 
-def _axes(axes: str | None) -> list[int] | None:
+def _parse_axes(axes: str | None) -> list[int] | None:
     try:
         return None if axes is None else [int(a) for a in axes.split(",") if a.strip()]
     except ValueError:
         raise InvalidValueError(f"axes {axes!r} is not a list of integers; write 0,2") from None
 
 
-def _names(dim: str | None) -> list[str] | None:
+def _parse_dim(dim: str | None) -> list[str] | None:
     return None if dim is None else [name.strip() for name in dim.split(",") if name.strip()]
 
 
 @contextmanager
-def _workers(scheduler: str | None, workers: int | None, progress: str) -> Iterator[None]:
-    """A cluster to run on, if one was asked for."""
-    if scheduler is None and workers is None:
-        yield
-        return
+def _cluster(scheduler: str | None, workers: int | None, progress: str) -> Iterator[None]:
+    """Run on a Dask cluster, if one was asked for."""
     if scheduler is not None and workers is not None:
         raise click.UsageError("--scheduler and --workers exclude each other")
+    with ExitStack() as stack:
+        if scheduler is not None:
+            client = stack.enter_context(_connect(scheduler))
+            _print_dashboard(client, progress)
+        if workers is not None:
+            client = stack.enter_context(_start_workers(workers))
+            _print_dashboard(client, progress)
+        yield
+
+
+def _connect(scheduler: str) -> Client:
     # only here: distributed takes a second to import
+    from distributed import Client
+
+    _silence_logs()
+    where = {"scheduler_file" if os.path.isfile(scheduler) else "address": scheduler}
+    try:
+        return Client(**where, timeout=10)
+    except (OSError, ValueError) as error:
+        raise InvalidValueError(
+            f"no Dask scheduler answers at {scheduler} ({type(error).__name__}); check the address"
+        ) from error
+
+
+@contextmanager
+def _start_workers(workers: int) -> Iterator[Client]:
     from distributed import Client, LocalCluster
 
-    # what they log of a lost cluster is told on one line here
-    noisy = [n for n in logging.root.manager.loggerDict if n.startswith("distributed")]
-    for name in (*noisy, "asyncio", "tornado.application"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    if scheduler is not None:
-        where = {"scheduler_file" if os.path.isfile(scheduler) else "address": scheduler}
-        try:
-            client = Client(**where, timeout=10)
-        except (OSError, ValueError) as error:
-            raise InvalidValueError(
-                f"no Dask scheduler answers at {scheduler} ({type(error).__name__}); "
-                "check the address"
-            ) from error
-        with client:
-            _tell_dashboard(client, progress)
-            yield
-        return
-    # a terminal sends Ctrl-C to the workers too
+    _silence_logs()
+    # a terminal sends Ctrl-C to the workers too, and they inherit that it is ignored
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         cluster = LocalCluster(
@@ -279,11 +339,17 @@ def _workers(scheduler: str | None, workers: int | None, progress: str) -> Itera
     finally:
         signal.signal(signal.SIGINT, before)
     with cluster, Client(cluster) as client:
-        _tell_dashboard(client, progress)
-        yield
+        yield client
 
 
-def _tell_dashboard(client: Any, progress: str) -> None:
+def _silence_logs() -> None:
+    # a lost cluster is reported on one line here, and not by the loggers of distributed too
+    noisy = [n for n in logging.root.manager.loggerDict if n.startswith("distributed")]
+    for name in (*noisy, "asyncio", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+def _print_dashboard(client: Client, progress: str) -> None:
     link = client.dashboard_link
     if link and progress != "none":
         as_json = json.dumps({"dashboard": link})
@@ -291,10 +357,11 @@ def _tell_dashboard(client: Any, progress: str) -> None:
 
 
 @contextmanager
-def _failing_in_one_line() -> Iterator[None]:
+def _reporting_errors() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    # a scheduler that preempts a job sends SIGTERM first: end it like Ctrl-C
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield

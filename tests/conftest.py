@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from servers import Place, SeaweedFS
+from sizes import SMALL, resize
 
 # child processes of tests import the helpers too
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -34,3 +35,9 @@ def weed(tmp_path_factory):
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture
+def small(request, monkeypatch):
+    """Blocks of a few small chunks, of the ``SIZES`` of the test's file if it has any."""
+    resize(monkeypatch, **getattr(request.module, "SIZES", SMALL))

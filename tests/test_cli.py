@@ -20,6 +20,7 @@ from reference import bits
 from stores import create, read, some, stored
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr
+from daskclip.cli import main
 from daskclip.report.reports import ClipReport
 
 
@@ -159,6 +160,25 @@ def test_help_and_version():
         assert "Exit codes:" in text
     if any(e.dist.name == "daskclip" for e in entry_points(group="dask_cli") if e.dist):
         assert run("--version").stdout.startswith("daskclip")
+
+
+@pytest.mark.parametrize(
+    ("command", "headings"),
+    [
+        ("run", ["What to clip", "Which limit", "Resources", "Output"]),
+        ("plan", ["What to clip", "Which limit", "Resources", "Output"]),
+        ("stats", ["What to measure", "Resources", "Output"]),
+        ("verify", ["What to compare"]),
+        ("status", []),
+        ("discard", []),
+    ],
+)
+def test_help_lists_all_options_in_groups(command, headings):
+    text = run(command, "--help").stdout
+    shown = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert shown == [*headings, "Other options"]
+    options = [o for p in main.commands[command].params for o in p.opts if o.startswith("--")]
+    assert re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.MULTILINE) == [*options, "--help"]
 
 
 def test_it_is_a_command_of_dask(source, tmp_path):

@@ -411,7 +411,7 @@ def test_an_interrupted_run_can_be_resumed(tmp_path):
     # nothing is stored: many windows, without data to make first
     zarr.create_array(tmp_path / "x", shape=(10**6, 4), chunks=(1, 4), dtype="f4", fill_value=1.0)
     before = stored(tmp_path)
-    code = "from daskclip.plan import array as plan; plan.BLOCK = 64; plan.WINDOW = 1"
+    code = "from sizes import use; use(block_nbytes=64, window_blocks=1)"
     # the signal is ignored by default in background processes of a shell
     code += "; import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{code}; {DASKCLIP[2]}", "run", tmp_path / "x"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -32,7 +33,7 @@ from daskclip.errors import (
     SourceChangedError,
     short_repr,
 )
-from daskclip.plan import GroupPlan, plan_group
+from daskclip.plan import GroupPlan, Layout, Machine, plan_group, sizing
 from daskclip.storage import (
     Hierarchy,
     at_place,
@@ -94,18 +95,18 @@ def prepare(
         if not dim and axes is None:
             axes, dim = [], None
     clipped = {name: _clipped(opened, name, axes, dim, ord) for name in names}
-    over = {name: one["axes"] for name, one in clipped.items()}
+    over = {name: layout.axes for name, layout in clipped.items()}
     each = open_limits(limits, clip_norm, opened, over, storage_options)
     for name, one in each.items():
-        clipped[name]["beside"] = nbytes(one)
+        clipped[name] = replace(clipped[name], limits_nbytes=nbytes(one))
     copied = {
-        name: {"shape": array.shape, "unit": write_unit(array), "itemsize": array.dtype.itemsize}
+        name: Layout(shape=array.shape, unit=write_unit(array), itemsize=array.dtype.itemsize)
         for name, array in opened.arrays.items()
         if name not in clipped
     }
     processes, threads, fewest = workers()
-    common = {"memory": budget, "processes": processes, "fewest": fewest}
-    plan = plan_group(clipped, copied, threads, global_norm, **common)
+    machine = Machine(processes=processes, threads=threads, fewest=fewest, memory=budget)
+    plan = plan_group(clipped, copied, machine, sizing.DEFAULT, global_norm=global_norm)
     taken = axes if opened.is_group else plan.plans[""].axes
     parameters = {
         "clip_norm": clip_norm if isinstance(limit, Fraction) else str(limit),
@@ -134,8 +135,8 @@ def _having(source: Hierarchy, names: list[str], dim: Any) -> tuple[list[str], l
     return [name for name in names if not wanted or {*having[name]} & {*wanted}], wanted
 
 
-def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> dict[str, Any]:
-    """What the plan of an array has to know."""
+def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> Layout:
+    """Layout of an array to clip."""
     array = source.arrays[name]
     named = dimension_names(array)
     if source.is_group and dim is not None and axes is None:
@@ -149,13 +150,14 @@ def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> dic
             raise type(error)(f"array {name}: {error}") from error
         raise
     itemsize = array.dtype.itemsize
-    return {
-        "shape": array.shape,
-        "axes": taken,
-        "unit": write_unit(array),
-        "itemsize": itemsize,
-        "state": STATE[itemsize // (2 if array.dtype.kind == "c" else 1)],
-    }
+    return Layout(
+        shape=array.shape,
+        axes=taken,
+        unit=write_unit(array),
+        itemsize=itemsize,
+        sum_nbytes=sizing.DEFAULT.sum_nbytes
+        or STATE[itemsize // (2 if array.dtype.kind == "c" else 1)],
+    )
 
 
 def open_limits(

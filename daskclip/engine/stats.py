@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -16,104 +15,11 @@ from daskclip.engine.measure import measure
 from daskclip.engine.request import prepare, require_unchanged
 from daskclip.engine.saved_norms import saving
 from daskclip.numerics import RELATIVE_ERROR, NormHistogram
-from daskclip.report import (
-    Mode,
-    as_document,
-    as_text,
-    format_axes,
-    format_size,
-    fragment,
-    progress_printer,
-)
+from daskclip.report import Mode, StatsReport, progress_printer
 from daskclip.storage import translating_storage_errors
 
 PERCENTS = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")
 CANDIDATES = 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatsReport:
-    """What the norms of an array are; ``print`` shows it for people, `to_json` for programs.
-
-    Counts and the largest norms are exact, and none of it depends on the chunks.
-    """
-
-    source: str
-    """Where the array was read."""
-    axes: tuple[int, ...] | None
-    """Axes the norms were taken over; None for all axes of each array of a group."""
-    dim: list[str] | None
-    """Dimensions of a group they were taken over, if these were given."""
-    ord: float
-    """Which norm: 1, 2 or inf."""
-    arrays: int
-    """Number of arrays whose slices were counted."""
-    slices: int
-    """Number of slices."""
-    zeros: int
-    """Those with norm 0."""
-    nan: int
-    """Those with NaN that counts."""
-    infinite: int
-    """Those with infinity and no NaN."""
-    smallest_norm: float | None
-    """Smallest norm of a finite slice; None if there is none."""
-    largest_norm: float | None
-    """Largest norm of a finite slice; None if there is none."""
-    quantiles: dict[str, float]
-    """Norms that so many percent of the finite slices do not exceed, by names like 'p99'."""
-    relative_error: float
-    """Of the quantiles, at most."""
-    clips: dict[str, int]
-    """Finite slices above each of some numbers, as a clip_norm; of the powers of two and of 1, 2,
-    5, 10 and so on to 5000 exactly, of others to within the relative error of the norm."""
-    histogram: list[tuple[float, float, int]]
-    """Edges of bars, and the finite norms in each that are above 0, from the lower edge, which is
-    not in it, to the upper one, which is."""
-    worst: list[dict[str, Any]]
-    """Largest finite norms, each with the index of its slice in the kept axes, in a group after
-    the name of its array."""
-    along: list[dict[str, Any]]
-    """For each kept axis, the largest finite norm in each of its parts of so many indices; empty
-    for a group."""
-    bytes_read: int
-    """Bytes of decoded chunks that were read."""
-    seconds: float
-    """What it took."""
-    projected_memory: int
-    """Bytes that the plan foresaw for each process that ran blocks."""
-
-    def rows(self) -> dict[str, str]:
-        """The figures for people."""
-        rows = {
-            "source": f"{self.source}, {format_axes(self.axes, self.dim)}",
-            "slices": f"{self.slices:,}",
-            "zero": f"{self.zeros:,}",
-            "NaN": f"{self.nan:,}",
-            "infinite": f"{self.infinite:,}",
-        }
-        if self.largest_norm is not None:
-            rows["norms"] = f"{self.smallest_norm:.6g} to {self.largest_norm:.6g}"
-        rows |= {k: f"{v:.6g}" for k, v in self.quantiles.items()}
-        rows["error"] = f"at most {100 * self.relative_error:.2f} % of a quantile"
-        for limit, clipped in self.clips.items():
-            share = 100 * clipped / self.slices
-            rows[f"clip_norm {limit}"] = f"clips {share:.3g} % of {self.slices:,} slices"
-        for i, worst in enumerate(self.worst, 1):
-            rows[f"largest {i}"] = f"{worst['norm']:.6g} at {worst['index']}"
-        rows["read"] = f"{format_size(self.bytes_read)} in {self.seconds:.2f} s"
-        return rows
-
-    def __str__(self) -> str:
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        rows = {k: v for k, v in self.rows().items() if not k.startswith("largest ")}
-        return fragment(f"Norms of {self.source}", rows, asdict(self))
-
-    def to_json(self) -> str:
-        """One JSON document; an infinite figure is the string "inf"."""
-        return as_document(self)
 
 
 def stats_zarr(

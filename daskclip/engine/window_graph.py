@@ -13,7 +13,7 @@ import dask.array as da
 from daskclip.engine.cluster import compute_retrying_cancelled, translating_cluster_errors
 from daskclip.lazy import LiteralTask, object_meta, tree_reduce
 from daskclip.numerics import Scale
-from daskclip.plan import array as plan
+from daskclip.plan import sizing
 from daskclip.storage import array as storage
 from daskclip.storage import format_region
 from daskclip.worker import ArrayTask, tasks
@@ -91,10 +91,10 @@ def batch_small_blocks(
 ) -> Iterator[list[BlockId]]:
     """Blocks that one task does, and syncs, together: some small ones, or one."""
     some: list[BlockId] = []
-    size = 0
+    size, most = 0, sizing.DEFAULT.task_nbytes
     for cell in cells:
         more = jobs[cell.job].plan.nbytes_of(cell.slab, cell.block)
-        if some and (size + more > plan.BLOCK // 4 or len(some) == MAX_BLOCKS_PER_TASK):
+        if some and (size + more > most or len(some) == MAX_BLOCKS_PER_TASK):
             yield some
             some, size = [], 0
         some.append(cell)

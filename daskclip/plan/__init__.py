@@ -1,10 +1,11 @@
-"""What a run will do, in integers: blocks, slabs, windows, passes and memory.
+"""Plans of a run, in integers: blocks, slabs, windows, passes and memory.
 
 Pure functions of shapes and sizes: nothing here opens a store or holds a value of an array.
 """
 
-from daskclip.plan import array
-from daskclip.plan.array import ClipPlan
-from daskclip.plan.group import GroupPlan, plan_group
+from daskclip.plan import sizing
+from daskclip.plan.choose import plan_group
+from daskclip.plan.plans import ClipPlan, GroupPlan
+from daskclip.plan.sizing import Layout, Machine
 
-__all__ = ["ClipPlan", "GroupPlan", "array", "plan_group"]
+__all__ = ["ClipPlan", "GroupPlan", "Layout", "Machine", "plan_group", "sizing"]

@@ -1,13 +1,22 @@
-"""What people and programs are told: reports as text, JSON and HTML, and progress.
+"""Reports as text, JSON and HTML, and the progress of a run.
 
 Reports are data; nothing here opens a store, plans or computes.
 """
 
-from daskclip.report.html import MIB, format_axes, format_size, fragment, shared_rows
+from daskclip.report.html import fragment
 from daskclip.report.progress import Mode, ProgressState, Show, progress_printer
-from daskclip.report.reports import ClipReport, VerifyReport, as_document, as_page, as_text
+from daskclip.report.reports import (
+    ClipReport,
+    StatsReport,
+    VerifyReport,
+    as_document,
+    as_page,
+    as_text,
+)  # fmt: skip
+from daskclip.report.text import MIB, format_axes, format_size
 
 __all__ = [
-    "MIB", "ClipReport", "Mode", "ProgressState", "Show", "VerifyReport", "as_document", "as_page",
-    "as_text", "format_axes", "format_size", "fragment", "progress_printer", "shared_rows",
-]  # fmt: skip  # fmt: skip
+    "MIB", "ClipReport", "Mode", "ProgressState", "Show", "StatsReport", "VerifyReport",
+    "as_document", "as_page", "as_text", "format_axes", "format_size", "fragment",
+    "progress_printer",
+]  # fmt: skip

@@ -1,15 +1,16 @@
-"""Figures as HTML: tables and inline SVG, which need nothing from elsewhere."""
+"""Figures as HTML: tables and charts in inline SVG, which need nothing from elsewhere."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import NotRequired, TypedDict
 
-MIB = 2**20
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 240, 66, 28, 22, 44  # of a picture
+WIDTH, HEIGHT = 460, 240  # of a chart
+LEFT, RIGHT, TOP, BOTTOM = 66, WIDTH - 28, 22, HEIGHT - 44  # edges of the area inside the axes
 STYLE = """
 .daskclip { --ink: #1b1f24; --paper: #fff; --bar: #2f6fb3; --mark: #b5391a; --grid: #0002;
   color: var(--ink); background: var(--paper); font: 14px/1.45 sans-serif; padding: 8px 16px; }
@@ -29,47 +30,89 @@ STYLE = """
 """
 
 
+NORM = "norm of a slice (logarithmic)"
+Bar = tuple[float, float, float]
+"""Lower edge, upper edge and height."""
+
+
+class PerAxis(TypedDict):
+    """Figures along a kept axis, in parts of so many indices."""
+
+    axis: int
+    length: int
+    part: int
+    largest: Sequence[float]
+    clipped: NotRequired[Sequence[int]]
+
+
+class LargestSlice(TypedDict):
+    """Norm of a slice and its index in the kept axes."""
+
+    norm: float
+    index: Sequence[int | str]
+
+
+class Pictures(TypedDict, total=False):
+    """Numbers of the charts and tables of a page, named as in the JSON of a report."""
+
+    histogram: Sequence[Bar]
+    zeros: int
+    slices: int
+    along: Sequence[PerAxis]
+    worst: Sequence[LargestSlice]
+    throughput: Sequence[tuple[float, int]]
+    """Seconds and bytes done after each window."""
+    plan: Sequence[tuple[str, str, str]]
+    """Name, planned value and actual value of a figure."""
+
+
 def fragment(
-    title: str, rows: dict[str, str], pictures: dict[str, Any] | None, limit: float | None = None
+    title: str,
+    rows: Mapping[str, str],
+    pictures: Pictures | None = None,
+    limit: float | None = None,
 ) -> str:
-    """Figures and pictures, to be put into a page or a notebook.
+    """HTML of figures and charts, to be put into a page or a notebook.
 
     Parameters
     ----------
     title : str
-        What it is about.
-    rows : dict of str
-        The figures for people, by their names.
-    pictures : dict, optional
-        Any of ``histogram``, ``worst`` and ``along``, of `sketch.figures`; ``throughput``, seconds
-        and bytes done; ``plan``, names with what was foreseen and what it was.
+        Heading.
+    rows : mapping of str to str
+        Figures as text, by their names.
+    pictures : Pictures, optional
+        Each chart is drawn if its numbers are given.
     limit : float, optional
-        Drawn where it is in the range of the norms.
+        The clip_norm, marked on the axis of the norms.
 
     Returns
     -------
     str
     """
-    shown, slices = pictures or {}, (pictures or {}).get("slices", 0)
-    parts = [_figure("Figures", _table([], rows.items()))]
-    if shown.get("histogram"):
-        parts += _spread(shown["histogram"], shown["zeros"], limit)
-    for along in shown.get("along", ()) if slices else ():
-        parts.append(_along(along, slices))
-    if len(shown.get("throughput", ())) > 1:
-        parts.append(_throughput(shown["throughput"]))
-    if shown.get("worst"):
-        worst = ((f"{w['norm']:.6g}", ", ".join(map(str, w["index"]))) for w in shown["worst"])
-        parts.append(_figure("Largest norms", _table(["norm", "index in the kept axes"], worst)))
-    if shown.get("plan"):
-        table = _table(["", "planned", "actual"], shown["plan"])
-        parts.append(_figure("Plan against actual", table))
+    body = "".join(_figures(rows, pictures or {}, limit))
     head = f"<style>{STYLE}</style>\n<h1>{escape(title)}</h1>"
-    return f'<div class="daskclip">{head}<div class="all">{"".join(parts)}</div></div>'
+    return f'<div class="daskclip">{head}<div class="all">{body}</div></div>'
+
+
+def _figures(rows: Mapping[str, str], pictures: Pictures, limit: float | None) -> Iterator[str]:
+    yield _figure("Figures", _table([], rows.items()))
+    slices = pictures.get("slices", 0)
+    if bars := pictures.get("histogram"):
+        yield _histogram(bars, limit)
+        yield _cumulative(bars, pictures["zeros"], limit)
+    for axis in pictures.get("along", ()) if slices else ():
+        yield _per_axis(axis, slices)
+    if len(states := pictures.get("throughput", ())) > 1:
+        yield _throughput(states)
+    if largest := pictures.get("worst"):
+        cells = ((f"{one['norm']:.6g}", ", ".join(map(str, one["index"]))) for one in largest)
+        yield _figure("Largest norms", _table(["norm", "index in the kept axes"], cells))
+    if plan := pictures.get("plan"):
+        yield _figure("Plan against actual", _table(["", "planned", "actual"], plan))
 
 
 def page(title: str, body: str) -> str:
-    """A document of its own."""
+    """HTML document around a fragment."""
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
         '</title><meta name="viewport" content="width=device-width">'
@@ -79,93 +122,123 @@ def page(title: str, body: str) -> str:
     )
 
 
-def _spread(bars: Sequence[Any], zeros: int, limit: float | None) -> Iterable[str]:
-    span = bars[0][0], bars[-1][1]
-    most, total = max(n for *_, n in bars), zeros + sum(n for *_, n in bars)
-    boxes = [("bar", [(low, n), (high, n)]) for low, high, n in bars if n]
-    label = "norm of a slice (logarithmic)"
-    yield _chart("Slices by their norm", label, "slices", span, most, boxes, True, limit)
-    ends = [(span[0], zeros), *((high, n) for _, high, n in bars)]
-    sums = accumulate(100 * n / total for _, n in ends)
-    line = [("line", [(x, min(y, 100.0)) for (x, _), y in zip(ends, sums, strict=True)])]
-    yield _chart("Slices up to a norm", label, "% of finite slices", span, 100, line, True, limit)
+def _histogram(bars: Sequence[Bar], limit: float | None) -> str:
+    """Chart of how many slices have which norm."""
+    title, x_range = "Slices by their norm", (bars[0][0], bars[-1][1])
+    most = max(n for *_, n in bars)
+    bars = [bar for bar in bars if bar[2]]
+    return _Chart(title, NORM, "slices", x_range, most, bars, is_log=True, limit=limit).figure()
 
 
-def _along(along: dict[str, Any], slices: int) -> str:
-    length, part, axis = along["length"], along["part"], along["axis"]
-    what, unit, values = "Largest norm", "norm", along["largest"]
-    places = [(i, min(i + part, length)) for i in range(0, length, part)]
-    if "clipped" in along:
-        what, unit, each = "Clipped", "% of slices", slices / length
-        pairs = zip(places, along["clipped"], strict=True)
-        values = [100 * n / ((end - start) * each) for (start, end), n in pairs]
-    boxes = [("bar", [(i, v), (j, v)]) for (i, j), v in zip(places, values, strict=True)]
-    title, across = f"{what} along axis {axis}", f"index, axis {axis}"
-    return _chart(title, across, unit, (0, length), max(values) or 1.0, boxes)
+def _cumulative(bars: Sequence[Bar], zeros: int, limit: float | None) -> str:
+    """Chart of the share of slices up to each norm."""
+    total = zeros + sum(n for *_, n in bars)
+    edges = [bars[0][0], *(high for _, high, _ in bars)]
+    shares = accumulate(100 * n / total for n in (zeros, *(n for *_, n in bars)))
+    # a sum of rounded shares may exceed 100
+    line = [(x, min(share, 100.0)) for x, share in zip(edges, shares, strict=True)]
+    title, unit, x_range = "Slices up to a norm", "% of finite slices", (edges[0], edges[-1])
+    return _Chart(title, NORM, unit, x_range, 100, line=line, is_log=True, limit=limit).figure()
 
 
-def _throughput(states: Sequence[Any]) -> str:
+def _per_axis(figures: PerAxis, slices: int) -> str:
+    """Chart of the clipped slices along an axis, or of the largest norms if there is no limit."""
+    length, part, axis = figures["length"], figures["part"], figures["axis"]
+    edges = [(i, min(i + part, length)) for i in range(0, length, part)]
+    if "clipped" in figures:
+        title, unit, each = "Clipped", "% of slices", slices / length
+        counts = zip(edges, figures["clipped"], strict=True)
+        heights = [100 * n / ((end - start) * each) for (start, end), n in counts]
+    else:
+        title, unit, heights = "Largest norm", "norm", list(figures["largest"])
+    bars = [(*edge, height) for edge, height in zip(edges, heights, strict=True)]
+    title, label, most = f"{title} along axis {axis}", f"index, axis {axis}", max(heights) or 1.0
+    return _Chart(title, label, unit, (0, length), most, bars).figure()
+
+
+def _throughput(states: Sequence[tuple[float, int]]) -> str:
+    """Chart of the bytes a second of each window."""
     points = []
-    for (before, was), (now, done) in pairwise(states):
-        rate = (done - was) / max(now - before, 1e-9) / 1e6
+    for (before, start), (now, end) in pairwise(states):
+        rate = (end - start) / max(now - before, 1e-9) / 1e6
         points += [(before, rate), (now, rate)]
-    span, most = (states[0][0], states[-1][0]), max(y for _, y in points) or 1.0
-    return _chart("Throughput", "time of the passes, s", "MB/s", span, most, [("line", points)])
+    x_range, most = (states[0][0], states[-1][0]), max(y for _, y in points) or 1.0
+    label = "time of the passes, s"
+    return _Chart("Throughput", label, "MB/s", x_range, most, line=points).figure()
 
 
-def _chart(
-    title: str, across: str, up: str, span: tuple[float, float], most: float,
-    shapes: list[tuple[str, list[tuple[float, float]]]], log: bool = False,
-    limit: float | None = None,
-) -> str:  # fmt: skip
-    """A picture with axes; its shapes are bars, by their upper corners, and lines."""
-    if not math.isfinite(most) or not span[0] < span[1]:
-        return ""
-    scale = math.log if log else float
-    low, high = scale(span[0]), scale(span[1])
+@dataclass(frozen=True, slots=True)
+class _Chart:
+    """Bars or a line, with axes."""
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        right = LEFT + (scale(x) - low) / (high - low) * (WIDTH - LEFT - RIGHT)
-        return round(right, 2), round(HEIGHT - BOTTOM - y / most * (HEIGHT - TOP - BOTTOM), 2)
+    title: str
+    x_label: str
+    y_label: str
+    x_range: tuple[float, float]
+    y_max: float
+    bars: Sequence[Bar] = ()
+    line: Sequence[tuple[float, float]] = ()
+    is_log: bool = False
+    """Whether the x axis is logarithmic."""
+    limit: float | None = None
+    """Marked by a line if it is in the range of the x axis."""
 
-    (left, bottom), (right, top) = at(span[0], 0), at(span[1], most)
-    drawn = []
-    for y in _ticks(0, most):
-        _, h = at(span[0], y)
-        drawn.append(f'<path class="grid" d="M{left} {h}H{right}"/>')
-        drawn.append(f'<text x="{left - 6}" y="{h + 4}" text-anchor="end">{y:g}</text>')
-    for x in _ticks(*span, log):
-        w, _ = at(x, 0)
-        drawn.append(f'<path class="grid" d="M{w} {bottom}v5"/>')
-        drawn.append(f'<text x="{w}" y="{bottom + 18}" text-anchor="middle">{x:g}</text>')
-    for kind, points in shapes:
-        places = [at(*p) for p in points]
-        if kind == "bar":
-            (x, h), (end, _) = places
-            box = f'x="{x}" y="{h}" width="{max(end - x, 0.5):.2f}" height="{bottom - h:.2f}"'
-            drawn.append(f'<rect class="bar" {box}/>')
-        else:
-            drawn.append(
-                f'<polyline class="line" points="{" ".join(f"{x},{y}" for x, y in places)}"/>'
-            )
-    if limit is not None and span[0] <= limit <= span[1]:
-        x, _ = at(limit, 0)
-        anchor = "end" if x > (left + right) / 2 else "start"
-        drawn.append(f'<path class="mark" d="M{x} {bottom}V{top}"/>')
-        drawn.append(
-            f'<text x="{x}" y="{top - 8}" text-anchor="{anchor}">clip_norm {limit:.4g}</text>'
-        )
-    middle, half = (left + right) / 2, (top + bottom) / 2
-    drawn.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{across}</text>')
-    turned = f'transform="rotate(-90 13 {half})" text-anchor="middle"'
-    drawn.append(f'<text x="13" y="{half}" {turned}>{up}</text>')
-    view = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}"'
-    return _figure(title, f"<svg {view}>{''.join(drawn)}</svg>")
+    def figure(self) -> str:
+        """The chart as an HTML figure; empty where there is no range to draw."""
+        if not math.isfinite(self.y_max) or not self.x_range[0] < self.x_range[1]:
+            return ""
+        # later ones are drawn over earlier ones
+        drawn = "".join((*self._axes(), *self._values(), *self._mark(), *self._labels()))
+        view = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{self.title}"'
+        return _figure(self.title, f"<svg {view}>{drawn}</svg>")
+
+    def _x(self, value: float) -> float:
+        scale = math.log if self.is_log else float
+        low, high = map(scale, self.x_range)
+        return round(LEFT + (scale(value) - low) / (high - low) * (RIGHT - LEFT), 2)
+
+    def _y(self, value: float) -> float:
+        return round(BOTTOM - value / self.y_max * (BOTTOM - TOP), 2)
+
+    def _axes(self) -> Iterator[str]:
+        for value in _ticks(0, self.y_max):
+            y = self._y(value)
+            yield f'<path class="grid" d="M{LEFT} {y}H{RIGHT}"/>'
+            yield f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:g}</text>'
+        for value in _ticks(*self.x_range, self.is_log):
+            x = self._x(value)
+            yield f'<path class="grid" d="M{x} {BOTTOM}v5"/>'
+            yield f'<text x="{x}" y="{BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
+
+    def _values(self) -> Iterator[str]:
+        for low, high, value in self.bars:
+            x, y = self._x(low), self._y(value)
+            width = max(self._x(high) - x, 0.5)  # a bar is seen however narrow it is
+            size = f'width="{width:.2f}" height="{BOTTOM - y:.2f}"'
+            yield f'<rect class="bar" x="{x}" y="{y}" {size}/>'
+        if self.line:
+            points = " ".join(f"{self._x(x)},{self._y(y)}" for x, y in self.line)
+            yield f'<polyline class="line" points="{points}"/>'
+
+    def _mark(self) -> Iterator[str]:
+        if self.limit is None or not self.x_range[0] <= self.limit <= self.x_range[1]:
+            return
+        x = self._x(self.limit)
+        anchor = "end" if x > (LEFT + RIGHT) / 2 else "start"  # the text stays inside
+        text = f"clip_norm {self.limit:.4g}"
+        yield f'<path class="mark" d="M{x} {BOTTOM}V{TOP}"/>'
+        yield f'<text x="{x}" y="{TOP - 8}" text-anchor="{anchor}">{text}</text>'
+
+    def _labels(self) -> Iterator[str]:
+        x, y = (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2
+        yield f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{self.x_label}</text>'
+        turned = f'transform="rotate(-90 13 {y})" text-anchor="middle"'
+        yield f'<text x="13" y="{y}" {turned}>{self.y_label}</text>'
 
 
 def _ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """Some five round numbers from ``low`` to ``high``."""
-    if log and high / low >= 10:
+    """About five round numbers from ``low`` to ``high``."""
+    if log and high / low >= 10:  # powers of ten, and 2 and 5 between few of them
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         step = math.ceil((last - first) / 6)
         digits = (1, 2, 5) if last - first <= 2 else (1,)
@@ -188,27 +261,3 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _figure(title: str, body: str) -> str:
     return f"<figure><h2>{escape(title)}</h2>{body}</figure>"
-
-
-def shared_rows(plan: Any) -> dict[str, str]:
-    """Figures that a plan of an array and one of a group have."""
-    return {
-        "passes": str(plan.passes),
-        "read": format_size(plan.bytes_read),
-        "written": format_size(plan.nbytes),
-        "tasks": f"{plan.tasks:,} in windows of {plan.window}",
-        "threads": f"{plan.threads} a process, {plan.threads * plan.processes} in all",
-        "memory": f"{format_size(plan.projected_memory)} of {format_size(plan.memory)} a process",
-    }
-
-
-def format_axes(axes: Sequence[int] | None, dim: Sequence[str] | None = None) -> str:
-    """What norms are taken over, as the command line takes it."""
-    if dim:
-        return f"dim {','.join(dim)}"
-    return f"axes {'all' if axes is None else ','.join(map(str, axes)) or 'none'}"
-
-
-def format_size(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / MIB:,.1f} MiB"

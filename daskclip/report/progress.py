@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: a bar, a line now and then, or JSON lines."""
+"""Progress of a run on stderr: a bar, a line every ten seconds, or a JSON line a window."""
 
 from __future__ import annotations
 
@@ -7,48 +7,64 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from daskclip.errors import InvalidTypeError, InvalidValueError, short_repr
 
 Mode = Literal["auto", "bar", "lines", "json", "none"]
-EVERY = 10.0  # seconds between two lines
-WIDTH = 30
+LINE_INTERVAL_S = 10.0
+BAR_WIDTH = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressState:
-    """What is known after a window."""
+    """Bytes and seconds of a run after one of its windows."""
 
     done: int
     """Bytes done, over all passes."""
     skipped: int
-    """Those that this call had nothing to do for."""
+    """Bytes done before this call, or not stored at all."""
     total: int
     """Bytes to do, over all passes."""
     pass_: int
-    """Pass of the window that was done last."""
+    """Number of the pass of that window, from 1."""
     passes: int
     """Number of passes."""
     seconds: float
-    """Since the start."""
+    """Seconds since the passes began."""
 
     @property
     def rate(self) -> float:
-        """Bytes a second of this call."""
+        """Bytes a second in this call."""
+        # seconds may be 0 where all windows were done before
         return (self.done - self.skipped) / max(self.seconds, 1e-9)
 
     @property
     def left(self) -> float:
-        """Seconds that the rest takes at that rate."""
+        """Seconds left at this rate."""
         return (self.total - self.done) / self.rate if self.rate else 0.0
 
 
 Show = Callable[[ProgressState], None]
 
 
-def progress_printer(progress: Any) -> Show:
-    """Function that shows a `ProgressState`; True is ``'auto'``, False is ``'none'``."""
+def progress_printer(progress: object) -> Show:
+    """Function that shows a `ProgressState`.
+
+    Parameters
+    ----------
+    progress : bool or Mode
+        True is ``'auto'``: a bar on a terminal, else lines. False is ``'none'``.
+
+    Returns
+    -------
+    callable
+
+    Raises
+    ------
+    InvalidTypeError, InvalidValueError
+        If ``progress`` is anything else.
+    """
     if not isinstance(progress, bool | str):
         raise InvalidTypeError(
             f"progress {short_repr(progress)} is a {type(progress).__name__}; give a bool or a mode"
@@ -86,16 +102,17 @@ def _json(state: ProgressState) -> None:
 
 
 def _bar(state: ProgressState) -> None:
-    full = WIDTH * state.done // max(1, state.total)
+    # \x1b[K clears what is left of a longer line
+    full = BAR_WIDTH * state.done // max(1, state.total)
     end = "\n" if state.done >= state.total else ""
-    _write(f"\r[{'#' * full}{' ' * (WIDTH - full)}] {_text(state)}\x1b[K{end}")
+    _write(f"\r[{'#' * full}{' ' * (BAR_WIDTH - full)}] {_text(state)}\x1b[K{end}")
 
 
 class _Lines:
     def __init__(self) -> None:
-        self.next = time.monotonic() + EVERY
+        self.next = time.monotonic() + LINE_INTERVAL_S
 
     def __call__(self, state: ProgressState) -> None:
         if time.monotonic() >= self.next or state.done >= state.total:
-            self.next = time.monotonic() + EVERY
+            self.next = time.monotonic() + LINE_INTERVAL_S
             _write(f"daskclip: {_text(state)}\n")

@@ -1,41 +1,75 @@
-"""Figures of a plan or of a run, as text and as JSON."""
+"""Reports of finished calls, and figures of any kind as text, JSON and HTML."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import Field, asdict, dataclass
+from typing import Any, ClassVar, Protocol, cast
 
-from daskclip.report.html import format_axes, format_size, fragment, page
+from daskclip.report.html import LargestSlice, PerAxis, Pictures, fragment, page
+from daskclip.report.text import format_axes, format_size
+
+
+class Figures(Protocol):
+    """Dataclass that is shown as text and as JSON: a report or a plan."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def rows(self) -> dict[str, str]:
+        """Figures as text, by their names."""
+
+
+class Drawn(Protocol):
+    """Object with an HTML form, as notebooks show it."""
+
+    def _repr_html_(self) -> str: ...
+
+
+class Report:
+    """Base of all reports."""
+
+    __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def rows(self) -> dict[str, str]:
+        """Figures as text, by their names."""
+        return {k: str(v) for k, v in asdict(self).items() if v is not None}
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def to_json(self) -> str:
+        """One JSON document; an infinite figure is the string "inf"."""
+        return as_document(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClipReport:
-    """What a run did; ``print`` shows it for people, `to_json` for programs."""
+class ClipReport(Report):
+    """Result of a run; ``print`` shows it as text, `to_json` gives it to programs."""
 
     status: str
-    """What this call did: 'clipped', 'nothing to clip' (in place) or 'up to date'."""
+    """Outcome of this call: 'clipped', 'nothing to clip' (in place) or 'up to date'."""
     source: str
-    """Where the array was read."""
+    """Location of the array or group that was read."""
     target: str
-    """Where the clipped one is."""
+    """Location of the clipped one."""
     clip_norm: float | None
-    """The limit; None if each slice had its own."""
+    """Limit of the norms; None if each slice had its own."""
     ord: float
-    """Which norm: 1, 2 or inf."""
+    """Order of the norm: 1, 2 or inf."""
     axes: tuple[int, ...] | None
     """Axes the norms were taken over; None for all axes of each array of a group."""
     arrays: int
     """Number of arrays that were clipped."""
     copied: int
-    """Number of arrays of the group that were carried over as they are."""
+    """Number of arrays of the group that were copied as they are."""
     slices: int
     """Number of slices."""
     clipped: int
     """Finite slices whose norm was above the limit."""
     nonfinite: int
-    """Slices with NaN that counts, or infinity."""
+    """Slices with infinity, or with NaN that is not omitted."""
     smallest_norm: float | None
     """Smallest norm of a finite slice before clipping; None if there is none."""
     largest_norm: float | None
@@ -45,39 +79,36 @@ class ClipReport:
     bytes_written: int
     """Bytes of blocks that this call wrote, before encoding."""
     passes: int
-    """How often the source was read."""
+    """Times the source was read."""
     blocks: int
     """Number of blocks."""
     seconds: float
     """Seconds from the start of the call until the result was complete, before it is published."""
     peak_memory: int
-    """Bytes that the largest process which ran blocks grew by at its highest; more than the run
-    needed if that process had been larger before."""
+    """Bytes by which the largest process that ran blocks grew; more than the run needed if that
+    process had been larger before."""
     projected_memory: int
-    """Bytes that the plan foresaw for it."""
+    """Bytes that the plan projected for each process."""
     run: str
-    """Id of the run, over all calls that it took."""
+    """Id of the run; the same for all calls that it took."""
     began: str
-    """When its first call began, in UTC."""
+    """UTC time at which the first call began."""
     parameters: dict[str, Any]
-    """Other arguments that differ from their defaults, and always nonfinite, missing and memory, in
-    bytes; clip_norm as it was given if that was a quantile."""
+    """Arguments that differ from their defaults, and always nonfinite, missing and memory (bytes);
+    clip_norm as it was given if that was a quantile."""
     versions: dict[str, str]
-    """Of Python and of the packages that read, clip and write."""
+    """Versions of Python and of the packages that read, clip and write."""
     source_fingerprint: str
-    """Hash of the names, sizes and times or ETags of all that was stored for the source."""
+    """Hash of the names, sizes and times or ETags of all objects of the source."""
     digest: str | None
-    """Sum of digests of all that is stored for the target, metadata too; it does not depend on
-    where that is or on how it got there. None if nothing was written."""
+    """Sum of the digests of all objects of the target, with its metadata; the same wherever the
+    target is and however it was written. None if nothing was written."""
     pictures: dict[str, Any] | None = None
-    """What the pictures of the page show, if that was collected."""
+    """Numbers of the charts of the HTML page, if they were collected."""
 
     def rows(self) -> dict[str, str]:
-        """The figures for people."""
+        """Figures as text, by their names."""
         share = 100 * self.clipped / self.slices if self.slices else 0.0
-        norms = "none finite"
-        if self.largest_norm is not None:
-            norms = f"{self.smallest_norm:.6g} to {self.largest_norm:.6g}"
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
         peak, projected = format_size(self.peak_memory), format_size(self.projected_memory)
         arrays = {"arrays": f"{self.arrays:,}, {self.copied:,} more are copied"}
@@ -88,12 +119,13 @@ class ClipReport:
             "status": self.status,
             "source": self.source,
             "target": self.target,
+            # an array by itself has no such row
             **(arrays if self.arrays + self.copied > 1 else {}),
             "clip_norm": f"{self._limit} over {over}{kind}",
             "slices": f"{self.slices:,}",
             "clipped": f"{self.clipped:,} ({share:.1f} %)",
             "non-finite": f"{self.nonfinite:,}",
-            "norms": norms,
+            "norms": _norms(self.smallest_norm, self.largest_norm),
             "read": f"{format_size(self.bytes_read)} in {passes}",
             "written": format_size(self.bytes_written),
             "blocks": f"{self.blocks:,}",
@@ -106,71 +138,138 @@ class ClipReport:
     def _limit(self) -> str:
         return "a limit each" if self.clip_norm is None else f"{self.clip_norm:g}"
 
-    def __str__(self) -> str:
-        return as_text(self)
-
     def _repr_html_(self) -> str:
         title = f"{self.source} clipped to {self._limit}"
-        return fragment(title, self.rows(), self.pictures, self.clip_norm)
-
-    def to_json(self) -> str:
-        """One JSON document; an infinite figure is the string "inf"."""
-        return as_document(self)
+        return fragment(title, self.rows(), cast("Pictures", self.pictures), self.clip_norm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    """What was found right; what is not raises."""
+class StatsReport(Report):
+    """Norms of an array or group; ``print`` shows them as text, `to_json` gives them to programs.
+
+    Counts and the largest norms are exact, and no figure depends on the chunks.
+    """
+
+    source: str
+    """Location of the array or group that was read."""
+    axes: tuple[int, ...] | None
+    """Axes the norms were taken over; None for all axes of each array of a group."""
+    dim: list[str] | None
+    """Dimensions of a group the norms were taken over, if they were given."""
+    ord: float
+    """Order of the norm: 1, 2 or inf."""
+    arrays: int
+    """Number of arrays whose slices were counted."""
+    slices: int
+    """Number of slices."""
+    zeros: int
+    """Slices with norm 0."""
+    nan: int
+    """Slices with NaN that is not omitted."""
+    infinite: int
+    """Slices with infinity and no NaN."""
+    smallest_norm: float | None
+    """Smallest norm of a finite slice; None if there is none."""
+    largest_norm: float | None
+    """Largest norm of a finite slice; None if there is none."""
+    quantiles: dict[str, float]
+    """Quantiles of the finite norms, by names like 'p99'."""
+    relative_error: float
+    """Relative error of a quantile, at most."""
+    clips: dict[str, int]
+    """Slices that each of some limits would clip. Exact for powers of two and for 1, 2, 5, 10 and
+    so on up to 5000; for other limits to within ``relative_error`` of the limit."""
+    histogram: list[tuple[float, float, int]]
+    """Lower edge (excluded), upper edge (included) and count of each bar; finite norms above 0."""
+    worst: list[LargestSlice]
+    """Largest finite norms and the indices of their slices in the kept axes; in a group, the name
+    of the array comes first."""
+    along: list[PerAxis]
+    """For each kept axis, the largest finite norm of each of its parts; empty for a group."""
+    bytes_read: int
+    """Bytes of decoded chunks that were read."""
+    seconds: float
+    """Seconds from the start of the call."""
+    projected_memory: int
+    """Bytes that the plan projected for each process."""
+
+    def rows(self) -> dict[str, str]:
+        """Figures as text, by their names."""
+        rows = {
+            "source": f"{self.source}, {format_axes(self.axes, self.dim)}",
+            "slices": f"{self.slices:,}",
+            "zero": f"{self.zeros:,}",
+            "NaN": f"{self.nan:,}",
+            "infinite": f"{self.infinite:,}",
+        }
+        if self.largest_norm is not None:
+            rows["norms"] = _norms(self.smallest_norm, self.largest_norm)
+        rows |= {k: f"{v:.6g}" for k, v in self.quantiles.items()}
+        rows["error"] = f"at most {100 * self.relative_error:.2f} % of a quantile"
+        for limit, clipped in self.clips.items():
+            share = 100 * clipped / self.slices
+            rows[f"clip_norm {limit}"] = f"clips {share:.3g} % of {self.slices:,} slices"
+        for i, worst in enumerate(self.worst, 1):
+            rows[f"largest {i}"] = f"{worst['norm']:.6g} at {worst['index']}"
+        rows["read"] = f"{format_size(self.bytes_read)} in {self.seconds:.2f} s"
+        return rows
+
+    def _repr_html_(self) -> str:
+        # they have a table of their own
+        rows = {k: v for k, v in self.rows().items() if not k.startswith("largest ")}
+        return fragment(f"Norms of {self.source}", rows, cast("Pictures", asdict(self)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport(Report):
+    """Result of a successful verification; a failure raises."""
 
     target: str
-    """Array that was verified."""
+    """Location of the array or group that was verified."""
     source: str | None
-    """Array that it was derived from once more, if that was asked for."""
+    """Location of the source whose blocks were clipped again and compared, if it was given."""
     run: str
-    """Id of the run that made it."""
+    """Id of the run that wrote the target."""
     clip_norm: float | None
-    """The limit; None if each slice had its own."""
+    """Limit of the norms; None if each slice had its own."""
     blocks: int
-    """Blocks whose files are those that were written."""
+    """Blocks whose files are unchanged since they were written."""
     slices: int
     """Slices whose norm is within the limit, or that hold NaN or infinity."""
     nonfinite: int
-    """Those that hold NaN or infinity."""
+    """Slices that hold NaN or infinity."""
     largest_norm: float | None
     """Largest norm of a finite slice; None if there is none."""
     seconds: float
-    """What it took."""
-
-    def rows(self) -> dict[str, str]:
-        """The figures for people."""
-        return {k: str(v) for k, v in asdict(self).items() if v is not None}
-
-    def __str__(self) -> str:
-        return as_text(self)
+    """Seconds from the start of the call."""
 
 
-def as_document(figures: Any) -> str:
-    """One JSON document of all figures; JSON has no infinity, so it becomes a string."""
-    fields = asdict(figures) | {k: getattr(figures, k) for k in getattr(figures, "derived", ())}
-    return json.dumps(_plain(fields), indent=2, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    """Value without infinities and NaN in it."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def as_page(figures: Any) -> str:
-    """An HTML document with the figures, and with pictures where there is something to show."""
-    return page("daskclip", figures._repr_html_())
-
-
-def as_text(figures: Any) -> str:
-    """The figures for people, a line each."""
+def as_text(figures: Figures) -> str:
+    """Text of the figures, a line each."""
     rows = figures.rows()
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def as_document(figures: Figures) -> str:
+    """One JSON document of the fields, and of the properties that ``derived`` names."""
+    derived = {name: getattr(figures, name) for name in getattr(figures, "derived", ())}
+    return json.dumps(_finite(asdict(figures) | derived), indent=2, allow_nan=False)
+
+
+def as_page(figures: Drawn) -> str:
+    """HTML document of the figures and charts."""
+    return page("daskclip", figures._repr_html_())
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with infinities and NaN as strings: JSON has no numbers for them."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _norms(smallest: float | None, largest: float | None) -> str:
+    return "none finite" if largest is None else f"{smallest:.6g} to {largest:.6g}"

@@ -10,11 +10,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import bits
+from sizes import resize
 from stores import some, stopping_at
 
 from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, verify_zarr
 from daskclip.errors import MemoryBudgetError
-from daskclip.plan import array as plan
 
 PLAIN = st.just({"z": ({"shape": (3,), "chunks": (2,), "dtype": "f4"}, np.float32([3, 4, 0]), 8)})
 
@@ -83,8 +83,7 @@ def test_a_group_is_clipped_as_numpy_clips_its_arrays(group, how, memory, limit,
         dask.config.set(num_workers=2),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(plan, "FIXED", 0)
-        patch.setattr(plan, "SCRATCH", 0)
+        resize(patch, process_nbytes=0, thread_nbytes=0)
         source, target = Path(folder) / "x", Path(folder) / ("x" if in_place else "y")
         values = store_group(source, group)
         floats = {n: x for n, x in values.items() if x.dtype.kind in "fc"}

@@ -12,30 +12,24 @@ import pytest
 from command_line import DASKCLIP, shell
 from distributed import Client
 from reference import bits
+from sizes import SMALL
 from stores import create, finished, read, some, stored
 from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr
 from daskclip.engine import cluster as workers
-from daskclip.engine import request as prepare
 from daskclip.errors import StorageError, TemporaryError
-from daskclip.plan import array as plan
 from daskclip.target.journal import Journal
 
 pytestmark = pytest.mark.distributed
 
 SHAPE, CHUNKS = (32, 32), (2, 8)
-SIZES = {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 1}
-STATE = {2: 1, 4: 1, 8: 1}
+SIZES = SMALL | {"window_blocks": 1}
 # over columns: 64 blocks of one chunk in four slabs; over rows: 16 blocks, each a slab
 MEMORY = {0: 360, 1: 4096}
 PASSES = {0: 2, 1: 1}
 CLIP_NORM = 100.0
-SMALL = (
-    "from daskclip.engine import request as prepare; from daskclip.plan import array as plan; "
-    + "; ".join(f"plan.{name} = {size}" for name, size in SIZES.items())
-    + f"; prepare.STATE = {STATE}; "
-)
+RESIZE = f"from sizes import use; use(**{SIZES}); "
 # waits at the fifth line of the journal for a file
 GATED = """
 import os, time
@@ -173,19 +167,12 @@ def folder(tmp_path):
     return folder
 
 
-@pytest.fixture
-def small(monkeypatch):
-    for name, size in SIZES.items():
-        monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(prepare, "STATE", STATE)
-
-
 class Run:
     """A run from the shell or from Python, in a process of its own."""
 
     def __init__(self, folder, axes=0, mode="copy", clip_norm=CLIP_NORM, code=""):
         self.folder, self.axes, self.mode, self.clip_norm = folder, axes, mode, clip_norm
-        self.code = SMALL + code
+        self.code = RESIZE + code
         self.values = read(folder / "x")
         self.source = stored(folder / "x")
         self.target = folder / ("x" if mode == "in_place" else "y")

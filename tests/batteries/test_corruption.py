@@ -22,22 +22,20 @@ import numpy as np
 import pytest
 from damage import dangle, empty, folder, link, pipe, remove
 from reference import bits
+from sizes import SMALL, use
 from stores import FORMATS, create, read, some, stored
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.core.sync import sync
 
 from daskclip import clip_by_norm, clip_zarr, verify_zarr
-from daskclip.engine import request as prepare
 from daskclip.engine.run_record import discard, plan_from_json
 from daskclip.errors import DaskClipError, StorageError, TargetExistsError, VerificationError
-from daskclip.plan import array as plan
 from daskclip.storage import regions
 from daskclip.storage.hierarchy import DOCUMENTS, at_folder
 from daskclip.target import journal
 
-SIZES = {"BLOCK": 2048, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 1}
+SIZES = SMALL | {"block_nbytes": 2048, "window_blocks": 1}
 # sums that weigh less than the elements, as those of large chunks do
-STATE = {2: 1, 4: 1, 8: 1}
 TWO_PASSES = 12 * 1024
 SHAPE, CHUNKS = (48, 64), (8, 32)
 CHAINS = {
@@ -164,9 +162,7 @@ def between_the_passes(source, key, data, n):
 
 def damage(chain, folder, situation, number):
     """Damage a source repeatedly, and print a JSON line for each outcome."""
-    for name, size in (SIZES | {"WINDOW": 8}).items():
-        setattr(plan, name, size)
-    prepare.STATE = STATE
+    use(**SIZES | {"window_blocks": 8})
     generator = random.Random(f"{chain} {situation}")
     values = np.repeat(some((SHAPE[0], SHAPE[1] // 4), "f4"), 4, axis=1)
     source = create(Path(folder) / chain / "x", values, CHUNKS, **CHAINS[chain])
@@ -218,14 +214,6 @@ def test_damage_between_the_passes_is_refused(tmp_path, chain, number):
 
 
 # --- what was written ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
-    for name, size in SIZES.items():
-        monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(prepare, "STATE", STATE)
 
 
 LAYOUTS = {name: FORMATS[name] for name in FORMATS} | {

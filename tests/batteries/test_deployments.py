@@ -206,9 +206,9 @@ def test_a_slurm_cluster(agrees, cluster, tmp_path):
 SLOW = """#!{python}
 import time
 from daskclip import cli
-from daskclip.plan import array as plan
+from daskclip.plan import sizing
 from daskclip.target.journal import Journal
-plan.WINDOW, plan.BLOCK = 1, 1 << 22
+sizing.DEFAULT = sizing.Sizing(window_blocks=1, block_nbytes=1 << 22)
 def slowly(self, entry, append=Journal.append):
     append(self, entry)
     time.sleep(0.2)

@@ -12,19 +12,9 @@ from reference import bits
 from stores import BUDGETS, create, finished, memory_of, read, some, stopping_at
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
-from daskclip.engine import request as prepare
 from daskclip.errors import DaskClipError, TargetExistsError, VerificationError
-from daskclip.plan import array as plan
 
 orders = pytest.mark.parametrize("ord", [1, math.inf])
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
-    for name, size in {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}.items():
-        monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
 @pytest.mark.usefixtures("small")

@@ -16,30 +16,25 @@ import pytest
 import zarr
 from command_line import assert_fails, run
 from reference import bits
+from sizes import SMALL
 from stores import create, read, some, stopping_at, stored
 from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr
-from daskclip.engine import request as prepare
-from daskclip.plan import array as plan
 from daskclip.storage import files, regions
 from daskclip.target import directory as publish
 from daskclip.target.journal import Journal, entries
 from daskclip.worker import tasks
 
-SIZES = {"BLOCK": 128, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
-STATE = {2: 1, 4: 1, 8: 1}
+SIZES = SMALL | {"block_nbytes": 128}
 SHAPE, CHUNKS = (16, 32), (2, 8)
 TIGHT = 400  # windows of two blocks of a chunk, in two passes over columns
 PROCESSES = get_context("spawn")
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Small blocks, one after the other."""
-    for name, size in SIZES.items():
-        monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(prepare, "STATE", STATE)
+def sequential():
+    """Blocks one after the other."""
     with dask.config.set(scheduler="synchronous"):
         yield
 
@@ -119,10 +114,7 @@ def test_of_four_processes_with_the_same_command_one_clips(tmp_path, x, rounds):
 
 # --- interrupted ---------------------------------------------------------------------------------
 
-PATCHES = (
-    "from daskclip import cli; from daskclip.engine import request as prepare; "
-    f"from daskclip.plan import array as plan; prepare.STATE = {STATE}; "
-) + "".join(f"plan.{name} = {size}; " for name, size in SIZES.items())
+PATCHES = f"from daskclip import cli; from sizes import use; use(**{SIZES})"
 # blocks report that they begin; from one on they wait until the process has the signal, so that it
 # comes in the middle of a block, and blocks that begin afterwards are counted
 TELLING = """
@@ -262,7 +254,7 @@ KINDS = {
 }
 
 
-@pytest.mark.usefixtures("small", "interruptible")
+@pytest.mark.usefixtures("small", "sequential", "interruptible")
 @pytest.mark.parametrize(
     "scheduler", [pytest.param("synchronous", marks=pytest.mark.slow), "threads"]
 )
@@ -371,7 +363,7 @@ def stop_after(monkeypatch, lines, call):
 
 
 @pytest.fixture
-def unfinished(small, monkeypatch, tmp_path, x):
+def unfinished(small, sequential, monkeypatch, tmp_path, x):
     """An unfinished run over columns, with a limit of 1."""
     call = partial(clip_zarr, x, tmp_path / "y", 1.0, 0, memory=TIGHT)
     stop_after(monkeypatch, 6, call)
@@ -471,7 +463,7 @@ def test_status_discard_and_verify_of_an_unfinished_run(unfinished, tmp_path):
     assert unfinished().bytes_read == 2 * read(tmp_path / "x").nbytes
 
 
-def test_status_discard_and_verify_during_a_run(small, monkeypatch, tmp_path, x):
+def test_status_discard_and_verify_during_a_run(small, sequential, monkeypatch, tmp_path, x):
     target = tmp_path / "y"
     append, seen = Journal.append, []
 
@@ -513,7 +505,7 @@ def test_status_discard_and_verify_of_a_published_array(tmp_path, x):
 # --- in place and over another -------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small", "sequential")
 @pytest.mark.parametrize(("axes", "memory"), [(0, TIGHT), (1, 2**30)], ids=["two", "one"])
 def test_in_place_with_nothing_to_clip_touches_nothing(tmp_path, x, axes, memory):
     before = state(x)
@@ -541,7 +533,7 @@ def test_only_an_array_is_overwritten(tmp_path, x, kind):
     assert state(tmp_path) == before
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small", "sequential")
 @pytest.mark.parametrize("options", [{"overwrite": True}, {"in_place": True}], ids=str)
 def test_the_old_data_can_be_read_until_the_exchange(tmp_path, monkeypatch, x, options):
     wanted = bits(clip_by_norm(read(x), 1.0, 0))

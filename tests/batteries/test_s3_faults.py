@@ -7,12 +7,11 @@ import sys
 
 import pytest
 from servers import Place, Proxy, missing
+from sizes import SMALL
 from stores import create, files_of, some
 
 from daskclip import clip_zarr
-from daskclip.engine import request as prepare
 from daskclip.errors import TemporaryError
-from daskclip.plan import array as plan
 from daskclip.target import lease as leases
 
 WITHOUT = missing("weed", "s3fs", "obstore")
@@ -22,29 +21,21 @@ pytestmark = [
     # of aiohttp, for connections that were cut
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-SIZES = {"BLOCK": 4096, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
-STATE = {2: 1, 4: 1, 8: 1}
+SIZES = SMALL | {"block_nbytes": 4096}
 BEATS = {"HEARTBEAT_S": 0.2, "LEASE_TIMEOUT_S": 2.0}
-SMALL = (
-    "from daskclip import cli; from daskclip.engine import request as prepare; "
-    "from daskclip.target import lease as leases; from daskclip.plan import array as plan; "
-    f"prepare.STATE = {STATE}; "
-    + "".join(f"plan.{name} = {size}; " for name, size in SIZES.items())
+PATCHES = (
+    "from daskclip import cli; from daskclip.target import lease as leases; "
+    f"from sizes import use; use(**{SIZES}); "
     + "".join(f"leases.{name} = {size}; " for name, size in BEATS.items())
 )
 MEMORY = 30_000
 
 
 @pytest.fixture
-def small(monkeypatch):
-    for module, sizes in ((plan, SIZES), (leases, BEATS), (prepare, {"STATE": STATE})):
-        for name, size in sizes.items():
-            monkeypatch.setattr(module, name, size)
-
-
-@pytest.fixture
-def case(tmp_path, small):
+def case(tmp_path, small, monkeypatch):
     """A source, and the bytes that clipping it gives."""
+    for name, seconds in BEATS.items():
+        monkeypatch.setattr(leases, name, seconds)
     source = create(tmp_path / "x", some((256, 64), "f4"), (16, 16), compressors=None)
     clip_zarr(source, tmp_path / "y", 1.0, 0, memory=MEMORY)
     return source, files_of(tmp_path / "y")
@@ -53,7 +44,7 @@ def case(tmp_path, small):
 def started(source, place):
     """Start the command, which reports each window on stderr."""
     options = ["--clip-norm", 1, "--axes", 0, "--memory", MEMORY, "--progress", "json", "--json"]
-    command = [sys.executable, "-c", f"{SMALL} cli.main()", "run", source, place.name, *options]
+    command = [sys.executable, "-c", f"{PATCHES} cli.main()", "run", source, place.name, *options]
     return subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,

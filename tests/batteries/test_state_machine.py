@@ -23,18 +23,17 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from reference import bits
+from sizes import SMALL, resize
 from stopped_calls import AMPLE, Call, Child, outcome
 from stores import FORMATS, create, least_memory, read, some
 
 from daskclip import clip_by_norm, plan_zarr, verify_zarr
-from daskclip.engine import request as prepare
 from daskclip.engine.run_record import discard, status
-from daskclip.plan import array as plan
 from daskclip.target import journal
 
 SHAPE, CHUNKS = (12, 8), (2, 4)
 # plans of several slabs, windows and passes for an array of 384 bytes
-SIZES = {"BLOCK": 64, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
+SIZES = SMALL | {"block_nbytes": 64}
 OF_A_JOURNAL = {"other parameters", "source changed", "staging lost"}
 
 
@@ -144,9 +143,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp()).resolve()
         self.patch = pytest.MonkeyPatch()
-        for name, size in SIZES.items():
-            self.patch.setattr(plan, name, size)
-        self.patch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
+        resize(self.patch, **SIZES)
         # one operation after the other, so that a number always means the same one
         self.configured = [
             dask.config.set(scheduler="synchronous"),
@@ -575,12 +572,10 @@ def test_each_kind_of_damage_is_refused_or_repaired(what, header, number):
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Several blocks and windows, and operations in the order in which they are counted."""
-    for name, size in SIZES.items():
-        monkeypatch.setattr(plan, name, size)
-    sequential = {"async.concurrency": 1, "threading.max_workers": 1}
-    with dask.config.set(scheduler="synchronous"), zarr.config.set(sequential):
+def sequential():
+    """Operations in the order in which they are counted."""
+    one_at_a_time = {"async.concurrency": 1, "threading.max_workers": 1}
+    with dask.config.set(scheduler="synchronous"), zarr.config.set(one_at_a_time):
         yield
 
 
@@ -599,7 +594,7 @@ def killed_while_publishing(call, folder, number):
         return child.result is None
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small", "sequential")
 @pytest.mark.parametrize("way", ["copy", "overwrite", "in place"])
 def test_a_run_that_is_killed_after_publishing_is_recognised(tmp_path, way):
     call, seen = Call(way), []
@@ -627,7 +622,7 @@ def test_a_run_that_is_killed_after_publishing_is_recognised(tmp_path, way):
     assert {(False, True), (True, True)} == set(seen)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small", "sequential")
 def test_what_was_replaced_is_not_taken_for_what_was_staged(tmp_path):
     call = Call("overwrite")
     wanted = source_of(tmp_path, "overwrite")
@@ -642,7 +637,7 @@ def test_what_was_replaced_is_not_taken_for_what_was_staged(tmp_path):
     assert bits(read(tmp_path / "y")) == wanted
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small", "sequential")
 @pytest.mark.parametrize("way", ["copy", "in place"])
 def test_a_journal_of_another_version_is_refused(tmp_path, way):
     call = Call(way)

@@ -45,13 +45,10 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from faults import CASES, SIZES, warm
-from daskclip.engine import request as prepare
-from daskclip.plan import array as plan
+from sizes import use
 from daskclip.errors import DaskClipError
 warm()
-for name, size in SIZES.items():
-    setattr(plan, name, size)
-prepare.STATE = {{2: 1, 4: 1, 8: 1}}
+use(**SIZES)
 print("ready", flush=True)
 sys.stdin.readline()
 try:

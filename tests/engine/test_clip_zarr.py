@@ -16,18 +16,17 @@ import zarr
 from distributed import Client
 from reference import bits
 from servers import local_cluster
+from sizes import resize
 from stores import FORMATS, clipped, create, finished, least_memory, memory_of, read, some, stored
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
 from daskclip.engine import cluster as workers
-from daskclip.engine import request as prepare
 from daskclip.errors import (
     NonFiniteError,
     SourceError,
     StorageError,
     TemporaryError,
 )
-from daskclip.plan import array as plan
 from daskclip.storage import files, regions
 from daskclip.target.journal import Journal
 from daskclip.worker import context as jobs
@@ -38,15 +37,6 @@ SHAPE, CHUNKS, SHARDS = (9, 7, 7), (2, 4, 3), (4, 4, 3)
 AXES = [None, 0, (0, 2), -1, ()]
 DTYPES = ["f2", "f4", "f8", "c8", "c16"]
 LAYOUTS = {**FORMATS, "shards": {"zarr_format": 3, "shards": SHARDS}}
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
-    for name, size in {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}.items():
-        monkeypatch.setattr(plan, name, size)
-    # sums that weigh less than the elements, as those of large chunks do
-    monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +202,7 @@ def test_a_task_that_raises_the_same_is_not_done_again(tmp_path):
 )
 def test_four_workers_give_numpys_result_20_times_of_20(tmp_path, monkeypatch, layout, budget):
     # windows of many blocks, so that all workers write at once
-    monkeypatch.setattr(plan, "WINDOW", 16)
+    resize(monkeypatch, window_blocks=16)
     x = source_of(tmp_path, layout)
     memory = memory_of(budget, x, 0)
     wanted = bits(clip_by_norm(read(x), 1.0, 0))
@@ -518,7 +508,7 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
             raise
 
     monkeypatch.setattr(regions, "read", one_after_the_other)
-    monkeypatch.setattr(plan, "BLOCK", 32)
+    resize(monkeypatch, block_nbytes=32)
     with pytest.raises(StorageError), dask.config.set(scheduler="threads", num_workers=2):
         clip_zarr(x, tmp_path / "y", 1.0, 1)
     assert failed.is_set()
@@ -529,7 +519,7 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["broken", "nan"])
 def test_a_failure_on_workers_makes_no_target(tmp_path, monkeypatch, client, kind):
     # blocks of many chunks, so that others are running when the first fails
-    monkeypatch.setattr(plan, "BLOCK", 4 * 256)
+    resize(monkeypatch, block_nbytes=4 * 256)
     values = some((6, 256), "f4")
     values[0, 0] = math.nan if kind == "nan" else 1.0
     x = create(tmp_path / "x", values, (1, 4))

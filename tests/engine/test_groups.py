@@ -17,12 +17,12 @@ import zarr
 from oracle import ARRAYS, BY_GLOBAL_NORM, CASES, argument, array
 from reference import bits
 from servers import BIN
+from sizes import SMALL
 from stores import files_of, some, stopping_at, stored
 from zarr.storage import MemoryStore
 
 from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, plan_zarr, verify_zarr
 from daskclip.engine import passes
-from daskclip.engine import request as prepare
 from daskclip.engine import window_graph as graphs
 from daskclip.errors import (
     DaskClipError,
@@ -32,9 +32,9 @@ from daskclip.errors import (
     TargetError,
     VerificationError,
 )
-from daskclip.plan import array as plan
 from daskclip.worker import context as jobs
 
+SIZES = SMALL | {"block_nbytes": 128}
 SHAPES = {
     "bias": (7,), "layers/0/kernel": (9, 14), "layers/0/bias": (5,), "layers/1/kernel": (4, 6, 5),
     "scale": (), "empty": (0, 3), "values": (6, 2),
@@ -63,14 +63,6 @@ def make(path, zarr_format=3, **options):
 
 def read_member(path, name):
     return zarr.open_group(path, mode="r")[name][...]
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Blocks of a few chunks, in windows of a few blocks."""
-    for name, size in {"BLOCK": 128, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}.items():
-        monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
 @pytest.mark.filterwarnings("ignore:Consolidated metadata")

@@ -17,7 +17,6 @@ from stores import BUDGETS, create, finished, memory_of, read, some, stopping_at
 from strategies import cases
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
-from daskclip.engine import request as prepare
 from daskclip.errors import (
     DaskClipError,
     NonFiniteError,
@@ -26,7 +25,6 @@ from daskclip.errors import (
     TargetExistsError,
     VerificationError,
 )
-from daskclip.plan import array as plan
 from daskclip.storage import regions
 from daskclip.target.journal import Journal
 from daskclip.worker.limits import read_limits
@@ -135,14 +133,6 @@ def test_equal_limits_give_equal_keys():
         clip_by_norm(x, None, 1, limits=np.full((6, 1), limit)).name for limit in (1.0, 1.0, 2.0)
     ]
     assert names[0] == names[1] != names[2]
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
-    for name, size in {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}.items():
-        monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
 def limits_of(shape):

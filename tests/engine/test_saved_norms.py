@@ -16,7 +16,6 @@ from servers import local_cluster
 from stores import create, read, some, stopping_at, stored
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, stats_zarr, verify_zarr
-from daskclip.engine import request as prepare
 from daskclip.engine.saved_norms import SUMS
 from daskclip.errors import (
     DaskClipError,
@@ -28,21 +27,14 @@ from daskclip.errors import (
     SourceNotFoundError,
     TargetExistsError,
 )
-from daskclip.plan import array as plan
 from daskclip.storage.hierarchy import Hierarchy, at_folder
 from daskclip.storage.regions import read as read_region
 from daskclip.target.journal import Journal
 
 SHAPE, CHUNKS = (20, 24), (4, 4)
+pytestmark = pytest.mark.usefixtures("small")
+
 PLANS = [(0, 2), (1, 2), (None, 2), (0, 1), (1, 1), ((), 1)]  # axes and passes
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
-    for name, size in {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}.items():
-        monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
 def memory_for_passes(source, axes, passes):

@@ -9,25 +9,16 @@ import numpy as np
 import pytest
 import zarr
 from command_line import run
+from sizes import resize
 from stores import create, finished, read, stored
 
 from daskclip import clip_zarr, norm, plan_zarr, stats_zarr, verify_zarr
-from daskclip.engine import request as prepare
 from daskclip.errors import InvalidTypeError, InvalidValueError, NonFiniteError, TargetExistsError
 from daskclip.numerics.histogram import RELATIVE_ERROR
-from daskclip.plan import array as plan
 from daskclip.worker import tasks
 
 SHAPE, CHUNKS = (40, 6, 7), (3, 4, 3)
 AXES = [None, 0, (1, 2), (0, 2), -1, ()]
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Blocks of a few small chunks, so that small arrays take several slabs and windows."""
-    for name, size in {"BLOCK": 256, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}.items():
-        monkeypatch.setattr(plan, name, size)
-    monkeypatch.setattr(prepare, "STATE", {2: 1, 4: 1, 8: 1})
 
 
 def values(dtype="f4"):
@@ -90,7 +81,7 @@ def test_stats_depend_on_no_chunks(source, tmp_path, axes, memory, monkeypatch):
         assert passes == (2 if memory == "4KiB" else 1)
     wanted = comparable(stats_zarr(source, axes, memory=memory))
     other = create(tmp_path / "other", values(), SHAPE)
-    monkeypatch.setattr(plan, "BLOCK", 1 << 20)
+    resize(monkeypatch, block_nbytes=1 << 20)
     found = comparable(stats_zarr(other, axes))
     assert found == wanted
 

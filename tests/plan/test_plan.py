@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sizes import resize
 from stores import create, least_memory
 
 from daskclip import clip_zarr, plan_zarr
 from daskclip.errors import MemoryBudgetError
-from daskclip.plan import array as plan
-from daskclip.plan.array import MIB, make_plan
+from daskclip.plan.choose import make_plan
+from daskclip.plan.sizing import Layout, Machine, Sizing
+from daskclip.report import MIB
 
 many = settings(max_examples=60, derandomize=True, deadline=None)
-TALL = {"shape": (10**9, 256, 1024), "unit": (1, 256, 1024), "itemsize": 4, "state": 80}
+TALL = {"shape": (10**9, 256, 1024), "unit": (1, 256, 1024), "itemsize": 4, "sum_nbytes": 80}
 HOST = {"memory": 2**30, "processes": 1, "threads": 2, "fewest": 2}
 
 
 @st.composite
 def requests(draw):
-    """Arguments of `make_plan`.
+    """Arguments of `make`.
 
     A plan knows integers only: huge elements make a few of them as heavy as a real array.
     """
@@ -36,7 +38,7 @@ def requests(draw):
         "axes": tuple(a for a in range(ndim) if draw(st.booleans())),
         "unit": tuple(max(1, n // 2) for n in draw(lengths)),
         "itemsize": itemsize,
-        "state": draw(st.sampled_from([1, itemsize // 8, itemsize, 4 * itemsize])),
+        "sum_nbytes": draw(st.sampled_from([1, itemsize // 8, itemsize, 4 * itemsize])),
         "memory": draw(st.integers(20, 400)) * MIB + draw(st.integers(0, MIB)),
         "processes": draw(st.integers(1, 3)),
         "threads": threads,
@@ -44,10 +46,16 @@ def requests(draw):
     }
 
 
+def make(**arguments):
+    """A plan from the fields of a layout and of a machine."""
+    machine = {name: arguments.pop(name) for name in HOST}
+    return make_plan(Layout(**arguments), Machine(**machine), Sizing())
+
+
 def planned(request, **changes):
     """The plan, or None where it is refused."""
     try:
-        return make_plan(**{**request, **changes})
+        return make(**{**request, **changes})
     except MemoryBudgetError:
         return None
 
@@ -122,7 +130,7 @@ def test_one_pass_means_that_blocks_hold_their_slices_whole(plan):
 @given(requests())
 def test_the_budget_is_kept_or_refused_with_a_remedy_that_works(request_):
     try:
-        plan = make_plan(**request_)
+        plan = make(**request_)
     except MemoryBudgetError as error:
         text = str(error)
     else:
@@ -172,10 +180,10 @@ def test_threads_are_the_most_for_which_a_unit_fits(request_):
 
 
 def test_64_threads_fit_the_default_memory():
-    plan = make_plan(**TALL, **HOST | {"threads": 64, "fewest": 1, "memory": 2**29}, axes=(1, 2))
+    plan = make(**TALL, **HOST | {"threads": 64, "fewest": 1, "memory": 2**29}, axes=(1, 2))
     assert 1 < plan.threads < 64
     with pytest.raises(MemoryBudgetError, match=r"64 threads need .* workers of fewer threads"):
-        make_plan(**TALL, **HOST | {"threads": 64, "fewest": 64, "memory": 2**29}, axes=(1, 2))
+        make(**TALL, **HOST | {"threads": 64, "fewest": 64, "memory": 2**29}, axes=(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -189,12 +197,12 @@ def test_64_threads_fit_the_default_memory():
     ],
 )
 def test_passes_and_slabs_of_a_tall_matrix(axes, memory, passes, slabs):
-    plan = make_plan(
+    plan = make(
         shape=(10**6, 1024),
         axes=axes,
         unit=(1024, 1024),
         itemsize=4,
-        state=80,
+        sum_nbytes=80,
         memory=memory,
         processes=1,
         threads=2,
@@ -207,7 +215,7 @@ def test_passes_and_slabs_of_a_tall_matrix(axes, memory, passes, slabs):
 def test_a_petabyte_is_planned_in_the_memory_of_a_gigabyte(axes):
     tracemalloc.start()
     try:
-        plan = make_plan(axes=axes, **TALL, **HOST)
+        plan = make(axes=axes, **TALL, **HOST)
         slabs, windows = next(plan.windows())
         blocks = next(iter(windows))
         last = plan.region(plan.slabs - 1, plan.blocks // plan.slabs - 1)
@@ -222,18 +230,19 @@ def test_a_petabyte_is_planned_in_the_memory_of_a_gigabyte(axes):
 
 def test_sums_of_any_spread_have_room_unless_they_take_threads_away():
     thin = {"shape": (400, 1000, 1000), "unit": (1, 1000, 1000), "itemsize": 8, "axes": (0,)}
-    host = HOST | {"threads": 2, "fewest": 1, "state": 544}
-    assert make_plan(**thin, **host | {"memory": 2**33}).state == 0
-    usual = make_plan(**thin, **host | {"memory": 2**30})
+    host = HOST | {"threads": 2, "fewest": 1, "sum_nbytes": 544}
+    assert make(**thin, **host | {"memory": 2**33}).state == 0
+    usual = make(**thin, **host | {"memory": 2**30})
     assert usual.state == 80
     assert usual.threads == 2
     assert usual.projected_memory <= 2**30
 
 
 def test_sums_that_take_more_than_was_planned_are_refused(tmp_path, monkeypatch):
-    sizes = {"FIXED": 0, "SCRATCH": 0, "SLICE": 0, "BLOCK": 256, "USUAL": 8}
-    for name, size in sizes.items():
-        monkeypatch.setattr(plan, name, size)
+    resize(
+        monkeypatch, process_nbytes=0, thread_nbytes=0, slice_nbytes=0, block_nbytes=256,
+        usual_sum_nbytes=8,
+    )  # fmt: skip
     values = np.ldexp(1.0, np.arange(-256, 256)).reshape(8, 64)
     x = create(tmp_path / "x", values, (1, 64))
     memory = least_memory(x, tmp_path / "y", 1.0, 0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import zarr
 from reference import bits
+from sizes import resize
 from stores import read, some
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
@@ -143,7 +144,7 @@ def test_a_damaged_file_is_told(tmp_path, layout, damage):
 def test_what_is_not_stored_is_neither_read_nor_written(tmp_path, monkeypatch, axes):
     array = zarr.create_array(tmp_path / "x", shape=(64, 64), chunks=(8, 8), dtype="f4")
     array[8:16, 24:32] = some((8, 8), "f4")
-    monkeypatch.setattr("daskclip.plan.array.BLOCK", 1024)
+    resize(monkeypatch, block_nbytes=1024)
     seen, original = Counter(), regions.read
 
     def counting(array, region, *args):

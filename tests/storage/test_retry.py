@@ -9,13 +9,13 @@ import dask
 import pytest
 import zarr
 from reference import bits
+from sizes import resize
 from stores import create, read, some, stored
 from zarr.storage import LocalStore, WrapperStore
 
 from daskclip import clip_by_norm, clip_zarr
 from daskclip.cli import main
 from daskclip.errors import StorageError, TemporaryError
-from daskclip.plan import array as plan
 from daskclip.storage import files
 from daskclip.storage import retry as retries
 
@@ -102,7 +102,7 @@ class Failing(WrapperStore):
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Blocks one after the other, of two chunks each, without waiting."""
-    monkeypatch.setattr(plan, "BLOCK", 128)
+    resize(monkeypatch, block_nbytes=128)
     monkeypatch.setattr(retries, "FIRST", 1e-4)
     monkeypatch.setattr(retries, "LONGEST", 1e-3)
     with dask.config.set(scheduler="synchronous"):

@@ -24,17 +24,16 @@ from pathlib import Path
 
 import dask
 import zarr
+from sizes import SMALL, use
 from stores import create, some, stored
 
 from daskclip import clip_zarr
-from daskclip.engine import request as prepare
 from daskclip.errors import DaskClipError
-from daskclip.plan import array as plan
 from daskclip.storage import files
 
 OPERATIONS = ("fsync", "replace", "rename", "remove", "unlink", "rmdir", "mkdir", "truncate")
 REMOVING = ("remove", "unlink", "rmdir")
-SIZES = {"BLOCK": 128, "FIXED": 0, "SCRATCH": 0, "SLICE": 0, "WINDOW": 2}
+SIZES = SMALL | {"block_nbytes": 128}
 
 
 @contextmanager
@@ -154,9 +153,7 @@ def in_child(function, hooks=None, defect=None):
         os.close(reading)
         try:
             hooks = hooks or Hooks()
-            for name, size in SIZES.items():
-                setattr(plan, name, size)
-            prepare.STATE = {2: 1, 4: 1, 8: 1}
+            use(**SIZES)
             if defect:
                 defect()
             hooks.install()

@@ -1,0 +1,208 @@
+"""Choose blocks and windows: the largest that keep within the memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+from daskclip.errors import MemoryBudgetError
+from daskclip.grid import ceil_div, grid_shape
+from daskclip.plan.plans import ClipPlan, GroupPlan
+from daskclip.plan.sizing import Layout, Machine, MemoryModel, Shape, Sizing
+from daskclip.report import MIB, format_size
+
+
+def plan_group(
+    clipped: Mapping[str, Layout],
+    copied: Mapping[str, Layout],
+    machine: Machine,
+    sizing: Sizing,
+    *,
+    global_norm: bool,
+) -> GroupPlan:
+    """Plan all arrays of a group, on as many threads as the array that needs most memory allows.
+
+    Parameters
+    ----------
+    clipped, copied : mapping of str to Layout
+        Arrays to clip and arrays to copy as they are, by their paths.
+    machine : Machine
+        Processes, threads and memory for the blocks of all arrays.
+    sizing : Sizing
+        Sizes of blocks and windows.
+    global_norm : bool
+        Whether all arrays are one slice.
+
+    Returns
+    -------
+    GroupPlan
+
+    Raises
+    ------
+    MemoryBudgetError
+        If an array does not fit; names the one that needs most.
+    """
+    plans = _plan_each(clipped, machine, sizing, global_norm)
+    fewest = min(p.threads for p in plans.values())
+    if fewest < machine.threads:
+        plans = _plan_each(clipped, replace(machine, threads=fewest), sizing, global_norm)
+    window = min(p.window for p in plans.values())
+    like = replace(next(iter(plans.values())), window=window)
+    copies = {name: _plan_copy(like, layout, sizing) for name, layout in copied.items()}
+    return GroupPlan(plans | copies, global_norm)
+
+
+def _plan_each(
+    layouts: Mapping[str, Layout], machine: Machine, sizing: Sizing, global_norm: bool
+) -> dict[str, ClipPlan]:
+    plans, refused = {}, {}
+    for name, layout in layouts.items():
+        try:
+            plans[name] = make_plan(layout, machine, sizing, is_shared=global_norm)
+        except MemoryBudgetError as error:
+            refused[name] = error
+    if refused:
+        # the remedy of the array that needs most works for all
+        name, most = max(refused.items(), key=lambda item: item[1].need)
+        raise MemoryBudgetError(f"array {name}: {most}" if name else str(most)) from most
+    return plans
+
+
+def _plan_copy(like: ClipPlan, layout: Layout, sizing: Sizing) -> ClipPlan:
+    """Plan of an array that is not decoded: files are copied in pieces, objects a few at a time."""
+    shape, unit = layout.shape, layout.first_block
+    return replace(
+        like,
+        shape=shape,
+        axes=(),
+        unit=unit,
+        itemsize=layout.itemsize,
+        block=grown(unit, shape, range(len(shape)), layout.max_block(sizing)),
+        passes=0,
+        projected_memory=0,
+    )
+
+
+def make_plan(
+    layout: Layout, machine: Machine, sizing: Sizing, *, is_shared: bool = False
+) -> ClipPlan:
+    """Choose blocks that keep within the memory of a machine.
+
+    There is room for exact sums of values of any spread unless that takes threads away. Then there
+    is room for usual ones, and a run that needs more is refused when it does.
+
+    Parameters
+    ----------
+    layout : Layout
+        The array.
+    machine : Machine
+        Processes, threads and memory for the blocks. The plan has fewer threads if a block for
+        each would not fit.
+    sizing : Sizing
+        Sizes of blocks and windows.
+    is_shared : bool
+        Whether the only slice goes on in other arrays.
+
+    Returns
+    -------
+    ClipPlan
+
+    Raises
+    ------
+    MemoryBudgetError
+        If blocks of one unit do not fit the fewest threads.
+    """
+
+    def plan(sum_nbytes: int) -> ClipPlan:
+        return _plan(
+            MemoryModel(
+                layout=layout, machine=machine, sizing=sizing, sum_nbytes=sum_nbytes,
+                is_shared=is_shared,
+            )
+        )  # fmt: skip
+
+    usual = plan(min(layout.sum_nbytes, sizing.usual_sum_nbytes))
+    if layout.sum_nbytes <= sizing.usual_sum_nbytes:
+        return usual
+    with suppress(MemoryBudgetError):
+        wide = plan(layout.sum_nbytes)
+        if wide.threads == usual.threads:
+            return wide
+    return replace(usual, state=sizing.usual_sum_nbytes)
+
+
+def _plan(model: MemoryModel) -> ClipPlan:
+    """Plan for exact sums of a fixed size."""
+    layout, machine = model.layout, model.machine
+    block, threads = layout.first_block, machine.threads
+    while threads > machine.fewest and not model.fits(block, threads):
+        threads -= 1
+    slab = _slab_of_one_block(model, threads)
+    if slab is not None:
+        block = slab
+    elif not model.fits(block, threads):
+        raise _too_little_memory(model, threads)
+    # reduced axes first, so that fewer blocks share a slice; then the slowest ones: the chunks of a
+    # block lie one after the other in its memory
+    order = sorted(range(len(layout.shape)), key=lambda a: a not in layout.axes)
+    most = layout.max_block(model.sizing)
+    block = grown(block, layout.shape, order, most, lambda block: model.fits(block, threads))
+    return ClipPlan(
+        shape=layout.shape,
+        axes=layout.axes,
+        unit=layout.first_block,
+        itemsize=layout.itemsize,
+        block=block,
+        window=model.window(block, threads) * machine.processes,
+        passes=1 if model.is_whole(block) else 2,
+        processes=machine.processes,
+        threads=threads,
+        memory=machine.memory,
+        projected_memory=model.peak(block, threads),
+    )
+
+
+def _slab_of_one_block(model: MemoryModel, threads: int) -> Shape | None:
+    """Shape of a slab that is one block and read once; None where two passes are better."""
+    layout, machine = model.layout, model.machine
+    if model.is_shared:
+        return None
+    block = tuple(
+        max(1, n) if a in layout.axes else u
+        for a, (n, u) in enumerate(zip(layout.shape, layout.first_block, strict=True))
+    )
+    # a slab that a single thread would read for long is faster in two passes of all threads
+    is_busy = math.prod(grid_shape(layout.shape, block)) >= machine.processes * machine.threads
+    is_small = math.prod(block) * layout.itemsize <= model.sizing.block_nbytes
+    return block if (is_small or is_busy) and model.fits(block, threads) else None
+
+
+def _too_little_memory(model: MemoryModel, threads: int) -> MemoryBudgetError:
+    unit = model.layout.first_block
+    need = model.peak(unit, threads)
+    run = "1 thread needs" if threads == 1 else f"{threads} threads need"
+    fewer = "" if threads == 1 else " or use workers of fewer threads"
+    return MemoryBudgetError(
+        f"memory {format_size(model.machine.memory)} is too small: {run} {format_size(need)} for "
+        f"blocks of one chunk or shard {unit}; give memory='{ceil_div(need, MIB)}MiB'{fewer}",
+        need,
+    )
+
+
+def grown(
+    block: Shape,
+    shape: Shape,
+    order: Iterable[int],
+    size: int,
+    fits: Callable[[Shape], bool] = lambda _: True,
+) -> Shape:
+    """Double ``block`` along the axes of ``order`` while it has at most ``size`` elements."""
+    for a in order:
+        while block[a] < shape[a]:
+            wider = (*block[:a], min(2 * block[a], shape[a]), *block[a + 1 :])
+            if math.prod(wider) > size or not fits(wider):
+                break
+            block = wider
+    return block

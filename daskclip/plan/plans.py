@@ -1,0 +1,309 @@
+"""Plans of an array and of a group, in integers.
+
+A *block* is a box of whole write units (shards, else chunks) that one task reads and writes. All
+blocks that share their slices are a *slab*:
+
+    axes = (0,), the reduced one             a block that covers its slab: one pass, read once
+                                             else two: norms first, then read again and rescale
+     slab 0   slab 1
+    +-------+-------+
+    | 0     | 0     |  blocks of a slab
+    +-------+-------+
+    | 1     | 1     |
+    +-------+-------+
+
+A *window* is one Dask graph: all blocks of a few slabs, or a few blocks of one slab.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from daskclip.grid import Box, Spans, box_at, box_shape, grid_shape
+from daskclip.report import format_axes, format_size, fragment
+
+Numbers = Sequence[int] | npt.NDArray[np.intp]
+"""Numbers of some slabs, or of some blocks of a slab."""
+Windows = Spans | Sequence[npt.NDArray[np.intp]]
+"""Numbers of the blocks of each window of a slab."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipPlan:
+    """Blocks, slabs and windows of a run over an array, and the memory it needs."""
+
+    shape: tuple[int, ...]
+    """Shape of the array."""
+    axes: tuple[int, ...]
+    """Axes the norms are taken over."""
+    unit: tuple[int, ...]
+    """Shape of the part that is written as one object: a shard, else a chunk."""
+    itemsize: int
+    """Bytes of an element."""
+    block: tuple[int, ...]
+    """Shape of a block."""
+    window: int
+    """Blocks of a window, at most."""
+    passes: int
+    """Times the array is read: 0 copied as it is, 1 if norms are saved or a block holds its slices
+    whole, else 2."""
+    processes: int
+    """Processes that run blocks."""
+    threads: int
+    """Threads of each process; fewer than it has if blocks of all would not fit."""
+    memory: int
+    """Budget of each process, in bytes above its imports."""
+    projected_memory: int
+    """Peak memory of each process, in bytes above its imports."""
+    state: int = 0
+    """Bytes that the exact sum of a slice may take; 0 if there is room for values of any spread."""
+    derived: ClassVar = (
+        "slices", "slabs", "blocks", "tasks", "passes", "bytes_read",
+        "processes", "threads", "memory", "projected_memory",
+    )  # fmt: skip
+    """Properties that JSON has beside the fields."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of blocks along each axis."""
+        return grid_shape(self.shape, self.block)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a block holds its slices whole."""
+        return all(self.block[a] >= self.shape[a] for a in self.axes)
+
+    @property
+    def slabs(self) -> int:
+        """Number of slabs."""
+        return math.prod(n for a, n in enumerate(self.grid) if a not in self.axes)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return math.prod(self.grid)
+
+    @property
+    def slices(self) -> int:
+        """Number of slices."""
+        return math.prod(self.kept.values())
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Lengths of the axes that are not reduced."""
+        return {a: n for a, n in enumerate(self.shape) if a not in self.axes}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array, decoded."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes to read, decoded, over all passes."""
+        return self.nbytes * self.passes
+
+    @property
+    def tasks(self) -> int:
+        """Blocks to run, over all passes; combining norms takes some more."""
+        return self.blocks * self.passes
+
+    def rows(self) -> dict[str, str]:
+        """Figures as text, by their names."""
+        return {
+            "array": f"{self.shape}, {format_size(self.nbytes)}, {format_axes(self.axes)}",
+            "slices": f"{self.slices:,}",
+            "units": f"{self.unit} written as one object",
+            "blocks": f"{self.blocks:,} of {self.block}, {self.slabs:,} slabs",
+        } | _shared_rows(self)
+
+    def _repr_html_(self) -> str:
+        return fragment("daskclip plan", self.rows(), None)
+
+    def region(self, slab: int, block: int) -> Box:
+        """Region of the array that a block of a slab covers."""
+        # numbers of slabs, and of blocks in a slab, run along the last of their axes first
+        coords = []
+        for a in reversed(range(len(self.shape))):
+            n = self.grid[a]
+            if a in self.axes:
+                block, i = divmod(block, n)
+            else:
+                slab, i = divmod(slab, n)
+            coords.append(i)
+        return box_at(coords[::-1], self.block, self.shape)
+
+    def number(self, slab: int, block: int) -> int:
+        """Number of a block of a slab among all blocks of the array."""
+        return slab * (self.blocks // self.slabs) + block
+
+    def nbytes_of(self, slab: int, block: int) -> int:
+        """Bytes of a block, decoded."""
+        return math.prod(box_shape(self.region(slab, block))) * self.itemsize
+
+    @property
+    def block_strides(self) -> tuple[int, ...]:
+        """Strides of the number of a block along each axis."""
+        strides, reduced, kept = [], 1, self.blocks // self.slabs
+        for a in reversed(range(len(self.shape))):
+            if a in self.axes:
+                strides.append(reduced)
+                reduced *= self.grid[a]
+            else:
+                strides.append(kept)
+                kept *= self.grid[a]
+        return tuple(strides[::-1])
+
+    @property
+    def spans(self) -> Spans:
+        """Ranges of all blocks of a slab, a window each."""
+        length = self.blocks // self.slabs
+        return Spans(length, min(length, max(1, self.window)))
+
+    def windows(
+        self, stored: npt.NDArray[np.bool_] | None = None
+    ) -> Iterator[tuple[Numbers, Windows]]:
+        """Yield slabs that are finished together, with the blocks of each of their windows.
+
+        Parameters
+        ----------
+        stored : ndarray of bool of shape (blocks,), optional
+            Which blocks to yield; slabs without any are left out. All by default.
+
+        Yields
+        ------
+        slabs : sequence of int
+            Several only if all their blocks are one window.
+        windows : Spans or sequence of ndarray
+            Numbers of blocks in a slab, a window each.
+        """
+        if not self.blocks:
+            return
+        spans = self.spans
+        # small slabs share a window; a large one takes several, one after the other
+        step = max(1, self.window // spans.n)
+        if stored is None:
+            for first in range(0, self.slabs, step):
+                yield range(first, min(first + step, self.slabs)), spans
+            return
+        stored = stored.reshape(self.slabs, spans.n)
+        slabs = np.flatnonzero(stored.any(axis=1))
+        for i in range(0, len(slabs), step):
+            if step > 1:
+                yield slabs[i : i + step], spans
+            else:
+                blocks = np.flatnonzero(stored[slabs[i]])
+                parts = [blocks[j : j + spans.step] for j in range(0, len(blocks), spans.step)]
+                yield slabs[i : i + 1], parts
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """Plans of all arrays of a group, and the memory the run needs."""
+
+    plans: dict[str, ClipPlan]
+    """Plans by the path of the array in the group; one that is only copied has no passes."""
+    global_norm: bool
+    """Whether all arrays are one slice."""
+    derived: ClassVar = ClipPlan.derived
+    """Properties that JSON has beside the fields."""
+
+    @property
+    def clipped(self) -> dict[str, ClipPlan]:
+        """Plans of the arrays that are clipped."""
+        return {name: plan for name, plan in self.plans.items() if plan.passes}
+
+    @property
+    def kept(self) -> dict[int, int]:
+        """Lengths of the axes of an array that are not reduced; empty for a group."""
+        return self.plans[""].kept if "" in self.plans else {}
+
+    @property
+    def slices(self) -> int:
+        """Number of slices."""
+        return 1 if self.global_norm else sum(p.slices for p in self.clipped.values())
+
+    @property
+    def slabs(self) -> int:
+        """Number of slabs."""
+        return 1 if self.global_norm else sum(p.slabs for p in self.clipped.values())
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, including copied ones."""
+        return sum(p.blocks for p in self.plans.values())
+
+    @property
+    def tasks(self) -> int:
+        """Blocks to run, over all passes; combining norms takes some more."""
+        return sum(p.tasks for p in self.plans.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that are clipped, decoded."""
+        return sum(p.nbytes for p in self.clipped.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes to read, decoded, over all passes."""
+        return sum(p.bytes_read for p in self.plans.values())
+
+    @property
+    def passes(self) -> int:
+        """Times an array is read, at most."""
+        return max(p.passes for p in self.plans.values())
+
+    @property
+    def window(self) -> int:
+        """Blocks of a window, at most."""
+        return min(p.window for p in self.plans.values())
+
+    @property
+    def processes(self) -> int:
+        """Processes that run blocks."""
+        return min(p.processes for p in self.plans.values())
+
+    @property
+    def threads(self) -> int:
+        """Threads of each process."""
+        return min(p.threads for p in self.plans.values())
+
+    @property
+    def memory(self) -> int:
+        """Budget of each process, in bytes above its imports."""
+        return min(p.memory for p in self.plans.values())
+
+    @property
+    def projected_memory(self) -> int:
+        """Peak memory of each process, in bytes above its imports."""
+        return max(p.projected_memory for p in self.plans.values())
+
+    def rows(self) -> dict[str, str]:
+        """Figures as text, by their names."""
+        copied = len(self.plans) - len(self.clipped)
+        return {
+            "arrays": f"{len(self.clipped):,}, {format_size(self.nbytes)}; {copied:,} more copied",
+            "slices": f"{self.slices:,}",
+            "blocks": f"{self.blocks:,}, {self.slabs:,} slabs",
+        } | _shared_rows(self)
+
+    def _repr_html_(self) -> str:
+        return fragment("daskclip plan", self.rows(), None)
+
+
+def _shared_rows(plan: ClipPlan | GroupPlan) -> dict[str, str]:
+    """Figures that plans of an array and of a group both have."""
+    return {
+        "passes": str(plan.passes),
+        "read": format_size(plan.bytes_read),
+        "written": format_size(plan.nbytes),
+        "tasks": f"{plan.tasks:,} in windows of {plan.window}",
+        "threads": f"{plan.threads} a process, {plan.threads * plan.processes} in all",
+        "memory": f"{format_size(plan.projected_memory)} of {format_size(plan.memory)} a process",
+    }

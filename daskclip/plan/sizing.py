@@ -1,0 +1,149 @@
+"""Input of a plan: sizes of the array, the processes and the blocks, and the memory they take.
+
+A thread holds one block, and one chunk in several stages of decoding or encoding:
+
+    process = fixed + threads * (block + 4 chunks + scratch) + sums of the slices of a window
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from daskclip.report import MIB
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizing:
+    """Sizes that blocks and windows are chosen by, and memory is projected from.
+
+    They do not depend on the array or on the machine; tests shrink them.
+    """
+
+    block_nbytes: int = 16 * MIB
+    """Bytes of a block, decoded, above which a larger one gains nothing."""
+    block_units: int = 1024
+    """Units (chunks or shards) of a block, at most."""
+    process_nbytes: int = 16 * MIB
+    """Bytes a process needs beside its threads: graph, scheduler, threads of zarr."""
+    thread_nbytes: int = 8 * MIB
+    """Bytes a thread needs beside its block: arithmetic, pages to write from, the allocator."""
+    slice_nbytes: int = 36
+    """Bytes of the limit, norm, factor, flags and counters of a slice."""
+    window_blocks: int = 16
+    """Blocks of a window for each thread."""
+    usual_sum_nbytes: int = 80
+    """Bytes of the exact sum of a slice that are enough unless values span 10**80."""
+    sum_nbytes: int | None = None
+    """Bytes of the exact sum of a slice; None for the maximum of its dtype."""
+
+    @property
+    def task_nbytes(self) -> int:
+        """Bytes of the small blocks that one task runs together."""
+        return self.block_nbytes // 4
+
+
+DEFAULT = Sizing()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Shape and storage units of an array, and the axes of its norms."""
+
+    shape: Shape
+    """Shape of the array."""
+    unit: Shape
+    """Shape of the part that is written as one object: a shard, else a chunk."""
+    itemsize: int
+    """Bytes of an element."""
+    axes: tuple[int, ...] = ()
+    """Axes the norms are taken over."""
+    sum_nbytes: int = 0
+    """Bytes that the exact sum of a slice may take, for values of any spread."""
+    limits_nbytes: int = 0
+    """Bytes of a chunk of limits, which is read beside the array."""
+
+    @property
+    def first_block(self) -> Shape:
+        """A block of one unit, cut off at the edge of the array."""
+        return tuple(max(1, min(u, n)) for u, n in zip(self.unit, self.shape, strict=True))
+
+    @property
+    def unit_nbytes(self) -> int:
+        """Bytes of a unit, decoded whole, beyond the edge of the array too."""
+        return math.prod(self.unit) * self.itemsize
+
+    def max_block(self, sizing: Sizing) -> int:
+        """Elements of a block, at most, unless it holds its slices whole."""
+        units = sizing.block_units * math.prod(self.first_block)
+        return min(sizing.block_nbytes // self.itemsize, units)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Processes and threads that run blocks, and their budget."""
+
+    processes: int
+    """Number of processes."""
+    threads: int
+    """Threads of each process."""
+    fewest: int
+    """Threads of each process that a plan may go down to."""
+    memory: int
+    """Budget of each process, in bytes above its imports."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryModel:
+    """Memory of a process that runs blocks of an array."""
+
+    layout: Layout
+    machine: Machine
+    sizing: Sizing
+    sum_nbytes: int
+    """Bytes of the exact sum of a slice to plan for."""
+    is_shared: bool
+    """Whether the only slice goes on in other arrays, so that no block holds it whole."""
+
+    def is_whole(self, block: Shape) -> bool:
+        """Whether a block holds its slices whole, so that no sums are kept."""
+        layout = self.layout
+        return not self.is_shared and all(block[a] >= layout.shape[a] for a in layout.axes)
+
+    def sums(self, block: Shape) -> int:
+        """Bytes of the exact sums of a block."""
+        return self.sum_nbytes * self._slices(block)
+
+    def base(self, block: Shape, threads: int) -> int:
+        """Bytes without the sums that a window keeps."""
+        layout, sizing = self.layout, self.sizing
+        size = math.prod(block) * layout.itemsize
+        # a chunk on its way is there as read, decoded, encoded, and once more in the allocator
+        size += 4 * (layout.unit_nbytes + layout.limits_nbytes) + sizing.thread_nbytes
+        if self.is_whole(block):
+            size += sizing.slice_nbytes * self._slices(block)
+        else:
+            size += 2 * self.sums(block)  # a thread puts its result together from parts
+        return sizing.process_nbytes + threads * size
+
+    def window(self, block: Shape, threads: int) -> int:
+        """Blocks of a window in one process: fewer where their sums leave little memory."""
+        most = self.sizing.window_blocks * threads
+        if self.is_whole(block):
+            return most
+        left = self.machine.memory - self.base(block, threads)
+        return max(threads, min(most, left // max(1, self.sums(block)) - 1))
+
+    def peak(self, block: Shape, threads: int) -> int:
+        """Bytes at most, with the sums of a window and the one they are added to."""
+        kept = 0 if self.is_whole(block) else self.window(block, threads) + 1
+        return self.base(block, threads) + kept * self.sums(block)
+
+    def fits(self, block: Shape, threads: int) -> bool:
+        """Whether blocks of this shape keep within the budget."""
+        return self.peak(block, threads) <= self.machine.memory
+
+    def _slices(self, block: Shape) -> int:
+        return math.prod(n for a, n in enumerate(block) if a not in self.layout.axes)
