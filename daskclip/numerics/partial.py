@@ -127,21 +127,23 @@ def partial_norm(
     """
     kept, (*_, first, count) = kept_shape(x.shape, axes), format_of(x.dtype)
     step = tile_shape(kept, SCRATCH // (4 * count))
-    flags, block, parts = np.zeros(kept, np.uint8), Block(x.dtype), []
+    filled = np.zeros(count * math.prod(step), np.uint32)
+    found = np.empty(math.prod(step), np.uint8)
+    flags, parts = np.zeros(kept, np.uint8), []
+    block = Block(x.dtype, limbs=filled, flags=found)
     for box in boxes(kept, step) if x.size else ():
         shape = box_shape(box)
-        # only those pages of zeros take memory that the kernel touches
-        filled, found = np.zeros((count, *shape), np.uint32), np.empty(shape, np.uint8)
-        block.point(limbs=filled, flags=found)
+        slices = math.prod(shape)
         region = tuple(slice(None) if k in axes else s for k, s in enumerate(box))
         block.describe(x[box_index(region)], shape)
         sum_slices(block, x.dtype, ord, omit_nan)
-        flags[box] = found
+        flags[box] = found[:slices].reshape(shape)
         low, stop = block.used
         if low < stop:
             _require_room(stop - low, max_nbytes)
-            # a copy: a view would keep all of `filled`
-            parts.append((box, first + low, filled[low:stop].copy()))
+            some = filled[low * slices : stop * slices]
+            parts.append((box, first + low, some.copy().reshape(-1, *shape)))
+            some[:] = 0  # faster than pages of new zeros
     # boxes with other exponents have other limbs
     low = min((low for _, low, _ in parts), default=0)
     count = max((start - low + len(limbs) for _, start, limbs in parts), default=0)
