@@ -16,7 +16,7 @@ from daskclip.grid import grid
 from daskclip.numerics import NormHistogram
 from daskclip.plan import GroupPlan
 from daskclip.report import ClipReport, ProgressState, format_size
-from daskclip.storage import DIGESTS, Hierarchy, stored_blocks
+from daskclip.storage import Hierarchy, durable, stored_blocks
 from daskclip.target import JOURNAL, Entry, Journal
 from daskclip.worker import ArrayTask, drain
 
@@ -90,7 +90,7 @@ def clip_passes(
         if written:
             work.remove_stray_files(staged)
             made = work.fingerprint_staged(source, staged)
-        digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
+        digest = (passes.digest + made.get("metadata", 0)) % durable.DIGESTS
         axes, asked = parameters["axes"], (*OTHERS, *(["clip_norm"] if "limit" in run else []))
         peak = max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0)
         report = ClipReport(

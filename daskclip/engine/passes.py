@@ -14,7 +14,7 @@ from daskclip.engine.saved_norms import arrays_of, partials_of, saved_sums
 from daskclip.engine.scales import Scales
 from daskclip.engine.window_graph import Batch, BlockId, batch_small_blocks, compute
 from daskclip.numerics import NAN, NormHistogram, SliceCounts, combine
-from daskclip.storage import digest_file
+from daskclip.storage import durable
 from daskclip.target import Entry, Journal
 from daskclip.worker import ArrayTask, tasks
 
@@ -293,7 +293,7 @@ class Passes:
 
 def weight(name: str) -> int:
     """What digests of an array count in a sum over arrays, so that no two may change places."""
-    return digest_file(name, 0) | 1 if name else 1
+    return durable.digest_entry(name, 0) | 1 if name else 1
 
 
 def _rows(job: int, slabs: Iterable[int], blocks: Iterable[int]) -> list[Batch]:

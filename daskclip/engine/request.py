@@ -38,7 +38,7 @@ from daskclip.storage import (
     at_place,
     check_source,
     dimension_names,
-    files,
+    durable,
     open_source,
     patterns,
     select_arrays,
@@ -216,7 +216,7 @@ def limits_identity(limits: Mapping[str, Any]) -> Any:
 def _limits_identity(limits: Any) -> str:
     numpy = isinstance(limits, np.ndarray)
     found = limits if numpy else json.dumps(_there(limits).fingerprint(changes=True)).encode()
-    return f"of shape {limits.shape} and digest {files.digest(found):08x}"
+    return f"of shape {limits.shape} and digest {durable.digest(found):08x}"
 
 
 def paths(limits: Mapping[str, Any]) -> list[str]:

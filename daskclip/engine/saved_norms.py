@@ -23,7 +23,7 @@ from daskclip.errors import (
 )
 from daskclip.numerics import Partial, SliceCounts
 from daskclip.plan import GroupPlan
-from daskclip.storage import Hierarchy, at_folder, files
+from daskclip.storage import Hierarchy, at_folder, durable
 from daskclip.storage import array as storage
 from daskclip.target import (
     JOURNAL,
@@ -115,10 +115,10 @@ def saving(path: Any, source: Hierarchy, run: Entry, plan: GroupPlan) -> Iterato
         header = run | {"version": VERSION, "parameters": parameters}
         journal.begin(folder / SUMS / JOURNAL, header | plan_to_json(plan))
         yield at_folder(folder)
-        files.sync(folder)
+        durable.sync_filesystem(folder)
         refuse_existing(place)
         os.rename(folder, place.path)
-        files.sync(place.path.parent)
+        durable.sync_filesystem(place.path.parent)
 
 
 def open_norms(

@@ -16,7 +16,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
 from daskclip.grid import grid
-from daskclip.storage import files
+from daskclip.storage import durable, files
 from daskclip.storage import object_store as objects
 from daskclip.storage.retry import retrying
 
@@ -101,7 +101,7 @@ def digest_stored(array: zarr.Array[Any], names: Iterable[str]) -> int:
 
 def digest_of(stored: Iterable[tuple[str, Any]]) -> int:
     """Digest of what is, or will be, stored under some keys."""
-    return sum(files.digest_file(key, files.digest(data)) for key, data in stored) % files.DIGESTS
+    return durable.digest_entries(stored)
 
 
 def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] | None:

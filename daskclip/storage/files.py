@@ -1,8 +1,7 @@
-"""Local files: made durable, exchanged, listed and digested."""
+"""Chunk files in local folders: read, written, copied and listed."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -10,82 +9,25 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
+
+from daskclip.storage.durable import DIGESTS, PIECE, aligned_buffer, digest, digest_entry
 
 with suppress(ImportError):  # not POSIX: importing daskclip must work all the same
     import fcntl
 
 Bytes = npt.NDArray[np.uint8]
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h
 CHUNK = re.compile(r"c|(c[./])?\d+([./]\d+)*")  # key of a chunk in any of zarr's encodings
-PIECE = 1 << 20  # bytes of a file that are held at a time
-DIGESTS = 1 << 64  # digests of files are below
 DIRECT = 1 << 20  # bytes from which on a file is written past the page cache
 
 _thread = threading.local()
-
-
-@cache
-def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _call(name: str, *arguments: Any) -> None:
-    if getattr(_libc(), name)(*arguments):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-def sync(folder: Path) -> None:
-    """Return once all that was written to the file system of ``folder`` is on disk.
-
-    One call for the files, folders and names of a block; an fsync for each chunk is no faster.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _call("syncfs", descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def exchange(a: Path, b: Path) -> None:
-    """Let two folders change places in one step."""
-    _call("renameat2", AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Make or replace a file, so that it has all of ``data`` or was never there."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync(path.parent)
-
-
-def digest(data: Any, before: int = 0) -> int:
-    """CRC-32C of an array's elements as they lie in memory, or of bytes, after ``before``."""
-    if isinstance(data, np.ndarray):
-        data = data.ravel(order="K").view(np.uint8)
-    for start in range(0, len(data), PIECE):
-        before = google_crc32c.extend(before, data[start : start + PIECE])
-    return before
-
-
-def digest_file(key: str, content: int) -> int:
-    """Digest of a file with a name and a CRC-32C; those of several files are added up."""
-    text = f"{key} {content:08x}".encode()
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
 
 
 def digest_files(folder: Path, keys: Iterable[str]) -> int:
@@ -110,7 +52,7 @@ def copy_files(source: Path, target: Path | None, keys: Iterable[str]) -> int:
                 content = digest(room[:n], content)
                 if out is not None:
                     _put(out, room[:n])
-        total += digest_file(key, content)
+        total += digest_entry(key, content)
     return total % DIGESTS
 
 
@@ -174,18 +116,10 @@ def _put_pages(file: int, data: Bytes) -> int:
     return at
 
 
-def memory(size: int) -> mmap.mmap:
-    """Bytes that begin with a page."""
-    made = mmap.mmap(-1, max(size, 1))
-    with suppress(OSError, AttributeError):
-        made.madvise(mmap.MADV_HUGEPAGE)
-    return made
-
-
 def _pages(size: int = 2 * PIECE) -> Bytes:
     """Memory of each thread for files on their way: fresh pages take longer than a copy."""
     if len(getattr(_thread, "pages", b"")) < size:
-        _thread.pages = np.frombuffer(memory(size + size // 8), np.uint8)
+        _thread.pages = np.frombuffer(aligned_buffer(size + size // 8), np.uint8)
     pages: Bytes = _thread.pages
     return pages
 

@@ -24,7 +24,7 @@ from daskclip.storage.retry import is_refused, retrying
 DOCUMENTS = (".zmetadata", ".zattrs", "zarr.json", ".zgroup", ".zarray")
 MADE_BY = DOCUMENTS[2:]
 METADATA_SIZE = 1 << 24  # bytes of JSON: what decodes it takes many times as much
-TOGETHER = 64  # documents that are fetched at a time
+FETCH_BATCH = 64  # documents fetched at a time
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ def _fetched(store: Any, path: str) -> dict[str, bytes]:
     kinds = DOCUMENTS if "zarr.json" not in root else ("zarr.json",)
     keys = [objects.join(name, kind) for name in names for kind in kinds]
     found: dict[str, bytes] = {}
-    for i in range(0, len(keys), TOGETHER):
-        found |= _get(store, path, keys[i : i + TOGETHER])
+    for i in range(0, len(keys), FETCH_BATCH):
+        found |= _get(store, path, keys[i : i + FETCH_BATCH])
     return found
 
 

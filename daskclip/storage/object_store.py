@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, ObjectStore
 
-from daskclip.errors import StorageError
+from daskclip.errors import (
+    DaskClipError,
+    StorageError,
+    TargetError,
+    TargetPermissionError,
+    error_text,
+)
 from daskclip.storage.files import Stored
+from daskclip.storage.retry import T, is_refused, kind_and_remedy, retrying
 
 PRECONDITION = "PreconditionFailed"
+DELETE_BATCH = 1000  # objects removed by one request of most stores
 
 
 def can_create(store: Any) -> bool:
@@ -106,6 +116,64 @@ def listed(store: Any, prefix: str) -> Iterator[Stored]:
     else:
         for key in sync(_collected(store.list_prefix(root))):
             yield Stored(key.removeprefix(root), 0, "")
+
+
+@dataclass(frozen=True)
+class ObjectPrefix:
+    """Objects of a target below its place in a store; their names begin after it."""
+
+    store: Any
+    path: str
+
+    def __str__(self) -> str:
+        return url(self.store, self.path)
+
+    def get(self, *names: str) -> list[Any]:
+        """Bytes of each object, or None."""
+        return self._do("reading", lambda: get(self.store, [*map(self._key, names)]))
+
+    def put(self, name: str, data: bytes) -> None:
+        """Make or replace an object."""
+        self._do("writing", lambda: put(self.store, self._key(name), data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Make an object; False if there is one, unless an earlier try made it."""
+        (made,) = self._do("writing", lambda: create(self.store, [(self._key(name), data)]))
+        return made
+
+    def put_once(self, named: Sequence[tuple[str, bytes]]) -> None:
+        """Make objects, in no order; there may be the same ones."""
+        keyed = [(self._key(name), data) for name, data in named]
+        self._do("writing", lambda: put_once(self.store, keyed))
+
+    def names(self, below: str = "") -> list[str]:
+        """Names of all objects, or of those below a name, in order."""
+        top = self._key(below)
+        keys = self._do("listing", lambda: [s.key for s in listed(self.store, top)])
+        return sorted(f"{below}/{key}".lstrip("/") for key in keys)
+
+    def delete(self, names: list[str]) -> None:
+        """Remove objects, in no order."""
+        for i in range(0, len(names), DELETE_BATCH):
+            keys = [*map(self._key, names[i : i + DELETE_BATCH])]
+            self._do("removing", partial(delete, self.store, keys))
+
+    def _key(self, name: str) -> str:
+        return f"{self.path}/{name}".strip("/")
+
+    def _do(self, doing: str, function: Callable[[], T]) -> T:
+        try:
+            return retrying(function)
+        except DaskClipError:
+            raise
+        except Exception as error:
+            text = f"{doing} objects at {self} failed ({error_text(error)})"
+            if is_refused(error):
+                raise TargetPermissionError(f"{text}; check credentials and rights") from error
+            if isinstance(error, FileNotFoundError):
+                raise TargetError(f"{text}; check the bucket") from error
+            kind, remedy = kind_and_remedy(error)
+            raise kind(f"{text}; {remedy}") from error
 
 
 async def _together(calls: Iterable[Awaitable[Any]]) -> list[Any]:

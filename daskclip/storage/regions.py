@@ -15,11 +15,11 @@ from daskclip.errors import SourceError
 from daskclip.grid import Box, box_shape, boxes, index, shift
 from daskclip.storage import array as storage
 from daskclip.storage import codecs as chunks
-from daskclip.storage import files
+from daskclip.storage import durable, files
 from daskclip.storage import object_store as objects
 
 Array = npt.NDArray[Any]
-TOGETHER = 1 << 22  # bytes of chunks that are fetched, or stored, as one waits for objects
+IO_BYTES = 1 << 22  # bytes of chunks that are fetched, or stored, together
 
 
 def keys(array: Any, region: Box) -> Iterator[str]:
@@ -94,17 +94,17 @@ def _put(array: Any, encoded: Iterable[tuple[str, Any]]) -> int:
     for key, data in encoded:
         if data is None:
             continue
-        total += files.digest_file(key, files.digest(data))
+        total += durable.digest_entry(key, durable.digest(data))
         if folder is not None:
             files.write(folder, key, data, token)
             continue
         batch.append((objects.join(array.path, key), bytes(data)))
-        if sum(len(data) for _, data in batch) >= TOGETHER:
+        if sum(len(data) for _, data in batch) >= IO_BYTES:
             objects.put_once(array.store, batch)
             batch = []
     if batch:
         objects.put_once(array.store, batch)
-    return total % files.DIGESTS
+    return total % durable.DIGESTS
 
 
 def is_empty(array: Any, region: Box) -> bool:
@@ -128,7 +128,7 @@ def _stored(array: Any, names: list[str], rooms: list[Any]) -> Iterator[Any]:
         for key, room in zip(names, rooms, strict=True):
             yield files.read(f"{folder}/{key}", room)
         return
-    together = max(1, TOGETHER // storage.unit_nbytes(array))
+    together = max(1, IO_BYTES // storage.unit_nbytes(array))
     for i in range(0, len(names), together):
         yield from objects.get(
             array.store, [objects.join(array.path, k) for k in names[i : i + together]]

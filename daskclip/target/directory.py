@@ -22,7 +22,7 @@ from daskclip.errors import (
     TargetExistsError,
     TargetPermissionError,
 )
-from daskclip.storage import DOCUMENTS, Hierarchy, at_folder, files
+from daskclip.storage import DOCUMENTS, Hierarchy, at_folder, durable, files
 from daskclip.storage import array as storage
 from daskclip.target.journal import Entry, header
 from daskclip.target.preflight import (
@@ -176,7 +176,7 @@ class DirectoryTransaction:
             if self.target.path == source.folder:
                 require_no_foreign_files(source)
         source.make(self.folder / name)
-        files.sync(self.folder)
+        durable.sync_filesystem(self.folder)
 
     def staging(self, source: Hierarchy, name: str) -> tuple[Hierarchy, str]:
         """What to write, and its folder."""
@@ -213,18 +213,18 @@ class DirectoryTransaction:
                 f"target {path} was made by something else meanwhile; remove it and run again"
             )
         shutil.copyfile(self.folder / JOURNAL, folder / source.home / RECORD)
-        files.sync(folder)
+        durable.sync_filesystem(folder)
         if self.target.exists():
-            files.exchange(folder, path)
+            durable.exchange_directories(folder, path)
         else:
             os.rename(folder, path)
-        files.sync(path.parent)
+        durable.sync_filesystem(path.parent)
         self.clear()
 
     def clear(self) -> None:
         """Remove all that a run keeps but its lock; without a journal the rest means nothing."""
         (self.folder / JOURNAL).unlink(missing_ok=True)
-        files.sync(self.folder)
+        durable.sync_filesystem(self.folder)
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

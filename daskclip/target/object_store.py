@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
-from daskclip.storage import MADE_BY, Hierarchy, at_place
+from daskclip.storage import MADE_BY, Hierarchy, ObjectPrefix, at_place
 from daskclip.storage import object_store as objects
 from daskclip.target.directory import JOURNAL
 from daskclip.target.journal import Entry
-from daskclip.target.lease import Lease, Objects
+from daskclip.target.lease import Lease
 from daskclip.target.preflight import CONSOLIDATED, RECORD, refuse_consolidated
 
 LINES = 64  # of a journal, in one object: each window stores its object again
-TOGETHER = 64  # documents that are stored at a time
+PUT_BATCH = 64  # documents stored at a time
 LOCK, DISCARDED = f"{RECORD}/lock", f"{RECORD}/discarded"
 
 
-class ObjectStoreTarget(Objects):
+class ObjectStoreTarget(ObjectPrefix):
     """A target in an object store; what a run keeps lies below it, under ``.daskclip/``."""
 
     @property
@@ -60,7 +60,7 @@ class ObjectStoreTarget(Objects):
             )
         parts = self.path.split("/")
         for i in range(len(parts) if self.path else 0):
-            group = Objects(self.store, "/".join(parts[:i]))
+            group = ObjectPrefix(self.store, "/".join(parts[:i]))
             found = (b"" if data is None else data for data in group.get(*CONSOLIDATED))
             refuse_consolidated(self, group, *found)
 
@@ -154,8 +154,8 @@ class ObjectStoreTransaction:
         if source.home:
             journal = (self.folder / JOURNAL).read_bytes()
             there.put(f"{source.home}/{RECORD}/{JOURNAL}", journal)
-        for i in range(0, len(documents), TOGETHER):
-            there.put_once(documents[i : i + TOGETHER])
+        for i in range(0, len(documents), PUT_BATCH):
+            there.put_once(documents[i : i + PUT_BATCH])
         there.put_once([last])
         self.target.tidy(LOCK, *(() if source.home else (f"{RECORD}/{JOURNAL}",)))
 
@@ -174,7 +174,7 @@ class ObjectStoreTransaction:
 class RemoteJournal:
     """A journal's lines as objects of some lines each, and its sums."""
 
-    def __init__(self, there: Objects, journal: Path, require: Callable[[], None]) -> None:
+    def __init__(self, there: ObjectPrefix, journal: Path, require: Callable[[], None]) -> None:
         self._there, self._require = there, require
         self._lines: list[bytes] = []
         self._number = 0
@@ -213,7 +213,7 @@ class RemoteJournal:
 
 
 @contextmanager
-def _pulled(there: Objects, place: str) -> Iterator[Path]:
+def _pulled(there: ObjectPrefix, place: str) -> Iterator[Path]:
     """A scratch folder with the journal and its sums, if there are any."""
     with tempfile.TemporaryDirectory(prefix="daskclip-") as scratch:
         folder = Path(scratch)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from daskclip.errors import TargetError
-from daskclip.storage import DOCUMENTS, Hierarchy, files
+from daskclip.storage import DOCUMENTS, Hierarchy, durable, files
 
 CONSOLIDATED = ("zarr.json", ".zmetadata")
 RECORD = ".daskclip"
@@ -79,7 +79,7 @@ def require_exchange(work: Path) -> None:
     for path in pair:
         path.mkdir(exist_ok=True)
     try:
-        files.exchange(*pair)
+        durable.exchange_directories(*pair)
     except OSError as error:
         raise TargetError(
             f"the file system of {work.parent} cannot exchange folders ({error.strerror}), which "

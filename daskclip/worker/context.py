@@ -13,7 +13,7 @@ import numpy as np
 
 from daskclip.errors import StorageError
 from daskclip.plan import ClipPlan
-from daskclip.storage import files
+from daskclip.storage import durable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,5 +88,5 @@ def block_buffer(run: str, size: int) -> tuple[Any, bool]:
     new = len(rooms.get(me, b"")) < size
     if new:
         rooms.pop(me, None)
-        rooms[me] = np.frombuffer(files.memory(size), np.uint8)
+        rooms[me] = np.frombuffer(durable.aligned_buffer(size), np.uint8)
     return rooms[me][:size], new

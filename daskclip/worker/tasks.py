@@ -27,7 +27,7 @@ from daskclip.numerics import (
     rescale,
 )
 from daskclip.storage import array as storage
-from daskclip.storage import files, format_region, regions, retrying_block
+from daskclip.storage import durable, format_region, regions, retrying_block
 from daskclip.worker.context import ArrayTask, block_buffer, running_block
 from daskclip.worker.limits import read_limits
 
@@ -72,7 +72,7 @@ def run_batch(
         if folder and function is not sum_block and any(map(_is_written, done)):
             region = jobs[0].plan.region(*cells[0][:2])
             with retrying_block("writing", jobs[0].target, region, lambda _: None):
-                files.sync(Path(folder))
+                durable.sync_filesystem(Path(folder))
         return done
 
 
@@ -89,7 +89,7 @@ def sum_block(job: ArrayTask, slab: int, block: int) -> Sums:
         x = _read_first(job, region)
         omit = job.nonfinite == "omit"
         sums = partial_norm(x, job.plan.axes, omit_nan=omit, ord=job.ord, max_nbytes=job.plan.state)
-        digest = files.digest(x)
+        digest = durable.digest(x)
     if job.shared:  # with arrays of other dimensions
         sums = sums._replace(limbs=sums.limbs.reshape(-1), flags=sums.flags.reshape(()))
     return Sums(sums, {place: digest}, job.plan.state)
@@ -264,7 +264,7 @@ def _stored(job: ArrayTask, region: Box, write: Callable[[Box], int]) -> int:
 def _read_same(job: ArrayTask, region: Box, expected: int, empty: bool) -> Any:
     """Read a second time what was read before."""
     x = _read(job, region)
-    if not empty and files.digest(x) != expected:
+    if not empty and durable.digest(x) != expected:
         key = regions.last_changed(job.source, region)
         raise SourceChangedError(
             f"block {format_region(region)} of {storage.location(job.source)} (chunk {key}) "

@@ -14,7 +14,7 @@ from daskclip import verify_zarr
 from daskclip.engine import clip as engine
 from daskclip.engine import run_record as resume
 from daskclip.errors import DaskClipError
-from daskclip.storage import files, regions
+from daskclip.storage import durable, files, regions
 from daskclip.storage.hierarchy import Hierarchy
 from daskclip.target import directory as publish
 from daskclip.target import journal
@@ -212,8 +212,8 @@ def rename_before_sync():
     def unsynced(work, source, staged, replace):
         folder, target = staged.folder, work.target.path
         shutil.copyfile(work.folder / "journal", folder / ".daskclip")
-        (files.exchange if target.exists() else os.rename)(folder, target)
-        files.sync(target.parent)
+        (durable.exchange_directories if target.exists() else os.rename)(folder, target)
+        durable.sync_filesystem(target.parent)
         work.clear()
 
     publish.DirectoryTransaction.publish = unsynced
@@ -228,7 +228,7 @@ def no_lock():
 
 
 def blocks_are_not_synced():
-    tasks.files = SimpleNamespace(**vars(files) | {"sync": lambda folder: None})
+    tasks.durable = SimpleNamespace(**vars(durable) | {"sync_filesystem": lambda folder: None})
 
 
 def journal_removed_last():
@@ -269,10 +269,10 @@ def old_array_removed_first():
     def publishing(work, source, staged, replace):
         folder, target = staged.folder, work.target.path
         shutil.copyfile(work.folder / "journal", folder / ".daskclip")
-        files.sync(folder)
+        durable.sync_filesystem(folder)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(folder, target)
-        files.sync(target.parent)
+        durable.sync_filesystem(target.parent)
         work.clear()
 
     publish.DirectoryTransaction.publish = publishing

@@ -579,7 +579,7 @@ def test_the_old_data_can_be_read_until_the_exchange(tmp_path, monkeypatch, x, o
     wanted = bits(clip_by_norm(read(x), 1.0, 0))
     target = x if "in_place" in options else create(tmp_path / "y", some((4, 4), "f2"), (2, 4))
     old = bits(read(target))
-    append, exchange, seen = Journal.append, publish.files.exchange, []
+    append, exchange, seen = Journal.append, publish.durable.exchange_directories, []
 
     def reading(journal, entry):
         append(journal, entry)
@@ -595,7 +595,7 @@ def test_the_old_data_can_be_read_until_the_exchange(tmp_path, monkeypatch, x, o
             seen.append("exchange")
 
     monkeypatch.setattr(Journal, "append", reading)
-    monkeypatch.setattr(publish.files, "exchange", exchanging)
+    monkeypatch.setattr(publish.durable, "exchange_directories", exchanging)
     clip_zarr(x, None if target == x else target, 1.0, 0, memory=TIGHT, **options)
     assert seen[-1] == "exchange"
     assert seen.count("exchange") == 1

@@ -13,7 +13,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, Zstd
 
 from daskclip import clip_by_norm, clip_zarr
 from daskclip.storage import codecs as chunks
-from daskclip.storage import files, regions
+from daskclip.storage import durable, files, regions
 from daskclip.storage.hierarchy import at_folder
 
 SHAPE, CHUNKS = (37, 50), (8, 10)
@@ -98,8 +98,8 @@ def test_what_is_encoded_does_not_tell_the_time(tmp_path, monkeypatch, zarr_form
 @pytest.mark.parametrize("offset", [0, 16])
 @pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 5 * 2**20 + 4097])
 def test_files_of_any_length_are_written_and_copied_whole(tmp_path, size, offset):
-    data = np.frombuffer(files.memory(size + offset), np.uint8).copy()[:size]
-    room = np.frombuffer(files.memory(size + offset), np.uint8)[offset : size + offset]
+    data = np.frombuffer(durable.aligned_buffer(size + offset), np.uint8).copy()[:size]
+    room = np.frombuffer(durable.aligned_buffer(size + offset), np.uint8)[offset : size + offset]
     data[:] = np.random.default_rng(size).integers(0, 256, size)
     room[:] = data
     files.write(tmp_path, "c/0/0", room, "token")
@@ -110,7 +110,7 @@ def test_files_of_any_length_are_written_and_copied_whole(tmp_path, size, offset
         for into in (None, np.empty(100, np.uint8), np.empty(size, np.uint8)):
             assert files.read(f"{folder}/c/0/0", into).tobytes() == data.tobytes()
         assert files.digest_files(folder, ["c/0/0"]) == digest
-    assert digest == files.digest_file("c/0/0", files.digest(room))
+    assert digest == durable.digest_entry("c/0/0", durable.digest(room))
     assert files.read(f"{tmp_path}/c/0/1", room) is None
 
 
@@ -130,7 +130,7 @@ def test_a_damaged_file_is_told(tmp_path, layout, damage):
         if not array.shards:
             pytest.skip("only shards have an index")
         index = np.array([[2**40, 8]] * 6, "<u8").tobytes()
-        crc = files.digest(index).to_bytes(4, "little")
+        crc = durable.digest(index).to_bytes(4, "little")
         first = layout["shards"] != (16, 30)
         data = index + crc + data if first else data + index + crc
     path.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
