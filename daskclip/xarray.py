@@ -17,14 +17,14 @@ import xarray as xr
 from daskclip.arguments import DTYPES, NonFinite, check_dtype, parse_dim
 from daskclip.errors import DTypeError, InvalidTypeError, short_repr
 from daskclip.lazy import clip, normalize_clip_norm
-from daskclip.storage import SCALES, SENTINELS, numbers, require_decoded
+from daskclip.storage import cf
 
 __all__ = ["DaskClipAccessor", "clip_by_norm", "norm"]
 
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 # encoding by which saving rounds, so that the bound would not hold in what is read again
 ROUNDING = {
-    *SCALES, "_Unsigned", "filters", "serializer",
+    *cf.SCALES, "_Unsigned", "filters", "serializer",
     "least_significant_digit", "significant_digits", "quantize_mode",
 }  # fmt: skip
 
@@ -180,7 +180,7 @@ class DaskClipAccessor:
 def _slices(obj: Any, dim: Any) -> dict[Hashable, tuple[xr.DataArray, list[Hashable]]]:
     """What of ``obj`` is clipped, by its name, and the dimensions its slices have."""
     if isinstance(obj, xr.DataArray):
-        require_decoded(obj.dtype, obj.attrs, f"array {short_repr(obj.name)}")
+        cf.require_decoded(obj.dtype, obj.attrs, f"array {short_repr(obj.name)}")
         check_dtype(obj.dtype)
         return {obj.name: (obj, parse_dim(dim, obj.dims))}
     if not isinstance(obj, xr.Dataset):
@@ -189,7 +189,7 @@ def _slices(obj: Any, dim: Any) -> dict[Hashable, tuple[xr.DataArray, list[Hasha
             "or use daskclip.clip_by_norm"
         )
     for name, x in obj.data_vars.items():
-        require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")
+        cf.require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")
     bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in obj.variables.values()}
     data = {name: x for name, x in obj.data_vars.items() if name not in bounds}
     found = {name: x for name, x in data.items() if x.dtype.name in DTYPES}
@@ -232,13 +232,13 @@ def _nonfinite(skipna: Any) -> NonFinite:
 def _encoding(encoding: Mapping[Any, Any], dtype: Any, largest: float) -> dict[Any, Any]:
     """What of an encoding saves values of ``dtype`` as they are, clipped to ``largest``."""
     kept = {k: v for k, v in encoding.items() if k not in ROUNDING}
-    is_packed = any(name in encoding for name in SCALES)
+    is_packed = any(name in encoding for name in cf.SCALES)
     if not np.can_cast(dtype, encoding.get("dtype", dtype), "equiv"):
         is_packed = True
         del kept["dtype"]
-    for name in SENTINELS:
+    for name in cf.SENTINELS:
         if is_packed or not all(
-            math.isnan(number) or abs(number) > largest for number in numbers(kept.get(name))
+            math.isnan(number) or abs(number) > largest for number in cf.numbers(kept.get(name))
         ):
             kept.pop(name, None)
     return kept

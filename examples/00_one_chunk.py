@@ -12,28 +12,24 @@ import zarr
 
 from daskclip import clip_by_norm
 from daskclip.grid import boxes
-from daskclip.numerics import (
-    combine,
-    finalize,
-    partial_norm,
-    rescale,
-)
-from daskclip.storage.hierarchy import at_folder
-from daskclip.storage.regions import read, write
-from daskclip.target.directory import Folder
+from daskclip.numerics import combine, finalize, partial_norm, rescale
+from daskclip.storage import open_source
+from daskclip.target import DirectoryTarget
 
 
 def main(tmp):
     folder, clip_norm, axes = Path(tmp), 1.0, (1,)
-    source = zarr.create_array(folder / "x.zarr", shape=(2, 8), chunks=(2, 4), dtype="float32")
-    source[:] = [[3, 0, 0, 0, 0, 0, 0, 4], [0.3, 0, 0, 0, 0, 0, 0, 0.4]]
+    x = zarr.create_array(folder / "x.zarr", shape=(2, 8), chunks=(2, 4), dtype="float32")
+    x[:] = [[3, 0, 0, 0, 0, 0, 0, 4], [0.3, 0, 0, 0, 0, 0, 0, 0.4]]
+    whole = open_source(x)  # of a group, all its arrays
+    source = whole.arrays[""]
 
     # regions of the source: whole chunks, so that one task is the only writer of a stored object
-    regions = list(boxes(source.shape, source.chunks))
+    regions = list(boxes(source.shape, source.unit))
     assert regions == [(slice(0, 2), slice(0, 4)), (slice(0, 2), slice(4, 8))]
 
     # first pass: the exact sum of squares of each row of each chunk; the chunk is let go
-    chunks = (read(source, region, "fill") for region in regions)
+    chunks = (source.read(region) for region in regions)
     partials = [partial_norm(chunk, axes) for chunk in chunks]
 
     # the tree: any order and grouping gives the same bits, since the sums are exact
@@ -45,16 +41,15 @@ def main(tmp):
     assert (scale.norm[0], scale.factor[1]) == (5.0, 1.0)
 
     # second pass: read again, rescale, write beside the target, then let it appear in one step
-    with Folder(folder / "y.zarr").locked() as work:
-        whole = at_folder(folder / "x.zarr")  # of a group, all its arrays
+    with DirectoryTarget(folder / "y.zarr").locked() as work:
         work.begin(whole, "staged")
         target, staged = work.staging(whole, "staged")
         for region in regions:
-            write(target.arrays[""], region, rescale(read(source, region, "fill"), scale))
+            target.arrays[""].write(region, rescale(source.read(region), scale))
         Path(staged).rename(folder / "y.zarr")
 
     clipped = zarr.open_array(folder / "y.zarr", mode="r")[:]
-    assert clipped.tobytes() == clip_by_norm(source[:], clip_norm, axes).tobytes()
+    assert clipped.tobytes() == clip_by_norm(x[:], clip_norm, axes).tobytes()
 
 
 if __name__ == "__main__":

@@ -6,19 +6,21 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from daskclip.engine.cluster import memory_used, running, versions
 from daskclip.engine.passes import Passes
 from daskclip.engine.run_record import Transaction, close_journal
-from daskclip.engine.saved_norms import SavedNorms
 from daskclip.grid import grid
-from daskclip.numerics import NormHistogram
-from daskclip.plan import GroupPlan
 from daskclip.report import ClipReport, ProgressState, format_size
-from daskclip.storage import Hierarchy, durable, stored_blocks
+from daskclip.storage import Hierarchy, durable
 from daskclip.target import JOURNAL, Entry, Journal
 from daskclip.worker import ArrayTask, drain
+
+if TYPE_CHECKING:
+    from daskclip.engine.saved_norms import SavedNorms
+    from daskclip.numerics import NormHistogram
+    from daskclip.plan import GroupPlan
 
 STATES = 200  # points of the curve of progress that are kept
 OTHERS = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")
@@ -28,14 +30,14 @@ def array_tasks(
     plan: GroupPlan,
     source: Hierarchy,
     target: Hierarchy | None,
-    run: str,
+    attempt_id: str,
     limits: dict[str, Any],
     **common: Any,
 ) -> list[ArrayTask]:
-    """A job for each array of a plan; ``run`` names the attempt."""
+    """What tasks share, for each array of a plan."""
     return [
         ArrayTask(
-            run=run,
+            attempt_id=attempt_id,
             number=i,
             name=name,
             plan=one,
@@ -78,7 +80,7 @@ def clip_passes(
 
     with (
         Journal(work.folder / JOURNAL, work.mirror) as entries,
-        running(plan.threads, partial(drain, first.run)) as how,
+        running(plan.threads, partial(drain, first.attempt_id)) as how,
     ):
         passes = Passes(jobs, how, entries, progress, plan.window, stored_of(jobs, run))
         if saved is not None:
@@ -137,7 +139,7 @@ def stored_of(jobs: list[ArrayTask], run: Entry) -> list[Any]:
     return [
         None
         if (everything and job.plan.passes) or not job.plan.blocks
-        else stored_blocks(job.source, job.plan.block, job.plan.block_strides, job.plan.blocks)
+        else job.source.stored_blocks(job.plan.block, job.plan.block_strides, job.plan.blocks)
         for job in jobs
     ]
 

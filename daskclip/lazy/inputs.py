@@ -20,7 +20,7 @@ from daskclip.arguments import (
 )
 from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, short_repr
 from daskclip.lazy.indexed_slices import is_indexed
-from daskclip.storage import array as storage
+from daskclip.storage import StoredArray, is_zarr_array
 
 
 def check_name(name: Any) -> None:
@@ -33,7 +33,7 @@ def check_name(name: Any) -> None:
 
 def as_array(t: Any, check: Check = check_dtype) -> Any:
     """``t`` as a NumPy or Dask array of a dtype and of blocks that can be clipped."""
-    if storage.is_array(t):
+    if is_zarr_array(t):
         check(t.dtype)
         t = _as_dask(t)
     if isinstance(t, da.Array):
@@ -93,6 +93,6 @@ def _as_dask(array: Any) -> da.Array:
     token = tokenize(
         str(array.store), array.path, array.metadata.to_dict(), ensure_deterministic=True
     )
-    chunks = storage.write_unit(array)
+    chunks = StoredArray(array).unit
     lazy: da.Array = da.from_array(array, chunks=chunks, name=f"zarr-{token}")
     return lazy

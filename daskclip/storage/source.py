@@ -1,4 +1,4 @@
-"""Sources: opened, and refused where clipping them could not be right; reads metadata only."""
+"""Open and check sources, and select their arrays; reads metadata only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from daskclip.errors import (
     DaskClipError,
@@ -20,21 +20,16 @@ from daskclip.errors import (
     short_repr,
 )
 from daskclip.grid import grid
-from daskclip.storage import codecs as chunks
-from daskclip.storage.array import (
-    V2_NAMES,
-    attributes,
-    dimension_names,
-    location,
-    place,
-    write_unit,
-)
+from daskclip.storage.array import V2_NAMES, StoredArray, parse_location
 from daskclip.storage.cf import require_decoded
-from daskclip.storage.codecs import codec_name
-from daskclip.storage.hierarchy import Hierarchy, at_folder, at_place
+from daskclip.storage.codecs import chain, codec_name
+from daskclip.storage.hierarchy import Hierarchy
 from daskclip.storage.retry import is_refused, is_transient
 
-# codecs that give back every bit; a lossy one could lift a clipped slice above the limit again
+if TYPE_CHECKING:
+    import numpy as np
+
+# codecs that keep every bit; a lossy one could lift a clipped slice above its limit again
 LOSSLESS = {
     "bytes", "endian", "transpose", "sharding_indexed", "crc32c",
     "blosc", "gzip", "zstd", "zlib", "lz4", "bz2", "lzma", "shuffle", "pcodec",
@@ -43,11 +38,11 @@ LOSSLESS = {
 UNITS = 10**10  # more than any file system holds
 
 
-def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> Hierarchy:
-    """What is stored at a source, or say why there is nothing; reads metadata only."""
+def open_source(source: object, storage_options: dict[str, Any] | None = None) -> Hierarchy:
+    """Open what a path, URL, store or zarr object names, or raise why that is impossible."""
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else short_repr(source)
     try:
-        found = place(source, storage_options)
+        found = parse_location(source, storage_options)
         if found is None:
             raise SourceError(
                 f"source is a {type(source).__name__}; give a path, a URL, a zarr array, group or "
@@ -56,12 +51,12 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> H
         if isinstance(found, str):
             if not os.path.exists(found):
                 raise SourceNotFoundError(f"source {name} does not exist; check the path")
-            opened = at_folder(os.path.realpath(found))
+            opened = Hierarchy.open(os.path.realpath(found))
         else:
-            opened = at_place(*found)
+            opened = Hierarchy.open(*found)
         if not opened.documents:
             raise SourceError(f"source {name} is not a zarr array or group; give the path of one")
-        opened.arrays  # noqa: B018
+        _ = opened.arrays  # parsed here, where errors are translated
     except DaskClipError:
         raise
     except Exception as error:  # broken metadata makes zarr raise anything
@@ -83,16 +78,16 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> H
     return opened
 
 
-def check_source(array: Any, check_dtype: Callable[[Any], None]) -> None:
-    """Refuse an array that cannot be clipped right; reads metadata only."""
-    where = f"source {location(array)}"
-    named = attributes(array)
-    if V2_NAMES in named:  # then xarray takes what is not stored as missing
-        named.setdefault("_FillValue", array.fill_value)
+def check_source(array: StoredArray, check_dtype: Callable[[np.dtype[Any]], None]) -> None:
+    """Refuse an array that cannot be clipped correctly."""
+    where = f"source {array}"
+    named = dict(array.attributes)
+    if V2_NAMES in named:  # xarray takes the fill value of such arrays for missing data
+        named.setdefault("_FillValue", array.array.fill_value)
     require_decoded(array.dtype, named, where)
     check_dtype(array.dtype)
     try:
-        unit = write_unit(array)
+        unit = array.unit
     except NotImplementedError as error:
         raise SourceError(
             f"{where} has chunks of uneven sizes; store it with a regular grid"
@@ -103,9 +98,10 @@ def check_source(array: Any, check_dtype: Callable[[Any], None]) -> None:
                 f"{where} is stored with {codec}, which is not known to be "
                 "lossless, so that the bound could not hold; store it with another codec"
             )
-    if min((*array.shape, 0)) < 0 or min((*unit, *array.chunks, 1)) < 1:
+    chunks = array.array.chunks
+    if min((*array.shape, 0)) < 0 or min((*unit, *chunks, 1)) < 1:
         raise SourceError(
-            f"{where} has shape {array.shape} in chunks of {array.chunks}; "
+            f"{where} has shape {array.shape} in chunks of {chunks}; "
             "store it with chunks of at least one element"
         )
     if math.prod(grid(array.shape, unit)) > UNITS:
@@ -114,16 +110,16 @@ def check_source(array: Any, check_dtype: Callable[[Any], None]) -> None:
             "check its metadata"
         )
     try:
-        chunks.chain(array)
-    except Exception as error:  # zarr looks at some codecs only when it reads
+        chain(array.array)
+    except Exception as error:  # zarr checks some codecs only when it reads
         raise SourceError(
             f"{where} has codecs that do not fit it ({error_text(error)}); check its metadata"
         ) from error
 
 
-def _codecs(array: Any) -> list[str]:
-    """Names of all codecs, those inside shards too, without the prefix of their library."""
-    document: dict[str, Any] = dict(array.metadata.to_dict())
+def _codecs(array: StoredArray) -> list[str]:
+    """Names of all codecs, also of those inside shards, without the prefix of their library."""
+    document: dict[str, Any] = dict(array.array.metadata.to_dict())
     if document["zarr_format"] == 2:
         used = [*(document.get("filters") or ()), document.get("compressor")]
         return [codec["id"] for codec in used if codec]
@@ -143,8 +139,8 @@ def select_arrays(
     exclude: str | Sequence[str] | None,
     dtypes: Sequence[str],
 ) -> list[str]:
-    """Names of the arrays of a source that are clipped; '' for one that is an array itself."""
-    chosen = patterns(include, "include"), patterns(exclude, "exclude")
+    """Names of the arrays of a source to clip; just '' if the source is an array itself."""
+    chosen = parse_patterns(include, "include"), parse_patterns(exclude, "exclude")
     if not source.is_group:
         if any(chosen):
             raise InvalidValueError(
@@ -160,7 +156,7 @@ def select_arrays(
     for name in found:
         array = source.arrays[name]
         if array.dtype.kind in "iu":
-            require_decoded(array.dtype, attributes(array), f"array {name} of source {source}")
+            require_decoded(array.dtype, array.attributes, f"array {name} of source {source}")
     clipped = [name for name in found if source.arrays[name].dtype.name in dtypes]
     if not clipped:
         raise SourceError(
@@ -170,22 +166,24 @@ def select_arrays(
     return clipped
 
 
-def patterns(given: Any, what: str) -> list[str]:
-    """Names or patterns as a list."""
+def parse_patterns(given: object, what: str) -> list[str]:
+    """List of names or patterns, from none, one or several."""
     if given is None:
         return []
     one = isinstance(given, str | bytes) or not isinstance(given, Iterable)
-    found = [given] if one else list(given)
-    for pattern in found:
+    items: Iterable[object] = [given] if one else given  # type: ignore[assignment]
+    found = []
+    for pattern in items:
         if not isinstance(pattern, str):
             raise InvalidTypeError(
                 f"{what} {short_repr(pattern)} is no text; give names or patterns"
             )
+        found.append(pattern)
     return found
 
 
 def _matching(source: Hierarchy, wanted: list[str]) -> set[str]:
-    """Names that match one of the patterns; each has to match something."""
+    """Names that match any of the patterns; each pattern must match something."""
     found = set()
     for pattern in wanted:
         matching = {name for name in source.arrays if fnmatchcase(name, pattern)}
@@ -200,9 +198,7 @@ def _matching(source: Hierarchy, wanted: list[str]) -> set[str]:
 
 def _coordinates(source: Hierarchy) -> set[str]:
     """Arrays named after their only dimension, or listed by another as coordinates or bounds."""
-    found = {
-        n for n in source.arrays if dimension_names(source.arrays[n]) == [n.rpartition("/")[2]]
-    }
+    found = {n for n, a in source.arrays.items() if a.dimension_names == [n.rpartition("/")[2]]}
     for node in (*source.groups, *source.arrays):
         group = node.rpartition("/")[0] if node in source.arrays else node
         for listed in map(source.attributes(node).get, ("coordinates", "bounds")):
@@ -211,6 +207,6 @@ def _coordinates(source: Hierarchy) -> set[str]:
     return found
 
 
-def _some(names: Any) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event, Thread
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from daskclip.errors import DaskClipError, TargetError, TargetExistsError
-from daskclip.storage import ObjectPrefix
+
+if TYPE_CHECKING:
+    from daskclip.storage import ObjectPrefix
 
 log = logging.getLogger("daskclip")
 HEARTBEAT_S = 5.0

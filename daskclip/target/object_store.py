@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
-from daskclip.storage import MADE_BY, Hierarchy, ObjectPrefix, at_place
-from daskclip.storage import object_store as objects
+from daskclip.storage import Hierarchy, ObjectPrefix
 from daskclip.target.directory import JOURNAL
-from daskclip.target.journal import Entry
 from daskclip.target.lease import Lease
 from daskclip.target.preflight import CONSOLIDATED, RECORD, refuse_consolidated
+
+if TYPE_CHECKING:
+    from daskclip.target.journal import Entry
 
 LINES = 64  # of a journal, in one object: each window stores its object again
 PUT_BATCH = 64  # documents stored at a time
@@ -27,15 +29,15 @@ class ObjectStoreTarget(ObjectPrefix):
     @property
     def kept(self) -> str:
         """Name below which the journal is."""
-        home = self.open().home if self.exists() else ""
+        home = self.open().record_array if self.exists() else ""
         return f"{home}/{RECORD}".lstrip("/")
 
     def exists(self) -> bool:
-        return any(found is not None for found in self.get(*MADE_BY))
+        return self.has_node()
 
     def open(self) -> Hierarchy:
         """What is there."""
-        return at_place(self.store, self.path)
+        return Hierarchy.open(self.store, self.path)
 
     def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a place where the target of a source cannot be made; changes nothing."""
@@ -44,7 +46,7 @@ class ObjectStoreTarget(ObjectPrefix):
                 f"target {self} is in an object store, where nothing can be replaced in one step; "
                 "clip to a new target and remove the old one"
             )
-        if not objects.can_create(self.store):
+        if not self.can_create:
             raise TargetError(
                 f"target {self} is in a {type(self.store).__name__}, which cannot be locked; give "
                 "a path, a URL, or a store of fsspec or obstore"
@@ -132,7 +134,7 @@ class ObjectStoreTransaction:
 
     def staging(self, source: Hierarchy, name: str) -> tuple[Hierarchy, None]:
         """What to write, whose chunks stay where they are put."""
-        return source.at(self.target.store, self.target.path), None
+        return source.moved_to(self.target.store, self.target.path), None
 
     def complete(self, source: Hierarchy, name: str, last: Entry) -> bool:
         """Whether all chunks are there, if the end of the journal tells of them."""
@@ -145,19 +147,19 @@ class ObjectStoreTransaction:
 
     def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Entry:
         """Fingerprint of what was stored, as it is once its metadata is there."""
-        return staged.fingerprint(changes=False) | {"metadata": source.digest()}
+        return staged.fingerprint(changes=False)
 
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
         """Let what is complete appear by its metadata."""
         self.require()
         there, (*documents, last) = self.target, source.documents.items()
-        if source.home:
+        if source.record_array:
             journal = (self.folder / JOURNAL).read_bytes()
-            there.put(f"{source.home}/{RECORD}/{JOURNAL}", journal)
+            there.put(f"{source.record_array}/{RECORD}/{JOURNAL}", journal)
         for i in range(0, len(documents), PUT_BATCH):
             there.put_once(documents[i : i + PUT_BATCH])
         there.put_once([last])
-        self.target.tidy(LOCK, *(() if source.home else (f"{RECORD}/{JOURNAL}",)))
+        self.target.tidy(LOCK, *(() if source.record_array else (f"{RECORD}/{JOURNAL}",)))
 
     def clear(self) -> None:
         """Remove all that a run has stored but its lock."""

@@ -14,13 +14,12 @@ from daskclip import verify_zarr
 from daskclip.engine import clip as engine
 from daskclip.engine import run_record as resume
 from daskclip.errors import DaskClipError
-from daskclip.storage import durable, files, regions
-from daskclip.storage.hierarchy import Hierarchy
+from daskclip.storage import Hierarchy, StoredArray, durable, files
 from daskclip.target import directory as publish
 from daskclip.target import journal
 from daskclip.target.journal import Journal
-from daskclip.worker import context as jobs
 from daskclip.worker import tasks
+from daskclip.worker.context import PROCESS
 
 COPY, ONE_PASS, OVERWRITE = CASES[:3]
 REAL = SimpleNamespace(append=Journal.append, rescale=tasks.rescale_block)
@@ -93,7 +92,7 @@ def a_block_of_an_earlier_run(defect):
         raise KeyboardInterrupt
 
     def wake():
-        jobs._ended.clear()  # it was in another process
+        PROCESS._drained.clear()  # it was in another process
         for late in taken:
             with suppress(DaskClipError):
                 REAL.rescale(*late)
@@ -189,8 +188,8 @@ def kills_while_discarding(defect):
 
 
 def journal_before_data():
-    write, append, waiting = regions.write, Journal.append, []
-    regions.write = lambda *args: waiting.append(args) or 0
+    write, append, waiting = StoredArray.write, Journal.append, []
+    StoredArray.write = lambda *args: waiting.append(args) or 0
 
     def early(self, entry):
         append(self, entry)

@@ -23,7 +23,7 @@ from daskclip import clip_by_norm, clip_zarr
 from daskclip.cli import main
 from daskclip.engine import request as prepare
 from daskclip.plan import array as plan
-from daskclip.storage import files, regions
+from daskclip.storage import StoredArray, files
 from daskclip.target import directory as publish
 from daskclip.target.journal import Journal, entries
 from daskclip.worker import tasks
@@ -135,17 +135,17 @@ PATCHES = f"from daskclip import cli, engine, prepare, plan; prepare.STATE = {ST
 TELLING = """
 import time
 from pathlib import Path
-from daskclip import regions
+from daskclip.storage import StoredArray
 told, stopped = Path({told!r}), Path({stopped!r})
-def telling(*args, original=regions.read):
+def telling(*args, original=StoredArray.read):
     with told.open("a") as file:
         file.write(chr(10))
     end = time.monotonic() + 120
     while told.stat().st_size >= {limit} and not stopped.exists() and time.monotonic() < end:
         time.sleep(0.001)
     return original(*args)
-if regions.read.__name__ != "telling":
-    regions.read = telling
+if StoredArray.read.__name__ != "telling":
+    StoredArray.read = telling
 """
 WAITING = 40  # blocks: in the third window on threads, in the second on two workers
 
@@ -327,7 +327,7 @@ def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
 def touched(monkeypatch):
     """What is read and written of chunks, by file and by block."""
     seen = []
-    for module in (files, regions):
+    for module in (files, StoredArray):
         for name in ("read", "write"):
             original = getattr(module, name)
             what = f"{module.__name__.rpartition('.')[2]}.{name}"
@@ -373,7 +373,7 @@ def test_an_identical_run_is_up_to_date(tmp_path, monkeypatch, x, option):
     assert names(tmp_path) == ["x", *(["y"] if target else [])]
     # what counts is not blind
     run("run", x, tmp_path / "z", "--clip-norm", 1)
-    wanted = {"files.read", "files.write", "regions.read", "regions.write"}
+    wanted = {"files.read", "files.write", "StoredArray.read", "StoredArray.write"}
     assert {name for name, _ in seen} == wanted
 
 

@@ -31,11 +31,11 @@ from daskclip.errors import (
     TemporaryError,
 )
 from daskclip.plan import array as plan
-from daskclip.storage import files, regions
+from daskclip.storage import StoredArray, files
 from daskclip.target import directory as publish
 from daskclip.target.journal import Journal
-from daskclip.worker import context as jobs
 from daskclip.worker import tasks
+from daskclip.worker.context import PROCESS
 
 # neither chunks nor shards divide the shape
 SHAPE, CHUNKS, SHARDS = (9, 7, 7), (2, 4, 3), (4, 4, 3)
@@ -544,7 +544,7 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
     (x / "c/0/0").write_bytes(b"broken")
     before = stored(tmp_path)
     failed = Event()
-    original = regions.read
+    original = StoredArray.read
 
     def one_after_the_other(array, region, *args):
         if region[0].start:
@@ -555,7 +555,7 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
             failed.set()
             raise
 
-    monkeypatch.setattr(regions, "read", one_after_the_other)
+    monkeypatch.setattr(StoredArray, "read", one_after_the_other)
     monkeypatch.setattr(plan, "BLOCK", 32)
     with pytest.raises(StorageError), dask.config.set(scheduler="threads", num_workers=2):
         clip_zarr(x, tmp_path / "y", 1.0, 1)
@@ -586,7 +586,7 @@ def test_a_failure_on_workers_makes_no_target(tmp_path, monkeypatch, client, kin
 
 def test_a_second_run_on_the_same_target_is_refused(tmp_path, monkeypatch):
     x = source_of(tmp_path)
-    original, seen = regions.read, []
+    original, seen = StoredArray.read, []
 
     def run_again(*args):
         if not seen:
@@ -596,7 +596,7 @@ def test_a_second_run_on_the_same_target_is_refused(tmp_path, monkeypatch):
             seen.append(caught.value.exit_code)
         return original(*args)
 
-    monkeypatch.setattr(regions, "read", run_again)
+    monkeypatch.setattr(StoredArray, "read", run_again)
     clipped(x, tmp_path / "y")
     assert seen == [None, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
@@ -625,13 +625,13 @@ def test_a_run_that_starts_while_another_one_ends_is_refused(tmp_path, monkeypat
 
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
     x = source_of(tmp_path)
-    original = regions.read
+    original = StoredArray.read
 
     def make_target(*args):
         (tmp_path / "y").mkdir(exist_ok=True)
         return original(*args)
 
-    monkeypatch.setattr(regions, "read", make_target)
+    monkeypatch.setattr(StoredArray, "read", make_target)
     with pytest.raises(TargetExistsError, match="meanwhile"):
         clip_zarr(x, tmp_path / "y", 1.0)
     assert not stored(tmp_path / "y")
@@ -697,6 +697,6 @@ def test_a_target_opens_as_part_of_its_group(tmp_path):
 def test_a_process_keeps_nothing_of_runs_that_ended(tmp_path):
     source = create(tmp_path / "x", np.ones((4, 4), np.float32), (2, 4))
     clip_zarr(source, tmp_path / "y", 1.0, axes=1)
-    assert not jobs._blocks
-    assert not jobs._rooms
-    assert jobs._ended.maxlen
+    assert not PROCESS._running
+    assert not PROCESS._buffers
+    assert PROCESS._drained.maxlen

@@ -34,7 +34,7 @@ from daskclip.errors import (
 )
 from daskclip.plan import array as plan
 from daskclip.target import journal
-from daskclip.worker import context as jobs
+from daskclip.worker.context import PROCESS
 
 SHAPES = {
     "bias": (7,), "layers/0/kernel": (9, 14), "layers/0/bias": (5,), "layers/1/kernel": (4, 6, 5),
@@ -260,11 +260,11 @@ def test_a_thousand_arrays_take_as_few_windows_as_one(tmp_path, monkeypatch):
 def test_nothing_is_held_after_a_run(tmp_path):
     make(tmp_path / "x")
     clip_zarr(tmp_path / "x", tmp_path / "y", 1.0)
-    assert not jobs._rooms
+    assert not PROCESS._buffers
     (tmp_path / "x" / "bias" / "c" / "0").write_bytes(b"no zstd")
     with pytest.raises(OSError, match="chunk c/0"):
         clip_zarr(tmp_path / "x", tmp_path / "z", 1.0)
-    assert not jobs._rooms
+    assert not PROCESS._buffers
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

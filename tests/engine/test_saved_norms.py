@@ -29,8 +29,7 @@ from daskclip.errors import (
     TargetExistsError,
 )
 from daskclip.plan import array as plan
-from daskclip.storage.hierarchy import Hierarchy, at_folder
-from daskclip.storage.regions import read as read_region
+from daskclip.storage import Hierarchy, StoredArray
 from daskclip.target.journal import Journal
 
 SHAPE, CHUNKS = (20, 24), (4, 4)
@@ -64,13 +63,13 @@ def source(tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """Number of reads of chunks."""
-    reads = []
+    reads, original = [], StoredArray.read
 
     def reading(*args, **kwargs):
         reads.append(1)
-        return read_region(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr("daskclip.storage.regions.read", reading)
+    monkeypatch.setattr(StoredArray, "read", reading)
     return reads
 
 
@@ -181,7 +180,8 @@ def test_a_killed_process_leaves_no_norms(tmp_path):
     create(tmp_path / "x", some((64, 64), "f4"), (1, 64))
     code = """
 import os, signal, sys
-from daskclip import stats_zarr, tasks
+from daskclip import stats_zarr
+from daskclip.worker import tasks
 save = tasks.save_norms
 def saving(*args):
     done = save(*args)
@@ -201,7 +201,7 @@ stats_zarr(sys.argv[1], 1, save_norms=sys.argv[2])
 def test_norms_of_another_state_of_the_source_are_refused(source, tmp_path, monkeypatch, known):
     memory = memory_of(source, 0, 2)
     stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
-    state = Hierarchy.fingerprint(at_folder(source), changes=True)
+    state = Hierarchy.fingerprint(Hierarchy.open(source), changes=True)
     zarr.open_array(source, mode="r+")[0, 0] += 1.0
     if not known:  # by its files: the pass that is left finds it by what it reads
         monkeypatch.setattr(Hierarchy, "fingerprint", lambda *_, **__: state)
