@@ -6,12 +6,11 @@ pipeline decodes chunks concurrently, so that its memory has no bound.
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from daskclip.storage.durable import Data
 
 Array = npt.NDArray[Any]
-T = TypeVar("T")
 
 ABSENT = 2**64 - 1  # offset and length, in a shard's index, of an inner chunk not stored
 
@@ -86,6 +84,9 @@ def _chain(codecs: Iterable[Any], spec: ArraySpec, fill: Array) -> Chain:
         if isinstance(codec, BytesCodec):
             order: Any = getattr(codec.endian, "value", codec.endian)
             steps.append(_Elements(spec.shape, fill.dtype.newbyteorder(order), "C"))
+        elif hasattr(codec, "_codec"):  # zarr's wrapper of a codec of numcodecs is asynchronous
+            steps.append(_Plain(codec._codec, limit))
+            spec = codec.resolve_metadata(spec)
         else:
             steps.append(_Zarr(codec, codec_name(str(codec.to_dict()["name"])), spec, limit))
             spec = codec.resolve_metadata(spec)
@@ -111,7 +112,7 @@ def _encode_through(codecs: tuple[Codec, ...], x: Data) -> Data:
 
 def decode(chain: Chain, data: Data, out: Array) -> None:
     """Decode a chunk into ``out``, which may be cut off at the edge of its array."""
-    x: Any = data
+    x = data
     for i, codec in reversed([*enumerate(chain.codecs)]):
         buffer = out if out.shape == chain.shape else None
         first = chain.codecs[0]
@@ -121,7 +122,8 @@ def decode(chain: Chain, data: Data, out: Array) -> None:
         x = codec.decode(x, buffer if i < 2 else None)
         if x is out:
             return
-    out[...] = x[index(tuple(slice(n) for n in out.shape))]
+    values = np.reshape(x, chain.shape)  # pcodec decodes to one dimension
+    out[...] = values[index(tuple(slice(n) for n in out.shape))]
 
 
 def stored_bytes(chain: Chain, x: Array) -> npt.NDArray[np.uint8] | None:
@@ -189,7 +191,7 @@ class _Elements:
 
 @dataclass(frozen=True)
 class _Plain:
-    """A codec of format 2."""
+    """A codec of numcodecs."""
 
     codec: Any
     limit: int
@@ -204,7 +206,7 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _Zarr:
-    """A codec of format 3."""
+    """A codec of zarr, called by its synchronous methods."""
 
     codec: Any
     name: str
@@ -213,28 +215,19 @@ class _Zarr:
 
     def encode(self, x: Data) -> Data:
         values = not isinstance(self.codec, BytesBytesCodec)
-        return _without_time(self.name, self._run("_encode", values, x))
+        return _without_time(self.name, self._run("_encode_sync", values, x))
 
     def decode(self, x: Data, out: Array | None) -> Data:
         if isinstance(self.codec, ArrayArrayCodec):
-            return self._run("_decode", True, x)
-        run = partial(self._run, "_decode", False)
-        data = np.frombuffer(x, np.uint8)
-        if not isinstance(self.codec, BytesBytesCodec):
-            return run(data)
-        return decode_guarded(self.name, data.data, self.limit, run, out)
+            return self._run("_decode_sync", True, x)
+        run = partial(self._run, "_decode_sync", False)
+        return decode_guarded(self.name, _memory(x), self.limit, run, out)
 
     def _run(self, method: str, values: bool, x: Data) -> Array:
         prototype, array = self.spec.prototype, np.asarray(x)
         buffer: Any = prototype.nd_buffer if values else prototype.buffer
         wrapped = buffer.from_ndarray_like(array) if values else buffer.from_array_like(array)
-        # not all codecs have the synchronous method
-        run_sync = getattr(self.codec, f"{method}_sync", None)
-        made = (
-            run_sync(wrapped, self.spec)
-            if run_sync
-            else _run_coroutine(getattr(self.codec, f"{method}_single")(wrapped, self.spec))
-        )
+        made = getattr(self.codec, method)(wrapped, self.spec)
         result: Array = made.as_numpy_array()
         return result
 
@@ -296,31 +289,3 @@ def _shards(codec: ShardingCodec, spec: ArraySpec, fill: Array) -> _Shards:
     configuration: Any = codec.to_dict()["configuration"]
     first = configuration["index_location"] == "start"
     return _Shards(inner, index_chain, size, first, spec.shape)
-
-
-class _InlineLoop:
-    """Stands in for a running event loop: runs in this thread what would go to another one."""
-
-    async def run_in_executor(
-        self, executor: object, function: Callable[..., T], *args: object
-    ) -> T:
-        return function(*args)
-
-
-_INLINE_LOOP: Any = _InlineLoop()
-
-
-def _run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Result of a coroutine that waits for nothing but other threads."""
-    # asyncio.to_thread asks for the running loop; a real one would cost more than small chunks
-    outer = asyncio._get_running_loop()
-    asyncio._set_running_loop(_INLINE_LOOP)
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    finally:
-        asyncio._set_running_loop(outer)
-        coroutine.close()
-    raise RuntimeError("a codec waits for something else than a thread")
