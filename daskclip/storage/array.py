@@ -194,6 +194,7 @@ class StoredArray:
     def copy_to(self, target: StoredArray, region: Box) -> int:
         """Copy what is stored of a region without decoding it, and return its digest."""
         keys, source = self.keys(region), self._chunks
+        # between folders no file is held in memory as a whole
         if self.folder is not None and target.folder is not None:
             return copy_files(self.folder, target.folder, keys)
         return target._chunks.write(zip(keys, source.read(keys), strict=True))
@@ -219,6 +220,7 @@ class StoredArray:
         ndim, ends = self.ndim, grid(self.shape, self.unit)
         for key, *_ in self.listed():
             numbers = [int(i) for i in NUMBER.findall(key)]
+            # the numbers of a key are the coordinates in any encoding; other keys have some too
             coords = tuple(numbers[-ndim:] if ndim else ())
             inside = len(coords) == ndim and all(i < n for i, n in zip(coords, ends, strict=True))
             yield key, coords if inside and key == self._key(coords) else None
@@ -241,6 +243,7 @@ class StoredArray:
         blocks : int
             Number of blocks.
         """
+        # None as a fill value counts as 0 too
         if self.array.fill_value:
             return None
         found = np.zeros(blocks, np.bool_)
@@ -309,6 +312,7 @@ def _culprit(
     array: StoredArray, region: Box, operation: Callable[[Box], object], error: Exception
 ) -> tuple[str, Exception]:
     """The first chunk of a block that the operation fails for alone."""
+    # once more, chunk by chunk: the error of the block does not say where it came from
     for inside in boxes(box_shape(region), array.unit):
         part = shift(inside, region)
         try:

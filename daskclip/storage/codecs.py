@@ -116,7 +116,7 @@ def decode(chain: Chain, data: Data, out: Array) -> None:
     for i, codec in reversed([*enumerate(chain.codecs)]):
         buffer = out if out.shape == chain.shape else None
         first = chain.codecs[0]
-        # the last codec but one decodes to the bytes of the values: straight into their memory
+        # what the codec before decodes to are the bytes of the values: straight into their memory
         if i == 1 and isinstance(first, _Elements):
             buffer = first.buffer(buffer)
         x = codec.decode(x, buffer if i < 2 else None)
@@ -153,6 +153,7 @@ def _is_fill(values: Array, fill: Array) -> bool:
     """Whether all elements equal the fill value bit for bit: -0.0 and NaN do not equal 0."""
     if not values.size:
         return True
+    # nearly all chunks of data differ in their first or last element
     ends = values[(0,) * values.ndim], values[(-1,) * values.ndim]
     if any(end.tobytes() != fill.tobytes() for end in ends):
         return False

@@ -61,6 +61,7 @@ def write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+    # the name of the file too
     sync_filesystem(path.parent)
 
 

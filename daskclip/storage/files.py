@@ -198,6 +198,7 @@ def _replacing(folder: Path, key: str, token: str) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
+    # not after an error: then the old file stays, and the part is removed with the run
     os.replace(part, path)
 
 

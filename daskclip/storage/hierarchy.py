@@ -133,6 +133,7 @@ class Hierarchy:
 
     def write_documents(self, folder: Path) -> None:
         """Create a folder that has the same metadata and no chunks."""
+        # sorted: outer folders first
         for name in ("", *sorted({_split(key)[0] for key in self.documents} - {""})):
             os.mkdir(folder / name)
         for key, data in self.documents.items():
@@ -201,6 +202,7 @@ def _documents(folder: Path, prefix: str = "") -> Iterator[tuple[str, bytes]]:
                 own[entry.name] = _document(entry)
             elif entry.is_dir() and not entry.name.startswith("."):
                 inside.append(entry)
+    # zarr finds nothing below a folder that is not a node
     if not own.keys() & set(NODE_DOCUMENTS):
         return
     for entry in inside if ".zarray" not in own and not _is_array(own.get("zarr.json")) else ():
@@ -231,13 +233,14 @@ def _is_array(document: bytes | None) -> bool:
 
 def _fetch_documents(store: Store, path: str) -> dict[str, bytes]:
     """Metadata at a key of an object store and, of a group, below it."""
-    names = [""]
+    names = [""]  # nodes, inner ones first
     root = _get(store, path, DOCUMENTS)
     if ".zarray" not in root and not _is_array(root.get("zarr.json")) and root:
         group = zarr.open_group(StorePath(store, path), mode="r")
         with warnings.catch_warnings():  # of objects that are no nodes, such as a lock
             warnings.simplefilter("ignore")
             names = [*sorted((n for n, _ in group.members(max_depth=None)), reverse=True), ""]
+    # formats are not mixed in a group, and each missing document costs a request
     kinds = DOCUMENTS if "zarr.json" not in root else ("zarr.json",)
     keys = [objects.join(name, kind) for name in names for kind in kinds]
     found: dict[str, bytes] = {}

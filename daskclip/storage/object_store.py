@@ -48,6 +48,7 @@ class ChunkObjects:
         self, keys: Sequence[str], buffers: Sequence[Bytes | None] | None = None
     ) -> Iterator[Bytes | None]:
         """Bytes of each object, or None; several are fetched at a time, which saves waiting."""
+        # large chunks one at a time, so that memory is as planned
         count = max(1, IO_BYTES // self.unit_nbytes)
         for i in range(0, len(keys), count):
             yield from get(self.store, [join(self.path, key) for key in keys[i : i + count]])
@@ -156,6 +157,7 @@ class ObjectPrefix:
 
 def open_url(url: str, options: dict[str, Any] | None) -> tuple[Store, str]:
     """Store of a whole bucket, and the key in it that a URL names."""
+    # the whole bucket, since groups above a target are checked too
     found = FsspecStore.from_url(url, options)
     bucket, _, key = found.path.strip("/").partition("/")
     return FsspecStore(found.fs, path=bucket), key.strip("/")
@@ -205,6 +207,7 @@ def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
 def put_once(store: Store, objects: Sequence[tuple[str, bytes]]) -> None:
     """Create objects; those that an earlier try or another worker made have the same bytes."""
     created = create(store, objects)
+    # an object of an earlier try is as good, if it is the same
     existing = [both for both, new in zip(objects, created, strict=True) if not new]
     for (key, data), stored in zip(existing, get(store, [k for k, _ in existing]), strict=True):
         if stored is None or stored.tobytes() != data:

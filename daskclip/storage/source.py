@@ -60,22 +60,23 @@ def open_source(source: object, storage_options: dict[str, Any] | None = None) -
     except DaskClipError:
         raise
     except Exception as error:  # broken metadata makes zarr raise anything
-        where, why = f"source {name}", error_text(error)
-        if "data type" in str(error):
-            raise DTypeError(
-                f"{where} has a dtype that cannot be clipped ({why}); store it as floating point "
-                "or complex"
-            ) from error
-        if is_refused(error):
-            raise SourceError(
-                f"{where} cannot be read ({why}); check credentials and rights"
-            ) from error
-        if is_transient(error):
-            raise TemporaryError(f"{where} cannot be reached ({why}); run again") from error
-        raise SourceError(
-            f"{where} is not a zarr array or group ({why}); give the path of one"
-        ) from error
+        raise _open_error(f"source {name}", error) from error
     return opened
+
+
+def _open_error(where: str, error: Exception) -> DaskClipError:
+    """The error to raise for one of zarr or of a store."""
+    why = error_text(error)
+    if "data type" in str(error):
+        return DTypeError(
+            f"{where} has a dtype that cannot be clipped ({why}); store it as floating point or "
+            "complex"
+        )
+    if is_refused(error):
+        return SourceError(f"{where} cannot be read ({why}); check credentials and rights")
+    if is_transient(error):
+        return TemporaryError(f"{where} cannot be reached ({why}); run again")
+    return SourceError(f"{where} is not a zarr array or group ({why}); give the path of one")
 
 
 def check_source(array: StoredArray, check_dtype: Callable[[np.dtype[Any]], None]) -> None:
@@ -86,19 +87,29 @@ def check_source(array: StoredArray, check_dtype: Callable[[np.dtype[Any]], None
         named.setdefault("_FillValue", array.array.fill_value)
     require_decoded(array.dtype, named, where)
     check_dtype(array.dtype)
-    try:
-        unit = array.unit
-    except NotImplementedError as error:
-        raise SourceError(
-            f"{where} has chunks of uneven sizes; store it with a regular grid"
-        ) from error
     for codec in _codecs(array):
         if codec not in LOSSLESS:
             raise SourceError(
                 f"{where} is stored with {codec}, which is not known to be "
                 "lossless, so that the bound could not hold; store it with another codec"
             )
-    chunks = array.array.chunks
+    _check_chunks(array, where)
+    try:
+        chain(array.array)
+    except Exception as error:  # zarr checks some codecs only when it reads
+        raise SourceError(
+            f"{where} has codecs that do not fit it ({error_text(error)}); check its metadata"
+        ) from error
+
+
+def _check_chunks(array: StoredArray, where: str) -> None:
+    """Refuse a grid of chunks that cannot be stored."""
+    try:
+        unit, chunks = array.unit, array.array.chunks
+    except NotImplementedError as error:
+        raise SourceError(
+            f"{where} has chunks of uneven sizes; store it with a regular grid"
+        ) from error
     if min((*array.shape, 0)) < 0 or min((*unit, *chunks, 1)) < 1:
         raise SourceError(
             f"{where} has shape {array.shape} in chunks of {chunks}; "
@@ -109,12 +120,6 @@ def check_source(array: StoredArray, check_dtype: Callable[[np.dtype[Any]], None
             f"{where} has more than the {UNITS:.0e} chunks or shards that can be stored; "
             "check its metadata"
         )
-    try:
-        chain(array.array)
-    except Exception as error:  # zarr checks some codecs only when it reads
-        raise SourceError(
-            f"{where} has codecs that do not fit it ({error_text(error)}); check its metadata"
-        ) from error
 
 
 def _codecs(array: StoredArray) -> list[str]:

@@ -87,6 +87,7 @@ class ProcessState:
     def running_block(self, attempt_id: str) -> Iterator[None]:
         """Count a block as running; refused once the attempt has been drained."""
         with self._changed:
+            # a task of a run that was stopped may still be in the queue of the scheduler
             if attempt_id in self._drained:
                 raise StorageError("the run was stopped")
             self._running[attempt_id] += 1

@@ -96,6 +96,7 @@ def run_batch(
             function(task, slab, block, *scale, *expected)
             for task, (slab, block, *expected), scale in zip(tasks, blocks, extra, strict=True)
         ]
+        # one call for the batch: it writes back what all threads have written until then
         if first.staged and any(result.digest is not None for result in results):
             with translating_storage_errors(f"writing {first.target}"):
                 durable.sync_filesystem(Path(first.staged))
