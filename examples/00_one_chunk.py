@@ -1,7 +1,7 @@
 """One chunk by hand, from the source to the published target, without Dask.
 
-It introduces the terms of the package in the order in which a chunk meets them. An array of two
-rows and two chunks is clipped along its rows: each slice lies in both chunks, so two passes are
+You learn the names of the package in the order in which a chunk meets them. An array of two rows
+and two chunks is clipped along its rows: each slice lies in both chunks, so that two passes are
 needed. `daskclip.engine` does the same with many blocks, `daskclip.lazy` with Dask chunks.
 """
 
@@ -13,44 +13,43 @@ import zarr
 from daskclip import clip_by_norm
 from daskclip.grid import boxes
 from daskclip.numerics import combine, finalize, partial_norm, rescale
-from daskclip.storage import at_folder, regions
+from daskclip.storage import open_source
 from daskclip.target import DirectoryTarget
 
 
 def main(tmp):
     folder, clip_norm, axes = Path(tmp), 1.0, (1,)
-    source = zarr.create_array(folder / "x.zarr", shape=(2, 8), chunks=(2, 4), dtype="float32")
-    source[:] = [[3, 0, 0, 0, 0, 0, 0, 4], [0.3, 0, 0, 0, 0, 0, 0, 0.4]]
+    x = zarr.create_array(folder / "x.zarr", shape=(2, 8), chunks=(2, 4), dtype="float32")
+    x[:] = [[3, 0, 0, 0, 0, 0, 0, 4], [0.3, 0, 0, 0, 0, 0, 0, 0.4]]
+    whole = open_source(x)  # of a group, all its arrays
+    source = whole.arrays[""]
 
-    # a block is a region of whole chunks, so that one task is the only writer of a stored object
-    blocks = list(boxes(source.shape, source.chunks))
-    assert blocks == [(slice(0, 2), slice(0, 4)), (slice(0, 2), slice(4, 8))]
+    # regions of the source: whole chunks, so that one task is the only writer of a stored object
+    regions = list(boxes(source.shape, source.unit))
+    assert regions == [(slice(0, 2), slice(0, 4)), (slice(0, 2), slice(4, 8))]
 
-    # first pass: the exact sum of squares of each row of each block; no block is kept
-    values = (regions.read(source, block, "fill") for block in blocks)
-    partials = [partial_norm(x, axes) for x in values]
+    # first pass: the exact sum of squares of each row of each chunk; the chunk is let go
+    chunks = (source.read(region) for region in regions)
+    partials = [partial_norm(chunk, axes) for chunk in chunks]
 
-    # the sums are exact, so any order of combining them gives the same bits
+    # the tree: any order and grouping gives the same bits, since the sums are exact
     total = combine(partials)
     assert (total.limbs == combine(partials[::-1]).limbs).all()
 
-    # norm and factor of each row; a row within the limit has factor 1 and keeps its bits
+    # norm and factor of each row; a row within the limit has the factor 1 and keeps its bits
     scale = finalize(total, clip_norm, source.dtype)
     assert (scale.norm[0], scale.factor[1]) == (5.0, 1.0)
 
-    # second pass: read again, rescale, write to a staging folder beside the target
-    with DirectoryTarget(folder / "y.zarr").locked() as transaction:
-        hierarchy = at_folder(folder / "x.zarr")  # for a group, all of its arrays
-        transaction.begin(hierarchy, "staged")
-        target, staged = transaction.staging(hierarchy, "staged")
-        for block in blocks:
-            clipped = rescale(regions.read(source, block, "fill"), scale)
-            regions.write(target.arrays[""], block, clipped)
-        # one rename publishes the target: readers see all of it or nothing
+    # second pass: read again, rescale, write beside the target, then let it appear in one step
+    with DirectoryTarget(folder / "y.zarr").locked() as work:
+        work.begin(whole, "staged")
+        target, staged = work.staging(whole, "staged")
+        for region in regions:
+            target.arrays[""].write(region, rescale(source.read(region), scale))
         Path(staged).rename(folder / "y.zarr")
 
-    result = zarr.open_array(folder / "y.zarr", mode="r")[:]
-    assert result.tobytes() == clip_by_norm(source[:], clip_norm, axes).tobytes()
+    clipped = zarr.open_array(folder / "y.zarr", mode="r")[:]
+    assert clipped.tobytes() == clip_by_norm(x[:], clip_norm, axes).tobytes()
 
 
 if __name__ == "__main__":

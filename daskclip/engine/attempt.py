@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from daskclip.engine.cluster import memory_used, running, versions
 from daskclip.engine.passes import Passes
@@ -16,9 +16,14 @@ from daskclip.grid import grid_shape
 from daskclip.numerics import NormHistogram
 from daskclip.plan import GroupPlan
 from daskclip.report import ClipReport, ProgressState, format_size
-from daskclip.storage import DIGESTS, Hierarchy, stored_blocks
+from daskclip.storage import Hierarchy, durable
 from daskclip.target import JOURNAL, Entry, Journal
 from daskclip.worker import ArrayTask, drain
+
+if TYPE_CHECKING:
+    from daskclip.engine.saved_norms import SavedNorms
+    from daskclip.numerics import NormHistogram
+    from daskclip.plan import GroupPlan
 
 STATES = 200  # points of the curve of progress that are kept
 OTHERS = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")
@@ -28,14 +33,14 @@ def array_tasks(
     plan: GroupPlan,
     source: Hierarchy,
     target: Hierarchy | None,
-    run: str,
+    attempt_id: str,
     limits: dict[str, Any],
     **common: Any,
 ) -> list[ArrayTask]:
-    """A job for each array of a plan; ``run`` names the attempt."""
+    """What tasks share, for each array of a plan."""
     return [
         ArrayTask(
-            run=run,
+            attempt_id=attempt_id,
             number=i,
             name=name,
             plan=one,
@@ -78,7 +83,7 @@ def clip_passes(
 
     with (
         Journal(work.folder / JOURNAL, work.mirror) as entries,
-        running(plan.threads, partial(drain, first.run)) as how,
+        running(plan.threads, partial(drain, first.attempt_id)) as how,
     ):
         passes = Passes(jobs, how, entries, progress, plan.window, stored_of(jobs, run))
         if saved is not None:
@@ -90,7 +95,7 @@ def clip_passes(
         if written:
             work.remove_stray_files(staged)
             made = work.fingerprint_staged(source, staged)
-        digest = (passes.digest + made.get("metadata", 0)) % DIGESTS
+        digest = (passes.digest + made.get("metadata", 0)) % durable.DIGESTS
         axes, asked = parameters["axes"], (*OTHERS, *(["clip_norm"] if "limit" in run else []))
         peak = max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0)
         report = ClipReport(
@@ -137,7 +142,7 @@ def stored_of(jobs: list[ArrayTask], run: Entry) -> list[Any]:
     return [
         None
         if (everything and job.plan.passes) or not job.plan.blocks
-        else stored_blocks(job.source, job.plan.block, job.plan.block_strides, job.plan.blocks)
+        else job.source.stored_blocks(job.plan.block, job.plan.block_strides, job.plan.blocks)
         for job in jobs
     ]
 

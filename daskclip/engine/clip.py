@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from daskclip.arguments import NonFinite, parse_clip_norm_or_quantile
@@ -23,10 +23,12 @@ from daskclip.engine.run_record import (
     start_run,
 )
 from daskclip.errors import DaskClipError
-from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import ClipReport, Mode, progress_printer
 from daskclip.storage import translating_storage_errors
 from daskclip.target import open_target, refuse_existing
+
+if TYPE_CHECKING:
+    from daskclip.plan import ClipPlan, GroupPlan
 
 log = logging.getLogger("daskclip")
 

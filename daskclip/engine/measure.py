@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from daskclip.engine.attempt import array_tasks, stored_of
@@ -17,11 +16,13 @@ from daskclip.engine.cluster import running
 from daskclip.engine.passes import Passes
 from daskclip.engine.saved_norms import SUMS, SavedNorms
 from daskclip.errors import InvalidValueError
-from daskclip.plan import GroupPlan
 from daskclip.report import ProgressState, Show
-from daskclip.storage import Hierarchy
 from daskclip.target import JOURNAL, Entry, Journal, journal
 from daskclip.worker import ArrayTask, drain
+
+if TYPE_CHECKING:
+    from daskclip.plan import GroupPlan
+    from daskclip.storage import Hierarchy
 
 
 @contextmanager
@@ -54,13 +55,12 @@ def measure(
     They are written to ``norms``, if that is given, with what they were made from.
     """
     started, parameters = time.monotonic(), run["parameters"]
-    # of an infinite limit, NaN would not be refused
-    common = {"in_place": False, "clip_norm": sys.float_info.max, "collect": True}
+    common = {"in_place": False, "clip_norm": None, "collect": True}
     common |= {k: parameters[k] for k in ("ord", "nonfinite", "missing")}
     staged = None if norms is None else str(norms)
     jobs = array_tasks(plan, source, norms, uuid4().hex, {}, staged=staged, **common)
     with (
-        running(plan.threads, partial(drain, jobs[0].run)) as how,
+        running(plan.threads, partial(drain, jobs[0].attempt_id)) as how,
         scratch_passes(jobs, how, plan.window, stored_of(jobs, run), norms) as passes,
     ):
         passes.done = passes.skipped = passes.done // plan.passes  # it is one pass only

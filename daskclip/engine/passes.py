@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,9 +14,11 @@ from daskclip.engine.saved_norms import arrays_of, partials_of, saved_sums
 from daskclip.engine.scales import Scales
 from daskclip.engine.window_graph import Batch, BlockId, batch_small_blocks, compute
 from daskclip.numerics import NAN, NormHistogram, SliceCounts, combine
-from daskclip.storage import digest_file
-from daskclip.target import Entry, Journal
+from daskclip.storage import durable
 from daskclip.worker import ArrayTask, tasks
+
+if TYPE_CHECKING:
+    from daskclip.target import Entry, Journal
 
 
 @dataclass(slots=True)
@@ -239,13 +241,13 @@ class Passes:
     def _clip(self, row: Batch) -> Entry:
         results = compute(tasks.clip_slab, self.jobs, [row], self.how)
         return {
-            "tally": reduce(SliceCounts.add, [counted for counted, _ in results]),
-            "target": self._numbered([row], [digest for _, digest in results]),
+            "tally": reduce(SliceCounts.add, [r.counts for r in results]),
+            "target": self._numbered([row], results),
         }
 
     def _count(self, row: Batch) -> Entry:
         results = compute(tasks.count_slab, self.jobs, [row], self.how)
-        return {"tally": reduce(SliceCounts.add, [counted for counted, _ in results])}
+        return {"tally": reduce(SliceCounts.add, [r.counts for r in results])}
 
     def _take(self, saved: Entry) -> Entry:
         """An entry of the first pass of another run."""
@@ -285,15 +287,16 @@ class Passes:
         results = compute(tasks.copy_block, self.jobs, [row], self.how)
         return {"target": self._numbered([row], results)}
 
-    def _numbered(self, rows: list[Batch], digests: list[Any]) -> dict[int, int]:
+    def _numbered(self, rows: list[Batch], results: list[tasks.BlockResult]) -> dict[int, int]:
         """Digests by the number of their block, of those that were written."""
         numbers = [self.number(cell) for row in rows for cell in row]
+        digests = [result.digest for result in results]
         return {n: d for n, d in zip(numbers, digests, strict=True) if d is not None}
 
 
 def weight(name: str) -> int:
     """What digests of an array count in a sum over arrays, so that no two may change places."""
-    return digest_file(name, 0) | 1 if name else 1
+    return durable.digest_entry(name, 0) | 1 if name else 1
 
 
 def _rows(job: int, slabs: Iterable[int], blocks: Iterable[int]) -> list[Batch]:

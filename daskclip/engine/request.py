@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,17 +36,17 @@ from daskclip.errors import (
 from daskclip.plan import GroupPlan, Layout, Machine, plan_group, sizing
 from daskclip.storage import (
     Hierarchy,
-    at_place,
+    StoredArray,
     check_source,
-    dimension_names,
-    files,
+    durable,
+    is_zarr_array,
     open_source,
-    patterns,
+    parse_patterns,
     select_arrays,
-    write_unit,
 )
-from daskclip.storage import array as storage
-from daskclip.target import Entry
+
+if TYPE_CHECKING:
+    from daskclip.target import Entry
 
 # bytes that the exact sum of a slice may take, by the size of an element
 STATE = {2: 24, 4: 80, 8: 544}
@@ -100,7 +100,7 @@ def prepare(
     for name, one in each.items():
         clipped[name] = replace(clipped[name], limits_nbytes=nbytes(one))
     copied = {
-        name: Layout(shape=array.shape, unit=write_unit(array), itemsize=array.dtype.itemsize)
+        name: Layout(shape=array.shape, unit=array.unit, itemsize=array.dtype.itemsize)
         for name, array in opened.arrays.items()
         if name not in clipped
     }
@@ -116,8 +116,8 @@ def prepare(
         "limits": limits_identity(each),
         "nonfinite": nonfinite,
         "missing": missing,
-        "include": patterns(include, "include"),
-        "exclude": patterns(exclude, "exclude"),
+        "include": parse_patterns(include, "include"),
+        "exclude": parse_patterns(exclude, "exclude"),
         "global_norm": global_norm,
         "norms": None if norms is None else str(norms),
     }
@@ -129,7 +129,7 @@ def prepare(
 
 def _having(source: Hierarchy, names: list[str], dim: Any) -> tuple[list[str], list[str]]:
     """Those of the arrays that have any of the dimensions, all if there are none, and these."""
-    having = {name: dimension_names(source.arrays[name]) or [] for name in names}
+    having = {name: source.arrays[name].dimension_names or [] for name in names}
     known = list(dict.fromkeys(d for named in having.values() for d in named if d is not None))
     wanted = parse_dim(dim, known)
     return [name for name in names if not wanted or {*having[name]} & {*wanted}], wanted
@@ -138,7 +138,7 @@ def _having(source: Hierarchy, names: list[str], dim: Any) -> tuple[list[str], l
 def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> Layout:
     """Layout of an array to clip."""
     array = source.arrays[name]
-    named = dimension_names(array)
+    named = array.dimension_names
     if source.is_group and dim is not None and axes is None:
         dim, axes = None, [a for a, d in enumerate(named or ()) if d in dim]
     try:
@@ -153,7 +153,7 @@ def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> Lay
     return Layout(
         shape=array.shape,
         axes=taken,
-        unit=write_unit(array),
+        unit=array.unit,
         itemsize=itemsize,
         sum_nbytes=sizing.DEFAULT.sum_nbytes
         or STATE[itemsize // (2 if array.dtype.kind == "c" else 1)],
@@ -191,12 +191,14 @@ def open_limits(
 def _usable(limits: Any, clip_norm: Any, shape: Any, axes: Any, options: Any) -> Any:
     if isinstance(limits, numbers.Real):
         limits = np.asarray(limits, np.float64)
-    if type(limits) is not np.ndarray and not storage.is_array(limits):
+    if is_zarr_array(limits):
+        limits = StoredArray(limits)
+    elif not isinstance(limits, StoredArray) and type(limits) is not np.ndarray:
         limits = _opened(limits, options).arrays.get("")
         if limits is None:
             raise InvalidValueError("limits of an array are a group; give an array")
     check_limits_dtype(limits.dtype)
-    if storage.is_array(limits):
+    if isinstance(limits, StoredArray):
         check_source(limits, check_limits_dtype)
     check_limits(limits.shape, clip_norm, shape, axes)
     return limits.astype(np.float64, order="C") if isinstance(limits, np.ndarray) else limits
@@ -218,28 +220,28 @@ def limits_identity(limits: Mapping[str, Any]) -> Any:
 def _limits_identity(limits: Any) -> str:
     numpy = isinstance(limits, np.ndarray)
     found = limits if numpy else json.dumps(_there(limits).fingerprint(changes=True)).encode()
-    return f"of shape {limits.shape} and digest {files.digest(found):08x}"
+    return f"of shape {limits.shape} and digest {durable.digest(found):08x}"
 
 
 def paths(limits: Mapping[str, Any]) -> list[str]:
     """Files that whoever reads them must see."""
-    return [p for one in limits.values() if storage.is_array(one) for p in _there(one).paths]
+    return [p for one in limits.values() if isinstance(one, StoredArray) for p in _there(one).paths]
 
 
 def _there(limits: Any) -> Hierarchy:
-    return at_place(limits.store, limits.path)
+    return Hierarchy.open(limits.array.store, limits.array.path)
 
 
 def nbytes(limits: Any) -> int:
     """Bytes of what is held of limits at a time, beside those of a region."""
     if limits is None:
         return 0
-    return limits.nbytes if isinstance(limits, np.ndarray) else storage.unit_nbytes(limits)
+    return limits.nbytes if isinstance(limits, np.ndarray) else limits.unit_nbytes
 
 
 def require_unchanged(source: Hierarchy, limits: dict[str, Any], run: Entry) -> None:
     """Require source and limits to be what they were when the run began."""
-    now = source.fingerprint(changes=True)
+    now = source.reread().fingerprint(changes=True)
     if now != run["source"]:
         raise SourceChangedError(
             f"source {source} (chunk {now.get('newest')}) changed during the run; "

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
@@ -22,9 +22,7 @@ from daskclip.errors import (
     short_repr,
 )
 from daskclip.numerics import Partial, SliceCounts
-from daskclip.plan import GroupPlan
-from daskclip.storage import Hierarchy, at_folder, files
-from daskclip.storage import array as storage
+from daskclip.storage import Hierarchy, StoredArray, durable
 from daskclip.target import (
     JOURNAL,
     Arrays,
@@ -34,6 +32,9 @@ from daskclip.target import (
     journal,
     refuse_existing,
 )
+
+if TYPE_CHECKING:
+    from daskclip.plan import GroupPlan
 
 SUMS = ".daskclip-sums"
 """Folder of the journal of the first pass; zarr takes no notice of it."""
@@ -114,11 +115,11 @@ def saving(path: Any, source: Hierarchy, run: Entry, plan: GroupPlan) -> Iterato
         parameters = run["parameters"] | {"source": str(source)}
         header = run | {"version": VERSION, "parameters": parameters}
         journal.begin(folder / SUMS / JOURNAL, header | plan_to_json(plan))
-        yield at_folder(folder)
-        files.sync(folder)
+        yield Hierarchy.open(folder)
+        durable.sync_filesystem(folder)
         refuse_existing(place)
         os.rename(folder, place.path)
-        files.sync(place.path.parent)
+        durable.sync_filesystem(place.path.parent)
 
 
 def open_norms(
@@ -167,8 +168,8 @@ def _folder(path: Any) -> DirectoryTarget:
 def _make(folder: Path, source: Hierarchy, parameters: Entry, plan: GroupPlan) -> None:
     """An array without chunks, of which each block of the source writes whole ones."""
     array, one = source.arrays[""], plan.plans[""]
-    names = storage.dimension_names(array)
-    storage.make_norms(
+    names = array.dimension_names
+    StoredArray.create(
         folder,
         shape=tuple(one.kept.values()),
         chunks=tuple(max(1, one.block[a]) for a in one.kept),

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import TYPE_CHECKING
 
 from daskclip.engine.saved_norms import partials_of
 from daskclip.numerics import Scale, SliceCounts, finalize, nan_if_infinite
-from daskclip.target import Journal
 from daskclip.worker import ArrayTask, tasks
+
+if TYPE_CHECKING:
+    from daskclip.target import Journal
 
 
 @dataclass(slots=True)

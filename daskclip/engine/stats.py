@@ -7,9 +7,8 @@ import os
 import time
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from daskclip.arguments import NonFinite
 from daskclip.engine.cluster import require_alike
 from daskclip.engine.measure import measure
 from daskclip.engine.request import prepare, require_unchanged
@@ -17,6 +16,9 @@ from daskclip.engine.saved_norms import saving
 from daskclip.numerics import RELATIVE_ERROR, NormHistogram
 from daskclip.report import Mode, StatsReport, progress_printer
 from daskclip.storage import translating_storage_errors
+
+if TYPE_CHECKING:
+    from daskclip.arguments import NonFinite
 
 PERCENTS = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")
 CANDIDATES = 30

@@ -18,8 +18,7 @@ from daskclip.engine.request import limits_identity, open_limits
 from daskclip.engine.run_record import VERSION, plan_from_json, replan
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
 from daskclip.report import VerifyReport
-from daskclip.storage import DOCUMENTS, Hierarchy, open_source, translating_storage_errors
-from daskclip.storage import array as storage
+from daskclip.storage import Hierarchy, open_source, translating_storage_errors
 from daskclip.target import DirectoryTarget, Entry, Target, find_target, journal
 from daskclip.worker import drain
 
@@ -86,7 +85,7 @@ def verify_zarr(
         plan = replan(run, plan_from_json(run).memory)
         try:
             there = open_source(
-                place.path if isinstance(place, DirectoryTarget) else place.open().place
+                place.path if isinstance(place, DirectoryTarget) else place.open().store_path
             )
             _check_keys(there, place, made)
         except DaskClipError as error:
@@ -102,7 +101,7 @@ def verify_zarr(
         again = None if source is None else open_source(source)
         if again is not None:
             _check_source(again, there, place)
-        with running(plan.threads, partial(drain, jobs[0].run)) as how:
+        with running(plan.threads, partial(drain, jobs[0].attempt_id)) as how:
             with scratch_passes(jobs, how, plan.window) as norms:
                 norms.check(digests, range(len(jobs)))
                 norms.measure()
@@ -165,10 +164,9 @@ def _check_keys(there: Hierarchy, place: Target, made: Entry) -> None:
     if there.fingerprint(changes=False)["metadata"] != made["metadata"]:
         raise VerificationError(f"the metadata of {place} is not what was written; clip it again")
     for name, array in there.arrays.items():
-        for key, cell in storage.cells(array):
-            if cell is None and key not in DOCUMENTS:
-                inside = f"{name}/{key}".lstrip("/")
-                raise VerificationError(f"{place}/{inside} is no chunk of the array; remove it")
+        for key in array.stray_keys():
+            inside = f"{name}/{key}".lstrip("/")
+            raise VerificationError(f"{place}/{inside} is no chunk of the array; remove it")
 
 
 def _check_source(source: Hierarchy, there: Hierarchy, place: Target) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 import dask
@@ -14,9 +14,10 @@ from daskclip.engine.cluster import compute_retrying_cancelled, translating_clus
 from daskclip.lazy import LiteralTask, object_meta, tree_reduce
 from daskclip.numerics import Scale
 from daskclip.plan import sizing
-from daskclip.storage import array as storage
-from daskclip.storage import format_region
 from daskclip.worker import ArrayTask, tasks
+
+if TYPE_CHECKING:
+    from daskclip.numerics import Scale
 
 MAX_BLOCKS_PER_TASK = 16  # blocks, at most, that one task does: all threads have something to do
 
@@ -63,27 +64,25 @@ def compute(
                 digest = () if expected is None else (expected(cell),)
                 args.append((cell.slab, cell.block, *digest))
             keys = [f"job-{cell.job}-{name}" for cell in cells]
-            graph[(name, i, k)] = (tasks.run_batch, function, keys, (LiteralTask(args),), given)
+            common = (function, keys, (LiteralTask(args),))
+            graph[(name, i, k)] = (
+                (tasks.sum_batch, *common) if combined else (tasks.run_batch, *common, given)
+            )
     chunks = ((1,) * len(rows), (1,) * len(spans))
     results = da.Array(graph, name, chunks, meta=object_meta(2))
     if combined:
-        results = tree_reduce(results, (1,), _added)
+        results = tree_reduce(results, (1,), tasks.add_sums)
 
     def block_of(key: Any) -> str:
         row, place = key[1:] if isinstance(key, tuple) else (0, 0)
         cell = rows[row][spans[place][0]]
         region = jobs[cell.job].plan.region(cell.slab, cell.block)
-        return f"block {format_region(region)} of {storage.location(jobs[cell.job].source)}"
+        return f"block {jobs[cell.job].source.describe(region)}"
 
     # nothing to fuse; and Dask remembers the names of what it looked at for that
     with translating_cluster_errors(block_of), dask.config.set({"optimization.fuse.active": False}):
         found = compute_retrying_cancelled(results.to_delayed().ravel(), how)
-    return [_added([one]) for one in found] if combined else list(chain.from_iterable(found))
-
-
-def _added(parts: list[Any]) -> Any:
-    """Sums of all blocks: those of a task are a list."""
-    return tasks.add_sums([s for part in parts for s in (part if type(part) is list else [part])])
+    return found if combined else list(chain.from_iterable(found))
 
 
 def batch_small_blocks(

@@ -15,7 +15,7 @@ from dask.base import tokenize
 from daskclip import arguments
 from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, short_repr
 from daskclip.lazy.indexed_slices import values_of
-from daskclip.storage import array as storage
+from daskclip.storage import StoredArray, is_zarr_array
 
 Limit = float | da.Array | npt.NDArray[np.float64]
 """One limit, or limits with as many axes as the array."""
@@ -48,7 +48,7 @@ def check_name(name: object) -> None:
 
 def as_array(t: object, check: arguments.Check = arguments.check_dtype) -> Any:
     """Return ``t`` as a NumPy or Dask array whose dtype and blocks can be clipped."""
-    if storage.is_array(t):
+    if is_zarr_array(t):
         # before Dask sees the array: it does not know every dtype that Zarr can store
         check(t.dtype)
         t = _from_zarr(t)
@@ -126,6 +126,6 @@ def _from_zarr(array: Any) -> da.Array:
     )
     # whole shards, which da.from_zarr would split: a result stored in its chunks is then written
     # a shard at a time
-    chunks = storage.write_unit(array)
+    chunks = StoredArray(array).unit
     lazy: da.Array = da.from_array(array, chunks=chunks, name=f"zarr-{token}")
     return lazy

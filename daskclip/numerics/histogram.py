@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from daskclip.numerics.partial import NAN
-from daskclip.numerics.scale import Scale
+
+if TYPE_CHECKING:
+    from daskclip.numerics.scale import Scale
 
 Array = npt.NDArray[Any]
 

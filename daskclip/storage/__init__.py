@@ -2,30 +2,25 @@
 
     source ──> hierarchy ──> array ──> codecs ──> files or object_store
 
-Chunks are decoded in the thread that asks, one at a time, and every file appears whole. Nothing
+Chunks are decoded in the calling thread, one at a time, and every file appears whole. Nothing
 here knows what a norm is.
 """
 
-from daskclip.storage import array, files, object_store, regions
-from daskclip.storage.array import dimension_names, stored_blocks, write_unit
-from daskclip.storage.attempts import format_region, retrying_block
-from daskclip.storage.cf import SCALES, SENTINELS, numbers, require_decoded
-from daskclip.storage.files import DIGESTS, digest, digest_file, write_durably
-from daskclip.storage.hierarchy import DOCUMENTS, MADE_BY, Hierarchy, at_folder, at_place
-from daskclip.storage.members import patterns, select_arrays
-from daskclip.storage.retry import (
-    T,
-    is_refused,
-    kind_and_remedy,
-    retrying,
-    translating_storage_errors,
+from daskclip.storage import cf, durable
+from daskclip.storage.array import (
+    StoredArray,
+    is_part,
+    is_zarr_array,
+    parse_location,
+    retrying_block,
 )
-from daskclip.storage.source import check_source, open_source
+from daskclip.storage.hierarchy import Hierarchy
+from daskclip.storage.object_store import ObjectPrefix
+from daskclip.storage.retry import translating_storage_errors
+from daskclip.storage.source import check_source, open_source, parse_patterns, select_arrays
 
 __all__ = [
-    "DIGESTS", "DOCUMENTS", "MADE_BY", "SCALES", "SENTINELS", "Hierarchy", "T", "array",
-    "at_folder", "at_place", "check_source", "digest", "digest_file", "dimension_names", "files",
-    "format_region", "is_refused", "kind_and_remedy", "numbers", "object_store", "open_source",
-    "patterns", "regions", "require_decoded", "retrying", "retrying_block", "select_arrays",
-    "stored_blocks", "translating_storage_errors", "write_durably", "write_unit",
-]  # fmt: skip  # fmt: skip
+    "Hierarchy", "ObjectPrefix", "StoredArray", "cf", "check_source", "durable", "is_part",
+    "is_zarr_array", "open_source", "parse_location", "parse_patterns", "retrying_block",
+    "select_arrays", "translating_storage_errors",
+]  # fmt: skip

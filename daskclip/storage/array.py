@@ -1,13 +1,15 @@
-"""Zarr arrays: made, read, written and told apart."""
+"""Zarr arrays as they are stored: regions read, written and copied, whole objects at a time."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,136 +17,306 @@ import zarr
 from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
-from daskclip.grid import grid_shape
-from daskclip.storage import files
-from daskclip.storage import object_store as objects
-from daskclip.storage.retry import retrying
+from daskclip.errors import DaskClipError, SourceError, error_text
+from daskclip.grid import Box, box_index, box_shape, boxes, grid_shape, offset_box
+from daskclip.storage import object_store
+from daskclip.storage.codecs import Chain, chain, decode, encode, stored_bytes
+from daskclip.storage.files import CHUNK, DOCUMENTS, ChunkFiles, Stored, copy_files
+from daskclip.storage.object_store import ChunkObjects
+from daskclip.storage.retry import kind_and_remedy, retrying
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
-V2_NAMES = "_ARRAY_DIMENSIONS"
+V2_NAMES = "_ARRAY_DIMENSIONS"  # where xarray keeps dimension names in format 2
 NUMBER = re.compile(r"\d+")
 
 
-def is_array(x: Any) -> TypeGuard[zarr.Array[Any]]:
+def is_zarr_array(x: object) -> TypeGuard[zarr.Array[Any]]:
     """Whether ``x`` is a Zarr array."""
     return isinstance(x, zarr.Array)
 
 
-def write_unit(array: zarr.Array[Any]) -> tuple[int, ...]:
-    """Shape of what is stored as one object."""
-    return array.shards or array.chunks
+@dataclass(frozen=True, eq=False)
+class StoredArray:
+    """A Zarr array in a local folder or in an object store.
 
-
-def unit_nbytes(array: zarr.Array[Any]) -> int:
-    """Bytes of what is stored as one object, decoded."""
-    return math.prod(write_unit(array)) * array.dtype.itemsize
-
-
-def make_norms(
-    folder: Path,
-    *,
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-    names: list[str | None] | None,
-    attributes: dict[str, Any],
-) -> None:
-    """Make an array for norms in a folder; what is not stored of it is 0."""
-    zarr.create_array(
-        LocalStore(folder), shape=shape, chunks=chunks, dtype="float64", fill_value=0.0,
-        zarr_format=3, dimension_names=names, attributes=attributes,
-    )  # fmt: skip
-
-
-def dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
-    """Names of the dimensions, in format 2 by xarray's attribute."""
-    names = getattr(array.metadata, "dimension_names", None) or attributes(array).get(V2_NAMES)
-    return list(names) if isinstance(names, list | tuple) and len(names) == array.ndim else None
-
-
-def attributes(array: zarr.Array[Any]) -> dict[str, Any]:
-    """Attributes of an array; none where the document has something else."""
-    found: Any = array.metadata.attributes
-    return dict(found) if isinstance(found, dict) else {}
-
-
-def location(array: Any) -> str:
-    """Where an array or a group is, for people."""
-    return str(local_path(array) or objects.url(array.store, array.path))
-
-
-def local_path(array: Any) -> Path | None:
-    """Folder of an array or a group on a local file system."""
-    if not isinstance(array.store, LocalStore):
-        return None
-    return Path(array.store.root, array.path).absolute()
-
-
-def listed(array: zarr.Array[Any], *, changes: bool = False) -> Iterator[files.Stored]:
-    """All that is stored for an array, but what is hidden."""
-    folder = local_path(array)
-    if folder is not None:
-        depth = array.metadata.encode_chunk_key((0,) * array.ndim).count("/") + 1
-        return files.listed(folder, depth, changes=changes)
-    found = objects.listed(array.store, array.path)
-    return (stored for stored in found if "/." not in f"/{stored.key}")
-
-
-def digest_stored(array: zarr.Array[Any], names: Iterable[str]) -> int:
-    """Digest of what is stored under those of the keys that there are."""
-    folder = local_path(array)
-    if folder is not None:
-        return files.digest_files(folder, names)
-    found = ((key, _get(array, key)) for key in names)
-    return digest_of((key, data) for key, data in found if data is not None)
-
-
-def digest_of(stored: Iterable[tuple[str, Any]]) -> int:
-    """Digest of what is, or will be, stored under some keys."""
-    return sum(files.digest_file(key, files.digest(data)) for key, data in stored) % files.DIGESTS
-
-
-def place(target: Any, options: dict[str, Any] | None) -> str | tuple[Any, str] | None:
-    """Path of a folder, or store and key, that something means; None if nothing."""
-    if isinstance(target, zarr.Array | zarr.Group):
-        target = target.store_path
-    if isinstance(target, str | os.PathLike):
-        name = os.fspath(target).removeprefix("file://")
-        return objects.at(name, options) if "://" in name else name
-    store, path = (target.store, target.path) if isinstance(target, StorePath) else (target, "")
-    if isinstance(store, LocalStore):
-        return str(store.root / path)
-    return (store, path) if isinstance(store, Store) else None
-
-
-def _get(array: zarr.Array[Any], key: str) -> Any:
-    (data,) = retrying(lambda: objects.get(array.store, [objects.join(array.path, key)]))
-    return data
-
-
-def stored_blocks(
-    array: zarr.Array[Any], block: tuple[int, ...], weights: tuple[int, ...], blocks: int
-) -> Array | None:
-    """Whether anything of each block is stored; None if it is not zeros else, or not known.
-
-    ``block_strides`` times the place of a block in its grid is its number.
+    A *unit* is what is stored as one object: a shard, else a chunk. Regions consist of whole
+    units, which are cut off at the edge of the array. Everything derived from the metadata is
+    computed once per instance and left out of pickles.
     """
-    unit = write_unit(array)
-    if array.fill_value:
+
+    array: zarr.Array[Any]
+
+    def __reduce__(self) -> tuple[type[StoredArray], tuple[zarr.Array[Any]]]:
+        return StoredArray, (self.array,)
+
+    def __str__(self) -> str:
+        return self.location
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        *,
+        shape: tuple[int, ...],
+        chunks: tuple[int, ...],
+        names: list[str | None] | None,
+        attributes: dict[str, Any],
+    ) -> StoredArray:
+        """Create a float64 array without chunks in a folder."""
+        array = zarr.create_array(
+            LocalStore(folder), shape=shape, chunks=chunks, dtype="float64", fill_value=0.0,
+            zarr_format=3, dimension_names=names, attributes=attributes,
+        )  # fmt: skip
+        return cls(array)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.array.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the elements."""
+        return self.array.dtype
+
+    @cached_property
+    def unit(self) -> tuple[int, ...]:
+        """Shape of what is stored as one object."""
+        return self.array.shards or self.array.chunks
+
+    @property
+    def unit_nbytes(self) -> int:
+        """Decoded bytes of what is stored as one object."""
+        return math.prod(self.unit) * self.dtype.itemsize
+
+    @cached_property
+    def attributes(self) -> dict[str, Any]:
+        """User attributes; empty where the metadata has something else in their place."""
+        found: object = self.array.metadata.attributes
+        return dict(found) if isinstance(found, dict) else {}
+
+    @property
+    def dimension_names(self) -> list[str | None] | None:
+        """Names of the dimensions; in format 2 those that xarray stores as an attribute."""
+        names = getattr(self.array.metadata, "dimension_names", None)
+        names = names or self.attributes.get(V2_NAMES)
+        return list(names) if isinstance(names, list | tuple) and len(names) == self.ndim else None
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder of the array, if it is on a local file system."""
+        return local_folder(self.array.store, self.array.path)
+
+    @cached_property
+    def location(self) -> str:
+        """Path or URL, for messages."""
+        return location(self.array.store, self.array.path)
+
+    def describe(self, region: Box) -> str:
+        """A region of the array, for messages: ``[0:2, 4:8] of x.zarr``."""
+        return f"[{', '.join(f'{s.start}:{s.stop}' for s in region)}] of {self.location}"
+
+    @cached_property
+    def _chunks(self) -> ChunkFiles | ChunkObjects:
+        """Where encoded units are kept: the one place that tells local arrays from others."""
+        if self.folder is not None:
+            return ChunkFiles(self.folder, self._key((0,) * self.ndim).count("/") + 1)
+        return ChunkObjects(self.array.store, self.array.path, self.unit_nbytes)
+
+    @cached_property
+    def _codecs(self) -> Chain:
+        return chain(self.array)
+
+    def _key(self, coords: tuple[int, ...]) -> str:
+        return self.array.metadata.encode_chunk_key(coords)
+
+    def _units(self, region: Box) -> Iterator[tuple[str, Box]]:
+        """Key of each unit of a region, and where it lies in the region."""
+        for inside in boxes(box_shape(region), self.unit):
+            starts = zip(offset_box(inside, region), self.unit, strict=True)
+            yield self._key(tuple(s.start // u for s, u in starts)), inside
+
+    def keys(self, region: Box) -> list[str]:
+        """Keys of the units of a region, stored or not."""
+        return [key for key, _ in self._units(region)]
+
+    def read(self, region: Box, missing: str = "fill", out: Array | None = None) -> Array:
+        """Decode a region, one unit after the other.
+
+        Parameters
+        ----------
+        region : Box
+            Of whole units.
+        missing : {'fill', 'error'}
+            Whether units that are not stored count as the fill value, or raise SourceError.
+        out : ndarray, optional
+            Of the shape of the region and the dtype of the array.
+
+        Returns
+        -------
+        ndarray
+            ``out``, or a new array.
+        """
+        units, codecs = list(self._units(region)), self._codecs
+        values = np.empty(box_shape(region), self.dtype) if out is None else out
+        parts = [values[box_index(inside)] for _, inside in units]
+        # an uncompressed unit is read to where its values belong
+        buffers = [stored_bytes(codecs, part) for part in parts]
+        stored = self._chunks.read([key for key, _ in units], buffers)
+        for (key, _), part, buffer, data in zip(units, parts, buffers, stored, strict=True):
+            if data is not None:
+                if buffer is None or data is not buffer:
+                    decode(codecs, data, part)
+            elif missing == "error":
+                raise SourceError(
+                    f"chunk {key} of {self.location} is missing; restore it, or use "
+                    "missing='fill' to take it for the fill value"
+                )
+            else:
+                part[...] = codecs.fill
+        return values
+
+    def write(self, region: Box, values: Array) -> int:
+        """Encode and store a region, and return the digest of what is stored.
+
+        Units that equal the fill value bit for bit are not stored.
+        """
+        units, codecs = self._units(region), self._codecs
+        return self._chunks.write((key, encode(codecs, values[box_index(i)])) for key, i in units)
+
+    def copy_to(self, target: StoredArray, region: Box) -> int:
+        """Copy what is stored of a region without decoding it, and return its digest."""
+        keys, source = self.keys(region), self._chunks
+        # between folders no file is held in memory as a whole
+        if self.folder is not None and target.folder is not None:
+            return copy_files(self.folder, target.folder, keys)
+        return target._chunks.write(zip(keys, source.read(keys), strict=True))
+
+    def digest(self, region: Box) -> int:
+        """Digest of what is stored of a region."""
+        return self._chunks.digest(self.keys(region))
+
+    def is_empty(self, region: Box) -> bool:
+        """Whether a region is known to be all zeros because nothing of it is stored."""
+        return not self.array.fill_value and self._chunks.are_absent(self.keys(region))
+
+    def last_changed(self, region: Box) -> str:
+        """Key of the unit of a region that changed last, as far as that is recorded."""
+        return self._chunks.last_changed(self.keys(region))
+
+    def listed(self, *, changes: bool = False) -> Iterator[Stored]:
+        """Everything stored for the array except hidden files; see `files.listed`."""
+        return self._chunks.listed(changes)
+
+    def chunk_coords(self) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+        """Key of everything stored, and its grid coordinates if it is a unit of the array."""
+        ndim, ends = self.ndim, grid_shape(self.shape, self.unit)
+        for key, *_ in self.listed():
+            numbers = [int(i) for i in NUMBER.findall(key)]
+            # the numbers of a key are the coordinates in any encoding; other keys have some too
+            coords = tuple(numbers[-ndim:] if ndim else ())
+            inside = len(coords) == ndim and all(i < n for i, n in zip(coords, ends, strict=True))
+            yield key, coords if inside and key == self._key(coords) else None
+
+    def stray_keys(self) -> Iterator[str]:
+        """Keys of what is stored beside metadata and units of the array."""
+        return (k for k, coords in self.chunk_coords() if coords is None and k not in DOCUMENTS)
+
+    def stored_blocks(
+        self, block: tuple[int, ...], strides: tuple[int, ...], blocks: int
+    ) -> npt.NDArray[np.bool_] | None:
+        """Whether anything of each block is stored; None if absent units are not zeros.
+
+        Parameters
+        ----------
+        block : tuple of int
+            Shape of a block, of whole units.
+        strides : tuple of int
+            Strides of block numbers: what one block more along each axis adds.
+        blocks : int
+            Number of blocks.
+        """
+        # None as a fill value counts as 0 too
+        if self.array.fill_value:
+            return None
+        found = np.zeros(blocks, np.bool_)
+        for _, coords in self.chunk_coords():
+            if coords is not None:
+                steps = (i * u // n for i, u, n in zip(coords, self.unit, block, strict=True))
+                found[sum(i * stride for i, stride in zip(steps, strides, strict=True))] = True
+        return found
+
+
+def is_part(key: str, *, of_array: bool) -> bool:
+    """Whether a name in the folder of an array or a group is that of metadata or a chunk."""
+    return key in DOCUMENTS or (of_array and CHUNK.fullmatch(key) is not None)
+
+
+def local_folder(store: Store, path: str) -> Path | None:
+    """Folder of a place in a store, if it is on a local file system."""
+    return Path(store.root, path).absolute() if isinstance(store, LocalStore) else None
+
+
+def location(store: Store, path: str) -> str:
+    """Path or URL of a place in a store, for messages."""
+    return str(local_folder(store, path) or object_store.url(store, path))
+
+
+def parse_location(
+    location: object, options: dict[str, Any] | None
+) -> str | tuple[Store, str] | None:
+    """Path of a folder, or store and key, that a user's argument stands for; None if it is none.
+
+    ``options`` are those of fsspec, for a URL.
+    """
+    if isinstance(location, zarr.Array | zarr.Group):
+        location = location.store_path
+    if isinstance(location, str | os.PathLike):
+        name = os.fspath(location).removeprefix("file://")
+        return object_store.open_url(name, options) if "://" in name else name
+    if isinstance(location, StorePath):
+        store, path = location.store, location.path
+    elif isinstance(location, Store):
+        store, path = location, ""
+    else:
         return None
-    found = np.zeros(blocks, bool)
-    for _, cell in cells(array):
-        if cell is not None:
-            steps = (i * u // n for i, u, n in zip(cell, unit, block, strict=True))
-            found[sum(i * w for i, w in zip(steps, weights, strict=True))] = True
-    return found
+    return str(store.root / path) if isinstance(store, LocalStore) else (store, path)
 
 
-def cells(array: zarr.Array[Any]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """Key of all that is stored, and its place in the grid of chunks or shards, if any."""
-    ndim, ends = array.ndim, grid_shape(array.shape, write_unit(array))
-    for key, *_ in listed(array):
-        numbers = [int(i) for i in NUMBER.findall(key)]
-        cell = tuple(numbers[-ndim:] if ndim else ())
-        inside = len(cell) == ndim and all(i < n for i, n in zip(cell, ends, strict=True))
-        yield key, cell if inside and key == array.metadata.encode_chunk_key(cell) else None
+def retrying_block(doing: str, array: StoredArray, region: Box, operation: Callable[[Box], T]) -> T:
+    """Result of an operation on a block, retried after transient errors.
+
+    Other errors are raised as StorageError, which names the first chunk that fails alone.
+    """
+    try:
+        return retrying(operation, region)
+    except DaskClipError:
+        raise
+    except Exception as error:
+        chunk, cause = _culprit(array, region, operation, error)
+        kind, remedy = kind_and_remedy(cause)
+        raise kind(
+            f"{doing} block {array.describe(region)} failed{chunk}: "
+            f"{type(cause).__name__}: {error_text(cause)}; {remedy}"
+        ) from error
+
+
+def _culprit(
+    array: StoredArray, region: Box, operation: Callable[[Box], object], error: Exception
+) -> tuple[str, Exception]:
+    """The first chunk of a block that the operation fails for alone."""
+    # once more, chunk by chunk: the error of the block does not say where it came from
+    for inside in boxes(box_shape(region), array.unit):
+        part = offset_box(inside, region)
+        try:
+            operation(part)
+        except Exception as own:
+            return f" at chunk {array.keys(part)[0]}", own
+    return "", error

@@ -1,4 +1,4 @@
-"""Values that are stored as others: integers with a scale, and numbers that mean "missing"."""
+"""CF conventions: packed integers, and numbers that stand for missing data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _REMEDY = (
 )
 
 
-def require_decoded(dtype: Any, attributes: Mapping[Any, Any], what: str) -> None:
-    """Refuse packed integers, and data in which numbers stand for what is missing."""
+def require_decoded(dtype: object, attributes: Mapping[Any, Any], what: str) -> None:
+    """Refuse packed integers, and data in which numbers stand for missing ones."""
     scales = [f"{name} {short_repr(attributes[name])}" for name in SCALES if name in attributes]
     if scales and getattr(dtype, "kind", "") in "iu":
         raise DTypeError(f"{what} is packed as {dtype} with {', '.join(scales)}; {_REMEDY}")
     for name in SENTINELS:
         for number in numbers(attributes.get(name)):
-            # zeros add nothing to a norm and stay zeros
+            # a zero adds nothing to a norm and stays zero; NaN has a policy of its own
             if number and not math.isnan(number) and getattr(dtype, "kind", "") in "fc":
                 raise SourceError(
                     f"{what} has {name} {number:g}, which would count as data and be clipped; "
@@ -35,8 +35,8 @@ def require_decoded(dtype: Any, attributes: Mapping[Any, Any], what: str) -> Non
                 )
 
 
-def numbers(value: Any) -> Iterator[float]:
-    """Numbers in an attribute: one or several, or float64 in base64 as xarray has it in Zarr.
+def numbers(value: object) -> Iterator[float]:
+    """Numbers in an attribute: one or several, also float64 in base64, as xarray stores it.
 
     Examples
     --------

@@ -1,16 +1,16 @@
-"""Chunks as they are stored, to values and back, with the codecs of zarr.
+"""Encode and decode chunks with the codecs of zarr.
 
-Everything happens in the thread that asks: no event loop, and no more than one chunk at a time.
+Everything runs in the calling thread, one chunk at a time, without an event loop: zarr's own
+pipeline decodes chunks concurrently, so that its memory has no bound.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,41 +20,46 @@ from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.dtype import UInt64
 
-from daskclip.grid import box_index, boxes, grid_shape
-from daskclip.storage.decode_guard import decoded
+from daskclip.grid import Box, box_index, boxes, grid_shape
+from daskclip.storage.decode_guard import decode_guarded
+
+if TYPE_CHECKING:
+    import zarr
+
+    from daskclip.storage.durable import Data
 
 Array = npt.NDArray[Any]
 
-ABSENT = 2**64 - 1  # offset and length of an inner chunk that a shard does not hold
+ABSENT = 2**64 - 1  # offset and length, in a shard's index, of an inner chunk not stored
 
 
 class Codec(Protocol):
     """One step from values to bytes, and back."""
 
-    def encode(self, x: Any) -> Any: ...
-    def decode(self, x: Any, out: Array | None) -> Any:
-        """Returns ``out`` if that could be filled on the way."""
+    def encode(self, x: Data) -> Data: ...
+    def decode(self, x: Data, out: Array | None) -> Data:
+        """Decode ``x``; returns ``out`` if it was filled, else something new."""
 
 
 class Chain(NamedTuple):
-    """How the chunks of one shape are stored."""
+    """The codecs of chunks of one shape."""
 
     shape: tuple[int, ...]
     """Shape of a chunk."""
     fill: Array
-    """What a chunk that is not stored is full of; 0-d."""
+    """Fill value; 0-d."""
     codecs: tuple[Codec, ...]
     """In the order of encoding."""
 
 
-def chain(array: Any) -> Chain:
-    """How the chunks of an array are stored; the shards, if there are any."""
+def chain(array: zarr.Array[Any]) -> Chain:
+    """Codecs of what is stored as one object of an array: shards, else chunks."""
     metadata: Any = array.metadata
     fill = np.zeros((), array.dtype)
     if array.fill_value is not None:
         fill[()] = array.fill_value
     if metadata.zarr_format == 2:
-        limit = _limit(array.chunks, array.dtype)
+        limit = max_decoded_nbytes(array.chunks, array.dtype)
         used = [*(metadata.filters or ()), metadata.compressor]
         elements = _Elements(array.chunks, array.dtype, metadata.order)
         return Chain(array.chunks, fill, (elements, *(_Plain(c, limit) for c in used if c)))
@@ -68,8 +73,8 @@ def chain(array: Any) -> Chain:
     return _chain(metadata.codecs, spec, fill)
 
 
-def _chain(codecs: Any, spec: Any, fill: Array) -> Chain:
-    shape, limit = spec.shape, _limit(spec.shape, fill.dtype)
+def _chain(codecs: Iterable[Any], spec: ArraySpec, fill: Array) -> Chain:
+    shape, limit = spec.shape, max_decoded_nbytes(spec.shape, fill.dtype)
     steps: list[Codec] = []
     for codec in codecs:
         if isinstance(codec, ShardingCodec):
@@ -79,78 +84,89 @@ def _chain(codecs: Any, spec: Any, fill: Array) -> Chain:
         if isinstance(codec, BytesCodec):
             order: Any = getattr(codec.endian, "value", codec.endian)
             steps.append(_Elements(spec.shape, fill.dtype.newbyteorder(order), "C"))
+        elif hasattr(codec, "_codec"):  # zarr's wrapper of a codec of numcodecs is asynchronous
+            steps.append(_Plain(codec._codec, limit))
+            spec = codec.resolve_metadata(spec)
         else:
             steps.append(_Zarr(codec, codec_name(str(codec.to_dict()["name"])), spec, limit))
             spec = codec.resolve_metadata(spec)
     return Chain(shape, fill, tuple(steps))
 
 
-def encode(chain: Chain, values: Array) -> Any:
-    """Bytes of a chunk that is cut off at the edge of its array or whole; None if all is fill."""
+def encode(chain: Chain, values: Array) -> Data | None:
+    """Encode a chunk, which may be cut off at the edge of its array; None if it is all fill."""
     if _is_fill(values, chain.fill):
         return None
     x = values
     if x.shape != chain.shape:
         x = np.full(chain.shape, chain.fill)
         x[box_index(tuple(slice(n) for n in values.shape))] = values
-    return _through(chain.codecs, x)
+    return _encode_through(chain.codecs, x)
 
 
-def _through(codecs: tuple[Codec, ...], x: Any) -> Any:
+def _encode_through(codecs: tuple[Codec, ...], x: Data) -> Data:
     for codec in codecs:
         x = codec.encode(x)
     return x
 
 
-def decode(chain: Chain, data: Any, out: Array) -> None:
-    """Put the values of a chunk into ``out``, which may be cut off at the edge of its array."""
-    x: Any = data
+def decode(chain: Chain, data: Data, out: Array) -> None:
+    """Decode a chunk into ``out``, which may be cut off at the edge of its array."""
+    x = data
     for i, codec in reversed([*enumerate(chain.codecs)]):
-        room = out if out.shape == chain.shape else None
+        buffer = out if out.shape == chain.shape else None
         first = chain.codecs[0]
-        if i == 1 and isinstance(first, _Elements):  # of bytes as they lie in memory
-            room = first.room(room)
-        x = codec.decode(x, room if i < 2 else None)
+        # what the codec before decodes to are the bytes of the values: straight into their memory
+        if i == 1 and isinstance(first, _Elements):
+            buffer = first.buffer(buffer)
+        x = codec.decode(x, buffer if i < 2 else None)
         if x is out:
             return
-    out[...] = x[box_index(tuple(slice(n) for n in out.shape))]
+    values = np.reshape(x, chain.shape)  # pcodec decodes to one dimension
+    out[...] = values[box_index(tuple(slice(n) for n in out.shape))]
 
 
-def elements(chain: Chain, x: Array) -> Array | None:
-    """The memory of ``x`` as bytes, if they are what is stored for it."""
+def stored_bytes(chain: Chain, x: Array) -> npt.NDArray[np.uint8] | None:
+    """The memory of ``x`` as bytes if a chunk is stored as just these bytes, else None."""
     first, *rest = chain.codecs
     if not isinstance(first, _Elements) or rest or x.shape != chain.shape or not x.size:
         return None
-    return x.reshape(-1).view(np.uint8) if first.room(x) is x else None
+    return x.reshape(-1).view(np.uint8) if first.buffer(x) is x else None
 
 
 def codec_name(name: str) -> str:
-    """A codec's name without the prefix of its library."""
+    """Name of a codec without the prefix of its library."""
     return name.removeprefix("numcodecs.")
 
 
-def _limit(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Bytes that a codec may decode to; those inside of others add little to the elements."""
+def _memory(data: Any) -> memoryview:
+    """The memory of bytes or of an array, byte by byte."""
+    return memoryview(data).cast("B")
+
+
+def max_decoded_nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """Bytes, at most, that any codec of a chain decodes to: inner codecs add little."""
     return 2 * math.prod(shape) * dtype.itemsize + 4096
 
 
 def _is_fill(values: Array, fill: Array) -> bool:
-    """Whether all elements are the fill value to the bit: -0.0 and any NaN are values."""
+    """Whether all elements equal the fill value bit for bit: -0.0 and NaN do not equal 0."""
     if not values.size:
         return True
+    # nearly all chunks of data differ in their first or last element
     ends = values[(0,) * values.ndim], values[(-1,) * values.ndim]
     if any(end.tobytes() != fill.tobytes() for end in ends):
         return False
     return values.tobytes() == fill.tobytes() * values.size
 
 
-def _timeless(name: str, data: Any) -> Any:
-    """What a codec has made, but for the second of doing so: the same values are the same bytes."""
+def _without_time(name: str, data: Data) -> Data:
+    """Zero gzip's timestamp, so that equal values are encoded to equal bytes."""
     if name != "gzip":
         return data
-    made = np.array(np.frombuffer(data, np.uint8))
-    made[4:8] = 0
-    return made
+    encoded = np.array(np.frombuffer(data, np.uint8))
+    encoded[4:8] = 0
+    return encoded
 
 
 @dataclass(frozen=True)
@@ -161,14 +177,14 @@ class _Elements:
     dtype: np.dtype[Any]
     order: Any
 
-    def encode(self, x: Array) -> Array:
+    def encode(self, x: Data) -> Array:
         return np.asarray(x, self.dtype).ravel(self.order).view(np.uint8)
 
-    def decode(self, x: Any, out: Array | None) -> Array:
+    def decode(self, x: Data, out: Array | None) -> Array:
         return np.frombuffer(x, self.dtype).reshape(self.shape, order=self.order)
 
-    def room(self, x: Array | None) -> Array:
-        """Memory for the bytes of a chunk; that of ``x`` if they would lie there as values."""
+    def buffer(self, x: Array | None) -> Array:
+        """Memory to decode a chunk's bytes into; ``x`` itself if its values are these bytes."""
         if x is not None and (self.order, self.dtype) == ("C", x.dtype) and x.flags.c_contiguous:
             return x
         return np.empty(self.shape, self.dtype)
@@ -176,53 +192,45 @@ class _Elements:
 
 @dataclass(frozen=True)
 class _Plain:
-    """A codec of format 2."""
+    """A codec of numcodecs."""
 
     codec: Any
     limit: int
 
-    def encode(self, x: Any) -> Any:
-        return _timeless(self.codec.codec_id, self.codec.encode(x))
+    def encode(self, x: Data) -> Data:
+        return _without_time(self.codec.codec_id, self.codec.encode(x))
 
-    def decode(self, x: Any, out: Array | None) -> Any:
-        data = memoryview(x).cast("B")
-        return decoded(self.codec.codec_id, data, self.limit, self.codec.decode, out)
+    def decode(self, x: Data, out: Array | None) -> Data:
+        data = _memory(x)
+        return decode_guarded(self.codec.codec_id, data, self.limit, self.codec.decode, out)
 
 
 @dataclass(frozen=True)
 class _Zarr:
-    """A codec of format 3."""
+    """A codec of zarr, called by its synchronous methods."""
 
     codec: Any
     name: str
-    spec: Any
+    spec: ArraySpec
     limit: int
 
-    def encode(self, x: Array) -> Any:
+    def encode(self, x: Data) -> Data:
         values = not isinstance(self.codec, BytesBytesCodec)
-        return _timeless(self.name, self._run("_encode", values, x))
+        return _without_time(self.name, self._run("_encode_sync", values, x))
 
-    def decode(self, x: Any, out: Array | None) -> Any:
+    def decode(self, x: Data, out: Array | None) -> Data:
         if isinstance(self.codec, ArrayArrayCodec):
-            return self._run("_decode", True, x)
-        run = partial(self._run, "_decode", False)
-        data = np.frombuffer(x, np.uint8)
-        if not isinstance(self.codec, BytesBytesCodec):
-            return run(data)
-        return decoded(self.name, data.data, self.limit, run, out)
+            return self._run("_decode_sync", True, x)
+        run = partial(self._run, "_decode_sync", False)
+        return decode_guarded(self.name, _memory(x), self.limit, run, out)
 
-    def _run(self, name: str, values: bool, x: Any) -> Array:
-        prototype = self.spec.prototype
-        buffer = prototype.nd_buffer if values else prototype.buffer
-        wrapped = buffer.from_ndarray_like(x) if values else buffer.from_array_like(np.asarray(x))
-        at_once = getattr(self.codec, f"{name}_sync", None)  # newer codecs have it
-        made = (
-            at_once(wrapped, self.spec)
-            if at_once
-            else _now(getattr(self.codec, f"{name}_single")(wrapped, self.spec))
-        )
-        array: Array = made.as_numpy_array()
-        return array
+    def _run(self, method: str, values: bool, x: Data) -> Array:
+        prototype, array = self.spec.prototype, np.asarray(x)
+        buffer: Any = prototype.nd_buffer if values else prototype.buffer
+        wrapped = buffer.from_ndarray_like(array) if values else buffer.from_array_like(array)
+        made = getattr(self.codec, method)(wrapped, self.spec)
+        result: Array = made.as_numpy_array()
+        return result
 
 
 @dataclass(frozen=True)
@@ -235,26 +243,29 @@ class _Shards:
     index_first: bool
     shape: tuple[int, ...]
 
-    def encode(self, x: Array) -> Any:
-        where = np.full(self.index.shape, ABSENT, np.uint64)
-        parts: list[Any] = []
-        at = self.index_size if self.index_first else 0
-        for cell, inside in zip(where.reshape(-1, 2), self._cells(), strict=True):
-            data = encode(self.inner, x[box_index(inside)])
+    def encode(self, x: Data) -> Array:
+        entries = np.full(self.index.shape, ABSENT, np.uint64)
+        parts: list[memoryview] = []
+        offset = self.index_size if self.index_first else 0
+        values = np.asarray(x)
+        for entry, inside in zip(entries.reshape(-1, 2), self._boxes(), strict=True):
+            data = encode(self.inner, values[box_index(inside)])
             if data is not None:
-                parts.append(memoryview(data).cast("B"))
-                cell[:] = at, len(parts[-1])
-                at += len(parts[-1])
-        parts.insert(0 if self.index_first else len(parts), _through(self.index.codecs, where))
+                parts.append(_memory(data))
+                entry[:] = offset, len(parts[-1])
+                offset += len(parts[-1])
+        encoded = _memory(_encode_through(self.index.codecs, entries))
+        parts.insert(0 if self.index_first else len(parts), encoded)
         return np.frombuffer(b"".join(parts), np.uint8)
 
-    def decode(self, x: Any, out: Array | None) -> Array:
-        x = memoryview(x).cast("B")
+    def decode(self, x: Data, out: Array | None) -> Array:
+        x = _memory(x)
         at = slice(self.index_size) if self.index_first else slice(-self.index_size, None)
-        where = np.empty(self.index.shape, np.uint64)
-        decode(self.index, x[at], where)
+        entries = np.empty(self.index.shape, np.uint64)
+        decode(self.index, x[at], entries)
         values = np.empty(self.shape, self.inner.fill.dtype) if out is None else out
-        for (start, size), inside in zip(where.reshape(-1, 2).tolist(), self._cells(), strict=True):
+        spans = entries.reshape(-1, 2).tolist()
+        for (start, size), inside in zip(spans, self._boxes(), strict=True):
             if (start, size) == (ABSENT, ABSENT):
                 values[box_index(inside)] = self.inner.fill
             elif start + size > len(x):
@@ -263,45 +274,19 @@ class _Shards:
                 decode(self.inner, x[start : start + size], values[box_index(inside)])
         return values
 
-    def _cells(self) -> Any:
+    def _boxes(self) -> Iterator[Box]:
         return boxes(self.shape, self.inner.shape)
 
 
-def _shards(codec: Any, spec: Any, fill: Array) -> _Shards:
-    inner = _chain(codec.codecs, replace(spec, shape=codec.chunk_shape), fill)
-    size = 16 * math.prod(grid_shape(spec.shape, codec.chunk_shape))
-    cells = replace(
-        spec,
-        shape=(*grid_shape(spec.shape, codec.chunk_shape), 2),
-        dtype=UInt64(),
-        fill_value=np.uint64(ABSENT),
-    )
-    where = _chain(codec.index_codecs, cells, np.array(ABSENT, np.uint64))
+def _shards(codec: ShardingCodec, spec: ArraySpec, fill: Array) -> _Shards:
+    inner_shape = codec.chunk_shape
+    inner = _chain(codec.codecs, replace(spec, shape=inner_shape), fill)
+    inside = grid_shape(spec.shape, inner_shape)
+    entries = replace(spec, shape=(*inside, 2), dtype=UInt64(), fill_value=np.uint64(ABSENT))
+    size = 16 * math.prod(inside)
     for step in codec.index_codecs:
-        size = step.compute_encoded_size(size, cells)
-    first = codec.to_dict()["configuration"]["index_location"] == "start"
-    return _Shards(inner, where, size, first, spec.shape)
-
-
-class _Here:
-    """Stands in for a running loop: what would go to another thread is done in this one."""
-
-    async def run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
-
-
-_HERE: Any = _Here()
-
-
-def _now(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Result of a coroutine that waits for nothing but other threads."""
-    outer = asyncio._get_running_loop()
-    asyncio._set_running_loop(_HERE)
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return end.value
-    finally:
-        asyncio._set_running_loop(outer)
-        coroutine.close()
-    raise RuntimeError("a codec waits for something else than a thread")
+        size = step.compute_encoded_size(size, entries)
+    index_chain = _chain(codec.index_codecs, entries, np.array(ABSENT, np.uint64))
+    configuration: Any = codec.to_dict()["configuration"]
+    first = configuration["index_location"] == "start"
+    return _Shards(inner, index_chain, size, first, spec.shape)

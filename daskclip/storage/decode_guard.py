@@ -1,4 +1,4 @@
-"""Encoded chunks: refused where decoding would read or write outside of its memory, or fill it."""
+"""Refuse encoded chunks whose decoding would exceed a size, or crash the process."""
 
 from __future__ import annotations
 
@@ -6,26 +6,52 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numcodecs
 
-# decoders of the standard library take a limit; the others say first how much they will write
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from daskclip.storage.durable import Data
+
+# these decoders can stop at a limit; the other formats declare their decoded size in the header
 STREAMS: dict[str, Callable[[], Any]] = {
     "gzip": lambda: zlib.decompressobj(31),
     "zlib": zlib.decompressobj,
     "bz2": bz2.BZ2Decompressor,
     "lzma": lzma.LZMADecompressor,
 }
-# those of numcodecs that can put what they decode where it is wanted
+# codecs that can decode into a given buffer
 INTO = {"blosc": numcodecs.Blosc(), "zstd": numcodecs.Zstd()}
-ZSTD_BLOCK = 1 << 17  # bytes, at most, of a block in a frame that does not say its size
+ZSTD_BLOCK = 1 << 17  # largest decoded block (RFC 8878, section 3.1.1.2.4)
 
 
-def decoded(codec: str, data: Any, limit: int, decode: Callable[..., Any], out: Any) -> Any:
-    """What ``decode`` gives; refused if it would be more than ``limit`` bytes or kill the process.
+def decode_guarded(
+    codec: str,
+    data: memoryview,
+    limit: int,
+    decode: Callable[[memoryview], Data],
+    out: npt.NDArray[Any] | None,
+) -> Data:
+    """Decode a chunk safely.
 
-    It is put into ``out`` and returned as such, where it is known to fill ``out``.
+    Parameters
+    ----------
+    codec : str
+        Name of the codec, without the prefix of its library.
+    data : memoryview
+        Encoded bytes.
+    limit : int
+        Decoded bytes, at most; more raise ValueError.
+    decode : callable
+        Decodes ``data``, for codecs that have no better way here.
+    out : ndarray or None
+        Filled and returned if the codec can decode into it and the decoded size is known to fit.
+
+    Returns
+    -------
+    bytes or ndarray
     """
     if codec in STREAMS:
         return _stream(codec, data, limit)
@@ -36,8 +62,8 @@ def decoded(codec: str, data: Any, limit: int, decode: Callable[..., Any], out: 
     return out
 
 
-def _stream(codec: str, data: Any, limit: int) -> bytes:
-    """Decode to ``limit`` bytes at most."""
+def _stream(codec: str, data: memoryview, limit: int) -> bytes:
+    """Decode at most ``limit`` bytes."""
     decoder = STREAMS[codec]()
     decoded: bytes = decoder.decompress(data, limit + 1)
     if len(decoded) <= limit and not decoder.eof:
@@ -46,14 +72,11 @@ def _stream(codec: str, data: Any, limit: int) -> bytes:
     return decoded
 
 
-def _size(codec: str, data: Any, limit: int) -> int | None:
-    """Bytes that ``data`` decodes to, where it says so.
-
-    Refuses what would be larger, or would make the decoder leave its memory.
-    """
+def _size(codec: str, data: memoryview, limit: int) -> int | None:
+    """Declared decoded size in bytes, or None; refuses too large and inconsistent ones."""
     size, most = None, 0
     if codec == "blosc":
-        # a length that is wrong makes it read beyond the end, which kills the process
+        # the decoder trusts the length, reads beyond the end, and crashes the process
         if len(data) < 16 or _integer(data[12:16]) != len(data):
             raise ValueError(f"its blosc header does not fit its {len(data)} bytes")
         size = most = _integer(data[4:8])
@@ -70,17 +93,17 @@ def _require(size: int, limit: int) -> None:
         raise ValueError(f"it decodes to {size} bytes or more, above the {limit} of a chunk")
 
 
-def _integer(data: Any) -> int:
+def _integer(data: memoryview) -> int:
     return int.from_bytes(bytes(data), "little")
 
 
-def _zstd_size(data: Any) -> tuple[int | None, int]:
-    """Bytes that frames decode to (RFC 8878, section 3.1), if all say so, and at most."""
+def _zstd_size(data: memoryview) -> tuple[int | None, int]:
+    """Decoded size of zstd frames (RFC 8878, section 3.1): exact if declared, and at most."""
     total = at = 0
     said = True
     while at < len(data):
         magic, flags = _integer(data[at : at + 4]), _integer(data[at + 4 : at + 5])
-        if magic & ~15 == 0x184D2A50:  # a frame to be skipped
+        if magic & ~15 == 0x184D2A50:  # a skippable frame
             at += 8 + _integer(data[at + 4 : at + 8])
             continue
         if magic != 0xFD2FB528:

@@ -1,203 +1,196 @@
-"""Local files: made durable, exchanged, listed and digested."""
+"""Chunks of an array as files in a local folder: read, written, copied and listed."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
+
+from daskclip.storage.durable import DIGESTS, PIECE, Data, aligned_buffer, digest, digest_entry
 
 with suppress(ImportError):  # not POSIX: importing daskclip must work all the same
     import fcntl
 
 Bytes = npt.NDArray[np.uint8]
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h
-CHUNK = re.compile(r"c|(c[./])?\d+([./]\d+)*")  # key of a chunk in any of zarr's encodings
-PIECE = 1 << 20  # bytes of a file that are held at a time
-DIGESTS = 1 << 64  # digests of files are below
-DIRECT = 1 << 20  # bytes from which on a file is written past the page cache
+CHUNK = re.compile(r"c|(c[./])?\d+([./]\d+)*")
+"""Key of a chunk in any of zarr's encodings."""
+DOCUMENTS = (".zmetadata", ".zattrs", "zarr.json", ".zgroup", ".zarray")
+"""Keys of metadata. The last one of a folder makes a node of it, so it is written last."""
+NODE_DOCUMENTS = DOCUMENTS[2:]
+DIRECT = 1 << 20  # bytes of a file from which on writing bypasses the page cache
 
 _thread = threading.local()
 
 
-@cache
-def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True)
+class Stored(NamedTuple):
+    """A file or an object in a listing."""
+
+    key: str
+    size: int
+    version: str
+    """Differs when the content does: the times of a file, the ETag of an object."""
+    changed: int = 0
+    """When it was written, in nanoseconds; 0 if unknown."""
 
 
-def _call(name: str, *arguments: Any) -> None:
-    if getattr(_libc(), name)(*arguments):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+@dataclass(frozen=True)
+class ChunkFiles:
+    """The chunks of an array in a local folder, by key."""
 
+    folder: Path
+    depth: int
+    """Number of names in a chunk's key."""
 
-def sync(folder: Path) -> None:
-    """Return once all that was written to the file system of ``folder`` is on disk.
+    def read(
+        self, keys: Sequence[str], buffers: Sequence[Bytes | None] | None = None
+    ) -> Iterator[Bytes | None]:
+        """Bytes of each file, valid until the next ones; see `read`."""
+        for key, buffer in zip(keys, buffers or [None] * len(keys), strict=True):
+            yield read(f"{self.folder}/{key}", buffer)
 
-    One call for the files, folders and names of a block; an fsync for each chunk is no faster.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _call("syncfs", descriptor)
-    finally:
-        os.close(descriptor)
+    def write(self, encoded: Iterable[tuple[str, Data | None]]) -> int:
+        """Write those chunks that are not None, and return their digest."""
+        total, token = 0, uuid4().hex
+        for key, data in encoded:
+            if data is not None:
+                total += digest_entry(key, digest(data))
+                write(self.folder, key, data, token)
+        return total % DIGESTS
 
+    def digest(self, keys: Sequence[str]) -> int:
+        """Digest of those of the files that exist."""
+        return copy_files(self.folder, None, keys)
 
-def exchange(a: Path, b: Path) -> None:
-    """Let two folders change places in one step."""
-    _call("renameat2", AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)
+    def are_absent(self, keys: Sequence[str]) -> bool:
+        """Whether none of the files exists."""
+        return not any(os.path.exists(f"{self.folder}/{key}") for key in keys)
 
+    def last_changed(self, keys: Sequence[str]) -> str:
+        """Key of the file that was written or removed last."""
+        times = {}
+        for key in keys:
+            path = self.folder / key
+            while not os.path.lexists(path):  # removing a file changes the time of its folder
+                path = path.parent
+            times[key] = path.lstat().st_ctime_ns, path == self.folder / key
+        return max(times, key=lambda key: times[key])
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Make or replace a file, so that it has all of ``data`` or was never there."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync(path.parent)
-
-
-def digest(data: Any, before: int = 0) -> int:
-    """CRC-32C of an array's elements as they lie in memory, or of bytes, after ``before``."""
-    if isinstance(data, np.ndarray):
-        data = data.ravel(order="K").view(np.uint8)
-    for start in range(0, len(data), PIECE):
-        before = google_crc32c.extend(before, data[start : start + PIECE])
-    return before
-
-
-def digest_file(key: str, content: int) -> int:
-    """Digest of a file with a name and a CRC-32C; those of several files are added up."""
-    text = f"{key} {content:08x}".encode()
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
-
-
-def digest_files(folder: Path, keys: Iterable[str]) -> int:
-    """Digest of those of the files that are there."""
-    return copy_files(folder, None, keys)
+    def listed(self, changes: bool) -> Iterator[Stored]:
+        """Everything in the folder except hidden files; see `listed`."""
+        return listed(self.folder, self.depth, changes=changes)
 
 
 def copy_files(source: Path, target: Path | None, keys: Iterable[str]) -> int:
-    """Copy those of the files that are there, if anywhere; each appears whole.
+    """Copy those of the files that exist, each atomically; without a target only read them.
 
     Returns their digest.
     """
-    total, token, room = 0, uuid4().hex, _pages()
+    total, token, buffer = 0, uuid4().hex, _page_buffer()
     for key in keys:
         try:
             file: Any = open(source / key, "rb", buffering=0)  # noqa: SIM115
         except (FileNotFoundError, NotADirectoryError):
             continue
-        content = 0
-        with file, _appearing(target, key, token) if target else nullcontext() as out:
-            while n := file.readinto(room):
-                content = digest(room[:n], content)
+        crc = 0
+        with file, _replacing(target, key, token) if target else nullcontext() as out:
+            while n := file.readinto(buffer):
+                crc = digest(buffer[:n], crc)
                 if out is not None:
-                    _put(out, room[:n])
-        total += digest_file(key, content)
+                    _write_all(out, buffer[:n])
+        total += digest_entry(key, crc)
     return total % DIGESTS
 
 
-def read(path: str, room: Bytes | None = None) -> Bytes | None:
-    """Bytes of a file, or None if there is none.
+def read(path: str, buffer: Bytes | None = None) -> Bytes | None:
+    """Bytes of a file, or None if it does not exist.
 
-    They are in ``room`` if it holds them, else in memory that is good until the thread's next call.
+    They are in ``buffer`` if they fit, else in a buffer of the thread that the next call reuses.
     """
     try:
         file = os.open(path, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        room = _pages() if room is None else room
-        at = os.readv(file, [room.data]) if len(room) else 0
-        if at == len(room):  # there may be more
+        buffer = _page_buffer() if buffer is None else buffer
+        at = os.readv(file, [buffer.data]) if len(buffer) else 0
+        if at == len(buffer):  # a full buffer: the file may go on
             size = os.fstat(file).st_size
             if size > at:
-                larger = _pages(size)
-                larger[:at] = room
-                room = larger
-            while at < size and (n := os.readv(file, [room[at:size].data])):
+                larger = _page_buffer(size)
+                larger[:at] = buffer
+                buffer = larger
+            while at < size and (n := os.readv(file, [buffer[at:size].data])):
                 at += n
     finally:
         os.close(file)
-    return room if at == len(room) else room[:at]
+    return buffer if at == len(buffer) else buffer[:at]
 
 
-def write(folder: Path, key: str, data: Any, token: str) -> None:
-    """Make or replace a file in a folder that is there; it appears whole.
+def write(folder: Path, key: str, data: Data, token: str) -> None:
+    """Create or replace a file atomically, in an existing folder.
 
-    ``token`` is in no other name that is written meanwhile.
+    ``token`` is unique among concurrent writers.
     """
-    # few calls: each lets other threads of Python go first
-    with _appearing(folder, key, token) as file:
-        _put(file, np.frombuffer(data, np.uint8))
+    # as few system calls as possible: around each, another thread may take the GIL
+    with _replacing(folder, key, token) as file:
+        _write_all(file, np.frombuffer(data, np.uint8))
 
 
-def _put(file: int, data: Bytes) -> None:
-    at = _put_pages(file, data) if len(data) >= DIRECT else 0
+def _write_all(file: int, data: Bytes) -> None:
+    at = _write_pages(file, data) if len(data) >= DIRECT else 0
     while at < len(data):
         at += os.write(file, data[at:].data)
 
 
-def _put_pages(file: int, data: Bytes) -> int:
-    """Write whole pages past the page cache, which takes longer than the disk; returns bytes."""
-    flags, room, at = fcntl.fcntl(file, fcntl.F_GETFL), _pages(), 0
+def _write_pages(file: int, data: Bytes) -> int:
+    """Write whole pages with O_DIRECT, and return their bytes; the page cache is slower here."""
+    flags, buffer, at = fcntl.fcntl(file, fcntl.F_GETFL), _page_buffer(), 0
     end = len(data) // mmap.PAGESIZE * mmap.PAGESIZE
     try:
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
         aligned = data.ctypes.data % mmap.PAGESIZE == 0
         while at < end and at % mmap.PAGESIZE == 0:
-            piece = data[at:end] if aligned else room[: min(len(room), end - at)]
+            piece = data[at:end] if aligned else buffer[: min(len(buffer), end - at)]
             if not aligned:
                 piece[:] = data[at : at + len(piece)]
             at += os.write(file, piece.data)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # else not on this file system, or not from there
+        if error.errno != errno.EINVAL:  # the file system has no O_DIRECT, or not for this memory
             raise
     fcntl.fcntl(file, fcntl.F_SETFL, flags)
     return at
 
 
-def memory(size: int) -> mmap.mmap:
-    """Bytes that begin with a page."""
-    made = mmap.mmap(-1, max(size, 1))
-    with suppress(OSError, AttributeError):
-        made.madvise(mmap.MADV_HUGEPAGE)
-    return made
-
-
-def _pages(size: int = 2 * PIECE) -> Bytes:
-    """Memory of each thread for files on their way: fresh pages take longer than a copy."""
+def _page_buffer(size: int = 2 * PIECE) -> Bytes:
+    """Aligned buffer of this thread; it is kept, since fresh pages take longer than a copy."""
     if len(getattr(_thread, "pages", b"")) < size:
-        _thread.pages = np.frombuffer(memory(size + size // 8), np.uint8)
+        _thread.pages = np.frombuffer(aligned_buffer(size + size // 8), np.uint8)
     pages: Bytes = _thread.pages
     return pages
 
 
 @contextmanager
-def _appearing(folder: Path, key: str, token: str) -> Iterator[int]:
+def _replacing(folder: Path, key: str, token: str) -> Iterator[int]:
+    """Open a file that takes the place of that of ``key`` when the context ends."""
     path = f"{folder}/{key}"
     part, flags = f"{path}.{token}.partial", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         file = os.open(part, flags)
     except FileNotFoundError:
-        # not the folder itself: a task may have outlived its run
+        # never the folder of the array itself: a task may have outlived its run
         for parent in [*Path(key).parents][-2::-1]:
             (folder / parent).mkdir(exist_ok=True)
         file = os.open(part, flags)
@@ -205,27 +198,26 @@ def _appearing(folder: Path, key: str, token: str) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
+    # not after an error: then the old file stays, and the part is removed with the run
     os.replace(part, path)
 
 
-class Stored(NamedTuple):
-    """What a listing tells of a file or an object."""
-
-    key: str
-    size: int
-    version: str
-    """Differs when the content does: the times of a file, the ETag of an object."""
-    changed: int = 0
-    """When it was written, in nanoseconds; 0 where that is not told."""
-
-
 def listed(folder: Path, depth: int, *, changes: bool, prefix: str = "") -> Iterator[Stored]:
-    """Everything in the folder of an array but hidden files, in no order.
+    """Everything in the folder of an array except hidden files, in no order.
 
-    ``depth`` is the number of names in a chunk's key. Links, and folders in the place of chunks,
-    are refused: zarr would read some of them as the fill value.
+    Links, and folders in the place of chunks, are refused: zarr would read some of them as the
+    fill value.
 
-    With ``changes``, versions tell what no program can set; a copy does not keep it.
+    Parameters
+    ----------
+    folder : Path
+        Of the array.
+    depth : int
+        Number of names in a chunk's key.
+    changes : bool
+        Whether versions include what no program can set and no copy keeps: ctime and inode.
+    prefix : str
+        Of the keys to list.
     """
     with os.scandir(folder / prefix) as entries:
         for entry in entries:
@@ -249,12 +241,12 @@ def listed(folder: Path, depth: int, *, changes: bool, prefix: str = "") -> Iter
                 raise ValueError(f"{key} is not a regular file")
 
 
-def fingerprint(found: Iterable[Stored]) -> dict[str, Any]:
-    """What tells one state of chunks from another."""
+def fingerprint(listing: Iterable[Stored]) -> dict[str, Any]:
+    """Number of chunks, a hash of their keys, sizes and versions, and the key changed last."""
     chunks, total, newest, last = 0, 0, 0, None
-    for key, size, version, changed in found:
+    for key, size, version, changed in listing:
         text = f"{key} {size} {version}"
-        # a sum needs no order, and so no list of a billion names
+        # a sum does not depend on the order, so that no list of a billion keys is sorted
         total += int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "big")
         chunks += 1
         if changed > newest:

@@ -1,61 +1,72 @@
-"""An array, or a group with all that is in it: opened, told from other states, made elsewhere."""
+"""An array, or a group with all arrays in it: opened, fingerprinted, and moved to another place."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zarr
 from zarr.storage import LocalStore, StorePath
 
 from daskclip.errors import SourceError, error_text
-from daskclip.storage import array as storage
 from daskclip.storage import files
 from daskclip.storage import object_store as objects
+from daskclip.storage.array import StoredArray, local_folder, location
+from daskclip.storage.durable import digest_entries
+from daskclip.storage.files import DOCUMENTS, NODE_DOCUMENTS
 from daskclip.storage.retry import is_refused, retrying
 
-# the last one of a folder makes a node of it
-DOCUMENTS = (".zmetadata", ".zattrs", "zarr.json", ".zgroup", ".zarray")
-MADE_BY = DOCUMENTS[2:]
-METADATA_SIZE = 1 << 24  # bytes of JSON: what decodes it takes many times as much
-TOGETHER = 64  # documents that are fetched at a time
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+METADATA_SIZE = 1 << 24  # bytes of JSON: parsing takes many times as much memory
+FETCH_BATCH = 64  # documents fetched together
 
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """What is stored below one place: an array, or a group."""
+    """A Zarr array or group, its metadata as stored, and the arrays that this describes."""
 
-    store: Any
+    store: Store
     path: str
     documents: dict[str, bytes]
-    """Metadata by key below the place, to the byte; that of a node after what is in it."""
+    """Metadata documents, byte for byte, by relative key; those of a node after its content's."""
+
+    @classmethod
+    def open(cls, place: Store | Path | str, path: str = "") -> Hierarchy:
+        """Read what is stored in a folder or below a key of a store.
+
+        Without documents if nothing is there.
+        """
+        store = _store(place)
+        return cls(store, path, _read_documents(store, path))
 
     def __str__(self) -> str:
-        return storage.location(self)
+        return location(self.store, self.path)
 
     @property
-    def place(self) -> StorePath:
-        """Where it is."""
+    def store_path(self) -> StorePath:
+        """Where it is stored, for zarr."""
         return StorePath(self.store, self.path)
 
     @property
     def folder(self) -> Path | None:
-        """Where it is on a local file system."""
-        return storage.local_path(self)
+        """Its folder, if it is on a local file system."""
+        return local_folder(self.store, self.path)
 
     @property
     def is_group(self) -> bool:
         return "" not in self.arrays
 
     @property
-    def home(self) -> str:
-        """Array for what a run keeps: zarr warns of whatever else it finds in a group."""
+    def record_array(self) -> str:
+        """Array to keep the journal in: zarr warns of foreign files in a group."""
         for key in sorted(self.documents):
             name, kind = _split(key)
             if kind == ".zarray" or (kind == "zarr.json" and _is_array(self.documents[key])):
@@ -64,13 +75,13 @@ class Hierarchy:
 
     @property
     def groups(self) -> list[str]:
-        """Names of all groups, the outer ones first."""
-        nodes = {_split(key)[0] for key in self.documents if _split(key)[1] in MADE_BY}
+        """Names of all groups, outer ones first."""
+        nodes = {_split(key)[0] for key in self.documents if _split(key)[1] in NODE_DOCUMENTS}
         return sorted(nodes - self.arrays.keys())
 
     @cached_property
-    def arrays(self) -> dict[str, zarr.Array[Any]]:
-        """All arrays, by their path below the place: '' for an array at the place itself."""
+    def arrays(self) -> dict[str, StoredArray]:
+        """All arrays by relative path: '' if the hierarchy is an array itself."""
         found = {}
         for key, data in self.documents.items():
             name, kind = _split(key)
@@ -82,7 +93,7 @@ class Hierarchy:
             elif document["node_type"] != "array":
                 continue
             try:
-                found[name] = zarr.Array.from_dict(self.place / name, document)
+                array = zarr.Array.from_dict(self.store_path / name, document)
             except Exception as error:  # zarr raises anything
                 if not name:
                     raise
@@ -90,45 +101,61 @@ class Hierarchy:
                     f"array {name} of source {self} cannot be opened ({error_text(error)}); "
                     "install what it needs, or move it away"
                 ) from error
+            found[name] = StoredArray(array)
         return dict(sorted(found.items()))
 
     def attributes(self, name: str) -> dict[str, Any]:
-        """Attributes of a node."""
+        """Attributes of an array or a group."""
         document = self.documents.get(objects.join(name, "zarr.json"))
         if document is not None:
             return dict(json.loads(document).get("attributes") or {})
         return dict(json.loads(self.documents.get(objects.join(name, ".zattrs"), b"{}")))
 
-    def at(self, store: Any, path: str = "") -> Hierarchy:
-        """The same metadata in another place, where there may be nothing yet."""
-        moved = replace(self, store=store, path=path)
-        # metadata is not parsed again
-        moved.__dict__["arrays"] = {
-            name: zarr.Array(zarr.AsyncArray(a.metadata, moved.place / name))
-            for name, a in self.arrays.items()
-        }
-        return moved
+    def moved_to(self, place: Store | Path, path: str = "") -> Hierarchy:
+        """The same metadata at another place, where nothing need be stored."""
+        store = _store(place)
+        moved = {}
+        for name, stored in self.arrays.items():
+            metadata: Any = stored.array.metadata
+            array = zarr.AsyncArray(metadata, StorePath(store, path) / name)
+            moved[name] = StoredArray(zarr.Array(array))
+        return self._replaced(moved, store=store, path=path)
 
-    def moved(self, folder: Path) -> Hierarchy:
-        """The same metadata in a folder."""
-        return self.at(LocalStore(folder))
+    def reread(self) -> Hierarchy:
+        """The same arrays with the documents as they are stored now."""
+        return self._replaced(self.arrays, documents=_read_documents(self.store, self.path))
+
+    def _replaced(self, arrays: dict[str, StoredArray], **fields: Any) -> Hierarchy:
+        made = replace(self, **fields)
+        # the cached property is set: parsing the documents of a large group again takes seconds
+        vars(made)["arrays"] = arrays
+        return made
+
+    def write_documents(self, folder: Path) -> None:
+        """Create a folder that has the same metadata and no chunks."""
+        # sorted: outer folders first
+        for name in ("", *sorted({_split(key)[0] for key in self.documents} - {""})):
+            os.mkdir(folder / name)
+        for key, data in self.documents.items():
+            with open(folder / key, "wb") as file:
+                file.write(data)
 
     @property
     def paths(self) -> list[str]:
-        """Files that whoever reads it must see."""
+        """Local files that every process that reads it must see."""
         folder = self.folder
         return [str(folder / key) for key in self.documents if folder and "/" not in key]
 
     def digest(self) -> int:
-        """Digest of its metadata."""
-        return storage.digest_of(self.documents.items())
+        """Digest of the documents."""
+        return digest_entries(self.documents.items())
 
     def fingerprint(self, *, changes: bool) -> dict[str, Any]:
-        """What tells one state of what is stored from another, without reading a chunk.
+        """Fingerprint of the documents and of what is stored now, without reading chunks.
 
-        With ``changes``, by times that a copy does not keep.
+        With ``changes``, chunks are told by times that a copy does not keep.
         """
-        found = {"metadata": self.stored().digest()}
+        found = {"metadata": self.digest()}
         try:
             return found | retrying(lambda: files.fingerprint(self._chunks(changes)))
         except ValueError as error:
@@ -136,30 +163,17 @@ class Hierarchy:
                 f"{error_text(error)} in {self}; store regular files there"
             ) from error
         except Exception as error:
-            # by a store that cannot list, or may not
+            # a store that cannot list, or may not: blocks are still compared by their digests
             if self.folder is None and (
                 isinstance(error, NotImplementedError) or is_refused(error)
             ):
                 return found
             raise
 
-    def stored(self) -> Hierarchy:
-        """What is in its place now."""
-        return at_place(self.store, self.path)
-
-    def make(self, folder: Path) -> Hierarchy:
-        """The same without chunks in a new folder."""
-        for name in ("", *sorted({_split(key)[0] for key in self.documents} - {""})):
-            os.mkdir(folder / name)
-        for key, data in self.documents.items():
-            with open(folder / key, "wb") as file:
-                file.write(data)
-        return self.moved(folder)
-
     def _chunks(self, changes: bool) -> Iterator[files.Stored]:
         for name, array in self.arrays.items():
-            largest = 2 * storage.unit_nbytes(array) + (1 << 24)
-            for one in storage.listed(array, changes=changes):
+            largest = 2 * array.unit_nbytes + (1 << 24)
+            for one in array.listed(changes=changes):
                 if not files.CHUNK.fullmatch(one.key):
                     continue
                 key = objects.join(name, one.key)
@@ -168,20 +182,19 @@ class Hierarchy:
                 yield one._replace(key=key)
 
 
-def at_folder(folder: Path | str) -> Hierarchy:
-    """What is in a folder."""
-    return at_place(LocalStore(folder), "")
+def _store(place: Store | Path | str) -> Store:
+    return LocalStore(place) if isinstance(place, str | Path) else place
 
 
-def at_place(store: Any, path: str) -> Hierarchy:
-    """What is at a place of a store; without documents if that is no node."""
+def _read_documents(store: Store, path: str) -> dict[str, bytes]:
+    """Metadata of a node and of all nodes in it; empty if there is none."""
     if isinstance(store, LocalStore):
-        return Hierarchy(store, path, dict(_documents(store.root / path)))
-    return Hierarchy(store, path, retrying(lambda: _fetched(store, path)))
+        return dict(_documents(store.root / path))
+    return retrying(_fetch_documents, store, path)
 
 
 def _documents(folder: Path, prefix: str = "") -> Iterator[tuple[str, bytes]]:
-    """Metadata in a folder and, if it is a group's, below it; refused if it leads elsewhere."""
+    """Metadata in a folder and, of a group, below it; symbolic links are refused."""
     inside, own = [], {}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -189,7 +202,8 @@ def _documents(folder: Path, prefix: str = "") -> Iterator[tuple[str, bytes]]:
                 own[entry.name] = _document(entry)
             elif entry.is_dir() and not entry.name.startswith("."):
                 inside.append(entry)
-    if not own.keys() & set(MADE_BY):
+    # zarr finds nothing below a folder that is not a node
+    if not own.keys() & set(NODE_DOCUMENTS):
         return
     for entry in inside if ".zarray" not in own and not _is_array(own.get("zarr.json")) else ():
         if entry.is_symlink():
@@ -217,29 +231,30 @@ def _is_array(document: bytes | None) -> bool:
     return document is not None and json.loads(document).get("node_type") == "array"
 
 
-def _fetched(store: Any, path: str) -> dict[str, bytes]:
-    """Metadata at a place of an object store, and of what is in a group there."""
-    names = [""]
+def _fetch_documents(store: Store, path: str) -> dict[str, bytes]:
+    """Metadata at a key of an object store and, of a group, below it."""
+    names = [""]  # nodes, inner ones first
     root = _get(store, path, DOCUMENTS)
     if ".zarray" not in root and not _is_array(root.get("zarr.json")) and root:
         group = zarr.open_group(StorePath(store, path), mode="r")
-        with warnings.catch_warnings():  # about what is no node, such as a lock
+        with warnings.catch_warnings():  # of objects that are no nodes, such as a lock
             warnings.simplefilter("ignore")
             names = [*sorted((n for n, _ in group.members(max_depth=None)), reverse=True), ""]
+    # formats are not mixed in a group, and each missing document costs a request
     kinds = DOCUMENTS if "zarr.json" not in root else ("zarr.json",)
     keys = [objects.join(name, kind) for name in names for kind in kinds]
     found: dict[str, bytes] = {}
-    for i in range(0, len(keys), TOGETHER):
-        found |= _get(store, path, keys[i : i + TOGETHER])
+    for i in range(0, len(keys), FETCH_BATCH):
+        found |= _get(store, path, keys[i : i + FETCH_BATCH])
     return found
 
 
-def _get(store: Any, path: str, keys: Any) -> dict[str, bytes]:
+def _get(store: Store, path: str, keys: Sequence[str]) -> dict[str, bytes]:
     data = objects.get(store, [objects.join(path, key) for key in keys])
     return {k: d.tobytes() for k, d in zip(keys, data, strict=True) if d is not None}
 
 
 def _split(key: str) -> tuple[str, str]:
-    """Name of a node, and of its document."""
+    """Name of a node, and that of its document."""
     name, _, kind = key.rpartition("/")
     return name, kind

@@ -1,95 +1,232 @@
-"""Objects under a Zarr store that is no local folder: fetched, listed, and made only once."""
+"""Objects in a Zarr store that is not a local folder: read, listed, and created only once."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, ObjectStore
 
-from daskclip.errors import StorageError
-from daskclip.storage.files import Stored
+from daskclip.errors import (
+    DaskClipError,
+    StorageError,
+    TargetError,
+    TargetPermissionError,
+    error_text,
+)
+from daskclip.storage.durable import DIGESTS, Data, digest, digest_entries, digest_entry
+from daskclip.storage.files import NODE_DOCUMENTS, Stored
+from daskclip.storage.retry import is_refused, kind_and_remedy, retrying
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 PRECONDITION = "PreconditionFailed"
+DELETE_BATCH = 1000  # objects, at most, that a store removes in one request
+IO_BYTES = 1 << 22  # decoded bytes of chunks fetched, encoded bytes of chunks stored, together
 
 
-def can_create(store: Any) -> bool:
-    """Whether a store is of a kind that may be able to refuse to replace what it holds."""
-    return isinstance(store, FsspecStore | ObjectStore)
+@dataclass(frozen=True)
+class ChunkObjects:
+    """The chunks of an array in an object store, by key."""
+
+    store: Store
+    path: str
+    unit_nbytes: int
+    """Decoded bytes of a chunk."""
+
+    def read(
+        self, keys: Sequence[str], buffers: Sequence[Bytes | None] | None = None
+    ) -> Iterator[Bytes | None]:
+        """Bytes of each object, or None; several are fetched at a time, which saves waiting."""
+        # large chunks one at a time, so that memory is as planned
+        count = max(1, IO_BYTES // self.unit_nbytes)
+        for i in range(0, len(keys), count):
+            yield from get(self.store, [join(self.path, key) for key in keys[i : i + count]])
+
+    def write(self, encoded: Iterable[tuple[str, Data | None]]) -> int:
+        """Create those chunks that are not None, some at a time, and return their digest."""
+        total, size = 0, 0
+        batch: list[tuple[str, bytes]] = []
+        for key, data in encoded:
+            if data is None:
+                continue
+            total += digest_entry(key, digest(data))
+            batch.append((join(self.path, key), bytes(data)))
+            size += len(data)
+            if size >= IO_BYTES:
+                put_once(self.store, batch)
+                batch, size = [], 0
+        if batch:
+            put_once(self.store, batch)
+        return total % DIGESTS
+
+    def digest(self, keys: Sequence[str]) -> int:
+        """Digest of those of the objects that exist."""
+        stored = zip(keys, self.read(keys), strict=True)
+        return digest_entries((key, data) for key, data in stored if data is not None)
+
+    def are_absent(self, keys: Sequence[str]) -> bool:
+        """Return False: asking would take a request for each key."""
+        return False
+
+    def last_changed(self, keys: Sequence[str]) -> str:
+        """Return the first key: objects are not asked for their times."""
+        return keys[0]
+
+    def listed(self, changes: bool) -> Iterator[Stored]:
+        """Everything stored for the array except hidden objects; an ETag tells all changes."""
+        return (stored for stored in listed(self.store, self.path) if "/." not in f"/{stored.key}")
 
 
-def at(url: str, options: dict[str, Any] | None) -> tuple[Any, str]:
-    """Store and key of a URL; the store holds the whole bucket."""
+@dataclass(frozen=True)
+class ObjectPrefix:
+    """The objects below a prefix of a store; their names are relative to it."""
+
+    store: Store
+    path: str
+
+    def __str__(self) -> str:
+        return url(self.store, self.path)
+
+    @property
+    def can_create(self) -> bool:
+        """Whether the store may be able to refuse to replace an object."""
+        return isinstance(self.store, FsspecStore | ObjectStore)
+
+    def has_node(self) -> bool:
+        """Whether a Zarr array or group is at the prefix."""
+        return any(data is not None for data in self.get(*NODE_DOCUMENTS))
+
+    def get(self, *names: str) -> list[Bytes | None]:
+        """Bytes of each object, or None."""
+        return self._retrying("reading", get, self.store, [*map(self._key, names)])
+
+    def put(self, name: str, data: bytes) -> None:
+        """Create or replace an object."""
+        self._retrying("writing", put, self.store, self._key(name), data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Create an object; False if it exists, possibly from an earlier try."""
+        (created,) = self._retrying("writing", create, self.store, [(self._key(name), data)])
+        return created
+
+    def put_once(self, named: Sequence[tuple[str, bytes]]) -> None:
+        """Create objects, in no order; existing ones must have the same bytes."""
+        keyed = [(self._key(name), data) for name, data in named]
+        self._retrying("writing", put_once, self.store, keyed)
+
+    def names(self, below: str = "") -> list[str]:
+        """Sorted names of all objects, or of those below a name."""
+        top = self._key(below)
+        keys = self._retrying("listing", lambda: [s.key for s in listed(self.store, top)])
+        return sorted(f"{below}/{key}".lstrip("/") for key in keys)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete objects, in no order; missing ones are ignored."""
+        for i in range(0, len(names), DELETE_BATCH):
+            keys = [*map(self._key, names[i : i + DELETE_BATCH])]
+            self._retrying("removing", delete, self.store, keys)
+
+    def _key(self, name: str) -> str:
+        return f"{self.path}/{name}".strip("/")
+
+    def _retrying(self, doing: str, function: Callable[..., T], *arguments: object) -> T:
+        try:
+            return retrying(function, *arguments)
+        except DaskClipError:
+            raise
+        except Exception as error:
+            text = f"{doing} objects at {self} failed ({error_text(error)})"
+            if is_refused(error):
+                raise TargetPermissionError(f"{text}; check credentials and rights") from error
+            if isinstance(error, FileNotFoundError):
+                raise TargetError(f"{text}; check the bucket") from error
+            kind, remedy = kind_and_remedy(error)
+            raise kind(f"{text}; {remedy}") from error
+
+
+def open_url(url: str, options: dict[str, Any] | None) -> tuple[Store, str]:
+    """Store of a whole bucket, and the key in it that a URL names."""
+    # the whole bucket, since groups above a target are checked too
     found = FsspecStore.from_url(url, options)
     bucket, _, key = found.path.strip("/").partition("/")
     return FsspecStore(found.fs, path=bucket), key.strip("/")
 
 
-def url(store: Any, path: str) -> str:
-    """Where an object is, for people."""
+def url(store: Store, path: str) -> str:
+    """URL of an object, for messages."""
     if isinstance(store, FsspecStore):
         return str(store.fs.unstrip_protocol(join(store.path, path)))
     bucket = getattr(getattr(store, "store", None), "config", {}).get("bucket")
-    if bucket:
+    if bucket and isinstance(store, ObjectStore):
         return "s3://" + join(bucket, str(store.store.prefix or ""), path)
     return join(str(store), path)
 
 
-def get(store: Any, keys: Iterable[str]) -> list[Any]:
-    """Bytes of each object, as arrays, or None; fetched together."""
+def get(store: Store, keys: Iterable[str]) -> list[Bytes | None]:
+    """Bytes of each object, or None; fetched concurrently."""
     prototype = default_buffer_prototype()
-    found = sync(_together(store.get(key, prototype) for key in keys))
+    found = sync(_gathered(store.get(key, prototype) for key in keys))
     return [None if b is None else b.as_numpy_array() for b in found]
 
 
-def put(store: Any, key: str, data: bytes) -> None:
-    """Make or replace an object."""
+def put(store: Store, key: str, data: bytes) -> None:
+    """Create or replace an object."""
     sync(store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
 
 
 def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
-    """Make objects together; False for each that there was one of that name, which stays."""
+    """Create objects concurrently; False for each that exists, which is not replaced."""
 
     async def created(key: str, data: bytes) -> bool:
         try:
+            # neither library has a public call of zarr's for it
             if isinstance(store, FsspecStore):
                 await store.fs._pipe_file(join(store.path, key), data, mode="create")
             else:
                 await store.store.put_async(key, data, mode="create")
         except Exception as error:
-            if not _was_there(error):
+            if not _exists_already(error):
                 raise
             return False
         return True
 
-    return sync(_together(created(key, data) for key, data in objects))
+    return sync(_gathered(created(key, data) for key, data in objects))
 
 
-def put_once(store: Any, objects: list[tuple[str, bytes]]) -> None:
-    """Make objects; what an earlier try made of them, or another worker, is the same."""
-    made = create(store, objects)
-    there = [both for both, new in zip(objects, made, strict=True) if not new]
-    for (key, data), stored in zip(there, get(store, [key for key, _ in there]), strict=True):
+def put_once(store: Store, objects: Sequence[tuple[str, bytes]]) -> None:
+    """Create objects; those that an earlier try or another worker made have the same bytes."""
+    created = create(store, objects)
+    # an object of an earlier try is as good, if it is the same
+    existing = [both for both, new in zip(objects, created, strict=True) if not new]
+    for (key, data), stored in zip(existing, get(store, [k for k, _ in existing]), strict=True):
         if stored is None or stored.tobytes() != data:
             raise StorageError(
                 f"{url(store, key)} was written by something else; discard the run and begin again"
             )
 
 
-def delete(store: Any, keys: Iterable[str]) -> None:
-    """Remove objects; those that are not there are none the worse."""
-    sync(_together(store.delete(key) for key in keys))
+def delete(store: Store, keys: Iterable[str]) -> None:
+    """Delete objects; missing ones are ignored."""
+    sync(_gathered(store.delete(key) for key in keys))
 
 
-def listed(store: Any, prefix: str) -> Iterator[Stored]:
-    """All objects whose key begins with ``prefix``, a slash and more; keys without these."""
+def listed(store: Store, prefix: str) -> Iterator[Stored]:
+    """All objects below ``prefix``, with keys relative to it."""
     root = f"{prefix}/" if prefix else ""
     if isinstance(store, FsspecStore):
         top = join(store.path, prefix)
-        # what another program wrote meanwhile is not in what fsspec remembers
+        # fsspec's cache of listings does not know what other programs write
         store.fs.invalidate_cache()
         found = sync(store.fs._find(top, detail=True))
         store.fs.invalidate_cache()
@@ -108,20 +245,20 @@ def listed(store: Any, prefix: str) -> Iterator[Stored]:
             yield Stored(key.removeprefix(root), 0, "")
 
 
-async def _together(calls: Iterable[Awaitable[Any]]) -> list[Any]:
+async def _gathered(calls: Iterable[Awaitable[T]]) -> list[T]:
     return await asyncio.gather(*calls)
 
 
-async def _collected(keys: Any) -> list[str]:
+async def _collected(keys: AsyncIterator[str]) -> list[str]:
     return [key async for key in keys]
 
 
 def join(*parts: str) -> str:
-    """Key of what has these names, one below the other; some may be empty."""
+    """Key made of parts, of which some may be empty."""
     return "/".join(part.rstrip("/") for part in parts if part)
 
 
-def _was_there(error: Exception) -> bool:
+def _exists_already(error: Exception) -> bool:
     """Whether a store refused to replace an object."""
     if type(error).__name__ == "AlreadyExistsError" or isinstance(error, FileExistsError):
         return True

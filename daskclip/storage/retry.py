@@ -1,4 +1,4 @@
-"""Errors of file systems and stores: which of them pass, what is tried again."""
+"""Errors of file systems and stores: which are transient, retries, and translation."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from daskclip.errors import DaskClipError, StorageError, TemporaryError, error_text
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 log = logging.getLogger("daskclip")
 
 ATTEMPTS = 5
-FIRST, LONGEST = 0.2, 5.0  # seconds, at most, before the second try and before any
+FIRST, LONGEST = 0.2, 5.0  # seconds, at most, before the second attempt and before any
 ERRNOS = {
     errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.EPIPE, errno.ECONNRESET,
     errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET,
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO,
 }  # fmt: skip
-# of libraries for object stores, where a connection was lost; they are not imported for it
+# lost connections in libraries for object stores, by name: importing them would be slow
 LOST = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteReadError"}
 LOST |= {"ConnectionError", "TransportError", "GenericError"}
 STATUS = re.compile(r"status code: (\d+)")
@@ -32,7 +33,7 @@ STATUS = re.compile(r"status code: (\d+)")
 
 @contextmanager
 def translating_storage_errors(doing: str) -> Iterator[None]:
-    """Say on one line what an error of a file system or a store is about."""
+    """Raise errors of file systems and stores as `StorageError`, on one line."""
     try:
         yield
     except DaskClipError:
@@ -46,23 +47,23 @@ def translating_storage_errors(doing: str) -> Iterator[None]:
         raise kind(f"{doing} failed: {error_text(error)}; {remedy}") from error
 
 
-def retrying(function: Callable[[], T]) -> T:
-    """Result of ``function``, called again after transient failures, each later than the last."""
+def retrying(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Result of a call, repeated after transient errors with growing delays."""
     for attempt in range(ATTEMPTS - 1):
         try:
-            return function()
+            return function(*args, **kwargs)
         except Exception as error:
             if not is_transient(error):
                 raise
-            # at random, so that a thousand workers do not come back at once
+            # random, so that a thousand workers do not return at the same moment
             seconds = random.uniform(0, min(LONGEST, FIRST * 2**attempt))
             log.warning("%s: %s; again in %.1f s", type(error).__name__, error_text(error), seconds)
         time.sleep(seconds)
-    return function()
+    return function(*args, **kwargs)
 
 
 def kind_and_remedy(error: BaseException) -> tuple[type[StorageError], str]:
-    """Kind of error that a failure is told as, and what to do about it."""
+    """Class of error to raise for a failure, and its remedy."""
     again = "run the same command again to resume"
     if is_transient(error):
         return TemporaryError, again
@@ -70,12 +71,12 @@ def kind_and_remedy(error: BaseException) -> tuple[type[StorageError], str]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may well succeed later."""
+    """Whether the same call may succeed later."""
     return any(_transient(e) for e in _chain(error))
 
 
 def is_refused(error: BaseException) -> bool:
-    """Whether credentials are wrong, or allow too little."""
+    """Whether credentials are missing, wrong, or insufficient."""
     return any(
         isinstance(e, PermissionError)
         or _status(e) in (401, 403)

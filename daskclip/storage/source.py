@@ -1,15 +1,18 @@
-"""Sources: opened, and refused where clipping them could not be right; reads metadata only."""
+"""Open and check sources, and select their arrays; reads metadata only."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 from daskclip.errors import (
     DaskClipError,
     DTypeError,
+    InvalidTypeError,
+    InvalidValueError,
     SourceError,
     SourceNotFoundError,
     TemporaryError,
@@ -17,14 +20,16 @@ from daskclip.errors import (
     short_repr,
 )
 from daskclip.grid import grid_shape
-from daskclip.storage import codecs as chunks
-from daskclip.storage.array import V2_NAMES, attributes, location, place, write_unit
+from daskclip.storage.array import V2_NAMES, StoredArray, parse_location
 from daskclip.storage.cf import require_decoded
-from daskclip.storage.codecs import codec_name
-from daskclip.storage.hierarchy import Hierarchy, at_folder, at_place
+from daskclip.storage.codecs import chain, codec_name
+from daskclip.storage.hierarchy import Hierarchy
 from daskclip.storage.retry import is_refused, is_transient
 
-# codecs that give back every bit; a lossy one could lift a clipped slice above the limit again
+if TYPE_CHECKING:
+    import numpy as np
+
+# codecs that keep every bit; a lossy one could lift a clipped slice above its limit again
 LOSSLESS = {
     "bytes", "endian", "transpose", "sharding_indexed", "crc32c",
     "blosc", "gzip", "zstd", "zlib", "lz4", "bz2", "lzma", "shuffle", "pcodec",
@@ -33,11 +38,11 @@ LOSSLESS = {
 UNITS = 10**10  # more than any file system holds
 
 
-def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> Hierarchy:
-    """What is stored at a source, or say why there is nothing; reads metadata only."""
+def open_source(source: object, storage_options: dict[str, Any] | None = None) -> Hierarchy:
+    """Open what a path, URL, store or zarr object names, or raise why that is impossible."""
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else short_repr(source)
     try:
-        found = place(source, storage_options)
+        found = parse_location(source, storage_options)
         if found is None:
             raise SourceError(
                 f"source is a {type(source).__name__}; give a path, a URL, a zarr array, group or "
@@ -46,56 +51,68 @@ def open_source(source: Any, storage_options: dict[str, Any] | None = None) -> H
         if isinstance(found, str):
             if not os.path.exists(found):
                 raise SourceNotFoundError(f"source {name} does not exist; check the path")
-            opened = at_folder(os.path.realpath(found))
+            opened = Hierarchy.open(os.path.realpath(found))
         else:
-            opened = at_place(*found)
+            opened = Hierarchy.open(*found)
         if not opened.documents:
             raise SourceError(f"source {name} is not a zarr array or group; give the path of one")
-        opened.arrays  # noqa: B018
+        _ = opened.arrays  # parsed here, where errors are translated
     except DaskClipError:
         raise
     except Exception as error:  # broken metadata makes zarr raise anything
-        where, why = f"source {name}", error_text(error)
-        if "data type" in str(error):
-            raise DTypeError(
-                f"{where} has a dtype that cannot be clipped ({why}); store it as floating point "
-                "or complex"
-            ) from error
-        if is_refused(error):
-            raise SourceError(
-                f"{where} cannot be read ({why}); check credentials and rights"
-            ) from error
-        if is_transient(error):
-            raise TemporaryError(f"{where} cannot be reached ({why}); run again") from error
-        raise SourceError(
-            f"{where} is not a zarr array or group ({why}); give the path of one"
-        ) from error
+        raise _open_error(f"source {name}", error) from error
     return opened
 
 
-def check_source(array: Any, check_dtype: Callable[[Any], None]) -> None:
-    """Refuse an array that cannot be clipped right; reads metadata only."""
-    where = f"source {location(array)}"
-    named = attributes(array)
-    if V2_NAMES in named:  # then xarray takes what is not stored as missing
-        named.setdefault("_FillValue", array.fill_value)
+def _open_error(where: str, error: Exception) -> DaskClipError:
+    """The error to raise for one of zarr or of a store."""
+    why = error_text(error)
+    if "data type" in str(error):
+        return DTypeError(
+            f"{where} has a dtype that cannot be clipped ({why}); store it as floating point or "
+            "complex"
+        )
+    if is_refused(error):
+        return SourceError(f"{where} cannot be read ({why}); check credentials and rights")
+    if is_transient(error):
+        return TemporaryError(f"{where} cannot be reached ({why}); run again")
+    return SourceError(f"{where} is not a zarr array or group ({why}); give the path of one")
+
+
+def check_source(array: StoredArray, check_dtype: Callable[[np.dtype[Any]], None]) -> None:
+    """Refuse an array that cannot be clipped correctly."""
+    where = f"source {array}"
+    named = dict(array.attributes)
+    if V2_NAMES in named:  # xarray takes the fill value of such arrays for missing data
+        named.setdefault("_FillValue", array.array.fill_value)
     require_decoded(array.dtype, named, where)
     check_dtype(array.dtype)
-    try:
-        unit = write_unit(array)
-    except NotImplementedError as error:
-        raise SourceError(
-            f"{where} has chunks of uneven sizes; store it with a regular grid"
-        ) from error
     for codec in _codecs(array):
         if codec not in LOSSLESS:
             raise SourceError(
                 f"{where} is stored with {codec}, which is not known to be "
                 "lossless, so that the bound could not hold; store it with another codec"
             )
-    if min((*array.shape, 0)) < 0 or min((*unit, *array.chunks, 1)) < 1:
+    _check_chunks(array, where)
+    try:
+        chain(array.array)
+    except Exception as error:  # zarr checks some codecs only when it reads
         raise SourceError(
-            f"{where} has shape {array.shape} in chunks of {array.chunks}; "
+            f"{where} has codecs that do not fit it ({error_text(error)}); check its metadata"
+        ) from error
+
+
+def _check_chunks(array: StoredArray, where: str) -> None:
+    """Refuse a grid of chunks that cannot be stored."""
+    try:
+        unit, chunks = array.unit, array.array.chunks
+    except NotImplementedError as error:
+        raise SourceError(
+            f"{where} has chunks of uneven sizes; store it with a regular grid"
+        ) from error
+    if min((*array.shape, 0)) < 0 or min((*unit, *chunks, 1)) < 1:
+        raise SourceError(
+            f"{where} has shape {array.shape} in chunks of {chunks}; "
             "store it with chunks of at least one element"
         )
     if math.prod(grid_shape(array.shape, unit)) > UNITS:
@@ -103,17 +120,11 @@ def check_source(array: Any, check_dtype: Callable[[Any], None]) -> None:
             f"{where} has more than the {UNITS:.0e} chunks or shards that can be stored; "
             "check its metadata"
         )
-    try:
-        chunks.chain(array)
-    except Exception as error:  # zarr looks at some codecs only when it reads
-        raise SourceError(
-            f"{where} has codecs that do not fit it ({error_text(error)}); check its metadata"
-        ) from error
 
 
-def _codecs(array: Any) -> list[str]:
-    """Names of all codecs, those inside shards too, without the prefix of their library."""
-    document: dict[str, Any] = dict(array.metadata.to_dict())
+def _codecs(array: StoredArray) -> list[str]:
+    """Names of all codecs, also of those inside shards, without the prefix of their library."""
+    document: dict[str, Any] = dict(array.array.metadata.to_dict())
     if document["zarr_format"] == 2:
         used = [*(document.get("filters") or ()), document.get("compressor")]
         return [codec["id"] for codec in used if codec]
@@ -125,3 +136,82 @@ def _codecs(array: Any) -> list[str]:
         configuration = codec.get("configuration", {})
         queue += [*configuration.get("codecs", ()), *configuration.get("index_codecs", ())]
     return names
+
+
+def select_arrays(
+    source: Hierarchy,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    dtypes: Sequence[str],
+) -> list[str]:
+    """Names of the arrays of a source to clip; just '' if the source is an array itself."""
+    chosen = parse_patterns(include, "include"), parse_patterns(exclude, "exclude")
+    if not source.is_group:
+        if any(chosen):
+            raise InvalidValueError(
+                f"source {source} is an array; include and exclude choose among those of a group"
+            )
+        return [""]
+    if not source.arrays:
+        raise SourceError(f"source {source} is an empty group; give one with arrays")
+    included, excluded = (_matching(source, wanted) for wanted in chosen)
+    excluded |= _coordinates(source)
+    wanted = included if chosen[0] else source.arrays.keys()
+    found = [name for name in source.arrays if name in wanted and name not in excluded]
+    for name in found:
+        array = source.arrays[name]
+        if array.dtype.kind in "iu":
+            require_decoded(array.dtype, array.attributes, f"array {name} of source {source}")
+    clipped = [name for name in found if source.arrays[name].dtype.name in dtypes]
+    if not clipped:
+        raise SourceError(
+            f"source {source} has no floating point or complex array to clip among "
+            f"{_some(source.arrays)}; check include and exclude"
+        )
+    return clipped
+
+
+def parse_patterns(given: object, what: str) -> list[str]:
+    """List of names or patterns, from none, one or several."""
+    if given is None:
+        return []
+    one = isinstance(given, str | bytes) or not isinstance(given, Iterable)
+    items: Iterable[object] = [given] if one else given  # type: ignore[assignment]
+    found = []
+    for pattern in items:
+        if not isinstance(pattern, str):
+            raise InvalidTypeError(
+                f"{what} {short_repr(pattern)} is no text; give names or patterns"
+            )
+        found.append(pattern)
+    return found
+
+
+def _matching(source: Hierarchy, wanted: list[str]) -> set[str]:
+    """Names that match any of the patterns; each pattern must match something."""
+    found = set()
+    for pattern in wanted:
+        matching = {name for name in source.arrays if fnmatchcase(name, pattern)}
+        if not matching:
+            raise InvalidValueError(
+                f"pattern {pattern!r} matches no array of source {source}; it has "
+                f"{_some(source.arrays)}"
+            )
+        found |= matching
+    return found
+
+
+def _coordinates(source: Hierarchy) -> set[str]:
+    """Arrays named after their only dimension, or listed by another as coordinates or bounds."""
+    found = {n for n, a in source.arrays.items() if a.dimension_names == [n.rpartition("/")[2]]}
+    for node in (*source.groups, *source.arrays):
+        group = node.rpartition("/")[0] if node in source.arrays else node
+        for listed in map(source.attributes(node).get, ("coordinates", "bounds")):
+            if isinstance(listed, str):
+                found |= {f"{group}/{name}".lstrip("/") for name in listed.split()}
+    return found
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

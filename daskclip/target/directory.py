@@ -22,8 +22,7 @@ from daskclip.errors import (
     TargetExistsError,
     TargetPermissionError,
 )
-from daskclip.storage import DOCUMENTS, Hierarchy, at_folder, files
-from daskclip.storage import array as storage
+from daskclip.storage import Hierarchy, durable, is_part
 from daskclip.target.journal import Entry, header
 from daskclip.target.preflight import (
     CONSOLIDATED,
@@ -58,7 +57,7 @@ class DirectoryTarget:
         """Journal of the run that made what is there, if there is one."""
         home = ""
         with suppress(OSError, ValueError, DaskClipError):  # else there is none
-            home = at_folder(self.path).home
+            home = self.open().record_array
         return self.path / home / RECORD
 
     def exists(self) -> bool:
@@ -66,7 +65,7 @@ class DirectoryTarget:
 
     def open(self) -> Hierarchy:
         """What is there."""
-        return at_folder(self.path)
+        return Hierarchy.open(self.path)
 
     def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a place where the target of a source cannot be made; changes nothing."""
@@ -175,14 +174,14 @@ class DirectoryTransaction:
             require_exchange(self.folder)
             if self.target.path == source.folder:
                 require_no_foreign_files(source)
-        source.make(self.folder / name)
-        files.sync(self.folder)
+        source.write_documents(self.folder / name)
+        durable.sync_filesystem(self.folder)
 
     def staging(self, source: Hierarchy, name: str) -> tuple[Hierarchy, str]:
         """What to write, and its folder."""
-        staged = source.moved(self.folder / name)
+        staged = source.moved_to(self.folder / name)
         with suppress(ValueError):  # of metadata that is no JSON any more
-            if staged.stored().documents == source.documents:
+            if staged.reread().documents == source.documents:
                 return staged, str(staged)
         raise StorageError(
             f"metadata in {staged} is not what it was; discard the run and begin again"
@@ -197,13 +196,13 @@ class DirectoryTransaction:
     def remove_stray_files(self, staged: Hierarchy) -> None:
         """Remove files from staging that are neither chunks nor metadata."""
         for array in staged.arrays.values():
-            for key, *_ in storage.listed(array):
-                if not files.CHUNK.fullmatch(key) and key not in DOCUMENTS:
-                    (Path(storage.location(array)) / key).unlink()
+            for key, *_ in array.listed():
+                if not is_part(key, of_array=True):
+                    Path(array.location, key).unlink()
 
     def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Entry:
         """Fingerprint of what was staged, without reading chunks."""
-        return staged.fingerprint(changes=False)
+        return staged.reread().fingerprint(changes=False)
 
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
         """Let what is complete appear in one step, then remove what it replaced."""
@@ -212,19 +211,19 @@ class DirectoryTransaction:
             raise TargetExistsError(
                 f"target {path} was made by something else meanwhile; remove it and run again"
             )
-        shutil.copyfile(self.folder / JOURNAL, folder / source.home / RECORD)
-        files.sync(folder)
+        shutil.copyfile(self.folder / JOURNAL, folder / source.record_array / RECORD)
+        durable.sync_filesystem(folder)
         if self.target.exists():
-            files.exchange(folder, path)
+            durable.exchange_directories(folder, path)
         else:
             os.rename(folder, path)
-        files.sync(path.parent)
+        durable.sync_filesystem(path.parent)
         self.clear()
 
     def clear(self) -> None:
         """Remove all that a run keeps but its lock; without a journal the rest means nothing."""
         (self.folder / JOURNAL).unlink(missing_ok=True)
-        files.sync(self.folder)
+        durable.sync_filesystem(self.folder)
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.storage import digest, write_durably
+from daskclip.storage import durable
 
 Entry = dict[str, Any]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -20,7 +20,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 def begin(path: Path, first: Entry) -> None:
     """Make a journal that holds the line about its run."""
-    write_durably(path, _line(first))
+    durable.write_durably(path, _line(first))
 
 
 def header(path: Path) -> Entry | None:
@@ -36,7 +36,7 @@ def entries(path: Path) -> Iterator[tuple[Entry, int]]:
     with path.open("rb") as file:
         for line in file:
             text = line[9:-1]
-            if not line.endswith(b"\n") or line[:9] != b"%08x " % digest(text):
+            if not line.endswith(b"\n") or line[:9] != b"%08x " % durable.digest(text):
                 return
             yield json.loads(text), file.tell()
 
@@ -83,7 +83,7 @@ class Journal:
         """Keep arrays in a file of that name."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
-        write_durably(self._folder / name, buffer.getvalue())
+        durable.write_durably(self._folder / name, buffer.getvalue())
         if self._mirror:
             self._mirror.save(name, buffer.getvalue())
         self._last = name, arrays
@@ -117,4 +117,4 @@ def load(path: Path) -> Arrays:
 
 def _line(entry: Entry) -> bytes:
     text = json.dumps(entry, separators=(",", ":")).encode()
-    return b"%08x %s\n" % (digest(text), text)
+    return b"%08x %s\n" % (durable.digest(text), text)

@@ -1,4 +1,4 @@
-"""Objects below one place of an object store, and a lock among them that ends with its holder."""
+"""A lock in an object store, which is void once its holder stops renewing it."""
 
 from __future__ import annotations
 
@@ -6,86 +6,21 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from threading import Event, Thread
-from typing import Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from daskclip.errors import (
-    DaskClipError,
-    TargetError,
-    TargetExistsError,
-    TargetPermissionError,
-    error_text,
-)
-from daskclip.storage import T, is_refused, kind_and_remedy, retrying
-from daskclip.storage import object_store as objects
+from daskclip.errors import DaskClipError, TargetError, TargetExistsError
+
+if TYPE_CHECKING:
+    from daskclip.storage import ObjectPrefix
 
 log = logging.getLogger("daskclip")
 HEARTBEAT_S = 5.0
 LEASE_TIMEOUT_S = 20.0  # a lease that was not renewed for so long is void
-TOGETHER = 1000  # objects that are removed at a time
-
-
-@dataclass(frozen=True)
-class Objects:
-    """Objects of a target below its place in a store; their names begin after it."""
-
-    store: Any
-    path: str
-
-    def __str__(self) -> str:
-        return objects.url(self.store, self.path)
-
-    def get(self, *names: str) -> list[Any]:
-        """Bytes of each object, or None."""
-        return self._do("reading", lambda: objects.get(self.store, [*map(self._key, names)]))
-
-    def put(self, name: str, data: bytes) -> None:
-        """Make or replace an object."""
-        self._do("writing", lambda: objects.put(self.store, self._key(name), data))
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Make an object; False if there is one, unless an earlier try made it."""
-        (made,) = self._do("writing", lambda: objects.create(self.store, [(self._key(name), data)]))
-        return made
-
-    def put_once(self, named: Sequence[tuple[str, bytes]]) -> None:
-        """Make objects, in no order; there may be the same ones."""
-        keyed = [(self._key(name), data) for name, data in named]
-        self._do("writing", lambda: objects.put_once(self.store, keyed))
-
-    def names(self, below: str = "") -> list[str]:
-        """Names of all objects, or of those below a name, in order."""
-        top = self._key(below)
-        keys = self._do("listing", lambda: [s.key for s in objects.listed(self.store, top)])
-        return sorted(f"{below}/{key}".lstrip("/") for key in keys)
-
-    def delete(self, names: list[str]) -> None:
-        """Remove objects, in no order."""
-        for i in range(0, len(names), TOGETHER):
-            keys = [*map(self._key, names[i : i + TOGETHER])]
-            self._do("removing", partial(objects.delete, self.store, keys))
-
-    def _key(self, name: str) -> str:
-        return f"{self.path}/{name}".strip("/")
-
-    def _do(self, doing: str, function: Callable[[], T]) -> T:
-        try:
-            return retrying(function)
-        except DaskClipError:
-            raise
-        except Exception as error:
-            text = f"{doing} objects at {self} failed ({error_text(error)})"
-            if is_refused(error):
-                raise TargetPermissionError(f"{text}; check credentials and rights") from error
-            if isinstance(error, FileNotFoundError):
-                raise TargetError(f"{text}; check the bucket") from error
-            kind, remedy = kind_and_remedy(error)
-            raise kind(f"{text}; {remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -95,7 +30,7 @@ class Lease:
     Each holder makes the object with the next number, which only one can.
     """
 
-    objects: Objects
+    objects: ObjectPrefix
     place: str
     """Name that those of the objects begin with."""
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from daskclip.errors import InvalidValueError, TargetError, error_text, short_repr
-from daskclip.storage import Hierarchy
-from daskclip.storage import array as storage
+from daskclip.storage import Hierarchy, parse_location
 from daskclip.target.directory import DirectoryTarget, can_lock
 from daskclip.target.object_store import ObjectStoreTarget
 
@@ -31,7 +30,7 @@ def open_target(
     if target is None and not in_place:
         raise InvalidValueError("there is no target; give its path, or clip in place")
     if in_place:
-        target = source.place
+        target = source.store_path
     place = find_target(target, options)
     place.check(source, overwrite=overwrite, in_place=in_place)
     return place
@@ -40,7 +39,7 @@ def open_target(
 def find_target(target: Any, options: dict[str, Any] | None = None) -> Target:
     """Where a target is, or may be."""
     try:
-        found = storage.place(target, options)
+        found = parse_location(target, options)
     except Exception as error:  # of a URL, fsspec and its file systems raise anything
         raise TargetError(
             f"target {short_repr(target)} cannot be used ({error_text(error)}); check the URL, and "

@@ -7,35 +7,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
-from daskclip.storage import MADE_BY, Hierarchy, at_place
-from daskclip.storage import object_store as objects
+from daskclip.storage import Hierarchy, ObjectPrefix
 from daskclip.target.directory import JOURNAL
-from daskclip.target.journal import Entry
-from daskclip.target.lease import Lease, Objects
+from daskclip.target.lease import Lease
 from daskclip.target.preflight import CONSOLIDATED, RECORD, refuse_consolidated
 
+if TYPE_CHECKING:
+    from daskclip.target.journal import Entry
+
 LINES = 64  # of a journal, in one object: each window stores its object again
-TOGETHER = 64  # documents that are stored at a time
+PUT_BATCH = 64  # documents stored at a time
 LOCK, DISCARDED = f"{RECORD}/lock", f"{RECORD}/discarded"
 
 
-class ObjectStoreTarget(Objects):
+class ObjectStoreTarget(ObjectPrefix):
     """A target in an object store; what a run keeps lies below it, under ``.daskclip/``."""
 
     @property
     def kept(self) -> str:
         """Name below which the journal is."""
-        home = self.open().home if self.exists() else ""
+        home = self.open().record_array if self.exists() else ""
         return f"{home}/{RECORD}".lstrip("/")
 
     def exists(self) -> bool:
-        return any(found is not None for found in self.get(*MADE_BY))
+        return self.has_node()
 
     def open(self) -> Hierarchy:
         """What is there."""
-        return at_place(self.store, self.path)
+        return Hierarchy.open(self.store, self.path)
 
     def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a place where the target of a source cannot be made; changes nothing."""
@@ -44,7 +46,7 @@ class ObjectStoreTarget(Objects):
                 f"target {self} is in an object store, where nothing can be replaced in one step; "
                 "clip to a new target and remove the old one"
             )
-        if not objects.can_create(self.store):
+        if not self.can_create:
             raise TargetError(
                 f"target {self} is in a {type(self.store).__name__}, which cannot be locked; give "
                 "a path, a URL, or a store of fsspec or obstore"
@@ -60,7 +62,7 @@ class ObjectStoreTarget(Objects):
             )
         parts = self.path.split("/")
         for i in range(len(parts) if self.path else 0):
-            group = Objects(self.store, "/".join(parts[:i]))
+            group = ObjectPrefix(self.store, "/".join(parts[:i]))
             found = (b"" if data is None else data for data in group.get(*CONSOLIDATED))
             refuse_consolidated(self, group, *found)
 
@@ -132,7 +134,7 @@ class ObjectStoreTransaction:
 
     def staging(self, source: Hierarchy, name: str) -> tuple[Hierarchy, None]:
         """What to write, whose chunks stay where they are put."""
-        return source.at(self.target.store, self.target.path), None
+        return source.moved_to(self.target.store, self.target.path), None
 
     def complete(self, source: Hierarchy, name: str, last: Entry) -> bool:
         """Whether all chunks are there, if the end of the journal tells of them."""
@@ -145,19 +147,19 @@ class ObjectStoreTransaction:
 
     def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Entry:
         """Fingerprint of what was stored, as it is once its metadata is there."""
-        return staged.fingerprint(changes=False) | {"metadata": source.digest()}
+        return staged.fingerprint(changes=False)
 
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
         """Let what is complete appear by its metadata."""
         self.require()
         there, (*documents, last) = self.target, source.documents.items()
-        if source.home:
+        if source.record_array:
             journal = (self.folder / JOURNAL).read_bytes()
-            there.put(f"{source.home}/{RECORD}/{JOURNAL}", journal)
-        for i in range(0, len(documents), TOGETHER):
-            there.put_once(documents[i : i + TOGETHER])
+            there.put(f"{source.record_array}/{RECORD}/{JOURNAL}", journal)
+        for i in range(0, len(documents), PUT_BATCH):
+            there.put_once(documents[i : i + PUT_BATCH])
         there.put_once([last])
-        self.target.tidy(LOCK, *(() if source.home else (f"{RECORD}/{JOURNAL}",)))
+        self.target.tidy(LOCK, *(() if source.record_array else (f"{RECORD}/{JOURNAL}",)))
 
     def clear(self) -> None:
         """Remove all that a run has stored but its lock."""
@@ -174,7 +176,7 @@ class ObjectStoreTransaction:
 class RemoteJournal:
     """A journal's lines as objects of some lines each, and its sums."""
 
-    def __init__(self, there: Objects, journal: Path, require: Callable[[], None]) -> None:
+    def __init__(self, there: ObjectPrefix, journal: Path, require: Callable[[], None]) -> None:
         self._there, self._require = there, require
         self._lines: list[bytes] = []
         self._number = 0
@@ -213,7 +215,7 @@ class RemoteJournal:
 
 
 @contextmanager
-def _pulled(there: Objects, place: str) -> Iterator[Path]:
+def _pulled(there: ObjectPrefix, place: str) -> Iterator[Path]:
     """A scratch folder with the journal and its sums, if there are any."""
     with tempfile.TemporaryDirectory(prefix="daskclip-") as scratch:
         folder = Path(scratch)

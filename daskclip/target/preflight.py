@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from daskclip.errors import TargetError
-from daskclip.storage import DOCUMENTS, Hierarchy, files
+from daskclip.storage import Hierarchy, durable, is_part
 
 CONSOLIDATED = ("zarr.json", ".zmetadata")
 RECORD = ".daskclip"
@@ -66,8 +66,8 @@ def require_no_foreign_files(source: Hierarchy) -> None:
     for name in nodes:
         for own in os.listdir(folder / name):
             inside = f"{name}/{own}".lstrip("/")
-            part = own in DOCUMENTS or inside in nodes or own == RECORD
-            if not (part or (name in source.arrays and files.CHUNK.fullmatch(own))):
+            part = inside in nodes or own == RECORD
+            if not (part or is_part(own, of_array=name in source.arrays)):
                 raise TargetError(
                     f"{folder}/{inside} is no part of what is stored in {source}; move it away"
                 )
@@ -79,7 +79,7 @@ def require_exchange(work: Path) -> None:
     for path in pair:
         path.mkdir(exist_ok=True)
     try:
-        files.exchange(*pair)
+        durable.exchange_directories(*pair)
     except OSError as error:
         raise TargetError(
             f"the file system of {work.parent} cannot exchange folders ({error.strerror}), which "

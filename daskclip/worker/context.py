@@ -1,4 +1,4 @@
-"""What the blocks of an array have in common in a run, and which of them are under way here."""
+"""What the tasks of an array share, and the state of a process that runs blocks."""
 
 from __future__ import annotations
 
@@ -7,86 +7,118 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition, get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from daskclip.errors import StorageError
-from daskclip.plan import ClipPlan
-from daskclip.storage import files
+from daskclip.storage import StoredArray, durable
+
+if TYPE_CHECKING:
+    from daskclip.plan import ClipPlan
+
+Limits = npt.NDArray[Any] | StoredArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ArrayTask:
-    """What all blocks of an array have in common in a run."""
+    """What the tasks of all blocks of an array have in common in a run."""
 
-    run: str
+    attempt_id: str
     """Name of this attempt at the run."""
     number: int
-    """Of the array among all of a run."""
+    """Number of the array among all of the run."""
     name: str
-    """Its path in its group; '' for one that is no part of a group."""
+    """Path of the array in its group; '' if it is not in a group."""
     plan: ClipPlan
     """Where the blocks are."""
-    source: Any
-    """Zarr array to read."""
-    target: Any
-    """Zarr array to write, of what is clipped or of norms, or to compare with; or None."""
+    source: StoredArray
+    """Array to read."""
+    target: StoredArray | None
+    """Array to write the clipped values or the norms to, or to compare with."""
     staged: str | None
-    """Folder of all that is written, for a run that writes to files."""
+    """Folder of everything that is written, for a run that writes to files."""
     shared: bool
-    """Whether its only slice goes on in other arrays."""
+    """Whether the array is a part of one slice that continues in other arrays."""
     in_place: bool
-    """Whether blocks that stay as they are need not be written at once."""
+    """Whether unchanged blocks need not be written at once."""
     clip_norm: float | None
-    """The limit; None with limits."""
+    """The limit of all slices. Tasks without it and without ``limits`` only measure."""
     ord: float
-    """Which norm."""
+    """Order of the norm."""
     nonfinite: str
     """Policy for NaN and infinity."""
     missing: str
     """Policy for chunks that are not stored."""
-    limits: Any
-    """NumPy or Zarr array of a limit for each slice, or None."""
+    limits: Limits | None
+    """A limit for each slice."""
     collect: bool = False
-    """Whether the norms are counted by their size too, and the largest kept."""
+    """Whether norms are also counted in a histogram, and the largest ones kept."""
+
+    @property
+    def only_measures(self) -> bool:
+        """Whether there is no limit to clip to."""
+        return self.clip_norm is None and self.limits is None
+
+    @property
+    def written(self) -> StoredArray:
+        """The target of tasks that have one."""
+        assert self.target is not None
+        return self.target
 
 
-_rooms: dict[str, dict[int, Any]] = {}
-_blocks: Counter[str] = Counter()
-_ended: deque[str] = deque(maxlen=1000)  # a worker may live for months, and run many
-_changed = Condition()
+class ProcessState:
+    """The blocks that run in this process, and the buffers of its threads, by attempt.
+
+    There is one instance, `PROCESS`, which lives as long as the process: a Dask worker may run
+    blocks of many attempts, one after the other or at once. It holds a buffer for each thread from
+    the first block of an attempt until `drain`, and after that the names of the last attempts,
+    since a block may arrive late.
+    """
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._running: Counter[str] = Counter()
+        self._buffers: dict[str, dict[int, npt.NDArray[np.uint8]]] = {}
+        self._drained: deque[str] = deque(maxlen=1000)
+
+    @contextmanager
+    def running_block(self, attempt_id: str) -> Iterator[None]:
+        """Count a block as running; refused once the attempt has been drained."""
+        with self._changed:
+            # a task of a run that was stopped may still be in the queue of the scheduler
+            if attempt_id in self._drained:
+                raise StorageError("the run was stopped")
+            self._running[attempt_id] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running[attempt_id] -= 1
+                self._changed.notify_all()
+
+    def drain(self, attempt_id: str) -> None:
+        """Refuse further blocks of an attempt, wait for running ones, and free its buffers."""
+        with self._changed:
+            self._drained.append(attempt_id)
+            self._changed.wait_for(lambda: not self._running[attempt_id])
+            del self._running[attempt_id]
+        self._buffers.pop(attempt_id, None)
+
+    def buffer(self, attempt_id: str, size: int) -> tuple[npt.NDArray[np.uint8], bool]:
+        """Buffer of this thread, which its next block reuses; and whether it is new."""
+        buffers, me = self._buffers.setdefault(attempt_id, {}), get_ident()
+        new = me not in buffers or len(buffers[me]) < size
+        if new:
+            buffers.pop(me, None)  # free it first: there is no memory for both
+            buffers[me] = np.frombuffer(durable.aligned_buffer(size), np.uint8)
+        return buffers[me][:size], new
 
 
-@contextmanager
-def running_block(run: str) -> Iterator[None]:
-    """Count something that is under way for ``run``; refused after the end of it."""
-    with _changed:
-        if run in _ended:
-            raise StorageError("the run was stopped")
-        _blocks[run] += 1
-    try:
-        yield
-    finally:
-        with _changed:
-            _blocks[run] -= 1
-            _changed.notify_all()
+PROCESS = ProcessState()
 
 
-def drain(run: str) -> None:
-    """Let no block of ``run`` begin in this process, and return once none is under way."""
-    with _changed:
-        _ended.append(run)
-        _changed.wait_for(lambda: not _blocks[run])
-        del _blocks[run]
-    _rooms.pop(run, None)
-
-
-def block_buffer(run: str, size: int) -> tuple[Any, bool]:
-    """Memory of this thread for a block, and for those that follow; and whether it is new."""
-    rooms, me = _rooms.setdefault(run, {}), get_ident()
-    new = len(rooms.get(me, b"")) < size
-    if new:
-        rooms.pop(me, None)
-        rooms[me] = np.frombuffer(files.memory(size), np.uint8)
-    return rooms[me][:size], new
+def drain(attempt_id: str) -> None:
+    """Drain an attempt in this process; see `ProcessState.drain`."""
+    PROCESS.drain(attempt_id)

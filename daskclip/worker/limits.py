@@ -4,35 +4,37 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from daskclip.grid import Box, box_at, box_index, box_shape, ceil_div
-from daskclip.storage import array as storage
-from daskclip.storage import regions, retrying_block
+from daskclip.storage import retrying_block
+
+if TYPE_CHECKING:
+    from daskclip.worker.context import Limits
 
 
-def read_limits(limits: Any, region: Box, missing: str) -> Any:
-    """Limits of the slices of a region, read one chunk or shard at a time."""
-    behind = zip(limits.shape, region[len(region) - limits.ndim :], strict=True)
-    own = tuple(slice(0, 1) if n == 1 else s for n, s in behind)
+def read_limits(limits: Limits, region: Box, missing: str) -> npt.NDArray[Any]:
+    """Limits of the slices that meet a region; stored ones are read one unit at a time."""
+    trailing = zip(limits.shape, region[len(region) - limits.ndim :], strict=True)
+    own = tuple(slice(0, 1) if n == 1 else s for n, s in trailing)
     if isinstance(limits, np.ndarray):
-        return limits[box_index(own)]
-    values = np.empty(box_shape(own))
-    unit = storage.write_unit(limits)
+        held: npt.NDArray[Any] = limits[box_index(own)]
+        return held
+    values, unit = np.empty(box_shape(own)), limits.unit
     steps = (range(s.start // u, ceil_div(s.stop, u)) for s, u in zip(own, unit, strict=True))
-    for cell in product(*steps):
-        whole = box_at(cell, unit, limits.shape)
-        read = partial(regions.read, limits, missing=missing)
-        with retrying_block("reading", limits, whole, read) as reading:
-            found = reading(whole)
+    read = partial(limits.read, missing=missing)
+    for coords in product(*steps):
+        whole = box_at(coords, unit, limits.shape)
+        found = retrying_block("reading", limits, whole, read)
         values[_shared(whole, own)] = found[_shared(own, whole)]
     return values
 
 
 def _shared(other: Box, region: Box) -> Any:
-    """Index in a region of what another one has of it too."""
+    """Index, in a region, of what it has in common with another one."""
     pairs = zip(other, region, strict=True)
     return box_index(
         tuple(slice(max(a.start - b.start, 0), min(a.stop, b.stop) - b.start) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""What a worker does with one block. Every function can run twice and does the same again."""
+"""What a worker does with one block. Every function can run twice with the same result."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
 from daskclip.grid import Box, box_index, box_shape, boxes, offset_box
@@ -26,281 +27,308 @@ from daskclip.numerics import (
     require_finite,
     rescale,
 )
-from daskclip.storage import array as storage
-from daskclip.storage import files, format_region, regions, retrying_block
-from daskclip.worker.context import ArrayTask, block_buffer, running_block
+from daskclip.storage import durable, retrying_block, translating_storage_errors
+from daskclip.worker.context import PROCESS, ArrayTask
 from daskclip.worker.limits import read_limits
+
+Array = npt.NDArray[Any]
 
 EMPTY = 0  # digest of a block of which nothing is stored
 
 
+class BlockResult(NamedTuple):
+    """Result of a task for one block."""
+
+    digest: int | None = None
+    """Digest of what was stored; None if nothing was written."""
+    counts: SliceCounts | None = None
+    """Counts over the slices of the block, if it holds them whole."""
+
+
 class Sums(NamedTuple):
-    """What the first pass knows of some blocks of a slab."""
+    """Result of the first pass for some blocks of a slab."""
 
     partial: Partial
     """Their exact sums."""
     digests: dict[tuple[int, int, int], int]
-    """Digests of what was read, by number of the job, slab, and block in it."""
+    """Digests of the values read, by number of the array, slab, and block in the slab."""
     state: int
-    """Bytes of the sum of a slice that are planned for; 0 for any number."""
+    """Planned bytes of the sum of a slice; 0 for any number."""
 
 
-def add_sums(parts: list[Sums]) -> Sums:
-    """Sums of all the blocks."""
+def add_sums(parts: Sequence[Sums]) -> Sums:
+    """Combine sums of different blocks of a slab."""
     digests = {block: d for p in parts for block, d in p.digests.items()}
     state = parts[0].state
     return Sums(combine([p.partial for p in parts], max_nbytes=state), digests, state)
 
 
 def run_batch(
-    function: Callable[..., Any],
-    jobs: Sequence[ArrayTask],
-    cells: Sequence[tuple[int, ...]],
+    function: Callable[..., BlockResult],
+    tasks: Sequence[ArrayTask],
+    blocks: Sequence[tuple[int, ...]],
     scales: Sequence[Scale],
-) -> list[Any]:
-    """``function`` of some blocks, one after the other; what they write is there to stay then.
+) -> list[BlockResult]:
+    """Run a function of this module on some blocks, one after the other.
 
-    None begins in this process after the end of its run.
+    What they write has been synced to disk on return. No block starts once the attempt has been
+    drained in this process.
+
+    Parameters
+    ----------
+    function : callable
+        Called with a task, slab, block, and a scale and a digest where these are given.
+    tasks : sequence of ArrayTask
+        Of each block.
+    blocks : sequence of tuple of int
+        Slab, block in the slab and, for some functions, the digest that is expected.
+    scales : sequence of Scale
+        Of each block, or empty.
+
+    Returns
+    -------
+    list of BlockResult
     """
-    folder = jobs[0].staged
-    with running_block(jobs[0].run):
-        more: list[tuple[Any, ...]] = [(scale,) for scale in scales] or [()] * len(jobs)
-        done = [
-            function(job, cell[0], cell[1], *scale, *cell[2:])
-            for job, cell, scale in zip(jobs, cells, more, strict=True)
+    first = tasks[0]
+    extra: Sequence[tuple[Scale, ...]] = [(scale,) for scale in scales] or [()] * len(tasks)
+    with PROCESS.running_block(first.attempt_id):
+        results = [
+            function(task, slab, block, *scale, *expected)
+            for task, (slab, block, *expected), scale in zip(tasks, blocks, extra, strict=True)
         ]
-        if folder and function is not sum_block and any(map(_is_written, done)):
-            region = jobs[0].plan.region(*cells[0][:2])
-            with retrying_block("writing", jobs[0].target, region, lambda _: None):
-                files.sync(Path(folder))
-        return done
+        # one call for the batch: it writes back what all threads have written until then
+        if first.staged and any(result.digest is not None for result in results):
+            with translating_storage_errors(f"writing {first.target}"):
+                durable.sync_filesystem(Path(first.staged))
+        return results
 
 
-def _is_written(result: Any) -> bool:
-    return (result[1] if isinstance(result, tuple) else result) is not None
+def sum_batch(
+    function: Callable[..., Sums], tasks: Sequence[ArrayTask], blocks: Sequence[tuple[int, ...]]
+) -> Sums:
+    """Run `sum_block` on some blocks of a slab, and combine their sums; see `run_batch`."""
+    with PROCESS.running_block(tasks[0].attempt_id):
+        return add_sums([function(task, *at) for task, at in zip(tasks, blocks, strict=True)])
 
 
-def sum_block(job: ArrayTask, slab: int, block: int) -> Sums:
+def sum_block(task: ArrayTask, slab: int, block: int) -> Sums:
     """First pass: read a block, return its exact sums."""
-    region, place = job.plan.region(slab, block), (job.number, slab, block)
-    if _is_empty(job, region):
-        sums, digest = _no_sums(job, region), EMPTY
+    region, plan = task.plan.region(slab, block), task.plan
+    if _is_empty(task, region):
+        sums, digest = _zero_sums(task, region), EMPTY
     else:
-        x = _read_first(job, region)
-        omit = job.nonfinite == "omit"
-        sums = partial_norm(x, job.plan.axes, omit_nan=omit, ord=job.ord, max_nbytes=job.plan.state)
-        digest = files.digest(x)
-    if job.shared:  # with arrays of other dimensions
+        x, omit = _read_first(task, region), task.nonfinite == "omit"
+        sums = partial_norm(x, plan.axes, omit_nan=omit, ord=task.ord, max_nbytes=plan.state)
+        digest = durable.digest(x)
+    if task.shared:  # the sums of arrays of different dimensions add up
         sums = sums._replace(limbs=sums.limbs.reshape(-1), flags=sums.flags.reshape(()))
-    return Sums(sums, {place: digest}, job.plan.state)
+    return Sums(sums, {(task.number, slab, block): digest}, plan.state)
 
 
-def rescale_block(job: ArrayTask, slab: int, block: int, scale: Scale, expected: int) -> int | None:
-    """Second pass: read a block again, write it rescaled; returns the digest of its files."""
-    region = job.plan.region(slab, block)
-    empty = _stays_empty(job, region, expected)
-    if _untouched(job, scale, empty):
-        return _keep(job, region, empty)
-    x = _read_same(job, region, expected, empty)
+def rescale_block(
+    task: ArrayTask, slab: int, block: int, scale: Scale, expected: int
+) -> BlockResult:
+    """Second pass: read a block again, write it rescaled."""
+    region = task.plan.region(slab, block)
+    empty = _stays_empty(task, region, expected)
+    if _is_unchanged(scale, empty):
+        return BlockResult(_keep(task, region, empty))
+    x = _read_same(task, region, expected, empty)
     rescale(x, scale, x)
-    return _write(job, region, x)
+    return BlockResult(_write(task, region, x))
 
 
-def clip_slab(job: ArrayTask, slab: int, block: int) -> tuple[SliceCounts, int | None]:
+def clip_slab(task: ArrayTask, slab: int, block: int) -> BlockResult:
     """One pass: read a block that is a whole slab, write it clipped."""
-    region = job.plan.region(slab, block)
-    x, scale = _clipped(job, region)
-    counted = count_region(job, scale, region)
-    if _untouched(job, scale, x is None):
-        return counted, _keep(job, region, x is None)
-    if x is None:
-        x = rescale(_read_first(job, region), scale)
-    return counted, _write(job, region, x)
+    region = task.plan.region(slab, block)
+    x, scale = _clipped(task, region)
+    counts = count_region(task, scale, region)
+    if _is_unchanged(scale, x is None):
+        return BlockResult(_keep(task, region, x is None), counts)
+    if x is None:  # NaN as a limit changes zeros
+        x = rescale(_read_first(task, region), scale)
+    return BlockResult(_write(task, region, x), counts)
 
 
-def count_slab(job: ArrayTask, slab: int, block: int) -> tuple[SliceCounts, int | None]:
-    """One pass that clips nothing: read a block that is a whole slab."""
-    region = job.plan.region(slab, block)
-    scale = _clipped(job, region)[1]
-    return count_region(job, scale, region), save_norms(job, scale, region)
+def count_slab(task: ArrayTask, slab: int, block: int) -> BlockResult:
+    """One pass that clips nothing: read a block that is a whole slab, count its slices."""
+    region = task.plan.region(slab, block)
+    scale = _clipped(task, region)[1]
+    return BlockResult(save_norms(task, scale, region), count_region(task, scale, region))
 
 
-def save_norms(job: ArrayTask, scale: Scale, region: Box) -> int | None:
-    """Write the norms of the slices that meet a region, if they are wanted."""
-    if job.target is None:
+def save_norms(task: ArrayTask, scale: Scale, region: Box) -> int | None:
+    """Write the norms of the slices that meet a region, if there is an array for them."""
+    if task.target is None:
         return None
-    kept = tuple(s for a, s in enumerate(region) if a not in job.plan.axes)
-    return _write(job, kept, scale.norm.reshape(box_shape(kept)))
+    kept = tuple(s for a, s in enumerate(region) if a not in task.plan.axes)
+    return _write(task, kept, scale.norm.reshape(box_shape(kept)))
 
 
-def copy_block(job: ArrayTask, slab: int, block: int) -> int:
+def copy_block(task: ArrayTask, slab: int, block: int) -> BlockResult:
     """Last pass, in place: copy the files of a block that stays as it is."""
-    return _copy(job, job.plan.region(slab, block))
+    return BlockResult(_copy(task, task.plan.region(slab, block)))
 
 
-def check_block(job: ArrayTask, slab: int, block: int, expected: int) -> None:
+def check_block(task: ArrayTask, slab: int, block: int, expected: int) -> BlockResult:
     """Compare the files of a block with the digest they had when they were written."""
-    region = job.plan.region(slab, block)
-
-    def digest(part: Box) -> int:
-        return storage.digest_stored(job.source, regions.keys(job.source, part))
-
-    with retrying_block("reading", job.source, region, digest) as digested:
-        if digested(region) != expected:
-            key = regions.last_changed(job.source, region)
-            raise VerificationError(
-                f"block {format_region(region)} of {storage.location(job.source)} (chunk {key}) is "
-                "not what was written; clip it again"
-            )
+    region, source = task.plan.region(slab, block), task.source
+    if retrying_block("reading", source, region, source.digest) != expected:
+        raise VerificationError(
+            f"block {source.describe(region)} (chunk {source.last_changed(region)}) is not what "
+            "was written; clip it again"
+        )
+    return BlockResult()
 
 
-def compare_block(job: ArrayTask, slab: int, block: int, scale: Scale, expected: int) -> None:
-    """Second pass of a verification: rescale a block again and compare it with what is there."""
-    region = job.plan.region(slab, block)
-    x = _read_same(job, region, expected, _stays_empty(job, region, expected))
+def compare_block(
+    task: ArrayTask, slab: int, block: int, scale: Scale, expected: int
+) -> BlockResult:
+    """Second pass of a verification: rescale a block again, compare it with the target."""
+    region, target = task.plan.region(slab, block), task.written
+    x = _read_same(task, region, expected, _stays_empty(task, region, expected))
     rescale(x, scale, x)
-    for inside in boxes(box_shape(region), job.plan.unit):
+    # one unit at a time, so that memory is as planned
+    for inside in boxes(box_shape(region), task.plan.unit):
         part = offset_box(inside, region)
-        read = partial(regions.read, job.target, missing="fill")
-        with retrying_block("reading", job.target, part, read) as reading:
-            same = reading(part).tobytes() == x[box_index(inside)].tobytes()
-        if not same:
+        stored = retrying_block("reading", target, part, target.read)
+        if stored.tobytes() != x[box_index(inside)].tobytes():
             raise VerificationError(
-                f"{format_region(part)} of {storage.location(job.target)} is not what clipping "
-                f"{storage.location(job.source)} gives; clip it again"
+                f"{target.describe(part)} is not what clipping {task.source} gives; clip it again"
             )
+    return BlockResult()
 
 
-def count_region(job: ArrayTask, scale: Scale, region: Box) -> SliceCounts:
-    """What is counted of the slices that meet a region."""
-    if not job.collect:
+def count_region(task: ArrayTask, scale: Scale, region: Box) -> SliceCounts:
+    """Counts over the slices that meet a region."""
+    if not task.collect:
         return count_slices(scale)
-    if job.shared:
+    if task.shared:
         return count_with_histogram(scale, (), (), ())
-    found = count_with_histogram(scale, job.plan.axes, [s.start for s in region], job.plan.shape)
-    if not job.name or found.histogram is None:
+    found = count_with_histogram(scale, task.plan.axes, [s.start for s in region], task.plan.shape)
+    if not task.name or found.histogram is None:
         return found
-    # axes of other arrays are others
-    worst = [(norm, [job.name, *place]) for norm, place in found.histogram.largest_slices]
-    histogram = found.histogram._replace(largest_slices=worst, clipped=[], largest=[])
+    # of a group: slices are named with their array, and axes of different arrays not counted
+    largest = [(norm, [task.name, *place]) for norm, place in found.histogram.largest_slices]
+    histogram = found.histogram._replace(largest_slices=largest, clipped=[], largest=[])
     return found._replace(histogram=histogram)
 
 
-def _clipped(job: ArrayTask, region: Box) -> tuple[Any, Scale]:
-    """Values of a block that is a whole slab, clipped; None if nothing is stored of it."""
-    limit = block_limit(job, region)
-    if _is_empty(job, region):
-        return None, finalize(_no_sums(job, region), limit, job.source.dtype)
-    x, omit = _read_first(job, region), job.nonfinite == "omit"
-    return clip_block(x, limit, job.plan.axes, omit_nan=omit, ord=job.ord, out=x)
+def block_limit(task: ArrayTask, region: Box) -> float | Array:
+    """Limit of the slices that meet a region, or one for each; infinity if they are measured."""
+    if task.limits is not None:
+        return read_limits(task.limits, region, task.missing)
+    return math.inf if task.clip_norm is None else task.clip_norm
 
 
-def _is_empty(job: ArrayTask, region: Box) -> bool:
-    """Whether a block is all zeros because nothing is stored."""
-    return job.missing == "fill" and regions.is_empty(job.source, region)
+def terms(task: ArrayTask, shape: tuple[int, ...]) -> int:
+    """Number of terms in the sum of each slice of a region."""
+    number = math.prod(shape[a] for a in task.plan.axes)
+    return number * (2 if task.source.dtype.kind == "c" else 1)
 
 
-def _stays_empty(job: ArrayTask, region: Box, expected: int) -> bool:
-    """Whether a block that was empty in the first pass is so still."""
-    return expected == EMPTY and _is_empty(job, region)
+def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, Scale]:
+    """Values of a block that is a whole slab, clipped; None if nothing of it is stored."""
+    limit = block_limit(task, region)
+    if _is_empty(task, region):
+        return None, finalize(_zero_sums(task, region), limit, task.source.dtype)
+    x, omit = _read_first(task, region), task.nonfinite == "omit"
+    return clip_block(x, limit, task.plan.axes, omit_nan=omit, ord=task.ord, out=x)
 
 
-def _no_sums(job: ArrayTask, region: Box) -> Partial:
+def _is_empty(task: ArrayTask, region: Box) -> bool:
+    """Whether a block is all zeros because nothing of it is stored."""
+    return task.missing == "fill" and task.source.is_empty(region)
+
+
+def _stays_empty(task: ArrayTask, region: Box, expected: int) -> bool:
+    """Whether a block that was empty in the first pass still is."""
+    return expected == EMPTY and _is_empty(task, region)
+
+
+def _zero_sums(task: ArrayTask, region: Box) -> Partial:
     """The exact sums of zeros."""
     shape = box_shape(region)
-    kept = tuple(1 if k in job.plan.axes else n for k, n in enumerate(shape))
+    kept = tuple(1 if k in task.plan.axes else n for k, n in enumerate(shape))
     flags = np.zeros(kept, np.uint8)
-    return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(job, shape), job.ord)
+    return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(task, shape), task.ord)
 
 
-def block_limit(job: ArrayTask, region: Box) -> Any:
-    """The limit of the slices of a region, or those of each."""
-    return job.clip_norm if job.limits is None else read_limits(job.limits, region, job.missing)
-
-
-def terms(job: ArrayTask, shape: tuple[int, ...]) -> int:
-    """Terms of the sum of each slice of a region."""
-    number = math.prod(shape[a] for a in job.plan.axes)
-    return number * (2 if job.source.dtype.kind == "c" else 1)
-
-
-def _untouched(job: ArrayTask, scale: Scale, empty: bool) -> bool:
-    """Whether the files of a block may stay as they are."""
+def _is_unchanged(scale: Scale, empty: bool) -> bool:
+    """Whether clipping leaves the files of a block as they are."""
     return bool((np.isfinite(scale.factor) if empty else scale.factor == 1.0).all())
 
 
-def _keep(job: ArrayTask, region: Box, empty: bool) -> int | None:
-    """Copy a block; in place only once it is known that there is something to clip."""
-    if job.in_place:
+def _keep(task: ArrayTask, region: Box, empty: bool) -> int | None:
+    """Copy an unchanged block; in place, that waits until something is known to be clipped."""
+    if task.in_place:
         return None
-    return EMPTY if empty else _copy(job, region)
+    return EMPTY if empty else _copy(task, region)
 
 
-def _copy(job: ArrayTask, region: Box) -> int:
-    return _stored(job, region, lambda part: regions.copy(job.source, job.target, part))
+def _copy(task: ArrayTask, region: Box) -> int:
+    _require_staged(task)
+    copy = partial(task.source.copy_to, task.written)
+    return retrying_block("writing", task.written, region, copy)
 
 
-def _write(job: ArrayTask, region: Box, x: Any) -> int:
+def _write(task: ArrayTask, region: Box, x: Array) -> int:
+    """Write the values of a region, and return the digest of what is stored."""
+    _require_staged(task)
+    target, origin = task.written, tuple(slice(-s.start, None) for s in region)
+
     def write(part: Box) -> int:
-        inside = offset_box(part, tuple(slice(-s.start, None) for s in region))
-        return regions.write(job.target, part, x[box_index(inside)])
+        return target.write(part, x[box_index(offset_box(part, origin))])
 
-    return _stored(job, region, write)
-
-
-def _stored(job: ArrayTask, region: Box, write: Callable[[Box], int]) -> int:
-    """Digest of what ``write`` stores."""
-
-    def checked(part: Box) -> int:
-        if job.staged and not os.path.exists(job.staged):
-            raise StorageError(f"the run that wrote to {job.staged} has ended; run again")
-        return write(part)
-
-    with retrying_block("writing", job.target, region, checked) as written:
-        digest: int = written(region)
-        return digest
+    return retrying_block("writing", target, region, write)
 
 
-def _read_same(job: ArrayTask, region: Box, expected: int, empty: bool) -> Any:
-    """Read a second time what was read before."""
-    x = _read(job, region)
-    if not empty and files.digest(x) != expected:
-        key = regions.last_changed(job.source, region)
+def _require_staged(task: ArrayTask) -> None:
+    """Refuse to write for a run that has ended: this process may have missed it."""
+    if task.staged and not os.path.exists(task.staged):
+        raise StorageError(f"the run that wrote to {task.staged} has ended; run again")
+
+
+def _read_same(task: ArrayTask, region: Box, expected: int, empty: bool) -> Array:
+    """Read a block again, and require the values of the first pass."""
+    x, source = _read(task, region), task.source
+    if not empty and durable.digest(x) != expected:
         raise SourceChangedError(
-            f"block {format_region(region)} of {storage.location(job.source)} (chunk {key}) "
-            "changed between the passes; let nothing write to it and run again"
+            f"block {source.describe(region)} (chunk {source.last_changed(region)}) changed "
+            "between the passes; let nothing write to it and run again"
         )
     return x
 
 
-def _read_first(job: ArrayTask, region: Box) -> Any:
-    """Read for the first time: the second pass has nothing left to refuse."""
-    x = _read(job, region)
-    if job.nonfinite == "raise":
-        unit = job.plan.unit
+def _read_first(task: ArrayTask, region: Box) -> Array:
+    """Read a block for the first time: the second pass has nothing left to refuse."""
+    x, unit = _read(task, region), task.plan.unit
+    if task.nonfinite == "raise":
+        # an infinite limit exempts slices, but not if they are only measured
+        limit = 0.0 if task.only_measures else block_limit(task, region)
         require_finite(
             x,
-            job.plan.axes,
-            block_limit(job, region),
+            task.plan.axes,
+            limit,
             [s.start for s in region],
             lambda place: [i // u for i, u in zip(place, unit, strict=True)],
         )
     return x
 
 
-def _read(job: ArrayTask, region: Box) -> Any:
-    """Values of a block, in memory that the next block of this thread takes."""
-    size = math.prod(job.plan.block) * job.source.dtype.itemsize
-    room, new = block_buffer(job.run, size)
+def _read(task: ArrayTask, region: Box) -> Array:
+    """Read a block into the buffer of this thread, which its next block reuses."""
+    source = task.source
+    nbytes = math.prod(task.plan.block) * source.dtype.itemsize
+    buffer, new = PROCESS.buffer(task.attempt_id, nbytes)
     if new:
-        # glibc keeps for the next chunk what is as large as what it once had to take from the
-        # system; fresh pages for all that codecs return would cost a third of their time
-        np.empty(2 * storage.unit_nbytes(job.source), np.uint8)
-    room = room.view(job.source.dtype)
+        # Once it has freed a large allocation, glibc keeps memory of that size for later ones.
+        # Else the output of every codec would be fresh pages, a third of the time of decoding.
+        np.empty(2 * source.unit_nbytes, np.uint8)
+    elements = buffer.view(source.dtype)
 
-    def read(part: Box) -> Any:
-        values = room[: math.prod(box_shape(part))].reshape(box_shape(part))
-        return regions.read(job.source, part, job.missing, values)
+    def read(part: Box) -> Array:
+        shape = box_shape(part)
+        return source.read(part, task.missing, elements[: math.prod(shape)].reshape(shape))
 
-    with retrying_block("reading", job.source, region, read) as reading:
-        return reading(region)
+    return retrying_block("reading", source, region, read)

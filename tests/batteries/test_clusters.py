@@ -46,20 +46,20 @@ Journal.append = gated
 # kills its process whenever it reaches one block
 DEADLY = """
 import os, signal
-from daskclip.storage import regions
-def deadly(array, region, *args, original=regions.{0}):
+from daskclip.storage import StoredArray
+def deadly(array, region, *args, original=StoredArray.{0}):
     if [s.start for s in region] == {1}:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(array, region, *args)
-regions.{0} = deadly
+StoredArray.{0} = deadly
 """
 # stops its process once, between the look at the staging folder and the writing into it
 FREEZING = """
 import os, signal, threading
 from pathlib import Path
-from daskclip.storage import regions
+from daskclip.storage import StoredArray
 frozen, woken = Path({!r}), Path({!r})
-def freezing(*args, original=regions.write):
+def freezing(*args, original=StoredArray.write):
     try:
         os.close(os.open(frozen, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
@@ -70,7 +70,7 @@ def freezing(*args, original=regions.write):
         return original(*args)
     finally:
         woken.touch()
-regions.write = freezing
+StoredArray.write = freezing
 """
 
 

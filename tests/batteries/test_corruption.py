@@ -30,8 +30,8 @@ from zarr.core.sync import sync
 from daskclip import clip_by_norm, clip_zarr, verify_zarr
 from daskclip.engine.run_record import discard, plan_from_json
 from daskclip.errors import DaskClipError, StorageError, TargetExistsError, VerificationError
-from daskclip.storage import regions
-from daskclip.storage.hierarchy import DOCUMENTS, at_folder
+from daskclip.storage import Hierarchy
+from daskclip.storage.files import DOCUMENTS
 from daskclip.target import journal
 
 SIZES = SMALL | {"block_nbytes": 2048, "window_blocks": 1}
@@ -283,10 +283,10 @@ def stopped(folder, monkeypatch, axes, lines):
     monkeypatch.setattr(journal.Journal, "append", original)
     run = journal.header(folder / ".y.daskclip" / "journal")
     staged = folder / ".y.daskclip" / run["run"]
-    array, blocks = at_folder(staged).arrays[""], plan_from_json(run).plans[""]
+    array, blocks = Hierarchy.open(staged).arrays[""], plan_from_json(run).plans[""]
     each = blocks.blocks // blocks.slabs
     cells = [divmod(int(number), each) for entry in done for number in entry]
-    keys = [key for cell in cells for key in regions.keys(array, blocks.region(*cell))]
+    keys = [key for cell in cells for key in array.keys(blocks.region(*cell))]
     return staged, keys
 
 

@@ -14,13 +14,12 @@ from daskclip import verify_zarr
 from daskclip.engine import clip as engine
 from daskclip.engine import run_record as resume
 from daskclip.errors import DaskClipError
-from daskclip.storage import files, regions
-from daskclip.storage.hierarchy import Hierarchy
+from daskclip.storage import Hierarchy, StoredArray, durable, files
 from daskclip.target import directory as publish
 from daskclip.target import journal
 from daskclip.target.journal import Journal
-from daskclip.worker import context as jobs
 from daskclip.worker import tasks
+from daskclip.worker.context import PROCESS
 
 COPY, ONE_PASS, OVERWRITE = CASES[:3]
 REAL = SimpleNamespace(append=Journal.append, rescale=tasks.rescale_block)
@@ -93,7 +92,7 @@ def a_block_of_an_earlier_run(defect):
         raise KeyboardInterrupt
 
     def wake():
-        jobs._ended.clear()  # it was in another process
+        PROCESS._drained.clear()  # it was in another process
         for late in taken:
             with suppress(DaskClipError):
                 REAL.rescale(*late)
@@ -189,8 +188,8 @@ def kills_while_discarding(defect):
 
 
 def journal_before_data():
-    write, append, waiting = regions.write, Journal.append, []
-    regions.write = lambda *args: waiting.append(args) or 0
+    write, append, waiting = StoredArray.write, Journal.append, []
+    StoredArray.write = lambda *args: waiting.append(args) or 0
 
     def early(self, entry):
         append(self, entry)
@@ -212,8 +211,8 @@ def rename_before_sync():
     def unsynced(work, source, staged, replace):
         folder, target = staged.folder, work.target.path
         shutil.copyfile(work.folder / "journal", folder / ".daskclip")
-        (files.exchange if target.exists() else os.rename)(folder, target)
-        files.sync(target.parent)
+        (durable.exchange_directories if target.exists() else os.rename)(folder, target)
+        durable.sync_filesystem(target.parent)
         work.clear()
 
     publish.DirectoryTransaction.publish = unsynced
@@ -228,7 +227,7 @@ def no_lock():
 
 
 def blocks_are_not_synced():
-    tasks.files = SimpleNamespace(**vars(files) | {"sync": lambda folder: None})
+    tasks.durable = SimpleNamespace(**vars(durable) | {"sync_filesystem": lambda folder: None})
 
 
 def journal_removed_last():
@@ -269,10 +268,10 @@ def old_array_removed_first():
     def publishing(work, source, staged, replace):
         folder, target = staged.folder, work.target.path
         shutil.copyfile(work.folder / "journal", folder / ".daskclip")
-        files.sync(folder)
+        durable.sync_filesystem(folder)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(folder, target)
-        files.sync(target.parent)
+        durable.sync_filesystem(target.parent)
         work.clear()
 
     publish.DirectoryTransaction.publish = publishing

@@ -6,7 +6,7 @@ import os
 import pytest
 from faults import CASES, Sweep
 
-from daskclip.storage import files
+from daskclip.storage import durable
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT]
 case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -18,7 +18,7 @@ four = pytest.mark.parametrize("case", some, ids=lambda case: case.name)
 def without_syncing():
     """A defect: nothing is synced."""
     os.fsync = lambda descriptor: None
-    files.sync = lambda folder: None
+    durable.sync_filesystem = lambda folder: None
 
 
 @case

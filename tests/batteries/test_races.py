@@ -21,7 +21,7 @@ from stores import create, read, some, stopping_at, stored
 from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr
-from daskclip.storage import files, regions
+from daskclip.storage import StoredArray, files
 from daskclip.target import directory as publish
 from daskclip.target.journal import Journal, entries
 from daskclip.worker import tasks
@@ -120,17 +120,17 @@ PATCHES = f"from daskclip import cli; from sizes import use; use(**{SIZES})"
 TELLING = """
 import time
 from pathlib import Path
-from daskclip.storage import regions
+from daskclip.storage import StoredArray
 told, stopped = Path({told!r}), Path({stopped!r})
-def telling(*args, original=regions.read):
+def telling(*args, original=StoredArray.read):
     with told.open("a") as file:
         file.write(chr(10))
     end = time.monotonic() + 120
     while told.stat().st_size >= {limit} and not stopped.exists() and time.monotonic() < end:
         time.sleep(0.001)
     return original(*args)
-if regions.read.__name__ != "telling":
-    regions.read = telling
+if StoredArray.read.__name__ != "telling":
+    StoredArray.read = telling
 """
 WAITING = 40  # blocks: in the third window on threads, in the second on two workers
 
@@ -304,7 +304,7 @@ def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
 def chunk_accesses(monkeypatch):
     """List of the reads and writes of chunks, by file and by block."""
     seen = []
-    for module in (files, regions):
+    for module in (files, StoredArray):
         for name in ("read", "write"):
             original = getattr(module, name)
             what = f"{module.__name__.rpartition('.')[2]}.{name}"
@@ -350,7 +350,7 @@ def test_an_identical_run_is_up_to_date(tmp_path, monkeypatch, x, option):
     assert names(tmp_path) == ["x", *(["y"] if target else [])]
     # the counter does see accesses
     run("run", x, tmp_path / "z", "--clip-norm", 1)
-    wanted = {"files.read", "files.write", "regions.read", "regions.write"}
+    wanted = {"files.read", "files.write", "StoredArray.read", "StoredArray.write"}
     assert {name for name, _ in seen} == wanted
 
 
@@ -539,7 +539,7 @@ def test_the_old_data_can_be_read_until_the_exchange(tmp_path, monkeypatch, x, o
     wanted = bits(clip_by_norm(read(x), 1.0, 0))
     target = x if "in_place" in options else create(tmp_path / "y", some((4, 4), "f2"), (2, 4))
     old = bits(read(target))
-    append, exchange, seen = Journal.append, publish.files.exchange, []
+    append, exchange, seen = Journal.append, publish.durable.exchange_directories, []
 
     def reading(journal, entry):
         append(journal, entry)
@@ -555,7 +555,7 @@ def test_the_old_data_can_be_read_until_the_exchange(tmp_path, monkeypatch, x, o
             seen.append("exchange")
 
     monkeypatch.setattr(Journal, "append", reading)
-    monkeypatch.setattr(publish.files, "exchange", exchanging)
+    monkeypatch.setattr(publish.durable, "exchange_directories", exchanging)
     clip_zarr(x, None if target == x else target, 1.0, 0, memory=TIGHT, **options)
     assert seen[-1] == "exchange"
     assert seen.count("exchange") == 1

@@ -35,16 +35,16 @@ FEWER = 30  # times fewer blocks on distributed, which takes milliseconds for ea
 TERABYTES, WORKERS = (1, 100, 1000), (1, 10, 100)
 
 
-def sum_nothing(job, slab, block):
-    return tasks.Sums(SUMS, {job.plan.number(slab, block): 0})
+def sum_nothing(task, slab, block):
+    return tasks.Sums(SUMS, {(task.number, slab, block): 0}, 0)
 
 
-def write_nothing(job, slab, block, scale, expected):
-    return 0
+def write_nothing(task, slab, block, scale, expected):
+    return tasks.BlockResult(0)
 
 
-def clip_nothing(job, slab, block):
-    return SliceCounts.empty(), 0
+def clip_nothing(task, slab, block):
+    return tasks.BlockResult(0, SliceCounts.empty())
 
 
 def empty(path, chunks):

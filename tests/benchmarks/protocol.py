@@ -19,8 +19,7 @@ import zarr
 
 from daskclip import clip_zarr
 from daskclip.engine import attempt
-from daskclip.storage import files
-from daskclip.storage.hierarchy import Hierarchy
+from daskclip.storage import Hierarchy, durable
 from daskclip.target import directory as publish
 from daskclip.target import journal
 from daskclip.worker import tasks
@@ -57,8 +56,7 @@ class NoJournal(journal.Journal):
 def unprotected():
     """Take away what keeps a run safe but the syncing of its blocks."""
     Hierarchy.fingerprint = lambda self, *, changes: {}
-    files.digest_files = lambda folder, keys: 0
-    tasks.files.digest = lambda data, before=0: 0
+    tasks.durable.digest = lambda data, before=0: 0
     attempt.Journal = NoJournal
     attempt.record = lambda *_: None
 
@@ -71,11 +69,11 @@ def unprotected():
 
 def run(variant, source, target, axes):
     """One run in this process; prints its seconds."""
-    sync = files.sync
+    sync = durable.sync_filesystem
     if variant != VARIANTS[0]:
         unprotected()
     if variant == VARIANTS[2]:
-        files.sync = lambda folder: None
+        durable.sync_filesystem = lambda folder: None
     start = time.perf_counter()
     clip_zarr(source, target, 1000.0 if axes else 20000.0, axes)
     sync(Path(target).parent)

@@ -27,10 +27,10 @@ from daskclip.errors import (
     StorageError,
     TemporaryError,
 )
-from daskclip.storage import files, regions
+from daskclip.storage import StoredArray, files
 from daskclip.target.journal import Journal
-from daskclip.worker import context as jobs
 from daskclip.worker import tasks
+from daskclip.worker.context import PROCESS
 
 # neither chunks nor shards divide the shape
 SHAPE, CHUNKS, SHARDS = (9, 7, 7), (2, 4, 3), (4, 4, 3)
@@ -496,7 +496,7 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
     (x / "c/0/0").write_bytes(b"broken")
     before = stored(tmp_path)
     failed = Event()
-    original = regions.read
+    original = StoredArray.read
 
     def one_after_the_other(array, region, *args):
         if region[0].start:
@@ -507,7 +507,7 @@ def test_no_block_writes_after_another_one_failed(tmp_path, monkeypatch):
             failed.set()
             raise
 
-    monkeypatch.setattr(regions, "read", one_after_the_other)
+    monkeypatch.setattr(StoredArray, "read", one_after_the_other)
     resize(monkeypatch, block_nbytes=32)
     with pytest.raises(StorageError), dask.config.set(scheduler="threads", num_workers=2):
         clip_zarr(x, tmp_path / "y", 1.0, 1)
@@ -546,6 +546,6 @@ def test_a_target_opens_as_part_of_its_group(tmp_path):
 def test_a_process_keeps_nothing_of_runs_that_ended(tmp_path):
     source = create(tmp_path / "x", np.ones((4, 4), np.float32), (2, 4))
     clip_zarr(source, tmp_path / "y", 1.0, axes=1)
-    assert not jobs._blocks
-    assert not jobs._rooms
-    assert jobs._ended.maxlen
+    assert not PROCESS._running
+    assert not PROCESS._buffers
+    assert PROCESS._drained.maxlen

@@ -13,7 +13,7 @@ from daskclip.errors import (
     DaskClipError,
     TargetExistsError,
 )
-from daskclip.storage import regions
+from daskclip.storage import StoredArray
 from daskclip.target import directory as publish
 
 SHAPE, CHUNKS = (9, 7, 7), (2, 4, 3)
@@ -25,7 +25,7 @@ def source_of(folder):
 
 def test_a_second_run_on_the_same_target_is_refused(tmp_path, monkeypatch):
     x = source_of(tmp_path)
-    original, seen = regions.read, []
+    original, seen = StoredArray.read, []
 
     def run_again(*args):
         if not seen:
@@ -35,7 +35,7 @@ def test_a_second_run_on_the_same_target_is_refused(tmp_path, monkeypatch):
             seen.append(caught.value.exit_code)
         return original(*args)
 
-    monkeypatch.setattr(regions, "read", run_again)
+    monkeypatch.setattr(StoredArray, "read", run_again)
     clipped(x, tmp_path / "y")
     assert seen == [None, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
@@ -64,13 +64,13 @@ def test_a_run_that_starts_while_another_one_ends_is_refused(tmp_path, monkeypat
 
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
     x = source_of(tmp_path)
-    original = regions.read
+    original = StoredArray.read
 
     def make_target(*args):
         (tmp_path / "y").mkdir(exist_ok=True)
         return original(*args)
 
-    monkeypatch.setattr(regions, "read", make_target)
+    monkeypatch.setattr(StoredArray, "read", make_target)
     with pytest.raises(TargetExistsError, match="meanwhile"):
         clip_zarr(x, tmp_path / "y", 1.0)
     assert not stored(tmp_path / "y")

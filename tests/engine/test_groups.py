@@ -32,7 +32,7 @@ from daskclip.errors import (
     TargetError,
     VerificationError,
 )
-from daskclip.worker import context as jobs
+from daskclip.worker.context import PROCESS
 
 SIZES = SMALL | {"block_nbytes": 128}
 SHAPES = {
@@ -252,11 +252,11 @@ def test_a_thousand_arrays_take_as_few_windows_as_one(tmp_path, monkeypatch):
 def test_nothing_is_held_after_a_run(tmp_path):
     make(tmp_path / "x")
     clip_zarr(tmp_path / "x", tmp_path / "y", 1.0)
-    assert not jobs._rooms
+    assert not PROCESS._buffers
     (tmp_path / "x" / "bias" / "c" / "0").write_bytes(b"no zstd")
     with pytest.raises(OSError, match="chunk c/0"):
         clip_zarr(tmp_path / "x", tmp_path / "z", 1.0)
-    assert not jobs._rooms
+    assert not PROCESS._buffers
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -25,7 +25,7 @@ from daskclip.errors import (
     TargetExistsError,
     VerificationError,
 )
-from daskclip.storage import regions
+from daskclip.storage import StoredArray
 from daskclip.target.journal import Journal
 from daskclip.worker.limits import read_limits
 
@@ -222,11 +222,11 @@ def test_limits_that_are_not_stored(tmp_path, missing):
 
 def test_a_region_reads_what_it_needs_and_no_more(tmp_path, monkeypatch):
     values = np.arange(70.0).reshape(7, 1, 10)
-    limits = zarr.open_array(create(tmp_path / "limits", values, (2, 1, 3)), mode="r")
+    limits = StoredArray(zarr.open_array(create(tmp_path / "limits", values, (2, 1, 3)), mode="r"))
     seen = []
-    stored = regions.read
+    stored = StoredArray.read
     monkeypatch.setattr(
-        regions,
+        StoredArray,
         "read",
         lambda a, r, missing, out=None: seen.append(r) or stored(a, r, missing, out),
     )

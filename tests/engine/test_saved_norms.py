@@ -27,8 +27,7 @@ from daskclip.errors import (
     SourceNotFoundError,
     TargetExistsError,
 )
-from daskclip.storage.hierarchy import Hierarchy, at_folder
-from daskclip.storage.regions import read as read_region
+from daskclip.storage import Hierarchy, StoredArray
 from daskclip.target.journal import Journal
 
 SHAPE, CHUNKS = (20, 24), (4, 4)
@@ -56,13 +55,13 @@ def source(tmp_path):
 @pytest.fixture
 def chunk_reads(monkeypatch):
     """List with an entry for each read of a region."""
-    reads = []
+    reads, original = [], StoredArray.read
 
     def reading(*args, **kwargs):
         reads.append(1)
-        return read_region(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr("daskclip.storage.regions.read", reading)
+    monkeypatch.setattr(StoredArray, "read", reading)
     return reads
 
 
@@ -194,7 +193,7 @@ stats_zarr(sys.argv[1], 1, save_norms=sys.argv[2])
 def test_norms_of_another_state_of_the_source_are_refused(source, tmp_path, monkeypatch, known):
     memory = memory_for_passes(source, 0, 2)
     stats_zarr(source, 0, memory=memory, save_norms=tmp_path / "norms")
-    state = Hierarchy.fingerprint(at_folder(source), changes=True)
+    state = Hierarchy.fingerprint(Hierarchy.open(source), changes=True)
     zarr.open_array(source, mode="r+")[0, 0] += 1.0
     if not known:  # unknown from the files: the remaining pass detects it by the sums
         monkeypatch.setattr(Hierarchy, "fingerprint", lambda *_, **__: state)

@@ -43,7 +43,7 @@ FEW = {
     "zarr": {
         "storage.array", "storage.codecs", "storage.hierarchy", "storage.object_store",
     },
-    "google_crc32c": {"storage.files"},
+    "google_crc32c": {"storage.durable"},
     "numcodecs": {"storage.decode_guard"},
     "xarray": {"xarray"},
     "click": {"cli"},

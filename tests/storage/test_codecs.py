@@ -13,9 +13,8 @@ from stores import read, some
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from daskclip import clip_by_norm, clip_zarr
+from daskclip.storage import Hierarchy, StoredArray, durable, files
 from daskclip.storage import codecs as chunks
-from daskclip.storage import files, regions
-from daskclip.storage.hierarchy import at_folder
 
 SHAPE, CHUNKS = (37, 50), (8, 10)
 STORED = {
@@ -50,12 +49,13 @@ def test_what_zarr_wrote_is_read_and_what_is_written_zarr_reads(tmp_path, layout
     array = zarr.create_array(tmp_path / "x", shape=SHAPE, chunks=CHUNKS, dtype=dtype, **layout)
     array[...] = x
     region = (slice(0, 37), slice(0, 50))
-    values = regions.read(array, region, "fill")
+    values = StoredArray(array).read(region, "fill")
     assert bits(values) == bits(read(tmp_path / "x"))
-    made = at_folder(tmp_path / "x").make(tmp_path / "y").arrays[""]
-    digest = regions.write(made, region, x)
+    Hierarchy.open(tmp_path / "x").write_documents(tmp_path / "y")
+    made = Hierarchy.open(tmp_path / "y").arrays[""]
+    digest = made.write(region, x)
     assert bits(read(tmp_path / "y")) == bits(x)
-    assert digest == files.digest_files(tmp_path / "y", regions.keys(made, region))
+    assert digest == made.digest(region)
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -99,8 +99,8 @@ def test_what_is_encoded_does_not_tell_the_time(tmp_path, monkeypatch, zarr_form
 @pytest.mark.parametrize("offset", [0, 16])
 @pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 5 * 2**20 + 4097])
 def test_files_of_any_length_are_written_and_copied_whole(tmp_path, size, offset):
-    data = np.frombuffer(files.memory(size + offset), np.uint8).copy()[:size]
-    room = np.frombuffer(files.memory(size + offset), np.uint8)[offset : size + offset]
+    data = np.frombuffer(durable.aligned_buffer(size + offset), np.uint8).copy()[:size]
+    room = np.frombuffer(durable.aligned_buffer(size + offset), np.uint8)[offset : size + offset]
     data[:] = np.random.default_rng(size).integers(0, 256, size)
     room[:] = data
     files.write(tmp_path, "c/0/0", room, "token")
@@ -110,8 +110,8 @@ def test_files_of_any_length_are_written_and_copied_whole(tmp_path, size, offset
         assert (folder / "c/0/0").read_bytes() == data.tobytes()
         for into in (None, np.empty(100, np.uint8), np.empty(size, np.uint8)):
             assert files.read(f"{folder}/c/0/0", into).tobytes() == data.tobytes()
-        assert files.digest_files(folder, ["c/0/0"]) == digest
-    assert digest == files.digest_file("c/0/0", files.digest(room))
+        assert files.copy_files(folder, None, ["c/0/0"]) == digest
+    assert digest == durable.digest_entry("c/0/0", durable.digest(room))
     assert files.read(f"{tmp_path}/c/0/1", room) is None
 
 
@@ -131,12 +131,12 @@ def test_a_damaged_file_is_told(tmp_path, layout, damage):
         if not array.shards:
             pytest.skip("only shards have an index")
         index = np.array([[2**40, 8]] * 6, "<u8").tobytes()
-        crc = files.digest(index).to_bytes(4, "little")
+        crc = durable.digest(index).to_bytes(4, "little")
         first = layout["shards"] != (16, 30)
         data = index + crc + data if first else data + index + crc
     path.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
     with pytest.raises(Exception, match=r"\S") as caught:
-        regions.read(array, (slice(0, 37), slice(0, 50)), "fill")
+        StoredArray(array).read((slice(0, 37), slice(0, 50)), "fill")
     assert not isinstance(caught.value, MemoryError)
 
 
@@ -145,13 +145,13 @@ def test_what_is_not_stored_is_neither_read_nor_written(tmp_path, monkeypatch, a
     array = zarr.create_array(tmp_path / "x", shape=(64, 64), chunks=(8, 8), dtype="f4")
     array[8:16, 24:32] = some((8, 8), "f4")
     resize(monkeypatch, block_nbytes=1024)
-    seen, original = Counter(), regions.read
+    seen, original = Counter(), StoredArray.read
 
     def counting(array, region, *args):
         seen[tuple((s.start, s.stop) for s in region)] += 1
         return original(array, region, *args)
 
-    monkeypatch.setattr(regions, "read", counting)
+    monkeypatch.setattr(StoredArray, "read", counting)
     report = clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, axes)
     assert report.blocks > 1
     assert all(r[0][0] <= 8 < r[0][1] and r[1][0] <= 24 < r[1][1] for r in seen)

@@ -29,7 +29,7 @@ from stores import create, some, stored
 
 from daskclip import clip_zarr
 from daskclip.errors import DaskClipError
-from daskclip.storage import files
+from daskclip.storage import durable
 
 OPERATIONS = ("fsync", "replace", "rename", "remove", "unlink", "rmdir", "mkdir", "truncate")
 REMOVING = ("remove", "unlink", "rmdir")
@@ -65,7 +65,7 @@ class Hooks:
     def install(self):
         for name in OPERATIONS:
             setattr(os, name, self.wrapped(getattr(os, name), name))
-        files._call = self.wrapped(files._call, "call")
+        durable._call = self.wrapped(durable._call, "call")
         if self.log:
             self.log = self.log.open("w")
         writes = lambda path, mode="r", *a, **k: not {*mode}.isdisjoint("wax+")  # noqa: E731

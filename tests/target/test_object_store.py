@@ -20,7 +20,7 @@ from zarr.codecs import GzipCodec
 from daskclip import clip_by_norm, clip_zarr, plan_zarr, verify_zarr
 from daskclip.engine.run_record import discard, status
 from daskclip.errors import DaskClipError, SourceChangedError, TargetExistsError, TemporaryError
-from daskclip.storage import regions
+from daskclip.storage import StoredArray
 from daskclip.storage import retry as retries
 from daskclip.target import lease as leases
 
@@ -124,7 +124,7 @@ def refusal(place, *options, code, source, env=None):
     """Error line of a command that is refused before it reads any chunk."""
     done = shell(
         "run", source, place.name, "--clip-norm", 1, *options,
-        code="from daskclip.storage import regions; regions.read = None",
+        code="from daskclip.storage import StoredArray; StoredArray.read = None",
         env=env or place.environment,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
@@ -235,7 +235,7 @@ def test_a_store_that_is_not_installed(source, tmp_path):
 
 def test_an_object_of_the_source_that_changes(place, source, tmp_path, monkeypatch):
     clip_zarr(source, place.fsspec(), 1e9)
-    store, original, changed = place.obstore().store, regions.read, []
+    store, original, changed = place.obstore().store, StoredArray.read, []
 
     def changing(array, region, *args):
         x = original(array, region, *args)
@@ -245,20 +245,20 @@ def test_an_object_of_the_source_that_changes(place, source, tmp_path, monkeypat
             changed.append(data)
         return x
 
-    monkeypatch.setattr(regions, "read", changing)
+    monkeypatch.setattr(StoredArray, "read", changing)
     with pytest.raises(SourceChangedError, match="changed during the run"):
         clip_zarr(place.fsspec(), tmp_path / "y", 1.0, axes=1)
     assert sorted(os.listdir(tmp_path)) == ["x"]
 
 
 def test_an_object_that_another_wrote_is_not_replaced(place, source, monkeypatch):
-    store, original = place.obstore().store, regions.write
+    store, original = place.obstore().store, StoredArray.write
 
     def writing(array, region, values):
         store.put("c/3/1", b"a stranger's")
         return original(array, region, values)
 
-    monkeypatch.setattr(regions, "write", writing)
+    monkeypatch.setattr(StoredArray, "write", writing)
     with pytest.raises(DaskClipError, match=r"c/3/1.* was written by something else"):
         clip_zarr(source, place.fsspec(), 1.0)
     assert store.get("c/3/1").bytes().to_bytes() == b"a stranger's"
@@ -269,7 +269,7 @@ def test_an_object_that_another_wrote_is_not_replaced(place, source, monkeypatch
 
 @pytest.mark.parametrize("codec", ["zstd", "gzip"])
 def test_a_block_that_is_written_twice_is_the_same(place, source, monkeypatch, codec, tmp_path):
-    original, clock = regions.write, itertools.count(time.time())
+    original, clock = StoredArray.write, itertools.count(time.time())
     if codec == "gzip":  # its header holds the time
         source = create(tmp_path / "gzip", read(source), (2, 4), compressors=GzipCodec())
         monkeypatch.setattr(gzip.time, "time", lambda: next(clock))
@@ -278,7 +278,7 @@ def test_a_block_that_is_written_twice_is_the_same(place, source, monkeypatch, c
         assert original(array, region, values) == original(array, region, values)
         return original(array, region, values)
 
-    monkeypatch.setattr(regions, "write", twice)
+    monkeypatch.setattr(StoredArray, "write", twice)
     clip_zarr(source, place.obstore(), 1.0)
     assert bits(zarr.open_array(place.fsspec(), mode="r")[...]) == bits(
         clip_by_norm(read(source), 1.0)
@@ -287,7 +287,7 @@ def test_a_block_that_is_written_twice_is_the_same(place, source, monkeypatch, c
 
 def test_a_second_run_waits_for_a_sign_of_the_first_and_is_refused(place, source, monkeypatch):
     monkeypatch.setattr(leases, "HEARTBEAT_S", 0.1)
-    original, seen = regions.read, []
+    original, seen = StoredArray.read, []
 
     def second(*args):
         if not seen:
@@ -297,7 +297,7 @@ def test_a_second_run_waits_for_a_sign_of_the_first_and_is_refused(place, source
             seen.append(caught.value)
         return original(*args)
 
-    monkeypatch.setattr(regions, "read", second)
+    monkeypatch.setattr(StoredArray, "read", second)
     assert clip_zarr(source, place.obstore(), 1.0).status == "clipped"
     assert seen[1].exit_code == 5
 
@@ -307,7 +307,7 @@ def test_only_one_of_many_gets_the_lock(place):
     stop = threading.Event()
 
     def hold():
-        lease = leases.Lease(leases.Objects(place.fsspec(), ""), ".daskclip/lock")
+        lease = leases.Lease(leases.ObjectPrefix(place.fsspec(), ""), ".daskclip/lock")
         ready.wait()
         try:
             with lease.held() as require:
@@ -335,9 +335,9 @@ def test_only_one_of_many_gets_the_lock(place):
 def test_a_holder_without_a_sign_of_life_is_replaced_and_told(place, monkeypatch):
     monkeypatch.setattr(leases, "HEARTBEAT_S", 0.1)
     monkeypatch.setattr(leases, "LEASE_TIMEOUT_S", 1.0)
-    lease = leases.Lease(leases.Objects(place.fsspec(), ""), ".daskclip/lock")
+    lease = leases.Lease(leases.ObjectPrefix(place.fsspec(), ""), ".daskclip/lock")
     with lease.held() as require:
-        monkeypatch.setattr(leases.Objects, "put", lambda *_: time.sleep(3))
+        monkeypatch.setattr(leases.ObjectPrefix, "put", lambda *_: time.sleep(3))
         require()
         with lease.held() as taken:
             taken()
