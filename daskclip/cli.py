@@ -17,7 +17,8 @@ import click
 import dask
 
 from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
-from daskclip.engine import run_record as resume
+from daskclip.engine import discard as discard_run
+from daskclip.engine import status as status_of
 from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.report import as_document, as_page, as_text
 
@@ -186,7 +187,7 @@ def verify(target: str, source: str | None, limits: str | None) -> None:
 def status(target: str) -> None:
     """Say what there is at TARGET and whether a run is unfinished."""
     with _failing_in_one_line():
-        for name, value in resume.status(target).items():
+        for name, value in status_of(target).items():
             click.echo(f"{name:<10}  {value}")
 
 
@@ -195,7 +196,7 @@ def status(target: str) -> None:
 def discard(target: str) -> None:
     """Remove what an unfinished run to TARGET has done; TARGET stays as it is."""
     with _failing_in_one_line():
-        click.echo("discarded" if resume.discard(target) else "there is no unfinished run")
+        click.echo("discarded" if discard_run(target) else "there is no unfinished run")
 
 
 def _call(

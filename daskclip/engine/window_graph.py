@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import chain
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 import dask
 import dask.array as da
 
-from daskclip.engine.cluster import compute_retrying_cancelled, translating_cluster_errors
+from daskclip.engine.cluster import (
+    ComputeKwargs,
+    compute_retrying_cancelled,
+    translating_cluster_errors,
+)
 from daskclip.lazy import LiteralTask, object_meta, tree_reduce
 from daskclip.numerics import Scale
 from daskclip.plan import array as plan
@@ -24,80 +28,86 @@ MAX_BLOCKS_PER_TASK = 16  # blocks, at most, that one task does: all threads hav
 class BlockId(NamedTuple):
     """A block of one of the arrays of a run."""
 
-    job: int
+    array: int
     slab: int
     block: int
 
 
 Batch = Sequence[BlockId]
+"""Blocks that one task does, and syncs, together: some small ones, or one."""
+Window = Sequence[Sequence[Batch]]
+"""Rows of batches, as many in each; what is combined is combined along a row."""
 
 
 def compute(
     function: Callable[..., Any],
-    jobs: Sequence[ArrayTask],
-    rows: Sequence[Batch],
-    how: dict[str, Any],
+    arrays: Sequence[ArrayTask],
+    window: Window,
+    compute_kwargs: ComputeKwargs,
     *,
     scales: Callable[[int, ArrayTask], tuple[str, Scale]] | None = None,
     expected: Callable[[BlockId], int] | None = None,
     combined: bool = False,
 ) -> list[Any]:
-    """``function`` of every block; combined to one result a row.
+    """Compute ``function`` of every block of a window, row by row, or combined to one of each row.
 
-    ``scales`` gives the scale of a block from its row and job, with a name; ``expected`` a digest.
+    ``scales`` gives a name and the scale of a block by its row and array, ``expected`` a digest.
     """
     name = f"{function.__name__}-{uuid4().hex}"
     graph: dict[Any, Any] = {}
-    ends = list(accumulate(len(some) for some in batch_small_blocks(jobs, rows[0])))
-    spans = list(pairwise((0, *ends)))
-    for i, row in enumerate(rows):
-        for k, span in enumerate(spans):
-            cells, given, args = row[slice(*span)], [], []
-            for cell in cells:
-                job = jobs[cell.job]
-                graph[f"job-{cell.job}-{name}"] = (LiteralTask(job),)
+    for i, row in enumerate(window):
+        for k, batch in enumerate(row):
+            given: list[str] = []
+            args = []
+            for block in batch:
+                array = arrays[block.array]
+                # a literal of its own, so that a worker gets what blocks share once
+                graph[f"array-{block.array}-{name}"] = (LiteralTask(array),)
                 if scales is not None:
-                    which, scale = scales(i, job)
+                    which, scale = scales(i, array)
                     graph[f"scale-{which}-{name}"] = (LiteralTask(scale),)
                     given.append(f"scale-{which}-{name}")
-                digest = () if expected is None else (expected(cell),)
-                args.append((cell.slab, cell.block, *digest))
-            keys = [f"job-{cell.job}-{name}" for cell in cells]
+                digest = () if expected is None else (expected(block),)
+                args.append((block.slab, block.block, *digest))
+            keys = [f"array-{block.array}-{name}" for block in batch]
             graph[(name, i, k)] = (tasks.run_batch, function, keys, (LiteralTask(args),), given)
-    chunks = ((1,) * len(rows), (1,) * len(spans))
+    chunks = ((1,) * len(window), (1,) * len(window[0]))
     results = da.Array(graph, name, chunks, meta=object_meta(2))
     if combined:
-        results = tree_reduce(results, (1,), _added)
+        results = tree_reduce(results, (1,), _add_sums)
 
-    def block_of(key: Any) -> str:
-        row, place = key[1:] if isinstance(key, tuple) else (0, 0)
-        cell = rows[row][spans[place][0]]
-        region = jobs[cell.job].plan.region(cell.slab, cell.block)
-        return f"block {format_region(region)} of {storage.location(jobs[cell.job].source)}"
+    def block_of(key: object) -> str:
+        # of a task that combines, the first block stands for all
+        i, k = key[1:] if isinstance(key, tuple) else (0, 0)
+        block = window[i][k][0]
+        array = arrays[block.array]
+        region = format_region(array.plan.region(block.slab, block.block))
+        return f"block {region} of {storage.location(array.source)}"
 
     # nothing to fuse; and Dask remembers the names of what it looked at for that
     with translating_cluster_errors(block_of), dask.config.set({"optimization.fuse.active": False}):
-        found = compute_retrying_cancelled(results.to_delayed().ravel(), how)
-    return [_added([one]) for one in found] if combined else list(chain.from_iterable(found))
+        found = compute_retrying_cancelled(results.to_delayed().ravel(), compute_kwargs)
+    return [_add_sums([one]) for one in found] if combined else list(chain.from_iterable(found))
 
 
-def _added(parts: list[Any]) -> Any:
-    """Sums of all blocks: those of a task are a list."""
-    return tasks.add_sums([s for part in parts for s in (part if type(part) is list else [part])])
+def _add_sums(parts: Sequence[tasks.Sums | list[tasks.Sums]]) -> tasks.Sums:
+    """Add the sums of tasks, of which those of several blocks are a list."""
+    lists = (part if isinstance(part, list) else [part] for part in parts)
+    return tasks.add_sums([*chain.from_iterable(lists)])
 
 
 def batch_small_blocks(
-    jobs: Sequence[ArrayTask], cells: Iterable[BlockId]
+    arrays: Sequence[ArrayTask], blocks: Iterable[BlockId]
 ) -> Iterator[list[BlockId]]:
-    """Blocks that one task does, and syncs, together: some small ones, or one."""
-    some: list[BlockId] = []
+    """Batch blocks in their order."""
+    batch: list[BlockId] = []
     size = 0
-    for cell in cells:
-        more = jobs[cell.job].plan.nbytes_of(cell.slab, cell.block)
-        if some and (size + more > plan.BLOCK // 4 or len(some) == MAX_BLOCKS_PER_TASK):
-            yield some
-            some, size = [], 0
-        some.append(cell)
+    for block in blocks:
+        more = arrays[block.array].plan.nbytes_of(block.slab, block.block)
+        if batch and (size + more > plan.BLOCK // 4 or len(batch) == MAX_BLOCKS_PER_TASK):
+            yield batch
+            batch, size = [], 0
+        batch.append(block)
         size += more
-    if some:
-        yield some
+    if batch:
+        yield batch

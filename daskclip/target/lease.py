@@ -1,4 +1,4 @@
-"""Objects below one place of an object store, and a lock among them that ends with its holder."""
+"""Objects below a prefix of an object store, and a lock among them that expires."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from daskclip.storage import object_store as objects
 log = logging.getLogger("daskclip")
 HEARTBEAT_S = 5.0
 LEASE_TIMEOUT_S = 20.0  # a lease that was not renewed for so long is void
-TOGETHER = 1000  # objects that are removed at a time
+DELETE_BATCH = 1000  # objects, the most that S3 removes in one request
 
 
 @dataclass(frozen=True)
-class Objects:
-    """Objects of a target below its place in a store; their names begin after it."""
+class ObjectPrefix:
+    """Objects below a prefix of an object store, by their names below it."""
 
     store: Any
     path: str
@@ -41,7 +41,7 @@ class Objects:
         return objects.url(self.store, self.path)
 
     def get(self, *names: str) -> list[Any]:
-        """Bytes of each object, or None."""
+        """Bytes of each object, or None where there is none."""
         return self._do("reading", lambda: objects.get(self.store, [*map(self._key, names)]))
 
     def put(self, name: str, data: bytes) -> None:
@@ -66,8 +66,8 @@ class Objects:
 
     def delete(self, names: list[str]) -> None:
         """Remove objects, in no order."""
-        for i in range(0, len(names), TOGETHER):
-            keys = [*map(self._key, names[i : i + TOGETHER])]
+        for i in range(0, len(names), DELETE_BATCH):
+            keys = [*map(self._key, names[i : i + DELETE_BATCH])]
             self._do("removing", partial(objects.delete, self.store, keys))
 
     def _key(self, name: str) -> str:
@@ -90,18 +90,18 @@ class Objects:
 
 @dataclass(frozen=True)
 class Lease:
-    """A lock in an object store, of one holder; void once that gives no sign of life.
+    """A lock in an object store with one holder, who renews it; void once that stops.
 
-    Each holder makes the object with the next number, which only one can.
+    Each holder creates the object with the next number, which only one can.
     """
 
-    objects: Objects
-    place: str
-    """Name that those of the objects begin with."""
+    objects: ObjectPrefix
+    name: str
+    """Prefix of the names of the lock's objects."""
 
     @contextmanager
     def held(self) -> Iterator[Callable[[], None]]:
-        """Hold the lock; gives what raises as soon as another has taken it over."""
+        """Hold the lock; yields a function that raises once another run has taken it over."""
         name, owner = self._take()
         stop = Event()
 
@@ -113,7 +113,8 @@ class Lease:
             beats = 0
             while not stop.wait(HEARTBEAT_S):
                 beats += 1
-                with suppress(Exception):  # the next may do, and the journal calls `require`
+                # the next beat may succeed, and the journal calls `require` before it stores
+                with suppress(Exception):
                     require()
                     self.objects.put(name, b"%s %d" % (owner, beats))
 
@@ -124,11 +125,11 @@ class Lease:
         finally:
             stop.set()
             beating.join()
-            with suppress(DaskClipError):  # void in a while
+            with suppress(DaskClipError):  # else it expires
                 self.objects.delete([name])
 
     def is_held(self) -> bool:
-        """Whether somebody holds the lock; waits for a sign of life."""
+        """Whether a run holds the lock; waits until it is renewed, or expires."""
         return any(map(self._lives, self._names()[-1:]))
 
     def _take(self) -> tuple[str, bytes]:
@@ -136,7 +137,7 @@ class Lease:
         if any(map(self._lives, before[-1:])):
             raise self._taken()
         number = int(before[-1].rpartition("/")[2]) + 1 if before else 0
-        name = f"{self.place}/{number:06}"
+        name = f"{self.name}/{number:06}"
         owner = f"{uuid4().hex} {socket.gethostname()} {os.getpid()}".encode()
         if not self.objects.create(name, owner):
             (found,) = self.objects.get(name)  # an earlier try may have made it
@@ -168,7 +169,7 @@ class Lease:
         return False
 
     def _names(self) -> list[str]:
-        return self.objects.names(self.place)
+        return self.objects.names(self.name)
 
     def _taken(self) -> TargetExistsError:
         return TargetExistsError(

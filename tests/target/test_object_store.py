@@ -313,7 +313,7 @@ def test_only_one_of_many_gets_the_lock(place):
     stop = threading.Event()
 
     def hold():
-        lease = leases.Lease(leases.Objects(place.fsspec(), ""), ".daskclip/lock")
+        lease = leases.Lease(leases.ObjectPrefix(place.fsspec(), ""), ".daskclip/lock")
         ready.wait()
         try:
             with lease.held() as require:
@@ -341,9 +341,9 @@ def test_only_one_of_many_gets_the_lock(place):
 def test_a_holder_without_a_sign_of_life_is_replaced_and_told(place, monkeypatch):
     monkeypatch.setattr(leases, "HEARTBEAT_S", 0.1)
     monkeypatch.setattr(leases, "LEASE_TIMEOUT_S", 1.0)
-    lease = leases.Lease(leases.Objects(place.fsspec(), ""), ".daskclip/lock")
+    lease = leases.Lease(leases.ObjectPrefix(place.fsspec(), ""), ".daskclip/lock")
     with lease.held() as require:
-        monkeypatch.setattr(leases.Objects, "put", lambda *_: time.sleep(3))
+        monkeypatch.setattr(leases.ObjectPrefix, "put", lambda *_: time.sleep(3))
         require()
         with lease.held() as taken:
             taken()
