@@ -28,13 +28,13 @@ R = TypeVar("R")
 
 
 def clip_zarr(
-    source: Any,
+    source: object,
     target: str | os.PathLike[str] | None,
     clip_norm: float | str | None = None,
-    axes: Any = None,
+    axes: object = None,
     *,
     ord: float = 2,
-    limits: Any = None,
+    limits: object = None,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
@@ -45,7 +45,7 @@ def clip_zarr(
     global_norm: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
-    dim: Any = None,
+    dim: object = None,
     pictures: bool = False,
     norms: str | os.PathLike[str] | None = None,
 ) -> ClipReport:
@@ -167,7 +167,7 @@ def clip_zarr(
             return replace(
                 report, status="up to date", bytes_read=0, bytes_written=0, seconds=seconds
             )
-        # not before: after a run in place the source is no more what it was
+        # not before: once a run in place has ended, its source is another
         _require_free(prepared, opened)
         require_alike([*transaction.files, *prepared.paths])
         old = find_unfinished(transaction, prepared.source, run)
@@ -229,7 +229,7 @@ def plan_zarr(
     target: object,
     clip_norm: object = None,
     axes: object = None,
-    **options: Any,
+    **options: Any,  # those of `clip_zarr`, as the decorator says
 ) -> ClipPlan | GroupPlan:
     """Plan what `clip_zarr` would do with the same arguments; reads metadata, writes nothing.
 

@@ -93,6 +93,7 @@ class Passes:
         for array in self.arrays:
             self._first.append(self._first[-1] + array.plan.blocks)
         if self.progress is not None:
+            # what is not stored is done from the beginning
             self.bytes_done = sum(map(self._absent_nbytes, self.arrays, self.has_stored))
         self.bytes_skipped = self.bytes_done
 
@@ -148,6 +149,7 @@ class Passes:
         self, pass_: int, window: Window, make: Callable[[Window], WindowRecord]
     ) -> WindowRecord:
         """Take the next record of the journal, or make and append it; pass 0 reads nothing."""
+        # a window counts by its blocks, whether it is replayed or made
         blocks = {self.number(block): block for block in _blocks(window)}
         nbytes = {n: self.arrays[k].plan.nbytes_of(*at) for n, (k, *at) in blocks.items()}
         read = sum(nbytes.values()) if pass_ else 0

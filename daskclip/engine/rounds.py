@@ -20,11 +20,12 @@ import numpy.typing as npt
 from daskclip.engine.passes import Passes, add_counts
 from daskclip.engine.saved_norms import arrays_of, partials_of
 from daskclip.engine.window_graph import Batch, BlockId, Window, batch_small_blocks
+from daskclip.grid import Spans
 from daskclip.numerics import NAN, Scale, SliceCounts, combine, finalize, nan_if_infinite
 from daskclip.target import WindowRecord
 from daskclip.worker import ArrayTask, tasks
 
-Digests = npt.NDArray[Any]
+Digests = npt.NDArray[np.unsignedinteger[Any]]
 OnePass = Callable[[Passes, Window], WindowRecord]
 
 
@@ -110,7 +111,7 @@ class SlabRound:
     passes: Passes
     array: int
     slabs: Sequence[int]
-    stored: Any
+    stored: Spans | Sequence[Iterable[int]]
     """Blocks of a slab of which anything is stored, by window."""
 
     def first_pass(self) -> Iterator[Window]:

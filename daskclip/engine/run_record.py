@@ -98,6 +98,7 @@ def replan(
     memory = plan.memory if memory is None else memory
     _, most, fewest = workers()
     threads = max(fewest, min(most, plan.threads))
+    # blocks stay as they are, so that memory grows with the threads
     need = ceil_div(plan.projected_memory * max(threads, plan.threads), plan.threads)
     if need > memory:
         raise MemoryBudgetError(

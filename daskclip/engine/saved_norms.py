@@ -121,6 +121,7 @@ def saving(
         record = replace(run, parameters=parameters, plans=plan_to_json(plan))
         journal.begin(journal_of_norms(folder), record)
         yield at_folder(folder)
+        # one rename, so that norms are complete wherever they are
         files.sync(folder)
         refuse_existing(target)
         os.rename(folder, target.path)

@@ -116,10 +116,10 @@ class StatsReport:
 
 
 def stats_zarr(
-    source: Any,
-    axes: Any = None,
+    source: object,
+    axes: object = None,
     *,
-    dim: Any = None,
+    dim: object = None,
     ord: float = 2,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,

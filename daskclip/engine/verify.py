@@ -6,7 +6,6 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -37,7 +36,7 @@ from daskclip.worker import drain
 
 
 def verify_zarr(
-    target: str | os.PathLike[str], source: Any = None, *, limits: Any = None
+    target: str | os.PathLike[str], source: object = None, *, limits: object = None
 ) -> VerifyReport:
     """Verify an array that `clip_zarr` wrote.
 

@@ -219,6 +219,7 @@ class DirectoryTransaction:
                 f"target {path} was made by something else meanwhile; remove it and run again"
             )
         shutil.copyfile(self.journal, folder / source.home / RECORD)
+        # all of it is on disk before it can be seen
         files.sync(folder)
         if self.target.exists():
             files.exchange(folder, path)

@@ -167,7 +167,7 @@ class Journal:
         self._remote = remote
         self._last: tuple[str, Arrays] = "", {}
         self._old = records(path)
-        next(self._old)
+        next(self._old)  # the record of the run
         self._file = path.open("ab")
 
     def __enter__(self) -> Journal:
