@@ -101,7 +101,9 @@ def _from_json(line: Json, *, first: bool) -> Record:
     if first:
         # of another version, which is refused, there may be other fields
         names = {f.name: _JSON.get(f.name, f.name) for f in fields(RunRecord)}
-        return RunRecord(**{name: line[key] for name, key in names.items() if key in line})
+        found = {name: line[key] for name, key in names.items() if key in line}
+        # a line without a version is no record of a run: one before it was lost
+        return RunRecord(**{"version": 0} | found)
     if "made" in line or "total" in line:
         return FinalRecord(**line)
     for name in {"target", "source"} & line.keys():
