@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dask.utils import parse_bytes
 
 from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, short_repr
-from daskclip.numerics import ORDERS
+from daskclip.numerics import ORDERS, kept_shape
 
 Array = npt.NDArray[Any]
 Axes = int | Sequence[int] | npt.NDArray[np.integer[Any]] | None
@@ -154,7 +154,7 @@ def check_limits(
         raise InvalidValueError(
             f"clip_norm {short_repr(clip_norm)} and limits are both given; give one"
         )
-    kept = tuple(1 if k in axes else n for k, n in enumerate(shape))
+    kept = kept_shape(shape, axes)
     # limits broadcast against norms, never the reverse: that would clip one slice in several ways
     pairs = zip(limits[::-1], kept[::-1], strict=False)
     if len(limits) > len(kept) or any(n not in (1, m) for n, m in pairs):

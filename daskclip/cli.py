@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import dask
 
-from daskclip.engine import clip_zarr, plan_zarr, run_record, stats_zarr, verify_zarr
+from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
+from daskclip.engine import discard as discard_run
+from daskclip.engine import status as status_of
 from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.report import as_document, as_page, as_text
 
@@ -240,7 +242,7 @@ def verify(target: str, source: str | None, limits: str | None) -> None:
 def status(target: str) -> None:
     """Show whether TARGET exists and whether a run is unfinished."""
     with _reporting_errors():
-        for name, value in run_record.status(target).items():
+        for name, value in status_of(target).items():
             click.echo(f"{name:<10}  {value}")
 
 
@@ -248,7 +250,7 @@ def status(target: str) -> None:
 def discard(target: str) -> None:
     """Remove an unfinished run; TARGET stays as it is."""
     with _reporting_errors():
-        click.echo("discarded" if run_record.discard(target) else "there is no unfinished run")
+        click.echo("discarded" if discard_run(target) else "there is no unfinished run")
 
 
 def _call(

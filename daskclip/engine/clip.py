@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
-from uuid import uuid4
+from fractions import Fraction
+from typing import Any, Literal, ParamSpec, TypeVar
 
-from daskclip.arguments import NonFinite, parse_clip_norm_or_quantile
-from daskclip.engine.attempt import array_tasks, clip_passes
+from daskclip.arguments import Axes, Dim, NonFinite
+from daskclip.engine.attempt import measure_quantile, run_attempt
 from daskclip.engine.cluster import require_alike
-from daskclip.engine.measure import measure_quantile
-from daskclip.engine.request import paths, prepare, require_unchanged
-from daskclip.engine.run_record import (
-    find_finished,
-    find_unfinished,
-    plan_from_json,
-    run_identity,
-    start_run,
-)
+from daskclip.engine.request import ClipRequest, Prepared, prepare
+from daskclip.engine.run_record import find_finished, find_unfinished, replan, start_run
 from daskclip.errors import DaskClipError
-from daskclip.report import ClipReport, Mode, progress_printer
+from daskclip.plan import ClipPlan, GroupPlan
+from daskclip.report import ClipReport, Mode
 from daskclip.storage import translating_storage_errors
-from daskclip.target import open_target, refuse_existing
-
-if TYPE_CHECKING:
-    from daskclip.plan import ClipPlan, GroupPlan
+from daskclip.target import Target, open_target, refuse_existing
 
 log = logging.getLogger("daskclip")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def clip_zarr(
-    source: Any,
+    source: object,
     target: str | os.PathLike[str] | None,
     clip_norm: float | str | None = None,
-    axes: Any = None,
+    axes: Axes = None,
     *,
     ord: float = 2,
-    limits: Any = None,
+    limits: object = None,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
@@ -51,7 +45,7 @@ def clip_zarr(
     global_norm: bool = False,
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
-    dim: Any = None,
+    dim: Dim = None,
     pictures: bool = False,
     norms: str | os.PathLike[str] | None = None,
 ) -> ClipReport:
@@ -155,83 +149,87 @@ def clip_zarr(
     >>> zarr.open_array(f"{folder}/y")[0]
     array([0.59999996, 0.79999995], dtype=float32)
     """
-    display = progress_printer(progress)
     started = time.monotonic()
+    request = ClipRequest(
+        source=source, target=target, clip_norm=clip_norm, axes=axes, ord=ord, limits=limits,
+        memory=memory, nonfinite=nonfinite, missing=missing, overwrite=overwrite,
+        in_place=in_place, include=include, exclude=exclude, global_norm=global_norm,
+        storage_options=storage_options, progress=progress, dim=dim, pictures=pictures,
+        norms=norms,
+    )  # fmt: skip
+    prepared, opened = _open(request)
     with translating_storage_errors("looking at source and target"):
-        opened, plan, each, saved, parameters = prepare(
-            source, clip_norm, axes, dim,
-            memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
-            global_norm=global_norm, ord=ord, limits=limits, storage_options=storage_options,
-            norms=norms,
-        )  # fmt: skip
-        place = open_target(target, opened, storage_options, overwrite=overwrite, in_place=in_place)
-        run = run_identity(opened, place, **parameters)
-    with translating_storage_errors(f"writing {place}"), place.locked() as work:
-        report = find_finished(work, run)
+        run = prepared.run_record(opened)
+    with translating_storage_errors(f"writing {opened}"), opened.locked() as transaction:
+        report = find_finished(transaction, run)
         if report is not None:
             seconds = time.monotonic() - started
             return replace(
                 report, status="up to date", bytes_read=0, bytes_written=0, seconds=seconds
             )
-        if not (overwrite or in_place):
-            refuse_existing(place)
-        if saved:  # not before: after a run in place its source is gone
-            saved.require_of(opened)
-        require_alike([*work.files, *opened.paths, *paths(each)])
-        old = find_unfinished(work, opened, run, plan.memory)
-        limit, measured = parameters["clip_norm"], 0
-        if limit.startswith("p") and not old:
-            percent = parse_clip_norm_or_quantile(limit)
-            run["limit"], measured = measure_quantile(percent, opened, run, plan, display, saved)
-        run = old or start_run(work, opened, run, plan)
-        plan = plan_from_json(run)
+        # not before: once a run in place has ended, its source is another
+        _require_free(prepared, opened)
+        require_alike([*transaction.files, *prepared.paths])
+        old = find_unfinished(transaction, prepared.source, run)
+        measured = 0
+        if old is not None:
+            run, prepared = old, replace(prepared, plan=replan(old, request.memory_nbytes))
+        else:
+            if isinstance(request.limit, Fraction):
+                limit, measured = measure_quantile(prepared, run, request.limit)
+                run = replace(run, limit=limit)
+            run = start_run(transaction, prepared.source, run, prepared.plan)
         doing = "resuming" if old else "beginning"
-        log.info("%s run %s, %s to %s", doing, run["run"], opened, place)
-        staged, folder = work.staging(opened, run["run"])
-        jobs = array_tasks(
-            plan, opened, staged, f"{run['run']}-{uuid4().hex}", each,
-            staged=folder, in_place=in_place, ord=float(ord),
-            clip_norm=None if each else float(run.get("limit", limit)), nonfinite=nonfinite,
-            missing=missing, collect=pictures,
-        )  # fmt: skip
+        log.info("%s run %s, %s to %s", doing, run.id, prepared.source, opened)
         try:
-            report = clip_passes(
-                jobs, plan, opened, staged, work, display, started, run, measured, saved
-            )
-            require_unchanged(opened, each, run)
+            report = run_attempt(prepared, run, transaction, started, measured)
         except DaskClipError as error:
             if not error.resumable:
-                work.clear()
+                transaction.clear()
             raise
-        if report.status == "clipped":
-            work.publish(opened, staged, overwrite or in_place)
-        else:
-            work.clear()
     log.info("%s: %d of %d slices clipped", report.status, report.clipped, report.slices)
     return report
 
 
+def _open(request: ClipRequest) -> tuple[Prepared, Target]:
+    with translating_storage_errors("looking at source and target"):
+        prepared = prepare(request)
+        target = open_target(
+            request.target, prepared.source, request.storage_options,
+            overwrite=request.overwrite, in_place=request.in_place,
+        )  # fmt: skip
+    return prepared, target
+
+
+def _require_free(prepared: Prepared, target: Target) -> None:
+    """Refuse a target that something is at, and saved norms of another source."""
+    if not prepared.request.replaces:
+        refuse_existing(target)
+    if prepared.saved_norms is not None:
+        prepared.saved_norms.require_of(prepared.source)
+
+
+def _with_arguments_of(
+    function: Callable[P, object],
+) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Show the arguments of a function as those of another one, to people and to type checkers."""
+
+    def decorate(other: Callable[..., R]) -> Callable[P, R]:
+        returned = inspect.signature(other).return_annotation
+        signature = inspect.signature(function).replace(return_annotation=returned)
+        vars(other)["__signature__"] = signature
+        return other
+
+    return decorate
+
+
+@_with_arguments_of(clip_zarr)
 def plan_zarr(
-    source: Any,
-    target: str | os.PathLike[str] | None,
-    clip_norm: float | str | None = None,
-    axes: Any = None,
-    *,
-    ord: float = 2,
-    limits: Any = None,
-    memory: str | int = "512MiB",
-    nonfinite: NonFinite = "propagate",
-    missing: Literal["fill", "error"] = "fill",
-    overwrite: bool = False,
-    in_place: bool = False,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    global_norm: bool = False,
-    storage_options: dict[str, Any] | None = None,
-    progress: bool | Mode = False,
-    dim: Any = None,
-    pictures: bool = False,
-    norms: str | os.PathLike[str] | None = None,
+    source: object,
+    target: object,
+    clip_norm: object = None,
+    axes: Axes = None,
+    **options: Any,  # those of `clip_zarr`, as the decorator says
 ) -> ClipPlan | GroupPlan:
     """Plan what `clip_zarr` would do with the same arguments; reads metadata, writes nothing.
 
@@ -271,17 +269,8 @@ def plan_zarr(
     >>> plan.passes, plan.block
     (1, (100, 64))
     """
-    progress_printer(progress)
+    request = ClipRequest(source=source, target=target, clip_norm=clip_norm, axes=axes, **options)
+    prepared, opened = _open(request)
     with translating_storage_errors("looking at source and target"):
-        opened, plan, _, saved, _ = prepare(
-            source, clip_norm, axes, dim,
-            memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
-            global_norm=global_norm, ord=ord, limits=limits, storage_options=storage_options,
-            norms=norms,
-        )  # fmt: skip
-        place = open_target(target, opened, storage_options, overwrite=overwrite, in_place=in_place)
-        if not (overwrite or in_place):
-            refuse_existing(place)
-        if saved:
-            saved.require_of(opened)
-    return plan if opened.is_group else plan.plans[""]
+        _require_free(prepared, opened)
+    return prepared.plan if prepared.source.is_group else prepared.plan.plans[""]

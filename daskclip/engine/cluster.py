@@ -1,4 +1,4 @@
-"""The processes that run blocks: how many, with how many threads, how large."""
+"""The processes that run blocks: their number, threads, versions and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import dask
 from dask import config
@@ -22,6 +22,9 @@ from daskclip.errors import ClusterError, DaskClipError, StorageError, Temporary
 
 WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored depend on
 PACKAGES = (*WRITING, "numpy", "dask", "distributed")
+ComputeKwargs = dict[str, ThreadPoolExecutor]
+"""Keyword arguments of ``dask.compute``."""
+R = TypeVar("R")
 
 
 def _client() -> Any:
@@ -32,7 +35,7 @@ def _client() -> Any:
 
 
 def workers() -> tuple[int, int, int]:
-    """Processes that will run blocks, threads of the largest of them, and the fewest it may use."""
+    """Number of processes that run blocks, threads of the largest one, and the fewest to use."""
     client = _client()
     if client is not None:
         with translating_cluster_errors(str):
@@ -54,18 +57,18 @@ def workers() -> tuple[int, int, int]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what reads, clips and writes here."""
+    """Versions of Python and of the packages that read, clip and write."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
-def require_alike(paths: list[str]) -> None:
-    """Refuse a cluster with a worker of other versions, or that does not see the same files."""
+def require_alike(paths: Sequence[str]) -> None:
+    """Refuse a cluster with a worker of other versions, or one that does not see some files."""
     client = _client()
     if client is None:
         return
     names = WRITING
 
-    # goes to workers as it is, where there may be another daskclip, or none
+    # pickled by value: on a worker there may be another daskclip, or none
     def look() -> dict[str, str]:
         import os
         from importlib import metadata, util
@@ -104,12 +107,12 @@ def _own_pool() -> bool:
 
 
 @contextmanager
-def running(threads: int, end: Callable[[], None]) -> Iterator[dict[str, Any]]:
-    """Arguments of ``dask.compute``; no block is under way any more when the context ends.
+def running(threads: int, drain: Callable[[], None]) -> Iterator[ComputeKwargs]:
+    """Arguments for computing blocks; none is being run any more when the context ends.
 
-    When one block fails, Dask goes on with those that it began before. ``end`` lets no block begin
-    in its process, returns once none is under way, and lets go of what was held for them. A pool
-    of our own has ``threads``.
+    When one block fails, Dask goes on with those that it began before. ``drain`` runs in each
+    process: it lets no block begin and returns once none is running. A pool that is made here has
+    ``threads``.
     """
     try:
         if _own_pool():
@@ -123,15 +126,15 @@ def running(threads: int, end: Callable[[], None]) -> Iterator[dict[str, Any]]:
     finally:
         client = _client()
         if client is None:
-            end()
+            drain()
         else:
-            with suppress(Exception):  # an error before is the one to tell
-                _everywhere(client, end, 60)
+            with suppress(Exception):  # the error of the run is the one to report
+                _everywhere(client, drain, 60)
 
 
 @contextmanager
-def translating_cluster_errors(block_of: Callable[[Any], str]) -> Iterator[None]:
-    """Tell the loss of workers or of the cluster on one line; ``block_of`` names a task."""
+def translating_cluster_errors(block_of: Callable[[object], str]) -> Iterator[None]:
+    """Report the loss of workers or of the cluster on one line; ``block_of`` names a task."""
     try:
         yield
     except DaskClipError:
@@ -146,7 +149,7 @@ def translating_cluster_errors(block_of: Callable[[Any], str]) -> Iterator[None]
                 "to resume"
             ) from error
         lost = isinstance(error, OSError | CancelledError | TimeoutError)
-        if lost or _way_back_cancelled(error) or kind.__module__.startswith("distributed"):
+        if lost or _wait_was_cancelled(error) or kind.__module__.startswith("distributed"):
             raise TemporaryError(
                 f"the cluster was lost ({kind.__name__}: {error_text(error)}); "
                 "run the same command again to resume"
@@ -154,48 +157,45 @@ def translating_cluster_errors(block_of: Callable[[Any], str]) -> Iterator[None]
         raise
 
 
-def compute_retrying_cancelled(tasks: Sequence[Any], how: dict[str, Any]) -> list[Any]:
-    """Results of tasks; done again, once, if only their way back was cancelled.
-
-    That happens now and then without a reason.
-    """
+def compute_retrying_cancelled(tasks: Sequence[Any], compute_kwargs: ComputeKwargs) -> list[Any]:
+    """Compute tasks; once more if only the wait for their results was cancelled."""
     try:
-        return list(dask.compute(*tasks, **how))
+        return list(dask.compute(*tasks, **compute_kwargs))
     except UnboundLocalError as error:
-        if not _way_back_cancelled(error):
+        # it happens now and then without a reason
+        if not _wait_was_cancelled(error):
             raise
-    return list(dask.compute(*tasks, **how))
+    return list(dask.compute(*tasks, **compute_kwargs))
 
 
-def _way_back_cancelled(error: BaseException) -> bool:
-    """Whether what waits for results was cancelled, which distributed tells so (its issue 8514).
-
-    A task may raise the same, but elsewhere.
-    """
+def _wait_was_cancelled(error: BaseException) -> bool:
+    """Whether distributed cancelled its wait for results, which it reports as a bug of its own."""
     if not isinstance(error, UnboundLocalError):
         return False
+    # dask/distributed#8514; a task may raise the same, but elsewhere
     *_, (last, _) = traceback.walk_tb(error.__traceback__)
     return bool(last.f_globals["__name__"] == "distributed.utils")
 
 
-def memory_used() -> dict[Any, tuple[int, int]]:
-    """Bytes of every process that runs blocks, now and at the highest."""
+def memory_used() -> dict[str, tuple[int, int]]:
+    """Resident bytes of every process that runs blocks, now and at the highest."""
     client = _client()
     if client is not None:
         with translating_cluster_errors(str):
             return _everywhere(client, _own_memory, 10)
-    return {os.getpid(): _own_memory()}
+    return {str(os.getpid()): _own_memory()}
 
 
-def _everywhere(client: Any, function: Callable[[], Any], seconds: float) -> dict[str, Any]:
-    """Result of ``function`` on every worker that answers in time."""
+def _everywhere(client: Any, function: Callable[[], R], seconds: float) -> dict[str, R]:
+    """Result of ``function`` from every worker that answers in time."""
     until = time.monotonic() + seconds
-    how = {"pure": False, "priority": 1000}  # before what else they have to do
-    calls = {w: client.submit(function, workers=[w], **how) for w in client.nthreads()}
+    # before the tasks that workers have
+    options = {"pure": False, "priority": 1000}
+    calls = {w: client.submit(function, workers=[w], **options) for w in client.nthreads()}
     results = {}
     for worker, call in calls.items():
         with suppress(Exception, CancelledError):
-            # one that is gone never answers
+            # a worker that is gone never answers
             while not call.done() and time.monotonic() < until and worker in client.nthreads():
                 time.sleep(0.01)
             results[worker] = call.result(timeout=10 if call.done() else 0.01)

@@ -1,18 +1,23 @@
-"""Everything that can be refused, and all that is planned, before a chunk is read."""
+"""All that can be refused, and all that is planned, before a chunk is read."""
 
 from __future__ import annotations
 
 import json
 import numbers
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from daskclip.arguments import (
     DTYPES,
+    Axes,
+    Dim,
+    NonFinite,
     axes_named,
     check_dtype,
     check_limits,
@@ -33,7 +38,9 @@ from daskclip.errors import (
     SourceChangedError,
     short_repr,
 )
+from daskclip.numerics import state_nbytes
 from daskclip.plan import GroupPlan, Layout, Machine, plan_group, sizing
+from daskclip.report import Mode, Show, progress_printer
 from daskclip.storage import (
     Hierarchy,
     StoredArray,
@@ -44,99 +51,190 @@ from daskclip.storage import (
     parse_patterns,
     select_arrays,
 )
+from daskclip.target import Json, RunRecord, Target
 
-if TYPE_CHECKING:
-    from daskclip.target import Entry
+Limits = npt.NDArray[np.float64] | StoredArray
+LimitsByArray = dict[str, Limits]
+"""NumPy or Zarr arrays by the name of the array that they limit; empty with one limit for all."""
+Options = dict[str, Any] | None
 
-# bytes that the exact sum of a slice may take, by the size of an element
-STATE = {2: 24, 4: 80, 8: 544}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipRequest:
+    """Arguments of `clip_zarr`, checked as far as that can be without the source."""
+
+    source: object
+    target: object = None
+    clip_norm: object = None
+    axes: Axes = None
+    ord: object = 2
+    limits: object = None
+    memory: str | int = "512MiB"
+    nonfinite: NonFinite = "propagate"
+    missing: Literal["fill", "error"] = "fill"
+    overwrite: bool = False
+    in_place: bool = False
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    global_norm: bool = False
+    storage_options: dict[str, Any] | None = None
+    progress: bool | Mode = False
+    dim: Dim = None
+    pictures: bool = False
+    norms: str | os.PathLike[str] | None = None
+    clips: bool = True
+    """Whether anything is clipped; else norms are taken, and there is no limit."""
+    show: Show = field(init=False)
+    """Function that shows progress."""
+    limit: float | Fraction | None = field(init=False, default=None)
+    """The limit, or the percentage of the norms that are within it; None with ``limits``."""
+    memory_nbytes: int = field(init=False)
+    """The budget in bytes."""
+
+    def __post_init__(self) -> None:
+        # a frozen dataclass sets what it derives like this
+        object.__setattr__(self, "show", progress_printer(self.progress))
+        if self.clips and self.limits is None:
+            object.__setattr__(self, "limit", parse_clip_norm_or_quantile(self.clip_norm))
+        check_nonfinite(self.nonfinite)
+        if self.missing not in ("fill", "error"):
+            raise InvalidValueError(
+                f"missing={short_repr(self.missing)} is not a policy; use 'fill' or 'error'"
+            )
+        self._check_global_norm()
+        object.__setattr__(self, "memory_nbytes", parse_memory(self.memory))
+
+    def _check_global_norm(self) -> None:
+        given = self.global_norm
+        if not isinstance(given, bool):
+            raise InvalidTypeError(
+                f"global_norm {short_repr(given)} is a {type(given).__name__}; give a bool"
+            )
+        if given and not (self.axes is None and self.dim is None):
+            axes = short_repr(self.axes if self.dim is None else self.dim)
+            raise InvalidValueError(
+                f"a global norm has no axes, and {axes} is given; leave out one of them"
+            )
+        if given and self.limits is not None:
+            raise InvalidValueError(
+                "a global norm has one limit, and limits are given; give clip_norm"
+            )
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the target takes the place of something."""
+        return self.overwrite or self.in_place
 
 
-def prepare(
-    source: Any,
-    clip_norm: Any,
-    axes: Any,
-    dim: Any,
-    *,
-    memory: Any,
-    nonfinite: Any,
-    missing: Any,
-    include: str | Sequence[str] | None,
-    exclude: str | Sequence[str] | None,
-    global_norm: Any,
-    ord: Any,
-    limits: Any,
-    storage_options: dict[str, Any] | None,
-    norms: Any = None,
-) -> tuple[Hierarchy, GroupPlan, dict[str, Any], SavedNorms | None, dict[str, Any]]:
-    """What is at a source, how it will be clipped, by which limits, and what tells runs apart."""
-    limit = parse_clip_norm_or_quantile(clip_norm) if limits is None else None
-    check_nonfinite(nonfinite)
-    if missing not in ("fill", "error"):
-        raise InvalidValueError(
-            f"missing={short_repr(missing)} is not a policy; use 'fill' or 'error'"
-        )
-    if not isinstance(global_norm, bool):
-        raise InvalidTypeError(
-            f"global_norm {short_repr(global_norm)} is a {type(global_norm).__name__}; give a bool"
-        )
-    if global_norm and not (axes is None and dim is None):
-        raise InvalidValueError(
-            f"a global norm has no axes, and {short_repr(axes if dim is None else dim)} is given; "
-            "leave out one of them"
-        )
-    if global_norm and limits is not None:
-        raise InvalidValueError("a global norm has one limit, and limits are given; give clip_norm")
-    budget = parse_memory(memory)
-    opened = open_source(source, storage_options)
-    names = select_arrays(opened, include, exclude, DTYPES)
-    if opened.is_group and dim is not None:
-        names, dim = _having(opened, names, dim)
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request whose source, limits and saved norms are open, with its plan."""
+
+    request: ClipRequest
+    source: Hierarchy
+    plan: GroupPlan
+    limits_by_array: LimitsByArray
+    saved_norms: SavedNorms | None
+    parameters: Json
+    """Arguments that tell runs from the same source to the same target apart."""
+
+    def run_record(self, target: Target | None = None) -> RunRecord:
+        """Record of a run to a target, up to what is known before it begins."""
+        between = {} if target is None else {"source": str(self.source), "target": str(target)}
+        fingerprint = self.source.fingerprint(changes=True)
+        return RunRecord(parameters=between | self.parameters, source=fingerprint)
+
+    @property
+    def paths(self) -> list[str]:
+        """Files that every worker must see."""
+        return [*self.source.paths, *_limits_paths(self.limits_by_array)]
+
+    def require_unchanged(self, run: RunRecord) -> None:
+        """Require source and limits to be what they were when a run began."""
+        now = self.source.reread().fingerprint(changes=True)
+        if now != run.source:
+            raise SourceChangedError(
+                f"source {self.source} (chunk {now.get('newest')}) changed during the run; "
+                "let nothing write to it and run again"
+            )
+        if limits_identity(self.limits_by_array) != run.parameters["limits"]:
+            raise SourceChangedError("limits changed during the run; let nothing write to them")
+
+
+def prepare(request: ClipRequest) -> Prepared:
+    """Open what a request names, refuse what cannot be clipped right, and plan the rest."""
+    source = open_source(request.source, request.storage_options)
+    axes, dim = request.axes, request.dim
+    names = select_arrays(source, request.include, request.exclude, DTYPES)
+    if source.is_group and dim is not None:
+        names, dim = _having(source, names, dim)
         if not dim and axes is None:
             axes, dim = [], None
-    clipped = {name: _clipped(opened, name, axes, dim, ord) for name in names}
-    over = {name: layout.axes for name, layout in clipped.items()}
-    each = open_limits(limits, clip_norm, opened, over, storage_options)
-    for name, one in each.items():
-        clipped[name] = replace(clipped[name], limits_nbytes=nbytes(one))
+    clipped = {name: _layout(source, name, axes, dim, request.ord) for name in names}
+    axes_by_array = {name: layout.axes for name, layout in clipped.items()}
+    limits_by_array = open_limits(
+        request.limits, request.clip_norm, source, axes_by_array, request.storage_options
+    )
+    for name, limits in limits_by_array.items():
+        nbytes = limits.nbytes if isinstance(limits, np.ndarray) else limits.unit_nbytes
+        clipped[name] = replace(clipped[name], limits_nbytes=nbytes)
+    plan = _plan(request, source, clipped)
+    parameters = _parameters(request, source, axes, dim, plan, limits_by_array)
+    saved = None
+    if request.norms is not None:
+        saved, plan = open_norms(request.norms, source, parameters, request.memory_nbytes)
+    return Prepared(request, source, plan, limits_by_array, saved, parameters)
+
+
+def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -> GroupPlan:
     copied = {
         name: Layout(shape=array.shape, unit=array.unit, itemsize=array.dtype.itemsize)
-        for name, array in opened.arrays.items()
+        for name, array in source.arrays.items()
         if name not in clipped
     }
     processes, threads, fewest = workers()
-    machine = Machine(processes=processes, threads=threads, fewest=fewest, memory=budget)
-    plan = plan_group(clipped, copied, machine, sizing.DEFAULT, global_norm=global_norm)
-    taken = axes if opened.is_group else plan.plans[""].axes
-    parameters = {
-        "clip_norm": clip_norm if isinstance(limit, Fraction) else str(limit),
-        "axes": None if taken is None else [int(a) for a in np.atleast_1d(taken)],
-        "dim": dim if opened.is_group else None,
-        "ord": float(ord),
-        "limits": limits_identity(each),
-        "nonfinite": nonfinite,
-        "missing": missing,
-        "include": parse_patterns(include, "include"),
-        "exclude": parse_patterns(exclude, "exclude"),
-        "global_norm": global_norm,
-        "norms": None if norms is None else str(norms),
+    machine = Machine(
+        processes=processes, threads=threads, fewest=fewest, memory=request.memory_nbytes
+    )
+    return plan_group(clipped, copied, machine, sizing.DEFAULT, global_norm=request.global_norm)
+
+
+def _parameters(
+    request: ClipRequest,
+    source: Hierarchy,
+    axes: Any,
+    dim: object,
+    plan: GroupPlan,
+    limits_by_array: LimitsByArray,
+) -> Json:
+    if not source.is_group:
+        axes = plan.plans[""].axes
+    quantile = isinstance(request.limit, Fraction)
+    return {
+        "clip_norm": request.clip_norm if quantile else str(request.limit),
+        "axes": None if axes is None else [int(a) for a in np.atleast_1d(axes)],
+        "dim": dim if source.is_group else None,
+        "ord": float(request.ord),  # type: ignore[arg-type]
+        "limits": limits_identity(limits_by_array),
+        "nonfinite": request.nonfinite,
+        "missing": request.missing,
+        "include": parse_patterns(request.include, "include"),
+        "exclude": parse_patterns(request.exclude, "exclude"),
+        "global_norm": request.global_norm,
+        "norms": None if request.norms is None else str(request.norms),
     }
-    saved = None
-    if norms is not None:
-        saved, plan = open_norms(norms, opened, parameters, budget)
-    return opened, plan, each, saved, parameters
 
 
-def _having(source: Hierarchy, names: list[str], dim: Any) -> tuple[list[str], list[str]]:
-    """Those of the arrays that have any of the dimensions, all if there are none, and these."""
+def _having(source: Hierarchy, names: list[str], dim: Dim) -> tuple[list[str], list[str]]:
+    """Arrays that have any requested dimension, all if none is requested, and these."""
     having = {name: source.arrays[name].dimension_names or [] for name in names}
     known = list(dict.fromkeys(d for named in having.values() for d in named if d is not None))
     wanted = parse_dim(dim, known)
     return [name for name in names if not wanted or {*having[name]} & {*wanted}], wanted
 
 
-def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> Layout:
-    """Layout of an array to clip."""
+def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> Layout:
+    """Check an array that is clipped, and take what its plan depends on."""
     array = source.arrays[name]
     named = array.dimension_names
     if source.is_group and dim is not None and axes is None:
@@ -149,52 +247,58 @@ def _clipped(source: Hierarchy, name: str, axes: Any, dim: Any, ord: Any) -> Lay
         if name and name not in str(error):
             raise type(error)(f"array {name}: {error}") from error
         raise
-    itemsize = array.dtype.itemsize
     return Layout(
         shape=array.shape,
         axes=taken,
         unit=array.unit,
-        itemsize=itemsize,
-        sum_nbytes=sizing.DEFAULT.sum_nbytes
-        or STATE[itemsize // (2 if array.dtype.kind == "c" else 1)],
+        itemsize=array.dtype.itemsize,
+        sum_nbytes=sizing.DEFAULT.sum_nbytes or state_nbytes(array.dtype),
     )
 
 
-def open_limits(
-    limits: Any, clip_norm: Any, source: Hierarchy, over: Mapping[str, Any], options: Any
-) -> dict[str, Any]:
-    """Limits of stored arrays, by their names: NumPy or Zarr arrays; reads metadata only.
+# --- limits of each slice ------------------------------------------------------------------------
 
-    ``over`` holds the axes of each array.
-    """
+
+def open_limits(
+    limits: object,
+    clip_norm: object,
+    source: Hierarchy,
+    axes_by_array: Mapping[str, tuple[int, ...]],
+    options: Options,
+) -> LimitsByArray:
+    """Open the limits of the arrays that are clipped; reads metadata only."""
     if limits is None:
         return {}
     if isinstance(limits, Mapping):
         found = dict(limits)
     elif type(limits) is np.ndarray or isinstance(limits, numbers.Real):
-        found = dict.fromkeys(over, limits)
+        found = dict.fromkeys(axes_by_array, limits)
     else:
-        opened = _opened(limits, options)
-        found = opened.arrays if opened.is_group else dict.fromkeys(over, opened.arrays[""])
-    for name in over:
+        opened = _open(limits, options)
+        found = (
+            opened.arrays if opened.is_group else dict.fromkeys(axes_by_array, opened.arrays[""])
+        )
+    for name in axes_by_array:
         if name not in found:
             raise InvalidValueError(
                 f"limits are given for {short_repr([*found])} and not for {name or source}; give "
                 "each array that is clipped its own, or one for all"
             )
     return {
-        name: _usable(found[name], clip_norm, source.arrays[name].shape, axes, options)
-        for name, axes in over.items()
+        name: _open_array(found[name], clip_norm, source.arrays[name].shape, axes, options)
+        for name, axes in axes_by_array.items()
     }
 
 
-def _usable(limits: Any, clip_norm: Any, shape: Any, axes: Any, options: Any) -> Any:
+def _open_array(
+    limits: Any, clip_norm: object, shape: tuple[int, ...], axes: tuple[int, ...], options: Options
+) -> Limits:
     if isinstance(limits, numbers.Real):
         limits = np.asarray(limits, np.float64)
     if is_zarr_array(limits):
         limits = StoredArray(limits)
     elif not isinstance(limits, StoredArray) and type(limits) is not np.ndarray:
-        limits = _opened(limits, options).arrays.get("")
+        limits = _open(limits, options).arrays.get("")
         if limits is None:
             raise InvalidValueError("limits of an array are a group; give an array")
     check_limits_dtype(limits.dtype)
@@ -204,48 +308,33 @@ def _usable(limits: Any, clip_norm: Any, shape: Any, axes: Any, options: Any) ->
     return limits.astype(np.float64, order="C") if isinstance(limits, np.ndarray) else limits
 
 
-def _opened(limits: Any, options: Any) -> Hierarchy:
+def _open(limits: object, options: Options) -> Hierarchy:
     try:
         return open_source(limits, options)
     except DaskClipError as error:
         raise type(error)(f"limits: {error}") from error
 
 
-def limits_identity(limits: Mapping[str, Any]) -> Any:
-    """Shapes and digests; of what is stored by its names, sizes and times, without reading it."""
-    found = {name: _limits_identity(one) for name, one in limits.items()}
+def limits_identity(limits_by_array: LimitsByArray) -> Any:
+    """Shapes and digests; those of stored limits are of names, sizes and times, not of values."""
+    found = {name: _identity(limits) for name, limits in limits_by_array.items()}
     return found.get("", found) or None
 
 
-def _limits_identity(limits: Any) -> str:
-    numpy = isinstance(limits, np.ndarray)
-    found = limits if numpy else json.dumps(_there(limits).fingerprint(changes=True)).encode()
-    return f"of shape {limits.shape} and digest {durable.digest(found):08x}"
+def _identity(limits: Limits) -> str:
+    if isinstance(limits, np.ndarray):
+        digest = durable.digest(limits)
+    else:
+        fingerprint = _hierarchy(limits).fingerprint(changes=True)
+        digest = durable.digest(json.dumps(fingerprint).encode())
+    return f"of shape {limits.shape} and digest {digest:08x}"
 
 
-def paths(limits: Mapping[str, Any]) -> list[str]:
-    """Files that whoever reads them must see."""
-    return [p for one in limits.values() if isinstance(one, StoredArray) for p in _there(one).paths]
+def _limits_paths(limits_by_array: LimitsByArray) -> list[str]:
+    """Files that every worker must see."""
+    stored = [one for one in limits_by_array.values() if isinstance(one, StoredArray)]
+    return [path for one in stored for path in _hierarchy(one).paths]
 
 
-def _there(limits: Any) -> Hierarchy:
+def _hierarchy(limits: StoredArray) -> Hierarchy:
     return Hierarchy.open(limits.array.store, limits.array.path)
-
-
-def nbytes(limits: Any) -> int:
-    """Bytes of what is held of limits at a time, beside those of a region."""
-    if limits is None:
-        return 0
-    return limits.nbytes if isinstance(limits, np.ndarray) else limits.unit_nbytes
-
-
-def require_unchanged(source: Hierarchy, limits: dict[str, Any], run: Entry) -> None:
-    """Require source and limits to be what they were when the run began."""
-    now = source.reread().fingerprint(changes=True)
-    if now != run["source"]:
-        raise SourceChangedError(
-            f"source {source} (chunk {now.get('newest')}) changed during the run; "
-            "let nothing write to it and run again"
-        )
-    if limits_identity(limits) != run["parameters"]["limits"]:
-        raise SourceChangedError("limits changed during the run; let nothing write to them")

@@ -1,4 +1,4 @@
-"""Norms that are kept for other runs: an array of them, and in it the sums they were made from."""
+"""Norms that are saved for other runs: an array, and in it the sums they were made from."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
 
-from daskclip.engine.run_record import VERSION, plan_to_json, replan
+from daskclip.engine.run_record import plan_to_json, replan
 from daskclip.errors import (
     InvalidTypeError,
     InvalidValueError,
@@ -22,62 +21,65 @@ from daskclip.errors import (
     short_repr,
 )
 from daskclip.numerics import Partial, SliceCounts
+from daskclip.plan import GroupPlan
 from daskclip.storage import Hierarchy, StoredArray, durable
 from daskclip.target import (
-    JOURNAL,
     Arrays,
     DirectoryTarget,
-    Entry,
+    Json,
+    RunRecord,
+    WindowRecord,
     find_target,
     journal,
     refuse_existing,
 )
 
-if TYPE_CHECKING:
-    from daskclip.plan import GroupPlan
-
 SUMS = ".daskclip-sums"
-"""Folder of the journal of the first pass; zarr takes no notice of it."""
+"""Folder of the journal of the first pass; zarr ignores it."""
 ALIKE = ("axes", "ord", "nonfinite", "missing")
 AGAIN = "save them again with: daskclip stats SOURCE --save-norms NORMS"
 
 
+def journal_of_norms(folder: Path) -> Path:
+    """Path of the journal of the pass that took the norms in a folder."""
+    return folder / SUMS / journal.JOURNAL
+
+
 @dataclass(frozen=True)
 class SavedNorms:
-    """Norms that `saving` has kept."""
+    """Norms that `saving` has written."""
 
     path: Path
     """Folder of their array."""
     total: SliceCounts
-    """Of all slices."""
-    source: Entry
-    """Fingerprint of what they were taken of."""
+    """Counts over all slices."""
+    source: Json
+    """Fingerprint of the source."""
 
     def require_of(self, source: Hierarchy) -> None:
-        """Require the source to be what it was when they were saved."""
+        """Require a source to be what it was when the norms were saved."""
         if self.source != source.fingerprint(changes=True):
             raise SourceChangedError(
                 f"source {source} is not what it was when norms {self.path} were saved; {AGAIN}"
             )
 
-    def entries(self) -> Iterator[Entry]:
-        """Those of the first pass, each with the folder of its sums."""
-        folder = self.path / SUMS
-        found = (entry for entry, _ in journal.entries(folder / JOURNAL))
-        return (entry | {"folder": str(folder)} for entry in found if "sums" in entry)
+    def windows(self) -> Iterator[WindowRecord]:
+        """Records of the first of two passes, which take the place of such a pass."""
+        for record in journal.records(journal_of_norms(self.path)):
+            if isinstance(record, WindowRecord) and record.sums:
+                yield record
 
-
-def saved_sums(entry: Entry) -> list[Partial] | None:
-    """Sums that an entry of `SavedNorms` names; kept after the last window of a slab only."""
-    path = Path(entry["folder"], entry["sums"])
-    try:
-        return partials_of(journal.load(path)) if path.exists() else None
-    except Exception as error:  # of a damaged file, numpy and zipfile raise anything
-        raise SourceError(f"norms {path.parent.parent} are damaged; {AGAIN}") from error
+    def sums(self, name: str) -> list[Partial] | None:
+        """Sums that a record names, which are kept of the last window of a slab only."""
+        path = self.path / SUMS / name
+        try:
+            return partials_of(journal.load(path)) if path.exists() else None
+        except Exception as error:  # of a damaged file, numpy and zipfile raise anything
+            raise SourceError(f"norms {self.path} are damaged; {AGAIN}") from error
 
 
 def arrays_of(sums: Sequence[Partial]) -> Arrays:
-    """Arrays that a journal keeps for sums."""
+    """Sums as arrays for a journal."""
     arrays: Arrays = {}
     for i, p in enumerate(sums):
         arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags}
@@ -86,7 +88,7 @@ def arrays_of(sums: Sequence[Partial]) -> Arrays:
 
 
 def partials_of(arrays: Arrays) -> list[Partial]:
-    """Sums in the arrays that a journal keeps."""
+    """Sums from the arrays of a journal."""
     sums = []
     for i in range(len(arrays) // 4):
         low, terms = arrays[f"rest{i}"].tolist()
@@ -96,8 +98,10 @@ def partials_of(arrays: Arrays) -> list[Partial]:
 
 
 @contextmanager
-def saving(path: Any, source: Hierarchy, run: Entry, plan: GroupPlan) -> Iterator[Hierarchy | None]:
-    """A place for the norms of a source, which appears complete or not at all."""
+def saving(
+    path: object, source: Hierarchy, run: RunRecord, plan: GroupPlan
+) -> Iterator[Hierarchy | None]:
+    """Make an array for the norms of a source, which appears complete or not at all."""
     if path is None:
         yield None
         return
@@ -105,27 +109,28 @@ def saving(path: Any, source: Hierarchy, run: Entry, plan: GroupPlan) -> Iterato
         raise InvalidValueError(
             f"norms are saved of one array, and source {source} is a group; give an array in it"
         )
-    place = _folder(path)
-    place.check(source, overwrite=False, in_place=False)
-    with place.locked() as work:
-        refuse_existing(place)
-        folder = work.folder / uuid4().hex
-        _make(folder, source, run["parameters"], plan)
+    target = _directory(path)
+    target.check(source, overwrite=False, in_place=False)
+    with target.locked() as transaction:
+        refuse_existing(target)
+        folder = transaction.folder / uuid4().hex
+        _make(folder, source, run.parameters, plan)
         (folder / SUMS).mkdir()
-        parameters = run["parameters"] | {"source": str(source)}
-        header = run | {"version": VERSION, "parameters": parameters}
-        journal.begin(folder / SUMS / JOURNAL, header | plan_to_json(plan))
+        parameters = run.parameters | {"source": str(source)}
+        record = replace(run, parameters=parameters, plans=plan_to_json(plan))
+        journal.begin(journal_of_norms(folder), record)
         yield Hierarchy.open(folder)
+        # one rename, so that norms are complete wherever they are
         durable.sync_filesystem(folder)
-        refuse_existing(place)
-        os.rename(folder, place.path)
-        durable.sync_filesystem(place.path.parent)
+        refuse_existing(target)
+        os.rename(folder, target.path)
+        durable.sync_filesystem(target.path.parent)
 
 
 def open_norms(
-    path: Any, source: Hierarchy, parameters: Entry, memory: int
+    path: object, source: Hierarchy, parameters: Json, memory: int
 ) -> tuple[SavedNorms, GroupPlan]:
-    """Norms that were saved of a source, and the plan they were saved by, which reads it once."""
+    """Open the saved norms of a source, with the plan they were saved by, which reads it once."""
     if source.is_group:
         raise InvalidValueError(
             f"norms are saved of one array, and source {source} is a group; leave them out"
@@ -133,42 +138,41 @@ def open_norms(
     if parameters["limits"] is not None or parameters["clip_norm"] == "nan":
         given = "limits" if parameters["limits"] is not None else "clip_norm nan"
         raise InvalidValueError(f"norms do not go with {given}; leave out one of them")
-    place = _folder(path)
-    if not place.exists():
-        raise SourceNotFoundError(f"norms {place} do not exist; check the path, or {AGAIN}")
-    at = place.path / SUMS / JOURNAL
-    run = journal.header(at)
-    if run is None or run["version"] != VERSION:
-        raise SourceError(f"norms {place} were not saved by this daskclip; {AGAIN}")
-    was = run["parameters"]
+    target = _directory(path)
+    if not target.exists():
+        raise SourceNotFoundError(f"norms {target} do not exist; check the path, or {AGAIN}")
+    record = journal_of_norms(target.path)
+    run = journal.header(record)
+    if run is None or not run.is_readable:
+        raise SourceError(f"norms {target} were not saved by this daskclip; {AGAIN}")
+    was = run.parameters
     different = [f"{k} {was[k]} and not {parameters[k]}" for k in ALIKE if was[k] != parameters[k]]
     if different:
-        raise InvalidValueError(f"norms {place} have {', '.join(different)}; {AGAIN}")
-    *_, (last, _) = journal.entries(at)
-    if "total" not in last:
-        raise SourceError(f"norms {place} are damaged; {AGAIN}")
-    plan = replan(run, memory, f"norms {place} need with", AGAIN)
+        raise InvalidValueError(f"norms {target} have {', '.join(different)}; {AGAIN}")
+    last = journal.final(record)
+    if last is None or last.total is None:
+        raise SourceError(f"norms {target} are damaged; {AGAIN}")
+    plan = replan(run, memory, f"norms {target} need with", AGAIN)
     plans = {name: replace(one, passes=1) for name, one in plan.plans.items()}
-    return SavedNorms(place.path, SliceCounts.from_json(last["total"]), run["source"]), replace(
-        plan, plans=plans
-    )
+    saved = SavedNorms(target.path, SliceCounts.from_json(last.total), run.source)
+    return saved, replace(plan, plans=plans)
 
 
-def _folder(path: Any) -> DirectoryTarget:
+def _directory(path: object) -> DirectoryTarget:
     if not isinstance(path, str | os.PathLike):
         raise InvalidTypeError(f"norms {short_repr(path)} is not a path; give the path of a folder")
-    place = find_target(path)
-    if not isinstance(place, DirectoryTarget):
+    target = find_target(path)
+    if not isinstance(target, DirectoryTarget):
         raise InvalidValueError(
             f"norms {short_repr(path)} are not on a local file system; give a path"
         )
-    return place
+    return target
 
 
-def _make(folder: Path, source: Hierarchy, parameters: Entry, plan: GroupPlan) -> None:
-    """An array without chunks, of which each block of the source writes whole ones."""
+def _make(folder: Path, source: Hierarchy, parameters: Json, plan: GroupPlan) -> None:
     array, one = source.arrays[""], plan.plans[""]
     names = array.dimension_names
+    # whole chunks belong to one block of the source, so that each has one writer
     StoredArray.create(
         folder,
         shape=tuple(one.kept.values()),

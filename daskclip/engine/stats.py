@@ -7,28 +7,26 @@ import os
 import time
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from daskclip.arguments import Axes, Dim, NonFinite
+from daskclip.engine.attempt import measure
 from daskclip.engine.cluster import require_alike
-from daskclip.engine.measure import measure
-from daskclip.engine.request import prepare, require_unchanged
+from daskclip.engine.request import ClipRequest, prepare
 from daskclip.engine.saved_norms import saving
 from daskclip.numerics import RELATIVE_ERROR, NormHistogram
-from daskclip.report import Mode, StatsReport, progress_printer
+from daskclip.report import Mode, StatsReport
 from daskclip.storage import translating_storage_errors
-
-if TYPE_CHECKING:
-    from daskclip.arguments import NonFinite
 
 PERCENTS = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")
 CANDIDATES = 30
 
 
 def stats_zarr(
-    source: Any,
-    axes: Any = None,
+    source: object,
+    axes: Axes = None,
     *,
-    dim: Any = None,
+    dim: Dim = None,
     ord: float = 2,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -89,22 +87,24 @@ def stats_zarr(
     >>> report.slices, report.zeros, report.nan, report.clips["1"]
     (4, 1, 1, 1)
     """
-    display, started = progress_printer(progress), time.monotonic()
+    started = time.monotonic()
+    request = ClipRequest(
+        source=source, axes=axes, dim=dim, ord=ord, include=include, exclude=exclude,
+        memory=memory, nonfinite=nonfinite, missing=missing, storage_options=storage_options,
+        progress=progress, clips=False,
+    )  # fmt: skip
     with translating_storage_errors("looking at the source"):
-        opened, plan, *_, parameters = prepare(
-            source, 0.0, axes, dim,
-            memory=memory, nonfinite=nonfinite, missing=missing, include=include, exclude=exclude,
-            global_norm=False, ord=ord, limits=None, storage_options=storage_options,
-        )  # fmt: skip
-        run = {"parameters": parameters, "source": opened.fingerprint(changes=True)}
-        require_alike(opened.paths)
+        prepared = prepare(request)
+        run = prepared.run_record()
+        require_alike(prepared.paths)
+    opened, plan = prepared.source, prepared.plan
     with (
         translating_storage_errors(f"reading {opened}"),
         saving(save_norms, opened, run, plan) as norms_array,
     ):
-        passes = measure(opened, plan, run, display, norms_array)
-        require_unchanged(opened, {}, run)
-    total, taken = passes.total, parameters["axes"]
+        passes = measure(prepared, run, norms_array)
+        prepared.require_unchanged(run)
+    total, taken = passes.total, run.parameters["axes"]
     norms = total.histogram or NormHistogram.empty(plan.kept.values())
     finite = total.slices > total.nonfinite
     figures = norms.figures(plan.kept)
@@ -113,7 +113,7 @@ def stats_zarr(
     return StatsReport(
         source=str(opened),
         axes=None if taken is None else tuple(taken),
-        dim=parameters["dim"],
+        dim=run.parameters["dim"],
         ord=float(ord),
         arrays=len(plan.clipped),
         slices=total.slices,
@@ -128,7 +128,7 @@ def stats_zarr(
         },
         relative_error=RELATIVE_ERROR,
         clips={f"{c:g}": norms.above(c) for c in _candidates(figures["histogram"])},
-        bytes_read=passes.read,
+        bytes_read=passes.bytes_read,
         seconds=time.monotonic() - started,
         projected_memory=plan.projected_memory,
         **figures,

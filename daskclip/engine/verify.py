@@ -1,4 +1,4 @@
-"""An array that was written, held against the record of its run and against its source."""
+"""Verify a target against the record of its run and, if that is given, its source."""
 
 from __future__ import annotations
 
@@ -6,25 +6,36 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
-from daskclip.engine.attempt import array_tasks
+from daskclip.engine import rounds
+from daskclip.engine.attempt import array_tasks, scratch_journal
 from daskclip.engine.cluster import running
-from daskclip.engine.measure import scratch_passes
-from daskclip.engine.request import limits_identity, open_limits
-from daskclip.engine.run_record import VERSION, plan_from_json, replan
+from daskclip.engine.passes import Passes
+from daskclip.engine.request import LimitsByArray, limits_identity, open_limits
+from daskclip.engine.run_record import plan_from_json, replan
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
+from daskclip.numerics import SliceCounts
+from daskclip.plan import GroupPlan
 from daskclip.report import VerifyReport
 from daskclip.storage import Hierarchy, open_source, translating_storage_errors
-from daskclip.target import DirectoryTarget, Entry, Target, find_target, journal
+from daskclip.target import (
+    DirectoryTarget,
+    FinalRecord,
+    Json,
+    RunRecord,
+    Target,
+    WindowRecord,
+    find_target,
+    journal,
+)
 from daskclip.worker import drain
 
 
 def verify_zarr(
-    target: str | os.PathLike[str], source: Any = None, *, limits: Any = None
+    target: str | os.PathLike[str], source: object = None, *, limits: object = None
 ) -> VerifyReport:
     """Verify an array that `clip_zarr` wrote.
 
@@ -76,53 +87,24 @@ def verify_zarr(
     2
     """
     started = time.monotonic()
-    place = find_target(target)
-    with translating_storage_errors(f"verifying {place}"):
-        if not place.exists():
-            raise SourceNotFoundError(f"target {place} does not exist; check the path")
-        with place.journals() as (record, _):
-            run, made, digests = _record(place, record)
-        plan = replan(run, plan_from_json(run).memory)
-        try:
-            there = open_source(
-                place.path if isinstance(place, DirectoryTarget) else place.open().store_path
-            )
-            _check_keys(there, place, made)
-        except DaskClipError as error:
-            raise VerificationError(str(error)) from error
-        parameters = run["parameters"]
-        each = _same_limits(there, limits, run)
-        limit = None if each else float(run.get("limit", parameters["clip_norm"]))
-        common: dict[str, Any] = {"staged": None, "in_place": False, "clip_norm": limit}
-        omit = "omit" if parameters["nonfinite"] == "omit" else "propagate"
-        common |= {"ord": parameters["ord"], "nonfinite": omit}
-        attempt = uuid4().hex
-        jobs = array_tasks(plan, there, None, attempt, each, missing="fill", **common)
+    found = find_target(target)
+    with translating_storage_errors(f"verifying {found}"):
+        if not found.exists():
+            raise SourceNotFoundError(f"target {found} does not exist; check the path")
+        with found.journals() as (record, _):
+            run, made, digests = _read_record(found, record)
+        plan = replan(run)
+        written = _open_written(found, made)
+        limits_by_array = _same_limits(written, limits, run, plan)
         again = None if source is None else open_source(source)
         if again is not None:
-            _check_source(again, there, place)
-        with running(plan.threads, partial(drain, jobs[0].attempt_id)) as how:
-            with scratch_passes(jobs, how, plan.window) as norms:
-                norms.check(digests, range(len(jobs)))
-                norms.measure()
-            total = norms.total
-            if total.clipped:
-                above = "its limit" if limit is None else f"{limit:g}"
-                raise VerificationError(
-                    f"{total.clipped} slices of {place} have a norm above {above}, up to "
-                    f"{total.largest:.17g}; clip it again"
-                )
-            if again is not None:
-                common |= {"missing": parameters["missing"]}
-                both = array_tasks(plan, again, there, attempt, each, **common)
-                with scratch_passes(both, how, plan.window) as comparison:
-                    comparison.compare()
-                    comparison.check(digests, comparison.copied)
+            _check_source(again, written, found)
+        total = _verify(run, plan, written, again, limits_by_array, digests, found)
     return VerifyReport(
-        target=str(place),
+        target=str(found),
         source=None if again is None else str(again),
-        run=run["run"],
-        clip_norm=limit,
+        run=run.id,
+        clip_norm=run.clip_norm,
         blocks=plan.blocks,
         slices=total.slices,
         nonfinite=total.nonfinite,
@@ -131,54 +113,106 @@ def verify_zarr(
     )
 
 
-def _same_limits(there: Hierarchy, limits: Any, run: Entry) -> dict[str, Any]:
-    """Those a run had, if it had any."""
-    over = {name: plan.axes for name, plan in plan_from_json(run).clipped.items()}
-    each = open_limits(limits, None, there, over, None)
-    was, given = run["parameters"]["limits"], limits_identity(each)
+def _verify(
+    run: RunRecord,
+    plan: GroupPlan,
+    written: Hierarchy,
+    source: Hierarchy | None,
+    limits_by_array: LimitsByArray,
+    digests: rounds.Digests,
+    target: Target,
+) -> SliceCounts:
+    """Check files and norms, and compare with what the source gives, if there is one."""
+    attempt_id, limit, parameters = uuid4().hex, run.clip_norm, run.parameters
+    # NaN is what a run that had to raise has not written
+    omit = "omit" if parameters["nonfinite"] == "omit" else "propagate"
+    parameters = parameters | {"nonfinite": omit}
+    tasks = partial(array_tasks, plan, attempt_id=attempt_id, limits_by_array=limits_by_array)
+    with running(plan.threads, partial(drain, attempt_id)) as compute_kwargs:
+        arrays = tasks(written, None, parameters=parameters | {"missing": "fill"}, clip_norm=limit)
+        with scratch_journal(run) as entries:
+            everything = [None] * len(arrays)
+            norms = Passes(arrays, compute_kwargs, entries, plan.window, everything)
+            rounds.check(norms, digests, range(len(arrays)))
+            rounds.measure(norms)
+        total = norms.total
+        if total.clipped:
+            above = "its limit" if limit is None else f"{limit:g}"
+            raise VerificationError(
+                f"{total.clipped} slices of {target} have a norm above {above}, up to "
+                f"{total.largest:.17g}; clip it again"
+            )
+        if source is not None:
+            arrays = tasks(source, written, parameters=parameters, clip_norm=limit)
+            with scratch_journal(run) as entries:
+                both = Passes(arrays, compute_kwargs, entries, plan.window, everything)
+                rounds.compare(both)
+                rounds.check(both, digests, both.copied)
+    return total
+
+
+def _open_written(target: Target, made: Json) -> Hierarchy:
+    """Open what a run wrote; requires its metadata, and no file but those of chunks."""
+    try:
+        place = target.path if isinstance(target, DirectoryTarget) else target.open().store_path
+        written = open_source(place)
+        _check_keys(written, target, made)
+    except DaskClipError as error:
+        raise VerificationError(str(error)) from error
+    return written
+
+
+def _same_limits(
+    written: Hierarchy, limits: object, run: RunRecord, plan: GroupPlan
+) -> LimitsByArray:
+    """Open the limits that a run had, if it had any."""
+    axes_by_array = {name: one.axes for name, one in plan.clipped.items()}
+    limits_by_array = open_limits(limits, None, written, axes_by_array, None)
+    was, given = run.parameters["limits"], limits_identity(limits_by_array)
     if given != was:
-        raise VerificationError(f"{there} was clipped with limits {was}, not {given}; give those")
-    return each
+        raise VerificationError(f"{written} was clipped with limits {was}, not {given}; give those")
+    return limits_by_array
 
 
-def _record(place: Target, path: Path) -> tuple[Entry, Entry, Any]:
-    """What the record says of the run, of the files it made, and their digests by block."""
+def _read_record(target: Target, path: Path) -> tuple[RunRecord, Json, rounds.Digests]:
+    """Read the record of a run: the run, fingerprint of what it made, and digests by block."""
     run = journal.header(path)
-    if run is None or run.get("version") != VERSION:
+    if run is None or not run.is_readable:
         raise VerificationError(
-            f"target {place} has no record of a run that this daskclip can read; clip it again"
+            f"target {target} has no record of a run that this daskclip can read; clip it again"
         )
     digests = np.zeros(plan_from_json(run).blocks, np.uint64)
     made = None
-    for entry, _ in journal.entries(path):
-        made = entry.get("made")
-        for number, digest in entry.get("target", {}).items():
-            digests[int(number)] = digest
+    for record in journal.records(path):
+        if isinstance(record, FinalRecord):
+            made = record.made
+        elif isinstance(record, WindowRecord):
+            for number, digest in (record.target or {}).items():
+                digests[number] = digest
     if made is None:
-        raise VerificationError(f"the record of {place} is damaged; clip it again")
+        raise VerificationError(f"the record of {target} is damaged; clip it again")
     return run, made, digests
 
 
-def _check_keys(there: Hierarchy, place: Target, made: Entry) -> None:
-    """Require the metadata that was written, and no file but those of chunks."""
-    if there.fingerprint(changes=False)["metadata"] != made["metadata"]:
-        raise VerificationError(f"the metadata of {place} is not what was written; clip it again")
-    for name, array in there.arrays.items():
+def _check_keys(written: Hierarchy, target: Target, made: Json) -> None:
+    if written.fingerprint(changes=False)["metadata"] != made["metadata"]:
+        raise VerificationError(f"the metadata of {target} is not what was written; clip it again")
+    for name, array in written.arrays.items():
         for key in array.stray_keys():
             inside = f"{name}/{key}".lstrip("/")
-            raise VerificationError(f"{place}/{inside} is no chunk of the array; remove it")
+            raise VerificationError(f"{target}/{inside} is no chunk of the array; remove it")
 
 
-def _check_source(source: Hierarchy, there: Hierarchy, place: Target) -> None:
+def _check_source(source: Hierarchy, written: Hierarchy, target: Target) -> None:
     """Require arrays of the same names, shapes and dtypes."""
     kinds = [
-        {n: f"{a.dtype} of shape {a.shape}" for n, a in h.arrays.items()} for h in (source, there)
+        {n: f"{a.dtype} of shape {a.shape}" for n, a in h.arrays.items()} for h in (source, written)
     ]
     for name in sorted(kinds[0].keys() | kinds[1].keys()):
         one, other = (kind.get(name, "missing") for kind in kinds)
         if one != other:
             what = f" array {name}" if name else ""
             raise VerificationError(
-                f"source {source}{what} is {one}, target {place} {other}; give the source that it "
+                f"source {source}{what} is {one}, target {target} {other}; give the source that it "
                 "was made from"
             )

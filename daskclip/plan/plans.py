@@ -18,9 +18,9 @@ A *window* is one Dask graph: all blocks of a few slabs, or a few blocks of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,13 @@ from daskclip.report import format_axes, format_size, fragment
 
 Numbers = Sequence[int] | npt.NDArray[np.intp]
 """Numbers of some slabs, or of some blocks of a slab."""
-Windows = Spans | Sequence[npt.NDArray[np.intp]]
-"""Numbers of the blocks of each window of a slab."""
+
+
+class Windows(Protocol):
+    """Numbers of the blocks of each window of a slab, forwards or backwards."""
+
+    def __iter__(self) -> Iterator[Iterable[int]]: ...
+    def __reversed__(self) -> Iterator[Iterable[int]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,19 +7,13 @@ Nothing here knows what a block holds.
 """
 
 from daskclip.target import journal
-from daskclip.target.directory import (
-    JOURNAL,
-    DirectoryTarget,
-    DirectoryTransaction,
-    matches_record,
-    refuse_existing,
-)
-from daskclip.target.journal import Arrays, Entry, Journal
-from daskclip.target.locate import Target, find_target, open_target
-from daskclip.target.object_store import ObjectStoreTransaction
+from daskclip.target.directory import DirectoryTarget, matches_record
+from daskclip.target.journal import Arrays, FinalRecord, Journal, Json, RunRecord, WindowRecord
+from daskclip.target.locate import Target, Transaction, find_target, open_target
+from daskclip.target.preflight import refuse_existing
 
 __all__ = [
-    "JOURNAL", "Arrays", "DirectoryTarget", "DirectoryTransaction", "Entry", "Journal",
-    "ObjectStoreTransaction", "Target", "find_target", "journal", "matches_record", "open_target",
+    "Arrays", "DirectoryTarget", "FinalRecord", "Journal", "Json", "RunRecord", "Target",
+    "Transaction", "WindowRecord", "find_target", "journal", "matches_record", "open_target",
     "refuse_existing",
-]  # fmt: skip  # fmt: skip  # fmt: skip
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A target in a folder: what may not be there, the work directory beside it, and the rename."""
+"""Targets in local folders: a work directory beside each, and one rename at the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 try:
     import fcntl
@@ -23,7 +22,7 @@ from daskclip.errors import (
     TargetPermissionError,
 )
 from daskclip.storage import Hierarchy, durable, is_part
-from daskclip.target.journal import Entry, header
+from daskclip.target.journal import JOURNAL, FinalRecord, Journal, Json, cut_torn_end, header
 from daskclip.target.preflight import (
     CONSOLIDATED,
     RECORD,
@@ -31,11 +30,10 @@ from daskclip.target.preflight import (
     content,
     is_node,
     refuse_consolidated,
+    refuse_existing,
     require_exchange,
     require_no_foreign_files,
 )
-
-JOURNAL = "journal"
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,14 @@ class DirectoryTarget:
 
     @property
     def work(self) -> Path:
-        """Where a run keeps what is not yet published."""
+        """Work directory: the lock, the journal and staging of a run."""
         return self.path.parent / f".{self.path.name}.daskclip"
 
     @property
     def record(self) -> Path:
-        """Journal of the run that made what is there, if there is one."""
+        """Path of the journal of the run that made the target; there may be none."""
         home = ""
-        with suppress(OSError, ValueError, DaskClipError):  # else there is none
+        with suppress(OSError, ValueError, DaskClipError):  # of what is no array or group
             home = self.open().record_array
         return self.path / home / RECORD
 
@@ -64,11 +62,11 @@ class DirectoryTarget:
         return os.path.lexists(self.path)
 
     def open(self) -> Hierarchy:
-        """What is there."""
+        """Metadata of the target."""
         return Hierarchy.open(self.path)
 
     def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
-        """Refuse a place where the target of a source cannot be made; changes nothing."""
+        """Refuse a path where the target of a source cannot be made; changes nothing."""
         path, parent = self.path, self.path.parent
         if not (overwrite or in_place or self.record.exists()):
             refuse_existing(self)
@@ -95,7 +93,7 @@ class DirectoryTarget:
 
     @contextmanager
     def locked(self) -> Iterator[DirectoryTransaction]:
-        """What a run keeps, for one alone; removed unless there is a journal."""
+        """Lock the target for one run; the work directory is kept only with a journal."""
         work = self.work
         taken = f"target {self} is being written by another run; wait for it or stop it"
         try:
@@ -120,7 +118,7 @@ class DirectoryTarget:
                 raise TargetExistsError(taken)
             try:
                 held = DirectoryTransaction(work, self)
-                run = header(work / JOURNAL)
+                run = header(held.journal)
                 if run and run == header(held.record):
                     held.clear()  # stopped between publishing and cleaning up
                 yield held
@@ -139,47 +137,54 @@ class DirectoryTarget:
 
     @contextmanager
     def journals(self) -> Iterator[tuple[Path, Path]]:
-        """Journals of the run that made the array and of one that is not finished, if any."""
+        """Paths of the journals of the run that made the target and of an unfinished one."""
         yield self.record, self.work / JOURNAL
 
     def unfinished(self) -> bool:
-        """Whether a run has left something that is no array yet."""
+        """Whether there is an unfinished run."""
         return self.work.exists()
 
 
-@dataclass
+@dataclass(frozen=True)
 class DirectoryTransaction:
-    """A run to a folder, under its lock: the journal and the staging array are in ``folder``."""
+    """A run to a folder, under its lock: the journal and staging are in ``folder``."""
 
     folder: Path
     target: DirectoryTarget
 
     @property
-    def record(self) -> Path:
-        """Journal of the run that made what is there, if there is one."""
-        return self.target.record
+    def journal(self) -> Path:
+        """Path of the journal of this run."""
+        return self.folder / JOURNAL
 
-    def mirror(self) -> None:
-        """What keeps the journal elsewhere too."""
+    @property
+    def record(self) -> Path:
+        """Path of the journal of the run that made the target; there may be none."""
+        return self.target.record
 
     @property
     def files(self) -> list[str]:
-        """Files that whoever writes must see."""
+        """Files that every worker must see."""
         return [str(self.folder / "lock")]
 
-    def begin(self, source: Hierarchy, name: str) -> None:
-        """Make the metadata without chunks in staging, of that name."""
+    def open_journal(self) -> Journal:
+        """Open the journal of this run, without its torn end."""
+        cut_torn_end(self.journal)
+        return Journal(self.journal)
+
+    def begin(self, source: Hierarchy, run: str) -> None:
+        """Make the metadata of a source in the staging folder of a run."""
         self.clear()  # of a run that was stopped before it had a journal
         if self.target.exists():
             require_exchange(self.folder)
             if self.target.path == source.folder:
                 require_no_foreign_files(source)
-        source.write_documents(self.folder / name)
+        source.write_documents(self.folder / run)
         durable.sync_filesystem(self.folder)
 
-    def staging(self, source: Hierarchy, name: str) -> tuple[Hierarchy, str]:
-        """What to write, and its folder."""
-        staged = source.moved_to(self.folder / name)
+    def stage(self, source: Hierarchy, run: str) -> tuple[Hierarchy, str]:
+        """Arrays that a run writes, and the folder that they are in."""
+        staged = source.moved_to(self.folder / run)
         with suppress(ValueError):  # of metadata that is no JSON any more
             if staged.reread().documents == source.documents:
                 return staged, str(staged)
@@ -187,11 +192,12 @@ class DirectoryTransaction:
             f"metadata in {staged} is not what it was; discard the run and begin again"
         )
 
-    def complete(self, source: Hierarchy, name: str, last: Entry) -> bool:
-        """Whether what was staged is there, and not what it was exchanged for."""
-        if not (self.folder / name).is_dir():
+    def is_complete(self, source: Hierarchy, run: str, last: FinalRecord | None) -> bool:
+        """Whether staging is there, and holds what the end of the journal says, if it ended."""
+        if not (self.folder / run).is_dir():
             return False
-        return "made" not in last or matches_record(lambda: self.staging(source, name)[0], last)
+        # after an exchange of folders, the old target is in staging
+        return last is None or matches_record(lambda: self.stage(source, run)[0], last)
 
     def remove_stray_files(self, staged: Hierarchy) -> None:
         """Remove files from staging that are neither chunks nor metadata."""
@@ -200,18 +206,19 @@ class DirectoryTransaction:
                 if not is_part(key, of_array=True):
                     Path(array.location, key).unlink()
 
-    def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Entry:
+    def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Json:
         """Fingerprint of what was staged, without reading chunks."""
         return staged.reread().fingerprint(changes=False)
 
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
-        """Let what is complete appear in one step, then remove what it replaced."""
+        """Let the target appear in one step, then remove what it replaced."""
         folder, path = Path(str(staged)), self.target.path
         if not replace and self.target.exists():
             raise TargetExistsError(
                 f"target {path} was made by something else meanwhile; remove it and run again"
             )
-        shutil.copyfile(self.folder / JOURNAL, folder / source.record_array / RECORD)
+        shutil.copyfile(self.journal, folder / source.record_array / RECORD)
+        # all of it is on disk before it can be seen
         durable.sync_filesystem(folder)
         if self.target.exists():
             durable.exchange_directories(folder, path)
@@ -221,8 +228,9 @@ class DirectoryTransaction:
         self.clear()
 
     def clear(self) -> None:
-        """Remove all that a run keeps but its lock; without a journal the rest means nothing."""
-        (self.folder / JOURNAL).unlink(missing_ok=True)
+        """Remove all that a run keeps but its lock."""
+        # the journal first: without it the rest means nothing
+        self.journal.unlink(missing_ok=True)
         durable.sync_filesystem(self.folder)
         for path in self.folder.iterdir():
             if path.is_dir():
@@ -232,20 +240,12 @@ class DirectoryTransaction:
 
 
 def can_lock() -> bool:
-    """Whether this system has what a lock in a folder takes."""
+    """Whether this system can lock files."""
     return fcntl is not None
 
 
-def matches_record(opened: Callable[[], Any], last: Entry) -> bool:
-    """Whether an array is what the last entry of its journal says."""
+def matches_record(open_target: Callable[[], Hierarchy], last: FinalRecord | None) -> bool:
+    """Whether a target is what the last record of its journal says."""
     with suppress(Exception):  # zarr raises anything for what is no array any more
-        return bool(last["made"] == opened().fingerprint(changes=False))
+        return last is not None and last.made == open_target().fingerprint(changes=False)
     return False
-
-
-def refuse_existing(target: Any) -> None:
-    """Refuse a target that something is at."""
-    if target.exists():
-        raise TargetExistsError(
-            f"target {target} exists; remove it or choose another path, or overwrite it"
-        )

@@ -1,38 +1,122 @@
-"""What is done: a line about the run, then one for each window, each with a checksum."""
+"""What a run has done: a record of the run, then one for each window, each with a checksum.
+
+A journal is a file of lines: eight hexadecimal digits, a space and a JSON object. Arrays that a
+record names are files beside it.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.storage import durable
+from daskclip.storage import ObjectPrefix, durable
+from daskclip.target.preflight import RECORD
 
-Entry = dict[str, Any]
+JOURNAL = "journal"
+LINES = 64  # of a journal, in one object: each window stores its object again
+VERSION = 4
+"""Version of the records below; a run of another one can neither be resumed nor verified."""
+
+Json = dict[str, Any]
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-def begin(path: Path, first: Entry) -> None:
-    """Make a journal that holds the line about its run."""
-    durable.write_durably(path, _line(first))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """The first record of a journal; fields that are None or "" are not stored."""
+
+    version: int = VERSION
+    parameters: Json = field(default_factory=dict)
+    """Arguments of the run; two runs with equal ones are the same."""
+    source: Json = field(default_factory=dict)
+    """Fingerprint of the source."""
+    limit: float | None = None
+    """The limit that was measured, of a run to a quantile of the norms."""
+    id: str = ""
+    """Random id of the run; ``run`` in JSON."""
+    began: str = ""
+    """When the run began, in UTC."""
+    plans: dict[str, Json] | None = None
+    """Fields of the plan of each array."""
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether this version of daskclip can use what the journal holds."""
+        return self.version == VERSION
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The limit in numbers; None if each slice has its own."""
+        text = self.parameters["clip_norm"]
+        return self.limit if self.limit is not None or text == "None" else float(text)
 
 
-def header(path: Path) -> Entry | None:
-    """The line about the run, or None where there is no journal."""
-    try:
-        return next((entry for entry, _ in entries(path)), None)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowRecord:
+    """What a window has done; fields that are None are not stored."""
+
+    tally: Sequence[Any] | None = None
+    """Counts over slices, for `SliceCounts.from_json`."""
+    target: dict[int, int] | None = None
+    """Digest of what was written of each block."""
+    sums: str | None = None
+    """Name of the arrays with the sums of all windows of these slabs so far."""
+    nan: bool | None = None
+    """Whether a sum is NaN, or infinite where several arrays share it."""
+    source: dict[int, int] | None = None
+    """Digest of what was read of each block."""
 
 
-def entries(path: Path) -> Iterator[tuple[Entry, int]]:
-    """Entries with the place where each ends, up to the first line that is torn or changed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalRecord:
+    """The last record of a complete journal; fields that are None are not stored."""
+
+    report: Json | None = None
+    """Report of a run."""
+    made: Json | None = None
+    """Fingerprint of what a run wrote."""
+    total: Sequence[Any] | None = None
+    """Counts over all slices whose norms were saved."""
+
+
+Record = RunRecord | WindowRecord | FinalRecord
+_JSON = {"id": "run"}  # names of fields that have other ones in JSON
+
+
+def _to_json(record: Record) -> Json:
+    named = ((f.name, getattr(record, f.name)) for f in fields(record))
+    return {_JSON.get(name, name): value for name, value in named if value not in (None, "")}
+
+
+def _from_json(line: Json, *, first: bool) -> Record:
+    if first:
+        # of another version, which is refused, there may be other fields
+        names = {f.name: _JSON.get(f.name, f.name) for f in fields(RunRecord)}
+        found = {name: line[key] for name, key in names.items() if key in line}
+        # a line without a version is no record of a run: one before it was lost
+        return RunRecord(**{"version": 0} | found)
+    if "made" in line or "total" in line:
+        return FinalRecord(**line)
+    for name in {"target", "source"} & line.keys():
+        line[name] = {int(number): digest for number, digest in line[name].items()}
+    return WindowRecord(**line)
+
+
+def begin(path: Path, run: RunRecord) -> None:
+    """Make a journal that holds the record of its run."""
+    durable.write_durably(path, _line(run))
+
+
+def entries(path: Path) -> Iterator[tuple[Json, int]]:
+    """JSON of each line and the offset of its end, up to the first that is torn or changed."""
     with path.open("rb") as file:
         for line in file:
             text = line[9:-1]
@@ -41,23 +125,50 @@ def entries(path: Path) -> Iterator[tuple[Entry, int]]:
             yield json.loads(text), file.tell()
 
 
+def records(path: Path) -> Iterator[Record]:
+    """All records of a journal."""
+    return (_from_json(line, first=i == 0) for i, (line, _) in enumerate(entries(path)))
+
+
+def header(path: Path) -> RunRecord | None:
+    """Record of the run, or None where there is no journal."""
+    try:
+        first = next(records(path), None)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return first if isinstance(first, RunRecord) else None
+
+
+def final(path: Path) -> FinalRecord | None:
+    """Last record of a complete journal, or None."""
+    *_, last = records(path)
+    return last if isinstance(last, FinalRecord) else None
+
+
+def cut_torn_end(path: Path) -> None:
+    """Cut a journal off after its last line that is whole and whose arrays can be read."""
+    ends = [(end, line.get("sums")) for line, end in entries(path)]
+    while ends[-1][1] and not _is_readable(path.parent / ends[-1][1]):
+        ends.pop()
+    os.truncate(path, ends[-1][0])
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return bool(load(path))
+    except Exception:  # of a file that is torn, numpy and zipfile raise anything
+        return False
+
+
 class Journal:
-    """The entries of earlier attempts at a run, one after the other, then new ones.
+    """An open journal: records of earlier attempts, one after the other, then new ones."""
 
-    An entry may name a file of arrays beside the journal, in ``sums``. ``mirror`` gives what is
-    told of each line and file, if anything.
-    """
-
-    def __init__(self, path: Path, mirror: Callable[[], Any] = bool) -> None:
+    def __init__(self, path: Path, remote: RemoteJournal | None = None) -> None:
         self._folder = path.parent
+        self._remote = remote
         self._last: tuple[str, Arrays] = "", {}
-        ends = [(end, entry.get("sums")) for entry, end in entries(path)]
-        while ends[-1][1] and not self._readable(ends[-1][1]):
-            ends.pop()
-        os.truncate(path, ends[-1][0])
-        self._mirror = mirror()
-        self._old = entries(path)
-        next(self._old)
+        self._old = records(path)
+        next(self._old)  # the record of the run
         self._file = path.open("ab")
 
     def __enter__(self) -> Journal:
@@ -66,26 +177,32 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def replay(self) -> Entry | None:
-        """Next entry of earlier attempts, or None from where new work begins."""
-        return next((entry for entry, _ in self._old), None)
+    def replay(self) -> WindowRecord | None:
+        """Next window of earlier attempts, or None from where new work begins."""
+        record = next(self._old, None)
+        return record if isinstance(record, WindowRecord) else None
 
-    def append(self, entry: Entry) -> None:
-        """Add an entry; it is on disk when this returns."""
-        line = _line(entry)
+    def end(self, record: FinalRecord) -> None:
+        """Add the final record, unless an earlier attempt has."""
+        if next(self._old, None) is None:
+            self.append(record)
+
+    def append(self, record: WindowRecord | FinalRecord) -> None:
+        """Add a record; it is on disk when this returns."""
+        line = _line(record)
         self._file.write(line)
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._mirror:
-            self._mirror.append(line)
+        if self._remote is not None:
+            self._remote.append(line)
 
     def save(self, name: str, arrays: Arrays) -> None:
         """Keep arrays in a file of that name."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         durable.write_durably(self._folder / name, buffer.getvalue())
-        if self._mirror:
-            self._mirror.save(name, buffer.getvalue())
+        if self._remote is not None:
+            self._remote.save(name, buffer.getvalue())
         self._last = name, arrays
 
     def load(self, name: str) -> Arrays:
@@ -98,14 +215,53 @@ class Journal:
         """Remove the arrays of that name, if there are any."""
         if name:
             (self._folder / name).unlink(missing_ok=True)
-            if self._mirror:
-                self._mirror.forget(name)
+            if self._remote is not None:
+                self._remote.forget(name)
 
-    def _readable(self, name: str) -> bool:
-        try:
-            return bool(self.load(name))
-        except Exception:  # of a file that is torn, numpy and zipfile raise anything
-            return False
+
+class RemoteJournal:
+    """A copy of a journal in an object store: objects of some lines each, and its arrays."""
+
+    def __init__(self, prefix: ObjectPrefix, require: Callable[[], None]) -> None:
+        self._prefix, self._require = prefix, require
+        self._lines: list[bytes] = []
+        self._number = 0
+
+    def replace(self, path: Path) -> None:
+        """Store the lines of a journal in place of those that there are."""
+        with path.open("rb") as file:
+            for line in file:
+                self._add(line)
+        kept = self._prefix.names(RECORD)
+        later = [n for n in kept if n.startswith(f"{RECORD}/{JOURNAL}") and n > self._name]
+        self._prefix.delete(later)
+        self._store()
+
+    @property
+    def _name(self) -> str:
+        return f"{RECORD}/{JOURNAL}-{self._number:09}"
+
+    def append(self, line: bytes) -> None:
+        """Add a line; it is in the store when this returns."""
+        self._add(line)
+        self._store()
+
+    def save(self, name: str, data: bytes) -> None:
+        """Keep a file of arrays."""
+        self._prefix.put(f"{RECORD}/{name}", data)
+
+    def forget(self, name: str) -> None:
+        """Remove a file of arrays."""
+        self._prefix.delete([f"{RECORD}/{name}"])
+
+    def _add(self, line: bytes) -> None:
+        if len(self._lines) == LINES:
+            self._lines, self._number = [], self._number + 1
+        self._lines.append(line)
+
+    def _store(self) -> None:
+        self._require()
+        self._prefix.put(self._name, b"".join(self._lines))
 
 
 def load(path: Path) -> Arrays:
@@ -115,6 +271,6 @@ def load(path: Path) -> Arrays:
         return {name: stored[name] for name in stored.files}
 
 
-def _line(entry: Entry) -> bytes:
-    text = json.dumps(entry, separators=(",", ":")).encode()
+def _line(record: Record) -> bytes:
+    text = json.dumps(_to_json(record), separators=(",", ":")).encode()
     return b"%08x %s\n" % (durable.digest(text), text)

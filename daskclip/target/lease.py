@@ -10,13 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event, Thread
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from daskclip.errors import DaskClipError, TargetError, TargetExistsError
-
-if TYPE_CHECKING:
-    from daskclip.storage import ObjectPrefix
+from daskclip.storage import ObjectPrefix
 
 log = logging.getLogger("daskclip")
 HEARTBEAT_S = 5.0
@@ -25,18 +22,18 @@ LEASE_TIMEOUT_S = 20.0  # a lease that was not renewed for so long is void
 
 @dataclass(frozen=True)
 class Lease:
-    """A lock in an object store, of one holder; void once that gives no sign of life.
+    """A lock in an object store with one holder, who renews it; void once that stops.
 
-    Each holder makes the object with the next number, which only one can.
+    Each holder creates the object with the next number, which only one can.
     """
 
     objects: ObjectPrefix
-    place: str
-    """Name that those of the objects begin with."""
+    name: str
+    """Prefix of the names of the lock's objects."""
 
     @contextmanager
     def held(self) -> Iterator[Callable[[], None]]:
-        """Hold the lock; gives what raises as soon as another has taken it over."""
+        """Hold the lock; yields a function that raises once another run has taken it over."""
         name, owner = self._take()
         stop = Event()
 
@@ -48,7 +45,8 @@ class Lease:
             beats = 0
             while not stop.wait(HEARTBEAT_S):
                 beats += 1
-                with suppress(Exception):  # the next may do, and the journal calls `require`
+                # the next beat may succeed, and the journal calls `require` before it stores
+                with suppress(Exception):
                     require()
                     self.objects.put(name, b"%s %d" % (owner, beats))
 
@@ -59,11 +57,11 @@ class Lease:
         finally:
             stop.set()
             beating.join()
-            with suppress(DaskClipError):  # void in a while
+            with suppress(DaskClipError):  # else it expires
                 self.objects.delete([name])
 
     def is_held(self) -> bool:
-        """Whether somebody holds the lock; waits for a sign of life."""
+        """Whether a run holds the lock; waits until it is renewed, or expires."""
         return any(map(self._lives, self._names()[-1:]))
 
     def _take(self) -> tuple[str, bytes]:
@@ -71,7 +69,7 @@ class Lease:
         if any(map(self._lives, before[-1:])):
             raise self._taken()
         number = int(before[-1].rpartition("/")[2]) + 1 if before else 0
-        name = f"{self.place}/{number:06}"
+        name = f"{self.name}/{number:06}"
         owner = f"{uuid4().hex} {socket.gethostname()} {os.getpid()}".encode()
         if not self.objects.create(name, owner):
             (found,) = self.objects.get(name)  # an earlier try may have made it
@@ -103,7 +101,7 @@ class Lease:
         return False
 
     def _names(self) -> list[str]:
-        return self.objects.names(self.place)
+        return self.objects.names(self.name)
 
     def _taken(self) -> TargetExistsError:
         return TargetExistsError(

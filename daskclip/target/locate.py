@@ -1,4 +1,4 @@
-"""Targets as they are named: a folder, or a prefix in an object store."""
+"""Targets by what a caller names: a folder, or a prefix in an object store."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from typing import Any
 
 from daskclip.errors import InvalidValueError, TargetError, error_text, short_repr
 from daskclip.storage import Hierarchy, parse_location
-from daskclip.target.directory import DirectoryTarget, can_lock
-from daskclip.target.object_store import ObjectStoreTarget
+from daskclip.target.directory import DirectoryTarget, DirectoryTransaction, can_lock
+from daskclip.target.object_store import ObjectStoreTarget, ObjectStoreTransaction
 
 Target = DirectoryTarget | ObjectStoreTarget
+"""Where an array or group is written; both have the same methods, and `locked` begins a run."""
+Transaction = DirectoryTransaction | ObjectStoreTransaction
+"""A run under the lock of its target: begin, stage, publish, clear; both have these methods."""
 
 
 def open_target(
-    target: Any,
+    target: object,
     source: Hierarchy,
     options: dict[str, Any] | None,
     *,
     overwrite: bool,
     in_place: bool,
 ) -> Target:
-    """A target that can be made, or the reason why not; changes nothing."""
+    """Find a target and check that it can be made; changes nothing."""
     if in_place and (overwrite or target is not None):
         raise InvalidValueError(
             "in place there is no target and nothing else to overwrite; leave them out"
@@ -31,13 +34,13 @@ def open_target(
         raise InvalidValueError("there is no target; give its path, or clip in place")
     if in_place:
         target = source.store_path
-    place = find_target(target, options)
-    place.check(source, overwrite=overwrite, in_place=in_place)
-    return place
+    found = find_target(target, options)
+    found.check(source, overwrite=overwrite, in_place=in_place)
+    return found
 
 
-def find_target(target: Any, options: dict[str, Any] | None = None) -> Target:
-    """Where a target is, or may be."""
+def find_target(target: object, options: dict[str, Any] | None = None) -> Target:
+    """Find a target, which may not exist."""
     try:
         found = parse_location(target, options)
     except Exception as error:  # of a URL, fsspec and its file systems raise anything

@@ -1,4 +1,7 @@
-"""A target in an object store: chunks where they stay, metadata last; no array until then."""
+"""Targets in object stores: chunks are stored where they stay, and metadata last.
+
+Until then readers find no array. An object store has no rename.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
 from daskclip.storage import Hierarchy, ObjectPrefix
-from daskclip.target.directory import JOURNAL
+from daskclip.target.journal import (
+    JOURNAL,
+    FinalRecord,
+    Journal,
+    Json,
+    RemoteJournal,
+    cut_torn_end,
+)
 from daskclip.target.lease import Lease
 from daskclip.target.preflight import CONSOLIDATED, RECORD, refuse_consolidated
 
-if TYPE_CHECKING:
-    from daskclip.target.journal import Entry
-
-LINES = 64  # of a journal, in one object: each window stores its object again
-PUT_BATCH = 64  # documents stored at a time
+PUT_BATCH = 64  # documents that are stored at a time
+NO_JOURNAL = "none"  # a name that no file has
 LOCK, DISCARDED = f"{RECORD}/lock", f"{RECORD}/discarded"
 
 
 class ObjectStoreTarget(ObjectPrefix):
-    """A target in an object store; what a run keeps lies below it, under ``.daskclip/``."""
+    """A target in an object store; a run keeps its state under ``.daskclip/`` below it."""
 
     @property
-    def kept(self) -> str:
-        """Name below which the journal is."""
+    def journal_prefix(self) -> str:
+        """Prefix of the journal's objects: of the unfinished run, or of the one that ended."""
         home = self.open().record_array if self.exists() else ""
         return f"{home}/{RECORD}".lstrip("/")
 
@@ -36,11 +42,11 @@ class ObjectStoreTarget(ObjectPrefix):
         return self.has_node()
 
     def open(self) -> Hierarchy:
-        """What is there."""
+        """Metadata of the target."""
         return Hierarchy.open(self.store, self.path)
 
     def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
-        """Refuse a place where the target of a source cannot be made; changes nothing."""
+        """Refuse a prefix where the target of a source cannot be made; changes nothing."""
         if overwrite or in_place:
             raise TargetError(
                 f"target {self} is in an object store, where nothing can be replaced in one step; "
@@ -63,24 +69,24 @@ class ObjectStoreTarget(ObjectPrefix):
         parts = self.path.split("/")
         for i in range(len(parts) if self.path else 0):
             group = ObjectPrefix(self.store, "/".join(parts[:i]))
-            found = (b"" if data is None else data for data in group.get(*CONSOLIDATED))
+            found = (b"" if data is None else data.tobytes() for data in group.get(*CONSOLIDATED))
             refuse_consolidated(self, group, *found)
 
     @contextmanager
     def locked(self) -> Iterator[ObjectStoreTransaction]:
-        """What a run keeps, for one alone; removed unless there is a journal."""
+        """Lock the target for one run, with a local copy of its journal."""
         with Lease(self, LOCK).held() as require:
-            kept = self.kept
-            if kept != RECORD:
+            prefix = self.journal_prefix
+            if prefix != RECORD:
                 self.tidy(LOCK)  # stopped between publishing and cleaning up
-            with _pulled(self, kept) as folder:
+            with _pulled(self, prefix) as folder:
                 work = ObjectStoreTransaction(folder, self, require)
                 if self.get(DISCARDED) != [None]:
                     work.clear()
                 yield work
 
     def tidy(self, *stays: str) -> None:
-        """Remove what a run kept that has ended, but what begins with one of those names."""
+        """Remove the state of a run that has ended, except names that begin with ``stays``."""
         names = self.names(RECORD)
         self.delete([name for name in names if not name.startswith(stays)])
 
@@ -90,140 +96,107 @@ class ObjectStoreTarget(ObjectPrefix):
 
     @contextmanager
     def journals(self) -> Iterator[tuple[Path, Path]]:
-        """Journals of the run that made the array and of one that is not finished, if any."""
-        with _pulled(self, self.kept) as folder:
-            both = folder / JOURNAL, folder / "none"
+        """Paths of the journals of the run that made the target and of an unfinished one."""
+        with _pulled(self, self.journal_prefix) as folder:
+            both = folder / JOURNAL, folder / NO_JOURNAL
             yield both if self.exists() else both[::-1]
 
     def unfinished(self) -> bool:
-        """Whether a run has left something that is no array yet."""
+        """Whether there is an unfinished run."""
         return not self.exists() and bool(self.names())
 
 
-@dataclass
+@dataclass(frozen=True)
 class ObjectStoreTransaction:
-    """A run to a prefix, under its lock; the journal is in a local folder too."""
+    """A run to an object store, under its lock; ``folder`` has a local copy of its journal."""
 
     folder: Path
     target: ObjectStoreTarget
     require: Callable[[], None]
     """Raises once another run has taken over the lock."""
+    files: tuple[str, ...] = ()
+    """Files that every worker must see."""
+
+    @property
+    def journal(self) -> Path:
+        """Path of the local copy of the journal of this run."""
+        return self.folder / JOURNAL
 
     @property
     def record(self) -> Path:
-        """Journal of the run that made the array, if there is one."""
-        return self.folder / (JOURNAL if self.target.exists() else "none")
+        """Path of the journal of the run that made the target; there may be none."""
+        # takes a request
+        return self.folder / (JOURNAL if self.target.exists() else NO_JOURNAL)
 
-    def mirror(self) -> RemoteJournal:
-        """What keeps the journal in the store too."""
-        return RemoteJournal(self.target, self.folder / JOURNAL, self.require)
+    def open_journal(self) -> Journal:
+        """Open the journal of this run, without its torn end, here and in the store."""
+        cut_torn_end(self.journal)
+        remote = RemoteJournal(self.target, self.require)
+        remote.replace(self.journal)
+        return Journal(self.journal, remote)
 
-    @property
-    def files(self) -> list[str]:
-        """Files that whoever writes must see."""
-        return []
-
-    def begin(self, source: Hierarchy, name: str) -> None:
+    def begin(self, source: Hierarchy, run: str) -> None:
         """Require that nothing is there yet."""
-        there = [n for n in self.target.names() if not n.startswith(RECORD)]
-        if there:
+        found = [n for n in self.target.names() if not n.startswith(RECORD)]
+        if found:
             raise TargetExistsError(
-                f"there are objects at target {self.target} ({there[0]}); remove them or choose "
+                f"there are objects at target {self.target} ({found[0]}); remove them or choose "
                 "another target"
             )
 
-    def staging(self, source: Hierarchy, name: str) -> tuple[Hierarchy, None]:
-        """What to write, whose chunks stay where they are put."""
+    def stage(self, source: Hierarchy, run: str) -> tuple[Hierarchy, None]:
+        """Arrays that a run writes, whose chunks stay where they are stored."""
         return source.moved_to(self.target.store, self.target.path), None
 
-    def complete(self, source: Hierarchy, name: str, last: Entry) -> bool:
-        """Whether all chunks are there, if the end of the journal tells of them."""
-        return "made" not in last or last["made"] == self.fingerprint_staged(
-            source, self.staging(source, "")[0]
-        )
+    def is_complete(self, source: Hierarchy, run: str, last: FinalRecord | None) -> bool:
+        """Whether all chunks are there, if the journal ended."""
+        if last is None:
+            return True
+        return last.made == self.fingerprint_staged(source, self.stage(source, run)[0])
 
     def remove_stray_files(self, staged: Hierarchy) -> None:
         """Do nothing: a store holds no unfinished objects."""
 
-    def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Entry:
+    def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Json:
         """Fingerprint of what was stored, as it is once its metadata is there."""
         return staged.fingerprint(changes=False)
 
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
-        """Let what is complete appear by its metadata."""
+        """Let the target appear by its metadata."""
         self.require()
-        there, (*documents, last) = self.target, source.documents.items()
+        target, (*documents, last) = self.target, source.documents.items()
         if source.record_array:
-            journal = (self.folder / JOURNAL).read_bytes()
-            there.put(f"{source.record_array}/{RECORD}/{JOURNAL}", journal)
+            target.put(f"{source.record_array}/{RECORD}/{JOURNAL}", self.journal.read_bytes())
         for i in range(0, len(documents), PUT_BATCH):
-            there.put_once(documents[i : i + PUT_BATCH])
-        there.put_once([last])
-        self.target.tidy(LOCK, *(() if source.record_array else (f"{RECORD}/{JOURNAL}",)))
+            target.put_once(documents[i : i + PUT_BATCH])
+        # readers find an array from here on
+        target.put_once([last])
+        target.tidy(LOCK, *(() if source.record_array else (f"{RECORD}/{JOURNAL}",)))
 
     def clear(self) -> None:
         """Remove all that a run has stored but its lock."""
-        there = self.target
-        there.put(DISCARDED, b"")  # from here on the journal means nothing
-        names = [n for n in there.names() if not n.startswith((LOCK, DISCARDED))]
-        there.delete([n for n in names if not n.startswith(RECORD)])
-        there.delete([n for n in names if n.startswith(RECORD)])
-        there.delete([DISCARDED])
+        target = self.target
+        # from here on the journal means nothing
+        target.put(DISCARDED, b"")
+        names = [n for n in target.names() if not n.startswith((LOCK, DISCARDED))]
+        target.delete([n for n in names if not n.startswith(RECORD)])
+        target.delete([n for n in names if n.startswith(RECORD)])
+        target.delete([DISCARDED])
         for path in self.folder.iterdir():
             path.unlink()
 
 
-class RemoteJournal:
-    """A journal's lines as objects of some lines each, and its sums."""
-
-    def __init__(self, there: ObjectPrefix, journal: Path, require: Callable[[], None]) -> None:
-        self._there, self._require = there, require
-        self._lines: list[bytes] = []
-        self._number = 0
-        with journal.open("rb") as file:
-            for line in file:
-                self._add(line)
-        kept = there.names(RECORD)
-        there.delete([n for n in kept if n.startswith(f"{RECORD}/{JOURNAL}") and n > self._name])
-        self._store()
-
-    @property
-    def _name(self) -> str:
-        return f"{RECORD}/{JOURNAL}-{self._number:09}"
-
-    def append(self, line: bytes) -> None:
-        """Add a line; it is in the store when this returns."""
-        self._add(line)
-        self._store()
-
-    def save(self, name: str, data: bytes) -> None:
-        """Keep a file of sums."""
-        self._there.put(f"{RECORD}/{name}", data)
-
-    def forget(self, name: str) -> None:
-        """Remove a file of sums."""
-        self._there.delete([f"{RECORD}/{name}"])
-
-    def _add(self, line: bytes) -> None:
-        if len(self._lines) == LINES:
-            self._lines, self._number = [], self._number + 1
-        self._lines.append(line)
-
-    def _store(self) -> None:
-        self._require()
-        self._there.put(self._name, b"".join(self._lines))
-
-
 @contextmanager
-def _pulled(there: ObjectPrefix, place: str) -> Iterator[Path]:
-    """A scratch folder with the journal and its sums, if there are any."""
+def _pulled(prefix: ObjectPrefix, below: str) -> Iterator[Path]:
+    """Download a journal and its arrays, if there are any, to a scratch folder."""
     with tempfile.TemporaryDirectory(prefix="daskclip-") as scratch:
         folder = Path(scratch)
-        for name in there.names(place):
-            kind = Path(name).name
+        for name in prefix.names(below):
             if name.startswith((LOCK, DISCARDED)):
                 continue
-            (data,) = there.get(name)
+            kind = Path(name).name
+            (data,) = prefix.get(name)
+            # the objects of a journal are in the order of its lines
             with (folder / (JOURNAL if kind.startswith(JOURNAL) else kind)).open("ab") as file:
                 file.write(b"" if data is None else data.tobytes())
         yield folder

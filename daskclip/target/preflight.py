@@ -1,18 +1,30 @@
-"""What may not be at a target or around it; looked at before anything is made."""
+"""Checks of a target and its surroundings before anything is made there."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from daskclip.errors import TargetError
+from daskclip.errors import TargetError, TargetExistsError
 from daskclip.storage import Hierarchy, durable, is_part
 
 CONSOLIDATED = ("zarr.json", ".zmetadata")
 RECORD = ".daskclip"
-"""Journal of the run that made what is in a folder, there; zarr takes no notice of it."""
+"""Name, in a target, of the journal of the run that made it; zarr ignores it."""
+
+
+class _Target(Protocol):
+    def exists(self) -> bool: ...
+
+
+def refuse_existing(target: _Target) -> None:
+    """Refuse a target that something is at."""
+    if target.exists():
+        raise TargetExistsError(
+            f"target {target} exists; remove it or choose another path, or overwrite it"
+        )
 
 
 def check_nesting(path: Path, source: Path | None) -> None:
@@ -27,8 +39,8 @@ def check_nesting(path: Path, source: Path | None) -> None:
         raise TargetError(f"source {source} lies inside the target {path}; choose another path")
 
 
-def refuse_consolidated(target: Any, group: Any, new: Any, old: Any) -> None:
-    """A group whose `CONSOLIDATED` files list what is in it would not list what is added."""
+def refuse_consolidated(target: object, group: object, new: bytes, old: bytes) -> None:
+    """Refuse a target in a group whose `CONSOLIDATED` files would not list it."""
     if _document(new).get("consolidated_metadata") or _document(old):
         raise TargetError(
             f"target {target} lies in a group with consolidated metadata ({group}); write "
@@ -50,17 +62,17 @@ def content(path: Path) -> bytes:
         return b""
 
 
-def _document(data: Any) -> dict[str, Any]:
-    """A JSON object; empty if it is none."""
+def _document(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object; empty if it is none."""
     try:
-        found = json.loads(bytes(data))
+        found = json.loads(data)
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def require_no_foreign_files(source: Hierarchy) -> None:
-    """Refuse folders with files that would be lost when others take their place."""
+    """Refuse a source with files that a target in its place would lose."""
     nodes = {*source.groups, *source.arrays}
     folder = source.folder or Path()
     for name in nodes:
@@ -74,7 +86,7 @@ def require_no_foreign_files(source: Hierarchy) -> None:
 
 
 def require_exchange(work: Path) -> None:
-    """Refuse a file system on which two folders cannot change places."""
+    """Refuse a file system that cannot exchange two folders."""
     pair = work / "a", work / "b"
     for path in pair:
         path.mkdir(exist_ok=True)

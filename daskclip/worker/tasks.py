@@ -23,9 +23,11 @@ from daskclip.numerics import (
     count_slices,
     count_with_histogram,
     finalize,
+    kept_shape,
     partial_norm,
     require_finite,
     rescale,
+    term_count,
 )
 from daskclip.storage import durable, retrying_block, translating_storage_errors
 from daskclip.worker.context import PROCESS, ArrayTask
@@ -221,12 +223,6 @@ def block_limit(task: ArrayTask, region: Box) -> float | Array:
     return math.inf if task.clip_norm is None else task.clip_norm
 
 
-def terms(task: ArrayTask, shape: tuple[int, ...]) -> int:
-    """Number of terms in the sum of each slice of a region."""
-    number = math.prod(shape[a] for a in task.plan.axes)
-    return number * (2 if task.source.dtype.kind == "c" else 1)
-
-
 def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, Scale]:
     """Values of a block that is a whole slab, clipped; None if nothing of it is stored."""
     limit = block_limit(task, region)
@@ -248,10 +244,9 @@ def _stays_empty(task: ArrayTask, region: Box, expected: int) -> bool:
 
 def _zero_sums(task: ArrayTask, region: Box) -> Partial:
     """The exact sums of zeros."""
-    shape = box_shape(region)
-    kept = tuple(1 if k in task.plan.axes else n for k, n in enumerate(shape))
-    flags = np.zeros(kept, np.uint8)
-    return Partial(np.zeros((0, *kept), np.uint32), 0, flags, terms(task, shape), task.ord)
+    shape, axes = box_shape(region), task.plan.axes
+    kept, terms = kept_shape(shape, axes), term_count(shape, axes, task.source.dtype)
+    return Partial(np.zeros((0, *kept), np.uint32), 0, np.zeros(kept, np.uint8), terms, task.ord)
 
 
 def _is_unchanged(scale: Scale, empty: bool) -> bool:

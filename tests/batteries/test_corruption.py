@@ -135,7 +135,7 @@ def between_the_passes(source, key, data, n):
 
     def append(self, entry):
         original(self, entry)
-        seen.update(entry.get("source", ()))
+        seen.update(getattr(entry, "source", None) or ())
         if (
             not changed
             and len(seen) == plan_from_json(journal.header(self._folder / "journal")).blocks
@@ -272,8 +272,8 @@ def stopped(folder, monkeypatch, axes, lines):
 
     def append(self, entry):
         original(self, entry)
-        if "target" in entry:
-            done.append(entry["target"])
+        if getattr(entry, "target", None) is not None:
+            done.append(entry.target)
         if len(done) == lines:
             raise Stop
 
@@ -282,7 +282,7 @@ def stopped(folder, monkeypatch, axes, lines):
         clip_zarr(folder / "x", folder / "y", 1.0, axes, memory=TWO_PASSES)
     monkeypatch.setattr(journal.Journal, "append", original)
     run = journal.header(folder / ".y.daskclip" / "journal")
-    staged = folder / ".y.daskclip" / run["run"]
+    staged = folder / ".y.daskclip" / run.id
     array, blocks = Hierarchy.open(staged).arrays[""], plan_from_json(run).plans[""]
     each = blocks.blocks // blocks.slabs
     cells = [divmod(int(number), each) for entry in done for number in entry]

@@ -645,7 +645,7 @@ def test_a_journal_of_another_version_is_refused(tmp_path, way):
     assert killed_while_publishing(call, tmp_path, 1)
     path = tmp_path / f".{call.place}.daskclip" / "journal"
     run = journal.header(path)
-    journal.begin(path, run | {"version": run["version"] + 1})
+    journal.begin(path, replace(run, version=run.version + 1))
     before = tree(tmp_path)
     assert outcome(call.start, tmp_path) == "other version"
     assert tree(tmp_path) == before

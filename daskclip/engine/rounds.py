@@ -1,0 +1,329 @@
+"""The order of windows: which blocks, in which pass.
+
+An array whose blocks hold their slices takes one pass over its blocks. Else some slabs make a
+*round*: a first pass sums their blocks, and a second one, backwards, uses the scales of the sums,
+so that sums are held for one round only and blocks may still be in memory. Arrays that share one
+slice are one round. What is replayed from a journal is known by its position: the order depends
+on nothing but the plan and what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from daskclip.engine.passes import Passes, add_counts
+from daskclip.engine.saved_norms import arrays_of, partials_of
+from daskclip.engine.window_graph import Batch, BlockId, Window, batch_small_blocks
+from daskclip.numerics import (
+    NAN,
+    Scale,
+    SliceCounts,
+    combine,
+    finalize,
+    nan_if_infinite,
+    term_count,
+)
+from daskclip.plan import Numbers, Windows
+from daskclip.target import WindowRecord
+from daskclip.worker import ArrayTask, tasks
+
+Digests = npt.NDArray[np.unsignedinteger[Any]]
+OnePass = Callable[[Passes, Window], WindowRecord]
+
+
+def clip(passes: Passes) -> None:
+    """Write what is clipped, then copy the rest; in place only if anything is clipped."""
+    in_place = passes.arrays[0].in_place
+    waiting = bytearray(b"\1") * (passes.blocks if in_place else 0)
+    for record in _all(passes, _clip_slabs, tasks.rescale_block):
+        for number in (record.target or ()) if in_place else ():
+            waiting[number] = 0
+    passes.count_empty()
+    if in_place and not passes.blocks_written:
+        return
+    arrays = range(len(passes.arrays)) if any(waiting) else passes.copied
+    left = (b for b in _blocks(passes, arrays) if not waiting or waiting[passes.number(b)])
+    for batches in passes.windows(left):
+        passes.run(0, [batches], partial(_copy, passes))
+
+
+def measure(passes: Passes) -> None:
+    """Count all slices by their norms."""
+    for _ in _all(passes, _count_slabs, None):
+        pass
+    passes.count_empty()
+
+
+def compare(passes: Passes) -> None:
+    """Clip once more, and compare with the target."""
+    rounds = [passes.clipped] if passes.is_shared else [[k] for k in passes.clipped]
+    for arrays in rounds:
+        for _ in _two_passes(passes, tasks.compare_block, arrays):
+            pass
+
+
+def check(passes: Passes, digests: Digests, arrays: Iterable[int]) -> None:
+    """Compare the files of all blocks of some arrays with their digests."""
+    expected = partial(_expected, passes, digests)
+    for k in arrays:
+        for slabs, windows in passes.arrays[k].plan.windows():
+            for blocks in windows:
+                window = _rows(passes, k, slabs, blocks)
+                passes.compute(tasks.check_block, window, expected=expected)
+
+
+def _all(
+    passes: Passes, one_pass: OnePass, second: Callable[..., Any] | None
+) -> Iterator[WindowRecord]:
+    """Records of all windows: by ``one_pass`` where that is enough, else of the second pass."""
+    if passes.is_shared:
+        yield from _two_passes(passes, second, passes.clipped)
+        return
+    whole = [k for k in passes.clipped if passes.arrays[k].plan.is_whole]
+    for batches in passes.windows(_blocks(passes, whole)):
+        yield passes.run(1, [batches], partial(one_pass, passes))
+    for k in passes.clipped:
+        if k not in whole:
+            yield from _two_passes(passes, second, [k])
+
+
+def _clip_slabs(passes: Passes, window: Window) -> WindowRecord:
+    results = passes.compute(tasks.clip_slab, window)
+    counts = add_counts(result.counts for result in results)
+    return WindowRecord(tally=counts, target=passes.digests_by_block(window, results))
+
+
+def _count_slabs(passes: Passes, window: Window) -> WindowRecord:
+    results = passes.compute(tasks.count_slab, window)
+    return WindowRecord(tally=add_counts(result.counts for result in results))
+
+
+def _copy(passes: Passes, window: Window) -> WindowRecord:
+    results = passes.compute(tasks.copy_block, window)
+    return WindowRecord(target=passes.digests_by_block(window, results))
+
+
+# --- two passes ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SlabRound:
+    """Some slabs of one array: a window has a row of blocks for each."""
+
+    passes: Passes
+    array: int
+    slabs: Numbers
+    stored: Windows
+    """Blocks of a slab of which anything is stored, by window."""
+
+    def first_pass(self) -> Iterator[Window]:
+        """Windows of what is stored."""
+        return (_rows(self.passes, self.array, self.slabs, blocks) for blocks in self.stored)
+
+    def second_pass(self, everything: bool) -> Iterator[Window]:
+        """Windows of what is stored, or of all blocks, backwards."""
+        windows = self.passes.arrays[self.array].plan.spans if everything else self.stored
+        return (_rows(self.passes, self.array, self.slabs, blocks) for blocks in reversed(windows))
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalRound:
+    """Arrays that share one slice: a window has one row of blocks of any of them."""
+
+    passes: Passes
+    arrays: Sequence[int]
+    slabs: Numbers = (0,)
+
+    def first_pass(self) -> Iterator[Window]:
+        """Windows of what is stored."""
+        blocks = _blocks(self.passes, self.arrays)
+        return ([batches] for batches in self.passes.windows(blocks))
+
+    def second_pass(self, everything: bool) -> Iterator[Window]:
+        """Windows of what is stored, or of all blocks, backwards."""
+        blocks = _blocks(self.passes, reversed(self.arrays), backwards=True, everything=everything)
+        return ([batches] for batches in self.passes.windows(blocks))
+
+
+def _rounds(passes: Passes, arrays: Sequence[int]) -> Iterator[SlabRound | GlobalRound]:
+    if passes.is_shared:
+        yield GlobalRound(passes, arrays)
+        return
+    (k,) = arrays
+    for slabs, windows in passes.arrays[k].plan.windows(passes.has_stored[k]):
+        yield SlabRound(passes, k, slabs, windows)
+
+
+def _two_passes(
+    passes: Passes, second: Callable[..., Any] | None, arrays: Sequence[int]
+) -> Iterator[WindowRecord]:
+    """Records of the second pass, which does ``second``; without it norms are counted and saved."""
+    digests = np.zeros(passes.blocks, np.uint32)
+    for one in _rounds(passes, arrays):
+        name, has_nonfinite = _first_pass(passes, one, digests)
+        if not name:  # nothing is stored
+            continue
+        # those without blocks have no region, whose limit could be looked up
+        some = [passes.arrays[k] for k in arrays if passes.arrays[k].plan.blocks]
+        scales = SlabScales(passes, some, name, one.slabs)
+        if second is None:
+            passes.total = passes.total.add(scales.count())
+            if scales.save_norms():
+                continue  # the sums are saved with them
+        else:
+            # NaN spreads to blocks of which nothing is stored
+            windows = one.second_pass(everything=has_nonfinite)
+            expected = partial(_expected, passes, digests)
+            for window, first, last in _marked(windows):
+                make = partial(_rescale, passes, second, scales, expected, first, last)
+                yield passes.run(2, window, make)
+        passes.journal.forget(name)
+
+
+def _first_pass(passes: Passes, one: SlabRound | GlobalRound, digests: Digests) -> tuple[str, bool]:
+    """Sum the blocks of a round; returns the name of the sums, and whether one is not finite."""
+    name, has_nonfinite = "", False
+    for window in one.first_pass():
+        saved = next(passes.saved_windows, None)
+        if saved is not None:
+            record = passes.run(0, window, partial(_take_saved, passes, saved))
+        else:
+            record = passes.run(1, window, partial(_sum, passes, name))
+        # only the sums of the last window are needed
+        passes.journal.forget(name)
+        name, has_nonfinite = record.sums or "", bool(record.nan)
+        for number, digest in (record.source or {}).items():
+            digests[number] = digest
+    return name, has_nonfinite
+
+
+def _take_saved(passes: Passes, saved: WindowRecord, _: Window) -> WindowRecord:
+    """Take a record of the first pass, and its sums, from saved norms."""
+    if passes.saved_norms is not None and saved.sums is not None:
+        sums = passes.saved_norms.sums(saved.sums)
+        if sums is not None:
+            passes.journal.save(saved.sums, arrays_of(sums))
+    return saved
+
+
+def _sum(passes: Passes, before: str, window: Window) -> WindowRecord:
+    """Add the blocks of a window to the sums of the windows before."""
+    found: list[tasks.Sums] = passes.compute(tasks.sum_block, window, combined=True)
+    sums = [f.partial for f in found]
+    if before:
+        both = zip(partials_of(passes.journal.load(before)), sums, strict=True)
+        sums = [combine(pair) for pair in both]
+    name = f"sums-{'-'.join(map(str, window[0][0][0]))}.npz"
+    passes.journal.save(name, arrays_of(sums))
+    digests = {passes.number(BlockId(*b)): d for f in found for b, d in f.digests.items()}
+    # an infinite norm of several arrays is as good as NaN
+    flags = [p.flags if passes.is_shared else p.flags & NAN for p in sums]
+    return WindowRecord(sums=name, nan=any(bool(f.any()) for f in flags), source=digests)
+
+
+def _rescale(
+    passes: Passes,
+    function: Callable[..., Any],
+    scales: SlabScales,
+    expected: Callable[[BlockId], int],
+    first: bool,
+    last: bool,
+    window: Window,
+) -> WindowRecord:
+    """Do the second pass of a window; the first one counts the slices of all."""
+    results = passes.compute(function, window, scales=scales.of, expected=expected)
+    return WindowRecord(
+        tally=scales.count() if first else None,
+        target=passes.digests_by_block(window, results),
+        sums=None if last else scales.name,  # which the windows to come need
+    )
+
+
+@dataclass(slots=True)
+class SlabScales:
+    """Scales of the slices of some slabs, made from their sums when they are needed."""
+
+    passes: Passes
+    arrays: Sequence[ArrayTask]
+    """The array of the slabs, or all that share their only one."""
+    name: str
+    """Name of the sums in the journal."""
+    slabs: Numbers
+    _made: dict[tuple[int, str], Scale] = field(default_factory=dict)
+
+    def of(self, row: int, array: ArrayTask) -> tuple[str, Scale]:
+        """Name and scale of the slices of a slab."""
+        kind = row, array.source.dtype.str
+        if kind not in self._made:
+            # of what is not stored too
+            terms = sum(term_count(a.plan.shape, a.plan.axes, a.source.dtype) for a in self.arrays)
+            sums = partials_of(self.passes.journal.load(self.name))[row]._replace(terms=terms)
+            if self.passes.is_shared:  # as clip_by_global_norm has it
+                sums = nan_if_infinite(sums)
+            limit = tasks.block_limit(array, array.plan.region(int(self.slabs[row]), 0))
+            self._made[kind] = finalize(sums, limit, array.source.dtype)
+        return "-".join(map(str, kind)), self._made[kind]
+
+    def save_norms(self) -> bool:
+        """Write the norms to where they are wanted; returns whether they are."""
+        array = self.arrays[0]
+        for i, slab in enumerate(self.slabs):
+            tasks.save_norms(array, self.of(i, array)[1], array.plan.region(int(slab), 0))
+        return array.target is not None
+
+    def count(self) -> SliceCounts:
+        """Counts over all slices."""
+        array = self.arrays[0]
+        regions = (array.plan.region(int(slab), 0) for slab in self.slabs)
+        return add_counts(
+            tasks.count_region(array, self.of(i, array)[1], r) for i, r in enumerate(regions)
+        )
+
+
+# --- blocks --------------------------------------------------------------------------------------
+
+
+def _blocks(
+    passes: Passes, arrays: Iterable[int], *, backwards: bool = False, everything: bool = False
+) -> Iterator[BlockId]:
+    """Blocks of which anything is stored, or all."""
+    for k in arrays:
+        has_stored = None if everything else passes.has_stored[k]
+        for slabs, windows in passes.arrays[k].plan.windows(has_stored):
+            for blocks in reversed(windows) if backwards else windows:
+                yield from (BlockId(k, int(slab), int(b)) for slab in slabs for b in blocks)
+
+
+def _rows(
+    passes: Passes, array: int, slabs: Iterable[int], blocks: Iterable[int]
+) -> list[list[Batch]]:
+    """A row of batches for each slab, all like the first so that they make a rectangle."""
+    numbers = [int(b) for b in blocks]
+    rows: list[list[Batch]] = []
+    for slab in slabs:
+        row = [BlockId(array, int(slab), number) for number in numbers]
+        if not rows:
+            rows.append([*batch_small_blocks(passes.arrays, row)])
+            continue
+        left = iter(row)
+        rows.append([[next(left) for _ in batch] for batch in rows[0]])
+    return rows
+
+
+def _expected(passes: Passes, digests: Digests, block: BlockId) -> int:
+    return int(digests[passes.number(block)])
+
+
+def _marked(windows: Iterator[Window]) -> Iterator[tuple[Window, bool, bool]]:
+    """Each window, with whether it is the first and whether it is the last."""
+    first, window = True, next(windows, None)
+    while window is not None:
+        following = next(windows, None)
+        yield window, first, following is None
+        first, window = False, following

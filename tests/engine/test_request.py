@@ -1,0 +1,78 @@
+"""Arguments as one object, and records of journals as JSON."""
+
+import dataclasses
+import inspect
+import json
+
+import pytest
+
+from daskclip import clip_zarr, plan_zarr
+from daskclip.engine.request import ClipRequest
+from daskclip.errors import InvalidTypeError
+from daskclip.target import FinalRecord, Journal, RunRecord, WindowRecord, journal
+
+
+def test_plan_and_request_take_the_arguments_of_clip_zarr():
+    wanted = inspect.signature(clip_zarr).parameters
+    assert inspect.signature(plan_zarr).parameters == wanted
+    fields = {f.name: f.default for f in dataclasses.fields(ClipRequest) if f.init}
+    del fields["clips"]
+    defaults = {name: one.default for name, one in wanted.items()}
+    # these two have none in a call
+    assert {**fields, "source": None, "target": None} == {
+        **defaults,
+        "source": None,
+        "target": None,
+    }
+
+
+def test_a_request_is_parsed_once_and_frozen():
+    request = ClipRequest(source="x", clip_norm="p99", memory="1kB")
+    assert (request.limit, request.memory_nbytes) == (99, 1000)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.limit = 1.0
+    with pytest.raises(InvalidTypeError, match="clip_norm None"):
+        ClipRequest(source="x")
+    assert ClipRequest(source="x", clips=False).limit is None
+
+
+def test_records_are_stored_in_the_format_of_version_4(tmp_path):
+    path = tmp_path / "journal"
+    run = RunRecord(parameters={"axes": [0]}, source={"hash": "a"}, id="7", began="now", plans={})
+    window = WindowRecord(tally=(1, 2), target={3: 4})
+    sums = WindowRecord(sums="sums-0-0-0.npz", nan=False, source={5: 6})
+    final = FinalRecord(report={"slices": 1}, made={"metadata": 2})
+    journal.begin(path, run)
+    with Journal(path) as entries:
+        assert entries.replay() is None
+        for record in (window, sums):
+            entries.append(record)
+        entries.end(final)
+    lines = [json.loads(line[9:]) for line in path.read_bytes().splitlines()]
+    assert lines == [
+        {
+            "version": 4, "parameters": {"axes": [0]}, "source": {"hash": "a"}, "run": "7",
+            "began": "now", "plans": {},
+        },
+        {"tally": [1, 2], "target": {"3": 4}},
+        {"sums": "sums-0-0-0.npz", "nan": False, "source": {"5": 6}},
+        {"report": {"slices": 1}, "made": {"metadata": 2}},
+    ]  # fmt: skip
+    assert journal.header(path) == run
+    assert journal.final(path) == final
+    stored = [*journal.records(path)]
+    assert stored == [run, dataclasses.replace(window, tally=[1, 2]), sums, final]
+
+
+def test_a_journal_is_replayed_and_ended_once(tmp_path):
+    path = tmp_path / "journal"
+    journal.begin(path, RunRecord())
+    window, final = WindowRecord(target={}), FinalRecord(report={}, made={})
+    for attempt in range(3):
+        journal.cut_torn_end(path)
+        with Journal(path) as entries:
+            assert entries.replay() == (window if attempt else None)
+            if not attempt:
+                entries.append(window)
+            entries.end(final)
+    assert [*journal.records(path)] == [RunRecord(), window, final]
