@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import dask
@@ -22,9 +22,6 @@ from daskclip.engine import discard as discard_run
 from daskclip.engine import status as status_of
 from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.report import as_document, as_page, as_text
-
-if TYPE_CHECKING:
-    from distributed import Client
 
 # \b keeps the lines: click would fill them
 EXIT_CODES = """\b
@@ -302,15 +299,13 @@ def _cluster(scheduler: str | None, workers: int | None, progress: str) -> Itera
         raise click.UsageError("--scheduler and --workers exclude each other")
     with ExitStack() as stack:
         if scheduler is not None:
-            client = stack.enter_context(_connect(scheduler))
-            _print_dashboard(client, progress)
+            _print_dashboard(stack.enter_context(_connect(scheduler)).dashboard_link, progress)
         if workers is not None:
-            client = stack.enter_context(_start_workers(workers))
-            _print_dashboard(client, progress)
+            _print_dashboard(stack.enter_context(_start_workers(workers)).dashboard_link, progress)
         yield
 
 
-def _connect(scheduler: str) -> Client:
+def _connect(scheduler: str) -> Any:
     # only here: distributed takes a second to import
     from distributed import Client
 
@@ -325,7 +320,7 @@ def _connect(scheduler: str) -> Client:
 
 
 @contextmanager
-def _start_workers(workers: int) -> Iterator[Client]:
+def _start_workers(workers: int) -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     _silence_logs()
@@ -351,8 +346,7 @@ def _silence_logs() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
-def _print_dashboard(client: Client, progress: str) -> None:
-    link = client.dashboard_link
+def _print_dashboard(link: str | None, progress: str) -> None:
     if link and progress != "none":
         as_json = json.dumps({"dashboard": link})
         click.echo(as_json if progress == "json" else f"daskclip: dashboard at {link}", err=True)
