@@ -56,8 +56,8 @@ def exact_sums(partial):
     weights = [1 << (32 * (partial.low + i + 68)) for i in range(len(limbs))]
     total = sum((w * limb for w, limb in zip(weights, limbs, strict=True)), 0)
     total = np.broadcast_to(np.asarray(total, object), partial.flags.shape)
-    assert not (total & (1 << 28) - 1).any()
-    return total >> 28
+    assert not np.any(total & (1 << 28) - 1)
+    return np.asarray(total >> 28, object)
 
 
 def integer(value):
