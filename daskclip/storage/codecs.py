@@ -225,7 +225,9 @@ class _Zarr:
         return decode_guarded(self.name, _memory(x), self.limit, run, out)
 
     def _run(self, method: str, values: bool, x: Data) -> Array:
-        prototype, array = self.spec.prototype, np.asarray(x)
+        # some codecs of numcodecs give bytes
+        array = x if isinstance(x, np.ndarray) else np.frombuffer(x, np.uint8)
+        prototype = self.spec.prototype
         buffer: Any = prototype.nd_buffer if values else prototype.buffer
         wrapped = buffer.from_ndarray_like(array) if values else buffer.from_array_like(array)
         made = getattr(self.codec, method)(wrapped, self.spec)

@@ -245,7 +245,7 @@ def test_sums_that_take_more_than_was_planned_are_refused(tmp_path, monkeypatch)
     )  # fmt: skip
     values = np.ldexp(1.0, np.arange(-256, 256)).reshape(8, 64)
     x = create(tmp_path / "x", values, (1, 64))
-    memory = least_memory(x, tmp_path / "y", 1.0, 0)
+    memory = least_memory(x, 0)
     assert plan_zarr(x, tmp_path / "y", 1.0, 0, memory=memory).state == 8
     with pytest.raises(MemoryBudgetError, match=r"exact sums .* allows 8; give \d+ times"):
         clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory)

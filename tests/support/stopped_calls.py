@@ -15,7 +15,7 @@ from threading import Lock
 
 from daskclip import clip_zarr
 from daskclip.errors import DaskClipError
-from daskclip.storage import files
+from daskclip.storage import durable
 from daskclip.target import directory as publish
 
 AMPLE = 2**30
@@ -97,7 +97,11 @@ def hook_file_operations(reached):
         setattr(owner, name, operation)
 
     names = ["replace", "rename", "link", "unlink", "mkdir", "rmdir", "truncate", "fsync"]
-    for owner, name in [*((os, n) for n in names), (files, "sync"), (files, "exchange")]:
+    for owner, name in [
+        *((os, n) for n in names),
+        (durable, "sync_filesystem"),
+        (durable, "exchange_directories"),
+    ]:
         wrap(owner, name, lambda *_, **__: True)
     wrap(os, "open", lambda path, flags, *_, **__: flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     for owner in (io, builtins):
