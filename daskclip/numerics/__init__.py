@@ -8,7 +8,7 @@ no Dask, no Zarr, no files, and nothing of how an array is cut into blocks.
 
 Read `partial.py` (exact sums), `scale.py` (norms and factors), `block.py` (rescaling and clipping)
 and `compiled.py` (how arrays are passed to the kernel), then `kernel.c`, whose first comment
-explains the algorithm, and its parts `runs.h` and `decide.h`.
+explains the algorithm, and its parts `runs.h`, `decide.h` and `elements.h`.
 
 A new norm is an entry of `ORDERS`. If it adds up a power of the magnitudes other than 1 and 2, the
 kernel needs that power too: `kernel.c` says where.
