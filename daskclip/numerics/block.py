@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import NonFiniteError
-from daskclip.grid import Box, box_index, ceil_div
+from daskclip.grid import Box, ceil_div
 from daskclip.numerics.compiled import Array, Block
 from daskclip.numerics.partial import combine, kept_shape, partial_norm, sum_slices, term_count
 from daskclip.numerics.scale import Limits, Scale, finalize, prepare_scale, without_zeros
@@ -130,7 +130,8 @@ def clip_array(
     parts = [(slice(None),) * axis + (slice(i, i + step),) for i in range(0, x.shape[axis], step)]
 
     def clip_part(part: Box) -> None:
-        limit = broadcast_limit(clip_norm, norm.shape, part)
+        # a single limit stays one, and takes no memory for each slice
+        limit = np.broadcast_to(clip_norm, norm.shape)[part] if np.ndim(clip_norm) else clip_norm
         norm[part] = clip(x[part], limit, out=out[part])[1].norm
 
     with ThreadPoolExecutor(threads) as pool:
@@ -143,12 +144,6 @@ def clip_array(
         scale = finalize(sums, clip_norm, x.dtype)
         list(pool.map(lambda part: rescale(x[part], scale, out[part]), parts))
     return out, scale.norm
-
-
-def broadcast_limit(limit: Limits, kept: tuple[int, ...], region: Box) -> Limits:
-    """Limits of a region of slices; a single limit stays one."""
-    limits: Limits = np.broadcast_to(limit, kept)[box_index(region)] if np.ndim(limit) else limit
-    return limits
 
 
 def require_finite(

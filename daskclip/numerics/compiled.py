@@ -89,7 +89,7 @@ class Block(ctypes.Structure):
             Elements to write, in any layout.
         """
         itemsize = real_dtype(x.dtype).itemsize
-        # slices are numbered in C order, and a step along a reduced axis stays in its slice
+        # slices are numbered in C order; a step along a reduced axis stays in its slice
         *strides, self.slices = accumulate(reversed(kept), mul, initial=1)
         slices = [s if n > 1 else 0 for n, s in zip(kept, reversed(strides), strict=True)]
         steps = x.strides if out is None else out.strides
@@ -107,9 +107,8 @@ class Block(ctypes.Structure):
                 n *= outer
             merged.append((n, *inner))
         self.axes = len(merged)
-        fields = (self.length, self.from_, self.to, self.slice)
-        for field, values in zip(fields, zip(*merged, strict=True), strict=True):
-            field[: self.axes] = values
+        for i, axis in enumerate(merged):
+            self.length[i], self.from_[i], self.to[i], self.slice[i] = axis
         self.swapped = not x.dtype.isnative
         self.point(x=x, out=out)
 
@@ -135,11 +134,9 @@ def format_of(dtype: DType) -> Format:
 @cache
 def kernel() -> ctypes.CDLL:
     """Load the best kernel that this processor runs."""
-    # the names end with the level: the last one has the most instructions
-    names = sorted(path.name for path in FOLDER.glob("_kernel*.so"))
-    if len(names) > 1 and not has_level_3():
-        names = names[:1]
-    return load(names[-1] if names else "_kernel.so")
+    # names end with the level: the last one has the most instructions
+    names = sorted(path.name for path in FOLDER.glob("_kernel*.so")) or ["_kernel.so"]
+    return load(names[-1 if has_level_3() else 0])
 
 
 def load(name: str) -> ctypes.CDLL:
@@ -147,10 +144,8 @@ def load(name: str) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(FOLDER / name))
     except OSError as error:
-        raise KernelError(
-            f"the compiled kernel cannot be loaded: {error}; install daskclip with pip, which "
-            "compiles it"
-        ) from error
+        remedy = "install daskclip with pip, which compiles it"
+        raise KernelError(f"the compiled kernel cannot be loaded: {error}; {remedy}") from error
     loaded.scratch_bytes.argtypes = [ctypes.c_int64]
     loaded.scratch_bytes.restype = ctypes.c_int64
     x, limit = np.array([0.1, 1 / 3, 1e-5, 7.0]), np.array(0.7)

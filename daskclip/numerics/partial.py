@@ -21,7 +21,6 @@ SLICES = 1 << 13  # slices that are added at a time: 1 MB of limbs
 
 Limbs = npt.NDArray[np.uint32]
 Sums = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.uint8]
 
 
 class Order(NamedTuple):
@@ -55,7 +54,7 @@ class Partial(NamedTuple):
     """Of shape (k, *kept): the sum is Σ limbs[i] · 2**(32 · (low + i))."""
     low: int
     """Position of the first limb."""
-    flags: Flags
+    flags: npt.NDArray[np.uint8]
     """Of shape kept: NAN and INF where such elements were met; neither is in the sum."""
     terms: int
     """Elements per slice; complex ones count twice."""
@@ -181,11 +180,10 @@ def combine(parts: Sequence[Partial], max_nbytes: int = 0) -> Partial:
         return parts[0]
     flags = np.bitwise_or.reduce([p.flags for p in parts])
     terms = sum(p.terms for p in parts)
-    full = [p for p in parts if len(p.limbs)]
-    if not full:
-        return parts[0]._replace(flags=flags, terms=terms)
-    low, ord = min(p.low for p in full), parts[0].ord
-    count = max(p.low + len(p.limbs) for p in full) - low
+    # the position of sums that are all zero says nothing
+    full, ord = [p for p in parts if len(p.limbs)], parts[0].ord
+    low = min((p.low for p in full), default=0)
+    count = max((p.low + len(p.limbs) - low for p in full), default=0)
     _require_room(count, max_nbytes)
     limbs = np.empty((count + 1, flags.size), np.uint32)
     for start in range(0, flags.size, SLICES):
@@ -203,7 +201,7 @@ def combine(parts: Sequence[Partial], max_nbytes: int = 0) -> Partial:
                 sums[rows] += added
         _carry(sums)
         limbs[:, some] = sums
-    limbs, low = _without_zeros(limbs.reshape(-1, *flags.shape), low)
+    limbs, low = _without_zeros(limbs.reshape(count + 1, *flags.shape), low)
     return Partial(limbs, low, flags, terms, ord)
 
 
