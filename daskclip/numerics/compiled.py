@@ -110,7 +110,8 @@ class Block(ctypes.Structure):
         for i, axis in enumerate(merged):
             self.length[i], self.from_[i], self.to[i], self.slice[i] = axis
         self.swapped = not x.dtype.isnative
-        self.point(x=x, out=out)
+        # a chunk of Dask without axes may be a scalar: its address is that of a temporary array
+        self.point(x=np.asarray(x), out=out)
 
     def run(self, function: str, loaded: ctypes.CDLL | None = None) -> None:
         """Call a function of the kernel, without holding the interpreter's lock."""

@@ -60,12 +60,11 @@ static INLINE const void *load(const block *b, const char *p, i64 n, i64 step, c
 typedef struct {
     i64 axes, length[AXES], at[AXES];
     const char *x;
-    char *out;
-    i64 slice, local;
+    i64 out, slice, local; /* out: bytes from b->out, which may be NULL */
 } cursor;
 
 static cursor start(const block *b, i64 axes) {
-    cursor c = {.axes = axes, .x = b->x, .out = b->out, .slice = b->base};
+    cursor c = {.axes = axes, .x = b->x, .slice = b->base};
     for (i64 a = 0; a < axes; a++) c.length[a] = b->length[a];
     return c;
 }

@@ -330,7 +330,8 @@ static void rescale_box(const block *b) {
             if (!each && w->scale[0] == 1.0 && b->x == b->out) continue;
             for (i64 i = begin; i < end; i += most) {
                 i64 m = min(most, end - i), narrow = SIZE[b->type] == 2;
-                char *at = c.out + i * to, *out = narrow || !is_plain(b, at, to) ? w->out : at;
+                char *at = b->out + c.out + i * to;
+                char *out = narrow || !is_plain(b, at, to) ? w->out : at;
                 CALL(b, multiply, b, load(b, c.x + i * from, m, from, w->in), (void *)out, m, each);
                 if (out != at) write_elements(b, out, at, m, to);
             }
