@@ -52,7 +52,7 @@ def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
         out = np.empty_like(x, subok=False)
     if x.size:
         block = Block(x.dtype, **scale._asdict())
-        kept = scale.factor.shape
+        kept = scale.factor.shape  # () for a global norm
         block.describe(x, (1,) * (x.ndim - len(kept)) + kept, out)
         block.run("rescale_slices")
     return out
@@ -155,8 +155,8 @@ def require_finite(
 ) -> None:
     """Raise for the first slice of a block that holds NaN or infinity and has a finite limit.
 
-    ``start`` is the position of the block in its array; ``chunk_of`` returns the chunk of an
-    element.
+    ``start`` is the position of the block in its array; ``chunk_of`` maps the position of an
+    element to that of its chunk.
     """
     bad: npt.NDArray[np.bool_] = ~np.isfinite(x)
     bad &= np.not_equal(limit, math.inf)  # infinity clips nothing, so it refuses nothing

@@ -23,9 +23,10 @@ DType = np.dtype[np.generic]
 AXES = 72  # of kernel.c
 FOLDER = Path(__file__).parent
 LEVEL_3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}  # of x86-64-v3
+REMEDY = "install daskclip with pip, which compiles it"
 KNOWN = "0x1.c08da5aa6a675p+2 0x1.47469a60f03f4p-7 0x1.10bad5fb72df6p-5 "
 KNOWN += "0x1.0c1ab55a78a00p-20 0x1.65f538da06c53p-1"
-"""Norm and clipped elements of the array that `load` tries: other roundings give other ones."""
+"""Norm and clipped elements of the array that `load` tries; wrong roundings change them."""
 
 
 class Format(NamedTuple):
@@ -144,9 +145,12 @@ def load(name: str) -> ctypes.CDLL:
     """Load a kernel that was compiled when the package was installed, and check its bits."""
     try:
         loaded = ctypes.CDLL(str(FOLDER / name))
-    except OSError as error:
-        remedy = "install daskclip with pip, which compiles it"
-        raise KernelError(f"the compiled kernel cannot be loaded: {error}; {remedy}") from error
+        size = loaded.block_bytes()
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"the compiled kernel cannot be loaded: {error}; {REMEDY}") from error
+    # a kernel of another version would take what lies behind a shorter block for pointers
+    if size != ctypes.sizeof(Block):
+        raise KernelError(f"the compiled kernel {name} is of another version; {REMEDY}")
     loaded.scratch_bytes.argtypes = [ctypes.c_int64]
     loaded.scratch_bytes.restype = ctypes.c_int64
     x, limit = np.array([0.1, 1 / 3, 1e-5, 7.0]), np.array(0.7)
@@ -157,8 +161,8 @@ def load(name: str) -> ctypes.CDLL:
     block.run("sum_slices", loaded)
     if " ".join(v.hex() for v in (*norm, *x)) != KNOWN:
         raise KernelError(
-            f"the compiled kernel {name} gives other bits than it must; install daskclip again "
-            "with the flags of hatch_build.py"
+            f"the compiled kernel {name} rounds wrongly; install daskclip again with the flags of "
+            "hatch_build.py"
         )
     return loaded
 

@@ -46,16 +46,6 @@
 
 #define API __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
-/* A loop whose arrays, x and out, are the same or do not overlap. */
-#ifdef __clang__
-#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define INDEPENDENT _Pragma("GCC ivdep")
-#endif
-/* A call for each power and number of grids, so that no loop decides for each element. */
-#define SPECIALIZED(function, power, extra, ...) \
-    ((power) == 2 ? (extra) ? function(2, 1, __VA_ARGS__) : function(2, 0, __VA_ARGS__) \
-                  : (extra) ? function(1, 1, __VA_ARGS__) : function(1, 0, __VA_ARGS__))
 /* A function of runs.h for the elements of a block. */
 #define CALL(b, function, ...) \
     ((b)->type == FLOAT64 ? function##_double(__VA_ARGS__) : function##_float(__VA_ARGS__))
@@ -395,4 +385,5 @@ API void finalize_slices(block *b) {
     }
 }
 
+API i64 block_bytes(void) { return sizeof(block); }
 API i64 scratch_bytes(i64 type) { return sizeof(work) + 8 * LANES * LIMBS[type]; }

@@ -18,6 +18,7 @@ from strategies import LAYOUTS, elements, flags, make_nonfinite, one_of
 
 import daskclip
 from daskclip import clip_by_norm
+from daskclip.errors import KernelError
 from daskclip.numerics import (
     ORDERS,
     block,
@@ -298,6 +299,12 @@ def test_python_knows_the_formats_of_the_kernel():
         ):
             entry = tables[table].split(", ")[form.number].replace("MAX_LIMBS", "138")
             assert getattr(form, field) == int(entry)
+
+
+def test_a_kernel_of_another_version_is_not_called(monkeypatch):
+    monkeypatch.setattr(ctypes, "sizeof", lambda block: 3000)
+    with pytest.raises(KernelError, match="is of another version; install daskclip with pip"):
+        compiled.load(LEVELS[0])
 
 
 def test_a_missing_kernel_is_one_line(tmp_path):
