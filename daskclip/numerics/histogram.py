@@ -130,11 +130,11 @@ def collect(
     Parameters
     ----------
     norm : ndarray of shape box
-        float64 norms, where box is the shape in the kept axes.
+        Norms, float64; box is the shape in the kept axes.
     flags : ndarray of shape box
-        uint8, flags of `Partial`.
-    clipped : ndarray of shape box
-        bool, whether a finite slice is above its limit.
+        Flags of `Partial`.
+    clipped : bool ndarray of shape box
+        Where a finite slice is above its limit.
     start : sequence of int
         Index of the first slice of the box.
     shape : sequence of int
