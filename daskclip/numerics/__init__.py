@@ -1,19 +1,20 @@
 """Exact norms of NumPy blocks, the factors that bring them to their limits, and rescaling.
 
 A compiled kernel does the arithmetic; the modules describe arrays to it. The room knows NumPy only:
-no Dask, no Zarr, no files, and nothing of how an array is cut into blocks.
+no Dask, no Zarr, no files, and not how an array is cut into blocks.
 
     partial_norm ──> Partial ──combine──> Partial ──finalize──> Scale ──rescale──> the clipped block
     clip_block: all of it at once, for a block that holds its slices whole
 
 Read `partial.py` (exact sums), `scale.py` (norms and factors), `block.py` (rescaling and clipping)
 and `compiled.py` (how arrays are passed to the kernel), then `kernel.c`, whose first comment
-explains the algorithm, and its parts `runs.h` and `decide.h`.
+explains the algorithm, and its parts `runs.h`, `decide.h` and `elements.h`.
 
 A new norm is an entry of `ORDERS`. If it adds up a power of the magnitudes other than 1 and 2, the
 kernel needs that power too: `kernel.c` says where.
 """
 
+# what other rooms use; tests may import the modules themselves
 from daskclip.numerics.block import clip_array, clip_block, require_finite, rescale
 from daskclip.numerics.compiled import Array
 from daskclip.numerics.histogram import (

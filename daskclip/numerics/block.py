@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import NonFiniteError
-from daskclip.grid import Box, box_index, ceil_div
+from daskclip.grid import Box, ceil_div
 from daskclip.numerics.compiled import Array, Block
 from daskclip.numerics.partial import combine, kept_shape, partial_norm, sum_slices, term_count
 from daskclip.numerics.scale import Limits, Scale, finalize, prepare_scale, without_zeros
@@ -52,7 +52,7 @@ def rescale(x: Array, scale: Scale, out: Array | None = None) -> Array:
         out = np.empty_like(x, subok=False)
     if x.size:
         block = Block(x.dtype, **scale._asdict())
-        kept = scale.factor.shape
+        kept = scale.factor.shape  # () for a global norm
         block.describe(x, (1,) * (x.ndim - len(kept)) + kept, out)
         block.run("rescale_slices")
     return out
@@ -130,7 +130,8 @@ def clip_array(
     parts = [(slice(None),) * axis + (slice(i, i + step),) for i in range(0, x.shape[axis], step)]
 
     def clip_part(part: Box) -> None:
-        limit = broadcast_limit(clip_norm, norm.shape, part)
+        # a single limit stays one, and takes no memory for each slice
+        limit = np.broadcast_to(clip_norm, norm.shape)[part] if np.ndim(clip_norm) else clip_norm
         norm[part] = clip(x[part], limit, out=out[part])[1].norm
 
     with ThreadPoolExecutor(threads) as pool:
@@ -145,12 +146,6 @@ def clip_array(
     return out, scale.norm
 
 
-def broadcast_limit(limit: Limits, kept: tuple[int, ...], region: Box) -> Limits:
-    """Limits of a region of slices; a single limit stays one."""
-    limits: Limits = np.broadcast_to(limit, kept)[box_index(region)] if np.ndim(limit) else limit
-    return limits
-
-
 def require_finite(
     x: Array,
     axes: tuple[int, ...],
@@ -160,8 +155,8 @@ def require_finite(
 ) -> None:
     """Raise for the first slice of a block that holds NaN or infinity and has a finite limit.
 
-    ``start`` is the position of the block in its array; ``chunk_of`` returns the chunk of an
-    element.
+    ``start`` is the position of the block in its array; ``chunk_of`` maps the position of an
+    element to that of its chunk.
     """
     bad: npt.NDArray[np.bool_] = ~np.isfinite(x)
     bad &= np.not_equal(limit, math.inf)  # infinity clips nothing, so it refuses nothing

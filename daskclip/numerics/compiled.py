@@ -23,9 +23,10 @@ DType = np.dtype[np.generic]
 AXES = 72  # of kernel.c
 FOLDER = Path(__file__).parent
 LEVEL_3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}  # of x86-64-v3
+REMEDY = "install daskclip with pip, which compiles it"
 KNOWN = "0x1.c08da5aa6a675p+2 0x1.47469a60f03f4p-7 0x1.10bad5fb72df6p-5 "
 KNOWN += "0x1.0c1ab55a78a00p-20 0x1.65f538da06c53p-1"
-"""Norm and clipped elements of the array that `load` tries: other roundings give other ones."""
+"""Norm and clipped elements of the array that `load` tries; wrong roundings change them."""
 
 
 class Format(NamedTuple):
@@ -89,7 +90,7 @@ class Block(ctypes.Structure):
             Elements to write, in any layout.
         """
         itemsize = real_dtype(x.dtype).itemsize
-        # slices are numbered in C order, and a step along a reduced axis stays in its slice
+        # slices are numbered in C order; a step along a reduced axis stays in its slice
         *strides, self.slices = accumulate(reversed(kept), mul, initial=1)
         slices = [s if n > 1 else 0 for n, s in zip(kept, reversed(strides), strict=True)]
         steps = x.strides if out is None else out.strides
@@ -107,11 +108,11 @@ class Block(ctypes.Structure):
                 n *= outer
             merged.append((n, *inner))
         self.axes = len(merged)
-        fields = (self.length, self.from_, self.to, self.slice)
-        for field, values in zip(fields, zip(*merged, strict=True), strict=True):
-            field[: self.axes] = values
+        for i, axis in enumerate(merged):
+            self.length[i], self.from_[i], self.to[i], self.slice[i] = axis
         self.swapped = not x.dtype.isnative
-        self.point(x=x, out=out)
+        # a chunk of Dask without axes may be a scalar: its address is that of a temporary array
+        self.point(x=np.asarray(x), out=out)
 
     def run(self, function: str, loaded: ctypes.CDLL | None = None) -> None:
         """Call a function of the kernel, without holding the interpreter's lock."""
@@ -135,22 +136,21 @@ def format_of(dtype: DType) -> Format:
 @cache
 def kernel() -> ctypes.CDLL:
     """Load the best kernel that this processor runs."""
-    # the names end with the level: the last one has the most instructions
-    names = sorted(path.name for path in FOLDER.glob("_kernel*.so"))
-    if len(names) > 1 and not has_level_3():
-        names = names[:1]
-    return load(names[-1] if names else "_kernel.so")
+    # names end with the level: the last one has the most instructions
+    names = sorted(path.name for path in FOLDER.glob("_kernel*.so")) or ["_kernel.so"]
+    return load(names[-1 if has_level_3() else 0])
 
 
 def load(name: str) -> ctypes.CDLL:
     """Load a kernel that was compiled when the package was installed, and check its bits."""
     try:
         loaded = ctypes.CDLL(str(FOLDER / name))
-    except OSError as error:
-        raise KernelError(
-            f"the compiled kernel cannot be loaded: {error}; install daskclip with pip, which "
-            "compiles it"
-        ) from error
+        size = loaded.block_bytes()
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"the compiled kernel cannot be loaded: {error}; {REMEDY}") from error
+    # a kernel of another version would take what lies behind a shorter block for pointers
+    if size != ctypes.sizeof(Block):
+        raise KernelError(f"the compiled kernel {name} is of another version; {REMEDY}")
     loaded.scratch_bytes.argtypes = [ctypes.c_int64]
     loaded.scratch_bytes.restype = ctypes.c_int64
     x, limit = np.array([0.1, 1 / 3, 1e-5, 7.0]), np.array(0.7)
@@ -161,8 +161,8 @@ def load(name: str) -> ctypes.CDLL:
     block.run("sum_slices", loaded)
     if " ".join(v.hex() for v in (*norm, *x)) != KNOWN:
         raise KernelError(
-            f"the compiled kernel {name} gives other bits than it must; install daskclip again "
-            "with the flags of hatch_build.py"
+            f"the compiled kernel {name} rounds wrongly; install daskclip again with the flags of "
+            "hatch_build.py"
         )
     return loaded
 

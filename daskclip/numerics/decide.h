@@ -130,11 +130,8 @@ static void decide(const block *b, i64 n) {
             above = compare(sum, (u64)(w->mantissa[k] * 0x1p53), w->power[k] - 53, b->power) > 0;
         b->norm[slice] = flags & NAN_MET ? QUIET_NAN : flags ? INF : norm;
         if (b->toward_zero) b->toward_zero[slice] = limit < b->truncate_below;
-        if (limit == INF) /* wins over all that follows */
-            b->factor[slice] = 1.0;
-        else if (flags & NAN_MET || limit != limit)
-            b->factor[slice] = QUIET_NAN;
-        else
-            b->factor[slice] = flags ? 0.0 : above ? factor_of(b, k) : 1.0;
+        double factor = flags ? 0.0 : above ? factor_of(b, k) : 1.0;
+        if (flags & NAN_MET || limit != limit) factor = QUIET_NAN;
+        b->factor[slice] = limit == INF ? 1.0 : factor; /* no limit wins over NaN */
     }
 }

@@ -1,9 +1,9 @@
-"""What is kept of the norms of many slices: counts, a histogram, the largest ones.
+"""Statistics of the norms of many slices: counts, a histogram, the largest norms.
 
-Bins are (edge(k - 1), edge(k)], with 256 edges from each power of two to the next, so that a norm
-is told by the middle of its bin to within a part in 512 (below 2**-1022, in 256). The counts are of
-integers: they are the same in whatever order, and from whatever blocks, they are added up. Powers
-of two and 1, 2, 5, 10 ... 5000 are edges: what lies above one of them is counted exactly.
+Bin k is (edge(k - 1), edge(k)], with 256 edges from each power of two to the next: the middle of a
+bin is within 1/512 of every norm in it (1/256 below 2**-1022). Counts are integers, so that neither
+the blocks nor the order of adding them up change a result. Powers of two and 1, 2, 5, 10 ... 5000
+are edges, and the norms above an edge are counted exactly.
 """
 
 from __future__ import annotations
@@ -11,41 +11,37 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from daskclip.grid import ceil_div
+from daskclip.numerics.compiled import Array
 from daskclip.numerics.partial import NAN
+from daskclip.numerics.scale import Scale
 
-if TYPE_CHECKING:
-    from daskclip.numerics.scale import Scale
-
-Array = npt.NDArray[Any]
-
-BINS = 256
-"""Bins from each power of two to the next; all of float64 has half a million."""
+BINS = 256  # from each power of two to the next; all of float64 has half a million
 RELATIVE_ERROR = 1 / (2 * BINS)
 """Largest relative error of a quantile."""
-LARGEST = 10
-PARTS = 200
-"""Parts of an axis that are told apart, at most."""
-TILE = 1 << 16  # norms that are worked on at a time
+LARGEST = 10  # norms that are listed with their slices
+PARTS = 200  # of an axis at most: about the pixels that a picture of it has
+TILE = 1 << 16  # norms binned at a time: the sort in np.unique stays in the cache
+TOP = np.finfo(np.float64).max  # also stands for norms that exceed float64
 
 
 class NormHistogram(NamedTuple):
-    """What is kept of the norms of some slices, as JSON takes it."""
+    """Statistics of the norms of some slices, in types that JSON has."""
 
     zeros: int
     """Finite slices of norm 0."""
     nan: int
-    """Slices with NaN that counts."""
+    """Slices with NaN that is not omitted."""
     bins: Sequence[int]
-    """Bins with a norm in them, ascending."""
+    """Numbers of the bins that are not empty, ascending."""
     counts: Sequence[int]
-    """Number of finite slices in each."""
+    """Finite slices in each of ``bins``."""
     largest_slices: Sequence[Any]
-    """Largest finite norms, each with the index of its slice; the first of equal ones first."""
+    """Largest finite norms, each with the index of its slice; of equal norms the first first."""
     clipped: Sequence[Sequence[int]]
     """Clipped slices in each part of each kept axis."""
     largest: Sequence[Sequence[float]]
@@ -53,38 +49,35 @@ class NormHistogram(NamedTuple):
 
     @classmethod
     def empty(cls, shape: Iterable[int], zeros: int = 0) -> NormHistogram:
-        """Norms of no slice, or of slices without elements, of an array with these kept axes."""
-        parts = [-(-n // part(n)) for n in shape]
+        """Histogram of no slice, or of ``zeros`` zero slices, for kept axes of these lengths."""
+        parts = [ceil_div(n, part(n)) for n in shape]
         return cls(zeros, 0, [], [], [], [[0] * k for k in parts], [[0.0] * k for k in parts])
 
     def add(self, other: NormHistogram) -> NormHistogram:
-        """Norms of disjoint sets of slices."""
-        bins, counts = _merged(
-            *np.array([[*self.bins, *other.bins], [*self.counts, *other.counts]], np.int64)
+        """Histogram of two disjoint sets of slices."""
+        bins, counts = _merge(
+            [np.array([h.bins, h.counts], np.int64).reshape(2, -1) for h in (self, other)]
         )
-        worst = sorted([*self.largest_slices, *other.largest_slices], key=lambda w: (-w[0], w[1]))[
-            :LARGEST
-        ]
-        clipped = [np.add(c, d).tolist() for c, d in zip(self.clipped, other.clipped, strict=True)]
-        largest = [
-            np.maximum(c, d).tolist() for c, d in zip(self.largest, other.largest, strict=True)
-        ]
-        return NormHistogram(
-            self.zeros + other.zeros, self.nan + other.nan, bins, counts, worst, clipped, largest
-        )
+        # by index where norms are equal, so that the order of adding does not matter
+        worst = sorted([*self.largest_slices, *other.largest_slices], key=lambda w: (-w[0], w[1]))
+        clipped = [np.add(*pair).tolist() for pair in zip(self.clipped, other.clipped, strict=True)]
+        pairs = zip(self.largest, other.largest, strict=True)
+        largest = [np.maximum(*pair).tolist() for pair in pairs]
+        zeros, nan = self.zeros + other.zeros, self.nan + other.nan
+        return NormHistogram(zeros, nan, bins, counts, worst[:LARGEST], clipped, largest)
 
     def quantile(self, percent: Fraction, smallest: float, largest: float) -> float:
         """Norm that ``percent`` of the finite slices do not exceed, to within `RELATIVE_ERROR`.
 
         Of n norms in ascending order it is the one at the smallest rank that is at least
-        ``n * percent / 100``, as ``numpy.percentile(method="inverted_cdf")`` gives it except for
-        the rounding of its rank. NaN if there is none.
+        ``n * percent / 100``; NaN if n is 0.
         """
         n = self.zeros + sum(self.counts)
+        # exact in Fraction, unlike in numpy.percentile(method="inverted_cdf"): 0.07 * 100 > 7
         rank = max(1, math.ceil(n * percent / 100))
         if not n:
             return math.nan
-        if rank in (1, n):
+        if rank in (1, n):  # extremes are known exactly
             return smallest if rank == 1 else largest
         if rank <= self.zeros:
             return 0.0
@@ -93,14 +86,14 @@ class NormHistogram(NamedTuple):
         return float(min(max(low + (high - low) / 2, smallest), largest))
 
     def above(self, limit: float) -> int:
-        """Finite slices above ``limit`` and its bin: all that are above it, if it is an edge."""
+        """Count the finite slices in the bins above that of ``limit``: exact if it is an edge."""
         counts, bins = np.array(self.counts), np.array(self.bins, np.int64)
         return int(counts[bins > _bins(np.array([limit]))].sum() if limit > 0 else counts.sum())
 
     def bars(self, most: int = 64) -> list[tuple[float, float, int]]:
-        """Edges and counts of neighbouring bins, put together to at most so many bars.
+        """Lower edges, upper edges and counts of at most so many bars, each of adjacent bins.
 
-        They are as wide as each other on a logarithmic axis, as far as bins allow.
+        Bars are equally wide on a logarithmic axis, to within a bin.
         """
         if not self.bins:
             return []
@@ -116,7 +109,7 @@ class NormHistogram(NamedTuple):
         return list(zip(at[:-1], at[1:], counts.tolist(), strict=True))
 
     def figures(self, kept: dict[int, int]) -> dict[str, Any]:
-        """What pictures of norms show; ``kept`` has the length of each kept axis."""
+        """Data of the pictures of norms; ``kept`` has the length of each kept axis."""
         names = "axis", "length", "part", "clipped", "largest"
         each = zip(kept, kept.values(), map(part, kept.values()), *self[-2:], strict=True)
         along = [dict(zip(names, axis, strict=True)) for axis in each]
@@ -130,27 +123,27 @@ def part(n: int) -> int:
 
 
 def collect(
-    norm: Array, nonfinite: tuple[Array, Array], clipped: Array, start: Sequence[int], shape: Any
+    norm: Array, flags: Array, clipped: Array, start: Sequence[int], shape: Sequence[int]
 ) -> NormHistogram:
-    """What is kept of the norms of a box of slices.
+    """Histogram of the norms of a box of slices.
 
     Parameters
     ----------
-    norm : ndarray
-        Of dtype float64 and of the shape of the box in the kept axes.
-    nonfinite : tuple of two bool ndarrays
-        Where there are NaN, and where NaN or infinity.
-    clipped : bool ndarray
-        Where a finite slice is above the limit.
+    norm : ndarray of shape box
+        Norms, float64; box is the shape in the kept axes.
+    flags : ndarray of shape box
+        Flags of `Partial`.
+    clipped : bool ndarray of shape box
+        Where a finite slice is above its limit.
     start : sequence of int
-        Where the box begins.
+        Index of the first slice of the box.
     shape : sequence of int
-        Of the array in the kept axes.
+        Shape of the array in the kept axes.
 
     Returns
     -------
-    Norms
-        A norm that exceeds float64 is in the highest bin.
+    NormHistogram
+        Norms that exceed float64 are in the highest bin.
 
     Notes
     -----
@@ -159,67 +152,66 @@ def collect(
     Examples
     --------
     >>> x = np.array([3.0, 0.0, 5.0])
-    >>> found = collect(x, (x < 0, x < 0), x > 4, (0,), (3,))
+    >>> found = collect(x, np.zeros(3, np.uint8), x > 4, (0,), (3,))
     >>> found.zeros, found.largest_slices, found.clipped
     (1, [(5.0, [2]), (3.0, [0]), (0.0, [1])], [[0, 0, 1]])
     """
-    nan, odd = nonfinite
-    size = np.where(odd, -1.0, norm)
+    # below every finite norm, so that comparisons leave out NaN and infinity
+    size = np.where(flags != 0, -1.0, norm)
     flat, found = size.ravel(), [np.zeros((2, 0), np.int64)]
     for i in range(0, flat.size, TILE):
         some = flat[i : i + TILE]
         found.append(np.array(np.unique(_bins(some[some > 0]), return_counts=True)))
-    bins, counts = _merged(*np.concatenate(found, axis=1))
-    clips: list[Any] = []
-    largest: list[Any] = []
-    for a, n in enumerate(shape):
-        others = tuple(k for k in range(norm.ndim) if k != a)
-        places = (start[a] + np.arange(norm.shape[a])) // part(n)
-        here, high = np.zeros(-(-n // part(n)), np.int64), np.zeros(-(-n // part(n)))
-        np.add.at(here, places, clipped.sum(axis=others))
+    clips, largest = [], []
+    for axis, n in enumerate(shape):
+        others = tuple(k for k in range(norm.ndim) if k != axis)
+        places = (start[axis] + np.arange(norm.shape[axis])) // part(n)
+        counts, high = np.zeros((2, ceil_div(n, part(n))))
+        np.add.at(counts, places, clipped.sum(axis=others))
         np.maximum.at(high, places, size.max(axis=others, initial=0.0))
-        clips.append(here.tolist())
+        clips.append(counts.astype(np.int64).tolist())
         largest.append(high.tolist())
-    top = _top(flat)
-    places = np.transpose(np.unravel_index(top, (1, *norm.shape)))[:, 1:] + np.array(start, np.intp)
-    worst = list(zip(flat[top].tolist(), places.tolist(), strict=True))
-    zeros = int((flat == 0).sum())
-    return NormHistogram(zeros, int(nan.sum()), bins, counts, worst, clips, largest)
+    top = _largest(flat)
+    # unravel_index refuses the shape of an array with one slice, (), without the added axis
+    index = np.transpose(np.unravel_index(top, (1, *norm.shape)))[:, 1:] + np.array(start, np.intp)
+    worst = list(zip(flat[top].tolist(), index.tolist(), strict=True))
+    zeros, nan = int(np.count_nonzero(flat == 0)), int(np.count_nonzero(flags & NAN))
+    return NormHistogram(zeros, nan, *_merge(found), worst, clips, largest)
 
 
 def edges(bins: Array) -> Array:
     """Upper edges of bins."""
     exponent, place = np.divmod(bins, BINS)
     with np.errstate(over="ignore", under="ignore"):
-        high = np.ldexp(0.5 + place / (2 * BINS), exponent.astype(np.int32))
-    return np.minimum(high, np.finfo(np.float64).max)
+        return np.minimum(np.ldexp(0.5 + place / (2 * BINS), exponent.astype(np.int32)), TOP)
 
 
-def _merged(bins: Array, counts: Array) -> tuple[list[int], list[int]]:
-    """Each bin once, ascending."""
+def _merge(found: Sequence[Array]) -> tuple[list[int], list[int]]:
+    """Bins, each once and ascending, and their counts, of several arrays of bins and counts."""
+    bins, counts = np.concatenate(found, axis=1)
     unique, where = np.unique(bins, return_inverse=True)
-    sums = np.zeros(unique.size, np.int64)
+    sums = np.zeros(unique.size, np.int64)  # bincount adds weights in float64
     np.add.at(sums, where, counts)
     return unique.tolist(), sums.tolist()
 
 
 def _bins(norm: Array) -> Array:
     """Bins of norms above 0."""
-    mantissa, exponent = np.frexp(np.minimum(norm, np.finfo(np.float64).max))
+    # exact, unlike a logarithm: a norm at an edge is in the bin below it
+    mantissa, exponent = np.frexp(np.minimum(norm, TOP))
     place = np.ceil((mantissa - 0.5) * (2 * BINS)).astype(np.int64)
     return exponent * np.int64(BINS) + place
 
 
-def _top(flat: Array) -> Array:
-    """Places of the largest that are not negative, the first of equal ones first."""
+def _largest(flat: Array) -> Array:
+    """Positions of the largest norms, of equal ones the first first; negative ones are left out."""
     k = min(LARGEST, flat.size)
     least = np.partition(flat, flat.size - k)[flat.size - k] if k else 0.0
-    over = np.flatnonzero(flat > least)
-    even = np.flatnonzero(flat == least)[: k - over.size]
-    found: Array = np.concatenate([over, even])
+    # a partition does not say which of the norms equal to the last one come first
+    above = np.flatnonzero(flat > least)
+    found: Array = np.append(above, np.flatnonzero(flat == least)[: k - above.size])
     found = found[flat[found] >= 0]
-    order = np.lexsort([found, -flat[found]])
-    return np.asarray(found[order])
+    return found[np.argsort(-flat[found], kind="stable")]
 
 
 class SliceCounts(NamedTuple):
@@ -245,51 +237,39 @@ class SliceCounts(NamedTuple):
 
     @classmethod
     def from_json(cls, fields: Sequence[Any]) -> SliceCounts:
-        """Counts that were stored as JSON, in which tuples are lists."""
-        slices, clipped, nonfinite, smallest, largest, histogram = fields
-        found = None if histogram is None else NormHistogram(*histogram)
-        return cls(slices, clipped, nonfinite, smallest, largest, found)
+        """Counts that were stored as JSON, which has no tuples with names."""
+        counts = cls(*fields)
+        stored = counts.histogram
+        return counts if stored is None else counts._replace(histogram=NormHistogram(*stored))
 
     def add(self, other: SliceCounts) -> SliceCounts:
         """Counts over two disjoint sets of slices."""
+        # an empty side has no histogram even if the other one collects it
         if not (self.slices and other.slices):
             return self if self.slices else other
-        histogram = None
-        if self.histogram is not None and other.histogram is not None:
-            histogram = self.histogram.add(other.histogram)
-        return SliceCounts(
-            self.slices + other.slices,
-            self.clipped + other.clipped,
-            self.nonfinite + other.nonfinite,
-            min(self.smallest, other.smallest),
-            max(self.largest, other.largest),
-            histogram,
-        )
+        slices, clipped, nonfinite = (a + b for a, b in zip(self[:3], other[:3], strict=True))
+        smallest, largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+        both = self.histogram and other.histogram and self.histogram.add(other.histogram)
+        return SliceCounts(slices, clipped, nonfinite, smallest, largest, both)
 
 
 def count_slices(scale: Scale) -> SliceCounts:
     """Count the slices of ``scale``."""
     finite = scale.flags == 0
-    return SliceCounts(
-        scale.norm.size,
-        int(np.count_nonzero((scale.factor < 1.0) & finite)),
-        int(finite.size - np.count_nonzero(finite)),
-        float(scale.norm.min(initial=math.inf, where=finite)),
-        float(scale.norm.max(initial=-math.inf, where=finite)),
-    )
+    clipped = int(np.count_nonzero(finite & (scale.factor < 1.0)))
+    nonfinite = int(finite.size - np.count_nonzero(finite))
+    smallest = float(scale.norm.min(initial=math.inf, where=finite))
+    largest = float(scale.norm.max(initial=-math.inf, where=finite))
+    return SliceCounts(finite.size, clipped, nonfinite, smallest, largest)
 
 
 def count_with_histogram(
     scale: Scale, axes: Sequence[int], start: Sequence[int], shape: Sequence[int]
 ) -> SliceCounts:
     """Count the slices over ``axes`` of a box at ``start`` of an array, with their histogram."""
-    counts, kept = count_slices(scale), [a for a in range(len(shape)) if a not in axes]
+    kept = [a for a in range(len(shape)) if a not in axes]
     norm, flags, factor = (x.squeeze(tuple(axes)) for x in (scale.norm, scale.flags, scale.factor))
-    histogram = collect(
-        norm,
-        (flags & NAN != 0, flags != 0),
-        (flags == 0) & (factor < 1.0),
-        [start[a] for a in kept],
-        [shape[a] for a in kept],
-    )
-    return counts._replace(histogram=histogram)
+    # NaN factors compare as false, but an infinite slice has the factor 0 and is no clipped one
+    clipped = (flags == 0) & (factor < 1.0)
+    histogram = collect(norm, flags, clipped, [start[a] for a in kept], [shape[a] for a in kept])
+    return count_slices(scale)._replace(histogram=histogram)

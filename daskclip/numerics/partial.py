@@ -21,18 +21,17 @@ SLICES = 1 << 13  # slices that are added at a time: 1 MB of limbs
 
 Limbs = npt.NDArray[np.uint32]
 Sums = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.uint8]
 
 
 class Order(NamedTuple):
-    """How the norm of a slice is made of the magnitudes of its elements."""
+    """How the magnitudes of the elements of a slice make its norm."""
 
     power: int
-    """Power of the magnitudes that are added; the norm is the root of the sum."""
+    """Power of the magnitudes that is summed; the norm is the root of the sum."""
     largest: bool
-    """Whether the largest magnitude is taken, and not the sum."""
+    """Whether the largest magnitude is taken instead of a sum."""
     error_gain: Callable[[int], float]
-    """How far an error of 1 in each of so many elements can move the norm."""
+    """Largest change of the norm if each of so many elements changes by 1."""
 
 
 ORDERS = {
@@ -46,17 +45,17 @@ ORDERS = {
 class Partial(NamedTuple):
     """Exact sums of the slices of one or several blocks, from which their norms are computed.
 
-    For ord 2 of squares, for ord 1 of magnitudes; for ord inf the largest magnitude.
-
-    Equal sums have equal fields: leading and trailing limbs that are zero in all slices are cut.
+    They are sums of squares for ord 2 and of magnitudes for ord 1; for ord inf, they are the
+    largest magnitudes. Equal sums have equal fields: leading and trailing limbs that are zero in
+    all slices are cut.
     """
 
     limbs: Limbs
     """Of shape (k, *kept): the sum is Σ limbs[i] · 2**(32 · (low + i))."""
     low: int
     """Position of the first limb."""
-    flags: Flags
-    """Of shape kept: NAN and INF where such elements were met; neither is in the sum."""
+    flags: npt.NDArray[np.uint8]
+    """Of shape kept: NAN and INF where such elements occur; the sum leaves them out."""
     terms: int
     """Elements per slice; complex ones count twice."""
     ord: float = 2
@@ -140,6 +139,7 @@ def partial_norm(
         flags[box] = found[:slices].reshape(shape)
         low, stop = block.used
         if low < stop:
+            # before the copy: values of all exponents take 25 times the limbs of ordinary ones
             _require_room(stop - low, max_nbytes)
             some = filled[low * slices : stop * slices]
             parts.append((box, first + low, some.copy().reshape(-1, *shape)))
@@ -165,7 +165,8 @@ def sum_slices(block: Block, dtype: DType, ord: float, omit_nan: bool) -> None:
 def combine(parts: Sequence[Partial], max_nbytes: int = 0) -> Partial:
     """Sum of several partials of the same kept shape, the same for any order and grouping.
 
-    Sums of more than ``max_nbytes`` bytes a slice are refused, unless it is 0.
+    If a sum takes more than ``max_nbytes`` bytes a slice, MemoryBudgetError is raised; 0 allows
+    any number.
 
     Notes
     -----
@@ -181,11 +182,10 @@ def combine(parts: Sequence[Partial], max_nbytes: int = 0) -> Partial:
         return parts[0]
     flags = np.bitwise_or.reduce([p.flags for p in parts])
     terms = sum(p.terms for p in parts)
-    full = [p for p in parts if len(p.limbs)]
-    if not full:
-        return parts[0]._replace(flags=flags, terms=terms)
-    low, ord = min(p.low for p in full), parts[0].ord
-    count = max(p.low + len(p.limbs) for p in full) - low
+    # the position of sums that are all zero says nothing
+    full, ord = [p for p in parts if len(p.limbs)], parts[0].ord
+    low = min((p.low for p in full), default=0)
+    count = max((p.low + len(p.limbs) - low for p in full), default=0)
     _require_room(count, max_nbytes)
     limbs = np.empty((count + 1, flags.size), np.uint32)
     for start in range(0, flags.size, SLICES):
@@ -203,7 +203,7 @@ def combine(parts: Sequence[Partial], max_nbytes: int = 0) -> Partial:
                 sums[rows] += added
         _carry(sums)
         limbs[:, some] = sums
-    limbs, low = _without_zeros(limbs.reshape(-1, *flags.shape), low)
+    limbs, low = _without_zeros(limbs.reshape(count + 1, *flags.shape), low)
     return Partial(limbs, low, flags, terms, ord)
 
 
@@ -215,6 +215,7 @@ def combine_all(parts: Sequence[Partial]) -> Partial:
     >>> combine_all([partial_norm(np.float32([[3], [4]]), (1,))]).limbs.tolist()
     [25]
     """
+    # the sum of no arrays is 0, and `combine` needs a part
     single = [Partial(np.zeros((0,), np.uint32), 0, np.zeros((), np.uint8), 0)]
     for p in parts:
         sums = np.zeros(len(p.limbs) + 1, np.int64)
@@ -227,7 +228,7 @@ def combine_all(parts: Sequence[Partial]) -> Partial:
 
 
 def nan_if_infinite(partial: Partial) -> Partial:
-    """Let infinite slices count as NaN, as a global norm does."""
+    """Turn the flag INF into NAN: the factor of several arrays with an infinite norm is NaN."""
     return partial._replace(flags=np.where(partial.flags != 0, np.uint8(NAN), partial.flags))
 
 
@@ -241,7 +242,7 @@ def _require_room(limbs: int, max_nbytes: int) -> None:
 
 
 def _take_larger(sums: Sums, other: Sums) -> None:
-    """Replace each number that is smaller than the other one by that."""
+    """Replace each number in ``sums`` by the one in ``other`` if that is larger."""
     differ = sums != other
     top = len(sums) - 1 - differ[::-1].argmax(axis=0, keepdims=True)  # highest limb that differs
     larger = np.take_along_axis(other, top, 0) > np.take_along_axis(sums, top, 0)
@@ -249,7 +250,7 @@ def _take_larger(sums: Sums, other: Sums) -> None:
 
 
 def _carry(sums: Sums) -> None:
-    """Carry sums of limbs, so that each fits a limb again."""
+    """Carry sums of limbs, so that each fits into a limb again."""
     for i in range(len(sums) - 1):
         sums[i + 1] += sums[i] >> LIMB
         sums[i] &= (1 << LIMB) - 1

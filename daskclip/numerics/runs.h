@@ -37,6 +37,16 @@
 #define GRID1 0x1.8p-48
 #define GRID2 0x1.8p-98
 #define GRID3 0x1.8p-148
+/* A loop whose arrays, x and out, are the same or do not overlap. */
+#ifdef __clang__
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+/* A call for each power and number of grids, so that no loop decides for each element. */
+#define SPECIALIZED(function, power, extra, ...) \
+    ((power) == 2 ? (extra) ? function(2, 1, __VA_ARGS__) : function(2, 0, __VA_ARGS__) \
+                  : (extra) ? function(1, 1, __VA_ARGS__) : function(1, 0, __VA_ARGS__))
 enum { USUAL_GRIDS, EXTRA_GRID, NO_GRIDS };
 #endif
 

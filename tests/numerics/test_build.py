@@ -30,7 +30,7 @@ needs_zig = pytest.mark.skipif(bool(WITHOUT_ZIG), reason=WITHOUT_ZIG)
 needs_qemu = pytest.mark.skipif(
     not shutil.which("qemu-aarch64"), reason="qemu-aarch64 (package qemu-user) is not installed"
 )
-HEADERS = {"daskclip/numerics/runs.h", "daskclip/numerics/decide.h"}
+HEADERS = {f"daskclip/numerics/{name}.h" for name in ("runs", "decide", "elements")}
 OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
 NOWHERE = {"PATH": "/nowhere", "CC": ""}  # no cc there
 COMPILERS = [

@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daskclip.numerics.histogram import BINS, RELATIVE_ERROR, NormHistogram, collect, edges
+from daskclip.numerics.partial import INF, NAN
 
 PERCENTS = ["0", "0.1", "1", "5", "25", "50", "75", "90", "95", "99", "99.9", "100"]
 
 
 def norms_of(x, limit=np.inf, start=None, shape=None):
-    nan, odd = np.isnan(x), ~np.isfinite(x)
-    clipped = (x > limit) & ~odd
-    return collect(x, (nan, odd), clipped, start or (0,) * x.ndim, shape or x.shape)
+    flags = NAN * np.isnan(x) + INF * np.isinf(x)
+    clipped = (x > limit) & (flags == 0)
+    return collect(x, flags, clipped, start or (0,) * x.ndim, shape or x.shape)
 
 
 def quantile(norms, x, percent):

@@ -18,6 +18,7 @@ from strategies import LAYOUTS, elements, flags, make_nonfinite, one_of
 
 import daskclip
 from daskclip import clip_by_norm
+from daskclip.errors import KernelError
 from daskclip.numerics import (
     ORDERS,
     block,
@@ -257,6 +258,13 @@ def test_the_number_of_threads_changes_nothing(dtype, axes):
     assert len({(bits(y), bits(n)) for y, n in results}) == 1
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "c16"])
+def test_scalars_are_kept_while_they_are_read(dtype):
+    """A chunk without axes may be a scalar: a temporary array of it is all that has an address."""
+    compiled.kernel.cache_clear()  # loading a kernel takes memory of the same size
+    assert clip_block(np.dtype(dtype).type(4), 8.0, ())[0] == 4
+
+
 def test_bits_of_untouched_elements_are_kept():
     """NaN of any bits stays as it is where it does not count, -0.0 and subnormals in any case."""
     odd = np.array([0x7F800001, 0xFFC12345, 0x80000000, 0x00000001], np.uint32).view(np.float32)
@@ -291,6 +299,12 @@ def test_python_knows_the_formats_of_the_kernel():
         ):
             entry = tables[table].split(", ")[form.number].replace("MAX_LIMBS", "138")
             assert getattr(form, field) == int(entry)
+
+
+def test_a_kernel_of_another_version_is_not_called(monkeypatch):
+    monkeypatch.setattr(ctypes, "sizeof", lambda block: 3000)
+    with pytest.raises(KernelError, match="is of another version; install daskclip with pip"):
+        compiled.load(LEVELS[0])
 
 
 def test_a_missing_kernel_is_one_line(tmp_path):

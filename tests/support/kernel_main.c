@@ -1,6 +1,6 @@
-/* Runs the kernel on numbers made here and prints digests of what it gives: `tests/test_build.py`
+/* Runs the kernel on numbers made here and prints digests of what it gives: `tests/numerics/test_build.py`
    compares those of several machines and compilers. */
-#include "../daskclip/numerics/kernel.c"
+#include "../../daskclip/numerics/kernel.c"
 
 #include <stdio.h>
 #include <stdlib.h>
