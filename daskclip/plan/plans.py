@@ -18,9 +18,9 @@ A *window* is one Dask graph: all blocks of a few slabs, or a few blocks of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Reversible, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,13 +30,8 @@ from daskclip.report import format_axes, format_size, fragment
 
 Numbers = Sequence[int] | npt.NDArray[np.intp]
 """Numbers of some slabs, or of some blocks of a slab."""
-
-
-class Windows(Protocol):
-    """Numbers of the blocks of each window of a slab, forwards or backwards."""
-
-    def __iter__(self) -> Iterator[Iterable[int]]: ...
-    def __reversed__(self) -> Iterator[Iterable[int]]: ...
+Windows = Reversible[Iterable[int]]
+"""Numbers of the blocks of each window of a slab, forwards or backwards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,16 +128,9 @@ class ClipPlan:
 
     def region(self, slab: int, block: int) -> Box:
         """Region of the array that a block of a slab covers."""
-        # numbers of slabs, and of blocks in a slab, run along the last of their axes first
-        coords = []
-        for a in reversed(range(len(self.shape))):
-            n = self.grid[a]
-            if a in self.axes:
-                block, i = divmod(block, n)
-            else:
-                slab, i = divmod(slab, n)
-            coords.append(i)
-        return box_at(coords[::-1], self.block, self.shape)
+        number = self.number(slab, block)
+        pairs = zip(self.block_strides, self.grid, strict=True)
+        return box_at([number // stride % n for stride, n in pairs], self.block, self.shape)
 
     def number(self, slab: int, block: int) -> int:
         """Number of a block of a slab among all blocks of the array."""
@@ -155,15 +143,13 @@ class ClipPlan:
     @property
     def block_strides(self) -> tuple[int, ...]:
         """Strides of the number of a block along each axis."""
-        strides, reduced, kept = [], 1, self.blocks // self.slabs
-        for a in reversed(range(len(self.shape))):
-            if a in self.axes:
-                strides.append(reduced)
-                reduced *= self.grid[a]
-            else:
-                strides.append(kept)
-                kept *= self.grid[a]
-        return tuple(strides[::-1])
+        # reduced axes first: the numbers of the blocks of a slab then follow one another, and a
+        # number can be split into those of the slab and of the block in it
+        grid, strides, stride = self.grid, [0] * len(self.shape), 1
+        for a in sorted(range(len(grid)), key=lambda a: (a not in self.axes, -a)):
+            strides[a] = stride
+            stride *= grid[a]
+        return tuple(strides)
 
     @property
     def spans(self) -> Spans:
@@ -193,19 +179,18 @@ class ClipPlan:
         spans = self.spans
         # small slabs share a window; a large one takes several, one after the other
         step = max(1, self.window // spans.n)
-        if stored is None:
-            for first in range(0, self.slabs, step):
-                yield range(first, min(first + step, self.slabs)), spans
-            return
-        stored = stored.reshape(self.slabs, spans.n)
-        slabs = np.flatnonzero(stored.any(axis=1))
+        slabs: Numbers = range(self.slabs)
+        if stored is not None:
+            stored = stored.reshape(self.slabs, spans.n)
+            slabs = np.flatnonzero(stored.any(axis=1))
         for i in range(0, len(slabs), step):
-            if step > 1:
-                yield slabs[i : i + step], spans
-            else:
-                blocks = np.flatnonzero(stored[slabs[i]])
-                parts = [blocks[j : j + spans.step] for j in range(0, len(blocks), spans.step)]
-                yield slabs[i : i + 1], parts
+            some = slabs[i : i + step]
+            windows: Windows = spans
+            # slabs that share a window must have the same blocks, stored or not
+            if stored is not None and step == 1:
+                blocks = np.flatnonzero(stored[some[0]])
+                windows = [blocks[j : j + spans.step] for j in range(0, len(blocks), spans.step)]
+            yield some, windows
 
 
 @dataclass(frozen=True, slots=True)

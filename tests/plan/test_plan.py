@@ -15,7 +15,7 @@ from stores import create, least_memory
 from daskclip import clip_zarr, plan_zarr
 from daskclip.errors import MemoryBudgetError
 from daskclip.plan.choose import make_plan
-from daskclip.plan.sizing import Layout, Machine, Sizing
+from daskclip.plan.sizing import Layout, Machine
 from daskclip.report import MIB
 
 many = settings(max_examples=60, derandomize=True, deadline=None)
@@ -49,7 +49,7 @@ def requests(draw):
 def make(**arguments):
     """A plan from the fields of a layout and of a machine."""
     machine = {name: arguments.pop(name) for name in HOST}
-    return make_plan(Layout(**arguments), Machine(**machine), Sizing())
+    return make_plan(Layout(**arguments), Machine(**machine))
 
 
 def planned(request, **changes):
@@ -245,7 +245,7 @@ def test_sums_that_take_more_than_was_planned_are_refused(tmp_path, monkeypatch)
     )  # fmt: skip
     values = np.ldexp(1.0, np.arange(-256, 256)).reshape(8, 64)
     x = create(tmp_path / "x", values, (1, 64))
-    memory = least_memory(x, tmp_path / "y", 1.0, 0)
+    memory = least_memory(x, 0)
     assert plan_zarr(x, tmp_path / "y", 1.0, 0, memory=memory).state == 8
     with pytest.raises(MemoryBudgetError, match=r"exact sums .* allows 8; give \d+ times"):
         clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory)
