@@ -124,7 +124,7 @@ class ClipPlan:
         } | _shared_rows(self)
 
     def _repr_html_(self) -> str:
-        return fragment("daskclip plan", self.rows(), None)
+        return fragment("daskclip plan", self.rows())
 
     def region(self, slab: int, block: int) -> Box:
         """Region of the array that a block of a slab covers."""
@@ -284,7 +284,7 @@ class GroupPlan:
         } | _shared_rows(self)
 
     def _repr_html_(self) -> str:
-        return fragment("daskclip plan", self.rows(), None)
+        return fragment("daskclip plan", self.rows())
 
 
 def _shared_rows(plan: ClipPlan | GroupPlan) -> dict[str, str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate, pairwise
-from typing import NotRequired, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 WIDTH, HEIGHT = 460, 240  # of a chart
 LEFT, RIGHT, TOP, BOTTOM = 66, WIDTH - 28, 22, HEIGHT - 44  # edges of the area inside the axes
@@ -28,7 +28,6 @@ STYLE = """
   font-weight: normal; overflow-wrap: anywhere; color: inherit; background: none; }
 .daskclip th { white-space: nowrap; opacity: 0.75; }
 """
-
 
 NORM = "norm of a slice (logarithmic)"
 Bar = tuple[float, float, float]
@@ -66,22 +65,25 @@ class Pictures(TypedDict, total=False):
     """Name, planned value and actual value of a figure."""
 
 
+class Drawn(Protocol):
+    """Report or plan with an HTML form, as notebooks show it."""
+
+    def _repr_html_(self) -> str: ...
+
+
 def fragment(
-    title: str,
-    rows: Mapping[str, str],
-    pictures: Pictures | None = None,
-    limit: float | None = None,
+    title: str, rows: dict[str, str], pictures: Pictures | None = None, limit: float | None = None
 ) -> str:
-    """HTML of figures and charts, to be put into a page or a notebook.
+    """HTML of figures and charts, for a page or a notebook.
 
     Parameters
     ----------
     title : str
         Heading.
-    rows : mapping of str to str
+    rows : dict of str to str
         Figures as text, by their names.
     pictures : Pictures, optional
-        Each chart is drawn if its numbers are given.
+        Numbers of the charts; a chart without numbers is left out.
     limit : float, optional
         The clip_norm, marked on the axis of the norms.
 
@@ -94,7 +96,7 @@ def fragment(
     return f'<div class="daskclip">{head}<div class="all">{body}</div></div>'
 
 
-def _figures(rows: Mapping[str, str], pictures: Pictures, limit: float | None) -> Iterator[str]:
+def _figures(rows: dict[str, str], pictures: Pictures, limit: float | None) -> Iterator[str]:
     yield _figure("Figures", _table([], rows.items()))
     slices = pictures.get("slices", 0)
     if bars := pictures.get("histogram"):
@@ -111,14 +113,14 @@ def _figures(rows: Mapping[str, str], pictures: Pictures, limit: float | None) -
         yield _figure("Plan against actual", _table(["", "planned", "actual"], plan))
 
 
-def page(title: str, body: str) -> str:
-    """HTML document around a fragment."""
+def as_page(figures: Drawn) -> str:
+    """HTML document of the figures and charts."""
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>daskclip'
         '</title><meta name="viewport" content="width=device-width">'
         '<meta name="color-scheme" content="light dark">'
         "<style>body { margin: 0; } .daskclip { min-height: 98vh; }</style>"
-        f"</head><body>\n{body}\n</body></html>\n"
+        f"</head><body>\n{figures._repr_html_()}\n</body></html>\n"
     )
 
 
@@ -126,6 +128,7 @@ def _histogram(bars: Sequence[Bar], limit: float | None) -> str:
     """Chart of how many slices have which norm."""
     title, x_range = "Slices by their norm", (bars[0][0], bars[-1][1])
     most = max(n for *_, n in bars)
+    # an empty bar would be an element without a height; norms far apart leave many
     bars = [bar for bar in bars if bar[2]]
     return _Chart(title, NORM, "slices", x_range, most, bars, is_log=True, limit=limit).figure()
 

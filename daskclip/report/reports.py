@@ -1,29 +1,12 @@
-"""Reports of finished calls, and figures of any kind as text, JSON and HTML."""
+"""Reports of finished calls: a run, the norms of an array or group, a verification."""
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import Field, asdict, dataclass
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
-from daskclip.report.html import LargestSlice, PerAxis, Pictures, fragment, page
-from daskclip.report.text import format_axes, format_size
-
-
-class Figures(Protocol):
-    """Dataclass that is shown as text and as JSON: a report or a plan."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    def rows(self) -> dict[str, str]:
-        """Figures as text, by their names."""
-
-
-class Drawn(Protocol):
-    """Object with an HTML form, as notebooks show it."""
-
-    def _repr_html_(self) -> str: ...
+from daskclip.report.html import LargestSlice, PerAxis, Pictures, fragment
+from daskclip.report.text import as_document, as_text, format_axes, format_size
 
 
 class Report:
@@ -242,33 +225,6 @@ class VerifyReport(Report):
     """Largest norm of a finite slice; None if there is none."""
     seconds: float
     """Seconds from the start of the call."""
-
-
-def as_text(figures: Figures) -> str:
-    """Text of the figures, a line each."""
-    rows = figures.rows()
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
-
-
-def as_document(figures: Figures) -> str:
-    """One JSON document of the fields, and of the properties that ``derived`` names."""
-    derived = {name: getattr(figures, name) for name in getattr(figures, "derived", ())}
-    return json.dumps(_finite(asdict(figures) | derived), indent=2, allow_nan=False)
-
-
-def as_page(figures: Drawn) -> str:
-    """HTML document of the figures and charts."""
-    return page("daskclip", figures._repr_html_())
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with infinities and NaN as strings: JSON has no numbers for them."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _norms(smallest: float | None, largest: float | None) -> str:
