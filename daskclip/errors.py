@@ -6,9 +6,12 @@ code that the command line returns for it. A message is one line: the fact, the 
 
 from __future__ import annotations
 
+from typing import Self
+
 from numpy.exceptions import AxisError
 
 
+# pickle makes an error again from its args: an __init__ must work with the message alone
 class DaskClipError(Exception):
     """Base of all errors that daskclip raises on purpose."""
 
@@ -16,6 +19,11 @@ class DaskClipError(Exception):
     """Exit code of the command line; 3 means that an argument or the source was rejected."""
     resumable = False
     """Whether a run that this error stopped keeps its journal and can be resumed."""
+
+    @classmethod
+    def about(cls, what: str, value: object, text: str) -> Self:
+        """Error whose message begins with the name and the value of an argument."""
+        return cls(f"{what} {short_repr(value)} {text}")
 
 
 class InvalidValueError(DaskClipError, ValueError):

@@ -233,9 +233,7 @@ def _norm(data: object, axis: Axes = None, *, nonfinite: NonFinite) -> Any:
 
 def _nonfinite(skipna: object) -> NonFinite:
     if skipna is not None and not isinstance(skipna, bool | np.bool_):
-        raise InvalidTypeError(
-            f"skipna {short_repr(skipna)} is not a bool; give True, False or None"
-        )
+        raise InvalidTypeError.about("skipna", skipna, "is not a bool; give True, False or None")
     return "omit" if skipna is None or skipna else "propagate"
 
 
