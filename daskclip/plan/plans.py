@@ -18,7 +18,7 @@ A *window* is one Dask graph: all blocks of a few slabs, or a few blocks of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Reversible, Sequence
+from collections.abc import Callable, Iterable, Iterator, Reversible, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -193,6 +193,19 @@ class ClipPlan:
             yield some, windows
 
 
+class _Over:
+    """Figure of a group: that of the same name of all its arrays, combined."""
+
+    def __init__(self, combine: Callable[[Iterator[int]], int]) -> None:
+        self.combine = combine
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, group: GroupPlan, owner: type) -> int:
+        return self.combine(getattr(plan, self.name) for plan in group.plans.values())
+
+
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
     """Plans of all arrays of a group, and the memory the run needs."""
@@ -203,6 +216,26 @@ class GroupPlan:
     """Whether all arrays are one slice."""
     derived: ClassVar = ClipPlan.derived
     """Properties that JSON has beside the fields."""
+
+    blocks = _Over(sum)
+    """Number of blocks, including copied ones."""
+    tasks = _Over(sum)
+    """Blocks to run, over all passes; combining norms takes some more."""
+    bytes_read = _Over(sum)
+    """Bytes to read, decoded, over all passes."""
+    passes = _Over(max)
+    """Times an array is read, at most."""
+    window = _Over(min)
+    """Blocks of a window, at most."""
+    # all arrays run on the same processes and threads, so that min only picks one of equal numbers
+    processes = _Over(min)
+    """Processes that run blocks."""
+    threads = _Over(min)
+    """Threads of each process."""
+    memory = _Over(min)
+    """Budget of each process, in bytes above its imports."""
+    projected_memory = _Over(max)
+    """Peak memory of each process, in bytes above its imports."""
 
     @property
     def clipped(self) -> dict[str, ClipPlan]:
@@ -225,54 +258,9 @@ class GroupPlan:
         return 1 if self.global_norm else sum(p.slabs for p in self.clipped.values())
 
     @property
-    def blocks(self) -> int:
-        """Number of blocks, including copied ones."""
-        return sum(p.blocks for p in self.plans.values())
-
-    @property
-    def tasks(self) -> int:
-        """Blocks to run, over all passes; combining norms takes some more."""
-        return sum(p.tasks for p in self.plans.values())
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the arrays that are clipped, decoded."""
         return sum(p.nbytes for p in self.clipped.values())
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes to read, decoded, over all passes."""
-        return sum(p.bytes_read for p in self.plans.values())
-
-    @property
-    def passes(self) -> int:
-        """Times an array is read, at most."""
-        return max(p.passes for p in self.plans.values())
-
-    @property
-    def window(self) -> int:
-        """Blocks of a window, at most."""
-        return min(p.window for p in self.plans.values())
-
-    @property
-    def processes(self) -> int:
-        """Processes that run blocks."""
-        return min(p.processes for p in self.plans.values())
-
-    @property
-    def threads(self) -> int:
-        """Threads of each process."""
-        return min(p.threads for p in self.plans.values())
-
-    @property
-    def memory(self) -> int:
-        """Budget of each process, in bytes above its imports."""
-        return min(p.memory for p in self.plans.values())
-
-    @property
-    def projected_memory(self) -> int:
-        """Peak memory of each process, in bytes above its imports."""
-        return max(p.projected_memory for p in self.plans.values())
 
     def rows(self) -> dict[str, str]:
         """Figures as text, by their names."""
