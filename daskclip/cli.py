@@ -30,20 +30,10 @@ Exit codes: 0 done or up to date, 1 storage failure or bug (run again to resume)
 5 the target exists, is being written or has an unfinished run with other
 parameters, 75 interrupted or temporarily failed: run again."""
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h
+OWN = ("scheduler", "workers", "report", "html", "as_json")
+"""Options that are not passed on to the engine."""
 CONFIGURED = ("memory", "nonfinite", "missing", "progress")
-
-
-class _ClipNorm(click.ParamType[Any]):
-    """Number, or quantile of the norms."""
-
-    name = "float or p99"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float | str:
-        if isinstance(value, str) and value.startswith("p"):
-            return value  # the engine checks it
-        return click.FLOAT.convert(value, param, ctx)
+"""Options with a default in Dask's configuration."""
 
 
 Groups = dict[str, list[click.Option]]
@@ -73,6 +63,11 @@ def _option(names: str, metavar: str | None, text: str, **extra: Any) -> click.O
     return click.Option(names.split(), metavar=metavar, help=text, show_default=True, **extra)
 
 
+def _clip_norm(text: str) -> Any:
+    # the engine checks quantiles: only arguments that look like numbers are usage errors
+    return text if text.startswith("p") else click.FLOAT(text)
+
+
 def _flag(names: str, text: str) -> click.Option:
     return _option(names, None, text, is_flag=True)
 
@@ -98,7 +93,7 @@ CLIP = [
     _choice("--missing", "fill", "fill error", MISSING),
 ]
 LIMIT = [
-    _option("--clip-norm", None, QUANTILE, type=_ClipNorm()),
+    _option("--clip-norm", "FLOAT OR P99", QUANTILE, type=_clip_norm),
     _option("--limits", "PATH", "Zarr array of a limit for each slice (instead of --clip-norm)."),
     _flag("--global global_norm", "Clip all arrays of a group by one global norm."),
     _option("--norms", "PATH", "Reuse norms saved by `stats --save-norms`."),
@@ -249,11 +244,9 @@ def discard(target: str) -> None:
     click.echo("discarded" if discard_run(target) else "there is no unfinished run")
 
 
-def _call(
-    function: Callable[..., Any], report: Path | None, html: Path | None, as_json: bool,
-    scheduler: str | None, workers: int | None, axes: str | None, dim: str | None, ord: str,
-    **options: Any,
-) -> None:  # fmt: skip
+def _call(function: Callable[..., Any], **options: Any) -> None:
+    """Call the engine with the options that are its own, and print what it returns."""
+    scheduler, workers, report, html, as_json = map(options.pop, OWN)
     if function is not stats_zarr and options["clip_norm"] is options["limits"] is None:
         raise click.UsageError("Missing option '--clip-norm' or '--limits'.")
     with _cluster(scheduler, workers, options["progress"]):
@@ -263,8 +256,8 @@ def _call(
                 raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
         if html is not None and function is not stats_zarr:
             options["pictures"] = True
-        names = None if dim is None else [name.strip() for name in dim.split(",") if name.strip()]
-        result = function(axes=_parse_axes(axes), dim=names, ord=float(ord), **options)
+        options["axes"], options["dim"] = _parse_axes(options["axes"]), _parse_dim(options["dim"])
+        result = function(**options | {"ord": float(options["ord"])})
         if report is not None:
             report.write_text(as_document(result) + "\n")
         if html is not None:
@@ -277,6 +270,10 @@ def _parse_axes(axes: str | None) -> list[int] | None:
         return None if axes is None else [int(a) for a in axes.split(",") if a.strip()]
     except ValueError:
         raise InvalidValueError(f"axes {axes!r} is not a list of integers; write 0,2") from None
+
+
+def _parse_dim(dim: str | None) -> list[str] | None:
+    return None if dim is None else [name.strip() for name in dim.split(",") if name.strip()]
 
 
 @contextmanager
