@@ -34,6 +34,7 @@ class InvalidTypeError(DaskClipError, TypeError):
     """An argument has a type that cannot be used (exit code 3)."""
 
 
+# numpy's AxisError, not IndexError alone: it is what numpy.linalg.norm raises
 class AxesError(DaskClipError, AxisError):
     """An axis is out of bounds for the array (exit code 3)."""
 
@@ -118,6 +119,7 @@ class VerificationError(DaskClipError, ValueError):
 
 def short_repr(value: object) -> str:
     """Return the repr of a value on one line, cut off after 60 characters."""
+    # the repr of an array has many lines, and a log may be read by lines
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -19,6 +19,7 @@ Box = tuple[slice, ...]
 
 def ceil_div(a: int, b: int) -> int:
     """Smallest integer that is at least ``a / b``."""
+    # in integers: a / b would be rounded from 2**53 on
     return -(-a // b)
 
 

@@ -98,6 +98,7 @@ def clip_by_norm(
     for name, (x, dims) in _slices(obj, dim).items():
         axes = x.get_axis_num(dims)
         data = clip_unlabelled(_plain(x.data), limit, axes, nonfinite=policy)
+        # a copy keeps the encoding too, part of which would round the values when they are saved
         clipped[name] = x.copy(deep=False, data=data)
         clipped[name].encoding = _encoding(x.encoding, data.dtype, largest)
     if isinstance(obj, xr.Dataset):
@@ -147,6 +148,7 @@ def norm(obj: Labelled, dim: Dim = None, *, skipna: bool | None = None) -> Label
     policy = _nonfinite(skipna)
     sliced = _slices(obj, dim)
     own = list(dict.fromkeys(d for _, dims in sliced.values() for d in dims))
+    # Dataset.reduce would take the norms of integer variables too
     if isinstance(obj, xr.Dataset):
         obj = obj[list(sliced)]
     return obj.reduce(_norm, own, keep_attrs=True, nonfinite=policy)

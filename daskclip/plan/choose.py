@@ -42,7 +42,7 @@ def plan_group(
     """
     plans = _plan_each(clipped, machine, global_norm)
     fewest = min(p.threads for p in plans.values())
-    # arrays run one after the other on the same threads, so all have the number that fits each
+    # all arrays are clipped by the same threads, so the array that allows fewest decides
     if fewest < machine.threads:
         plans = _plan_each(clipped, replace(machine, threads=fewest), global_norm)
     window = min(p.window for p in plans.values())
@@ -69,6 +69,7 @@ def _plan_each(
 
 def _plan_copy(like: ClipPlan, layout: Layout, sizing: Sizing) -> ClipPlan:
     """Plan of an array that is not decoded: files are copied in pieces, objects a few at a time."""
+    # only the limits of size apply: a copied block is never in memory as a whole
     shape, unit = layout.shape, layout.first_block
     block = grown(unit, shape, range(len(shape)), layout.max_block(sizing))
     like = replace(like, passes=0, projected_memory=0, axes=())
@@ -109,6 +110,7 @@ def make_plan(layout: Layout, machine: Machine, *, is_shared: bool = False) -> C
     if layout.sum_nbytes <= enough:
         return usual
     with suppress(MemoryBudgetError):
+        # fewer threads cost more time than the rare run that must begin again with more memory
         wide = plan(layout.sum_nbytes)
         if wide.threads == usual.threads:
             return wide
@@ -118,6 +120,7 @@ def make_plan(layout: Layout, machine: Machine, *, is_shared: bool = False) -> C
 def _plan(model: MemoryModel) -> ClipPlan:
     """Plan for exact sums of the size that the layout of the model has."""
     layout, machine = model.layout, model.machine
+    # threads are given up before the run is refused, never to get larger blocks
     block, threads = layout.first_block, machine.threads
     while threads > machine.fewest and not model.fits(block, threads):
         threads -= 1

@@ -128,6 +128,7 @@ class ClipPlan:
 
     def region(self, slab: int, block: int) -> Box:
         """Region of the array that a block of a slab covers."""
+        # computed, not looked up: a petabyte has 10**9 blocks
         number = self.number(slab, block)
         pairs = zip(self.block_strides, self.grid, strict=True)
         return box_at([number // stride % n for stride, n in pairs], self.block, self.shape)
@@ -154,6 +155,7 @@ class ClipPlan:
     @property
     def spans(self) -> Spans:
         """Ranges of all blocks of a slab, a window each."""
+        # a slab smaller than a window is one span, which may share its window with other slabs
         length = self.blocks // self.slabs
         return Spans(length, min(length, max(1, self.window)))
 
@@ -174,10 +176,12 @@ class ClipPlan:
         windows : Spans or sequence of ndarray
             Numbers of blocks in a slab, a window each.
         """
+        # the grid of an empty array has no slabs, or slabs without blocks: spans would divide by 0
         if not self.blocks:
             return
         spans = self.spans
-        # small slabs share a window; a large one takes several, one after the other
+        # small slabs share a window, since a graph for each would cost more than its tasks; a large
+        # slab takes several windows, one after the other, so that few sums are held
         step = max(1, self.window // spans.n)
         slabs: Numbers = range(self.slabs)
         if stored is not None:
@@ -202,6 +206,7 @@ class _Over:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
+    # computed each time: dataclasses.replace may have changed the plans
     def __get__(self, group: GroupPlan, owner: type) -> int:
         return self.combine(getattr(plan, self.name) for plan in group.plans.values())
 
@@ -264,6 +269,7 @@ class GroupPlan:
 
     def rows(self) -> dict[str, str]:
         """Figures as text, by their names."""
+        # the size is that of clipped arrays: copied ones are not decoded, and are smaller in storage
         copied = len(self.plans) - len(self.clipped)
         return {
             "arrays": f"{len(self.clipped):,}, {format_size(self.nbytes)}; {copied:,} more copied",

@@ -68,6 +68,7 @@ class Layout:
     @property
     def first_block(self) -> Shape:
         """A block of one unit, cut off at the edge of the array."""
+        # at least 1, also along an axis of length 0: a size of 0 cannot divide a shape into a grid
         return tuple(max(1, min(u, n)) for u, n in zip(self.unit, self.shape, strict=True))
 
     @property
@@ -77,6 +78,7 @@ class Layout:
 
     def max_block(self, sizing: Sizing) -> int:
         """Elements of a block, at most, unless it holds its slices whole."""
+        # limited in units too: each is a file to open, however few bytes it has
         units = sizing.block_units * math.prod(self.first_block)
         return min(sizing.block_nbytes // self.itemsize, units)
 

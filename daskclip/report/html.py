@@ -11,6 +11,7 @@ from typing import NotRequired, Protocol, TypedDict
 
 WIDTH, HEIGHT = 460, 240  # of a chart
 LEFT, RIGHT, TOP, BOTTOM = 66, WIDTH - 28, 22, HEIGHT - 44  # edges of the area inside the axes
+# every rule is below .daskclip: a notebook puts the fragment into a page with styles of its own
 STYLE = """
 .daskclip { --ink: #1b1f24; --paper: #fff; --bar: #2f6fb3; --mark: #b5391a; --grid: #0002;
   color: var(--ink); background: var(--paper); font: 14px/1.45 sans-serif; padding: 8px 16px; }
@@ -163,6 +164,7 @@ def _throughput(states: Sequence[tuple[float, int]]) -> str:
     """Chart of the bytes a second of each window."""
     points = []
     for (before, start), (now, end) in pairwise(states):
+        # a window may end within the resolution of the clock
         rate = (end - start) / max(now - before, 1e-9) / 1e6
         points += [(before, rate), (now, rate)]
     x_range, most = (states[0][0], states[-1][0]), max(y for _, y in points) or 1.0
@@ -247,6 +249,7 @@ def _ticks(low: float, high: float, log: bool = False) -> list[float]:
         digits = (1, 2, 5) if last - first <= 2 else (1,)
         numbers = [float(f"{d}e{k}") for k in range(first, last + 1, step) for d in digits]
         return [n for n in numbers if low <= n <= high]
+    # the next round number at or above a quarter of the range; 0.999 forgives its rounding
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     gap = next(d * power for d in (1, 2, 2.5, 5, 10) if d * power >= rough * 0.999)

@@ -17,6 +17,7 @@ class Report:
 
     def rows(self) -> dict[str, str]:
         """Figures as text, by their names."""
+        # None stands for what was not asked for
         return {k: str(v) for k, v in asdict(self).items() if v is not None}
 
     def __str__(self) -> str:
@@ -91,11 +92,13 @@ class ClipReport(Report):
 
     def rows(self) -> dict[str, str]:
         """Figures as text, by their names."""
+        # an array of size 0 may have no slices
         share = 100 * self.clipped / self.slices if self.slices else 0.0
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
         peak, projected = format_size(self.peak_memory), format_size(self.projected_memory)
         arrays = {"arrays": f"{self.arrays:,}, {self.copied:,} more are copied"}
         kind = "" if self.ord == 2 else f", ord {self.ord:g}"
+        # arrays of a group may have a dimension on different axes, so that only its name is shown
         over = format_axes(self.axes, self.parameters.get("dim"))
         over = "all arrays" if self.parameters.get("global_norm") else over
         return {
@@ -119,9 +122,11 @@ class ClipReport(Report):
 
     @property
     def _limit(self) -> str:
+        # limits of each slice may be as large as the array, so that a report does not hold them
         return "a limit each" if self.clip_norm is None else f"{self.clip_norm:g}"
 
     def _repr_html_(self) -> str:
+        # the marked limit: a quantile has been replaced by the number that it came to
         title = f"{self.source} clipped to {self._limit}"
         return fragment(title, self.rows(), cast("Pictures", self.pictures), self.clip_norm)
 
@@ -185,6 +190,7 @@ class StatsReport(Report):
             "NaN": f"{self.nan:,}",
             "infinite": f"{self.infinite:,}",
         }
+        # unlike the row of a run, left out where no slice is finite: the rows above say so already
         if self.largest_norm is not None:
             rows["norms"] = _norms(self.smallest_norm, self.largest_norm)
         rows |= {k: f"{v:.6g}" for k, v in self.quantiles.items()}
@@ -198,7 +204,7 @@ class StatsReport(Report):
         return rows
 
     def _repr_html_(self) -> str:
-        # they have a table of their own
+        # the largest norms have a table of their own
         rows = {k: v for k, v in self.rows().items() if not k.startswith("largest ")}
         return fragment(f"Norms of {self.source}", rows, cast("Pictures", asdict(self)))
 
@@ -228,4 +234,5 @@ class VerifyReport(Report):
 
 
 def _norms(smallest: float | None, largest: float | None) -> str:
+    # both or none: the smallest is known where the largest is
     return "none finite" if largest is None else f"{smallest:.6g} to {largest:.6g}"

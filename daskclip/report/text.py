@@ -30,6 +30,7 @@ def as_text(figures: Figures) -> str:
 def as_document(figures: Figures) -> str:
     """One JSON document of the fields, and of the properties that ``derived`` names."""
     derived = {name: getattr(figures, name) for name in getattr(figures, "derived", ())}
+    # without allow_nan=False, json would write Infinity, which other parsers refuse
     return json.dumps(_finite(asdict(figures) | derived), indent=2, allow_nan=False)
 
 
@@ -44,6 +45,7 @@ def _finite(value: Any) -> Any:
 
 def format_axes(axes: Sequence[int] | None, dim: Sequence[str] | None = None) -> str:
     """Axes or dimensions of a norm, as the options of the command line take them."""
+    # names rather than numbers where both are known: a user gave the names
     if dim:
         return f"dim {','.join(dim)}"
     return f"axes {'all' if axes is None else ','.join(map(str, axes)) or 'none'}"
@@ -51,4 +53,5 @@ def format_axes(axes: Sequence[int] | None, dim: Sequence[str] | None = None) ->
 
 def format_size(nbytes: int) -> str:
     """Bytes in MiB."""
+    # one unit for all sizes, so that figures one below the other can be compared
     return f"{nbytes / MIB:,.1f} MiB"
