@@ -1,7 +1,5 @@
 """The arguments of the operation: checked once, and brought to one form."""
 
-from __future__ import annotations
-
 import numbers
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence

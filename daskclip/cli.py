@@ -1,7 +1,5 @@
 """The command line: strings in, a call of the engine, text or JSON out."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -172,6 +170,7 @@ def _reporting_errors() -> Iterator[None]:
     except DaskClipError as error:
         _exit(str(error), error.exit_code)
     except KeyboardInterrupt:
+        # not 130, the usual code of Ctrl-C: a queue that knows 75 submits the command again
         _exit("interrupted; run the same command again to resume", INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -208,7 +207,7 @@ def run(dry_run: bool, **options: Any) -> None:
 @main.command(**CLIPPING)
 def plan(dry_run: bool, **options: Any) -> None:
     """Show the plan for `run` with the same options; read no chunk."""
-    # --dry-run is accepted, so that any command line of run is one of plan
+    # --dry-run is accepted and ignored, so that any command line of run is one of plan
     _call(plan_zarr, **options)
 
 
@@ -250,7 +249,7 @@ def _call(function: Callable[..., Any], **options: Any) -> None:
     if function is not stats_zarr and options["clip_norm"] is options["limits"] is None:
         raise click.UsageError("Missing option '--clip-norm' or '--limits'.")
     with _cluster(scheduler, workers, options["progress"]):
-        # now and not after a run of hours
+        # checked now: after a run of hours the report would be lost
         for path in (report, html):
             if path is not None and not (folder := path.absolute().parent).is_dir():
                 raise InvalidValueError(f"folder {folder} of the report does not exist; create it")

@@ -4,8 +4,6 @@ Each is a `DaskClipError` and also a builtin error, so that either can be caught
 code that the command line returns for it. A message is one line: the fact, the values, the remedy.
 """
 
-from __future__ import annotations
-
 from typing import Self
 
 from numpy.exceptions import AxisError

@@ -5,8 +5,6 @@ box: its number along each axis. Boxes at the far edges are smaller if the size 
 the shape.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Importing this module registers an accessor, ``.daskclip``, for DataArray and Da
 are the two functions of this module.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping
 from typing import Any, Generic, TypeVar

@@ -320,6 +320,7 @@ def _clip(
 ) -> tuple[Array, Array]:
     """Clipped array and norms, in memory."""
     if operation.nonfinite == "raise":
+        # a pass of its own: clipping does not tell where the first NaN or infinity is
         require_finite(x, operation.axes, limit)
     # as many as Dask's threaded scheduler takes: its CPU count respects the affinity of the process
     # and the limits of the container
@@ -343,6 +344,7 @@ def _clip_list(
 
 def _total(arrays: list[Array]) -> Partial:
     """Exact sum of all elements of all arrays."""
+    # one sum of exact sums, not of norms: their rounding would make the bits depend on the list
     return combine_all([partial_norm(x, tuple(range(x.ndim))) for x in arrays])
 
 

@@ -16,8 +16,6 @@ The second pass makes each chunk again from its recipe (see `recipes`). A list o
 sum for all of them, and a scale for each dtype.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -30,11 +28,11 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 from dask.highlevelgraph import HighLevelGraph
 
-from daskclip.arguments import Array
 from daskclip.lazy.inputs import Limit, Operation
 from daskclip.lazy.recipes import Recipe, chunk_recipes
 from daskclip.lazy.tree import map_object_blocks, object_meta, tree_reduce
 from daskclip.numerics import (
+    Array,
     Scale,
     clip_block,
     combine_all,

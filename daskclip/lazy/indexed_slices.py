@@ -130,4 +130,5 @@ def values_of(t: object) -> object:
 
 def with_values(t: object, values: object) -> object:
     """Return ``values`` in the form of ``t``: IndexedSlices if ``t`` has their parts."""
+    # ours even where t is TensorFlow's, which could not hold a Dask array
     return IndexedSlices(values, t.indices, t.dense_shape) if is_indexed(t) else values

@@ -1,7 +1,5 @@
 """The arguments of the operation as NumPy arrays, Dask arrays and floats."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any

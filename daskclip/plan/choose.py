@@ -1,7 +1,5 @@
 """Choose blocks and windows: the largest that keep within the memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress

@@ -269,7 +269,7 @@ class GroupPlan:
 
     def rows(self) -> dict[str, str]:
         """Figures as text, by their names."""
-        # the size is that of clipped arrays: copied ones are not decoded, and are smaller in storage
+        # the size is that of clipped arrays: copied ones are never decoded
         copied = len(self.plans) - len(self.clipped)
         return {
             "arrays": f"{len(self.clipped):,}, {format_size(self.nbytes)}; {copied:,} more copied",

@@ -5,8 +5,6 @@ A thread holds one block, and one chunk in several stages of decoding or encodin
     process = fixed + threads * (block + 4 chunks + scratch) + sums of the slices of a window
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

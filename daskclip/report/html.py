@@ -1,7 +1,5 @@
 """Figures as HTML: tables and charts in inline SVG, which need nothing from elsewhere."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

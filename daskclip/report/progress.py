@@ -1,7 +1,5 @@
 """Progress of a run on stderr: a bar, a line every ten seconds, or a JSON line a window."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Reports of finished calls: a run, the norms of an array or group, a verification."""
 
-from __future__ import annotations
-
 from dataclasses import Field, asdict, dataclass
 from typing import Any, ClassVar, cast
 
@@ -126,7 +124,7 @@ class ClipReport(Report):
         return "a limit each" if self.clip_norm is None else f"{self.clip_norm:g}"
 
     def _repr_html_(self) -> str:
-        # the marked limit: a quantile has been replaced by the number that it came to
+        # of a quantile, the limit that it came to
         title = f"{self.source} clipped to {self._limit}"
         return fragment(title, self.rows(), cast("Pictures", self.pictures), self.clip_norm)
 
@@ -206,6 +204,7 @@ class StatsReport(Report):
     def _repr_html_(self) -> str:
         # the largest norms have a table of their own
         rows = {k: v for k, v in self.rows().items() if not k.startswith("largest ")}
+        # asdict has more than Pictures names; fragment ignores the rest
         return fragment(f"Norms of {self.source}", rows, cast("Pictures", asdict(self)))
 
 

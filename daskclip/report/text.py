@@ -1,7 +1,5 @@
 """Figures as text and JSON, and sizes and axes as text."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
