@@ -79,7 +79,7 @@ def _is_integer(axis: object) -> TypeGuard[int]:
 
 
 def parse_dim(dim: Dim, known: Sequence[Hashable]) -> list[Any]:
-    """Names in ``dim``, each of which must be one of ``known``; None and ``...`` are all of them.
+    """Names in ``dim``, which must be in ``known``; None and ``...`` mean all names.
 
     Examples
     --------

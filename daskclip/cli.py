@@ -277,7 +277,7 @@ def _parse_dim(dim: str | None) -> list[str] | None:
 
 @contextmanager
 def _cluster(scheduler: str | None, workers: int | None, progress: str) -> Iterator[None]:
-    """Run on a Dask cluster, if one was asked for."""
+    """Connect to a Dask cluster or start one, if an option says so."""
     if scheduler is not None and workers is not None:
         raise click.UsageError("--scheduler and --workers exclude each other")
     if scheduler is None and workers is None:

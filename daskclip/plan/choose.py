@@ -88,7 +88,7 @@ def make_plan(layout: Layout, machine: Machine, *, is_shared: bool = False) -> C
         Processes, threads and memory for the blocks. The plan has fewer threads if a block for
         each would not fit.
     is_shared : bool
-        Whether the only slice goes on in other arrays.
+        Whether the array is part of a slice that all arrays of a group form.
 
     Returns
     -------

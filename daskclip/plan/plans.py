@@ -62,7 +62,7 @@ class ClipPlan:
     projected_memory: int
     """Peak memory of each process, in bytes above its imports."""
     state: int = 0
-    """Bytes that the exact sum of a slice may take; 0 if there is room for values of any spread."""
+    """Bytes that the exact sum of a slice may take; 0 if the plan fits values of any spread."""
     derived: ClassVar = (
         "slices", "slabs", "blocks", "tasks", "passes", "bytes_read",
         "processes", "threads", "memory", "projected_memory",
@@ -198,7 +198,7 @@ class ClipPlan:
 
 
 class _Over:
-    """Figure of a group: that of the same name of all its arrays, combined."""
+    """Figure of a group: the sum, minimum or maximum of the same figure of its arrays."""
 
     def __init__(self, combine: Callable[[Iterator[int]], int]) -> None:
         self.combine = combine
@@ -206,7 +206,7 @@ class _Over:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    # computed each time: dataclasses.replace may have changed the plans
+    # not cached: an instance with slots has no place for another value
     def __get__(self, group: GroupPlan, owner: type) -> int:
         return self.combine(getattr(plan, self.name) for plan in group.plans.values())
 
@@ -216,7 +216,7 @@ class GroupPlan:
     """Plans of all arrays of a group, and the memory the run needs."""
 
     plans: dict[str, ClipPlan]
-    """Plans by the path of the array in the group; one that is only copied has no passes."""
+    """Plans by the path of the array in the group; passes are 0 for an array that is only copied."""
     global_norm: bool
     """Whether all arrays are one slice."""
     derived: ClassVar = ClipPlan.derived

@@ -104,7 +104,7 @@ class MemoryModel:
     layout: Layout
     machine: Machine
     is_shared: bool
-    """Whether the only slice goes on in other arrays, so that no block holds it whole."""
+    """Whether all arrays are one slice, so that no block holds a slice whole."""
 
     def is_whole(self, block: Shape) -> bool:
         """Whether a block holds its slices whole, so that no sums are kept."""

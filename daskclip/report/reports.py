@@ -15,7 +15,7 @@ class Report:
 
     def rows(self) -> dict[str, str]:
         """Figures as text, by their names."""
-        # None stands for what was not asked for
+        # a figure that is None does not apply to this call
         return {k: str(v) for k, v in asdict(self).items() if v is not None}
 
     def __str__(self) -> str:
