@@ -216,7 +216,7 @@ class GroupPlan:
     """Plans of all arrays of a group, and the memory the run needs."""
 
     plans: dict[str, ClipPlan]
-    """Plans by the path of the array in the group; passes are 0 for an array that is only copied."""
+    """Plans by the path of the array in the group; a plan without passes copies its array."""
     global_norm: bool
     """Whether all arrays are one slice."""
     derived: ClassVar = ClipPlan.derived
