@@ -23,19 +23,13 @@ A block of a run passes through engine, worker, storage, numerics and storage ag
 Dask array through lazy and numerics. `examples/00_one_chunk.py` goes this way by hand.
 """
 
+# xarray and cli are not imported here: xarray is optional, and click is of no use in a program
 from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
 from daskclip.lazy import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
 
 __version__ = "0.2.0"
 
 __all__ = [
-    "IndexedSlices",
-    "clip_by_global_norm",
-    "clip_by_norm",
-    "clip_zarr",
-    "global_norm",
-    "norm",
-    "plan_zarr",
-    "stats_zarr",
-    "verify_zarr",
-]
+    "IndexedSlices", "clip_by_global_norm", "clip_by_norm", "clip_zarr", "global_norm", "norm",
+    "plan_zarr", "stats_zarr", "verify_zarr",
+]  # fmt: skip

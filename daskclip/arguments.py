@@ -1,7 +1,5 @@
 """The arguments of the operation: checked once, and brought to one form."""
 
-from __future__ import annotations
-
 import numbers
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -31,10 +29,8 @@ def check_dtype(dtype: object) -> None:
     # bfloat16 is known by its name only: ml_dtypes need not be installed
     name = getattr(dtype, "name", str(dtype))
     if name not in DTYPES:
-        raise DTypeError(
-            f"arrays of dtype {name} cannot be clipped; cast to one of {', '.join(DTYPES)}, "
-            "for example with .astype('float32')"
-        )
+        remedy = f"cast to one of {', '.join(DTYPES)}, for example with .astype('float32')"
+        raise DTypeError(f"arrays of dtype {name} cannot be clipped; {remedy}")
 
 
 def parse_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
@@ -53,28 +49,22 @@ def parse_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
     sequence = [axes] if _is_integer(axes) else axes
     # not isinstance(axes, Iterable): a 0-d array is one and cannot be iterated over
     if isinstance(axes, str | bytes) or not np.iterable(sequence):
-        raise InvalidTypeError(
-            f"axes {short_repr(axes)} is a {type(axes).__name__}; {_AXES_REMEDY}"
-        )
+        raise InvalidTypeError.about("axes", axes, f"is a {type(axes).__name__}; {_AXES_REMEDY}")
     result = [_parse_axis(axis, axes, ndim) for axis in sequence]
     if len(set(result)) < len(result):
-        raise InvalidValueError(f"axes {short_repr(axes)} names an axis twice; give each axis once")
+        raise InvalidValueError.about("axes", axes, "names an axis twice; give each axis once")
     return tuple(sorted(result))
 
 
 def _parse_axis(axis: object, axes: object, ndim: int) -> int:
     """One of the axes, not negative."""
     if not _is_integer(axis):
-        raise InvalidTypeError(
-            f"axes {short_repr(axes)} holds a {type(axis).__name__}; {_AXES_REMEDY}"
-        )
+        raise InvalidTypeError.about("axes", axes, f"holds a {type(axis).__name__}; {_AXES_REMEDY}")
     if not ndim:
         raise AxesError(f"axis {axis} is out of bounds for a 0-d array; use None or []")
     if not -ndim <= axis < ndim:
-        raise AxesError(
-            f"axis {axis} is out of bounds for an array of {ndim} dimensions; "
-            f"use {-ndim} to {ndim - 1}"
-        )
+        bounds = f"an array of {ndim} dimensions; use {-ndim} to {ndim - 1}"
+        raise AxesError(f"axis {axis} is out of bounds for {bounds}")
     return int(axis) % ndim
 
 
@@ -89,7 +79,7 @@ def _is_integer(axis: object) -> TypeGuard[int]:
 
 
 def parse_dim(dim: Dim, known: Sequence[Hashable]) -> list[Any]:
-    """Names in ``dim``, each of which must be one of ``known``; None and ``...`` are all of them.
+    """Names in ``dim``, which must be in ``known``; None and ``...`` mean all names.
 
     Examples
     --------
@@ -98,18 +88,16 @@ def parse_dim(dim: Dim, known: Sequence[Hashable]) -> list[Any]:
     """
     if dim is None or dim is ...:
         return list(known)
+    # a name may be any hashable, also a tuple; but a tuple is taken as several names, as in xarray
     names = [dim] if isinstance(dim, str) or not isinstance(dim, Iterable) else list(dim)
     for name in names:
         # known holds None for a dimension without a name
         if name is None or name not in known:
             listed = ", ".join(str(n) for n in known if n is not None) or "none"
-            raise InvalidValueError(
-                f"dim {short_repr(name)} is not a dimension; there are: {listed}"
-            )
+            raise InvalidValueError.about("dim", name, f"is not a dimension; there are: {listed}")
         if names.count(name) > 1:
-            raise InvalidValueError(
-                f"dim {short_repr(dim)} names {short_repr(name)} twice; give it once"
-            )
+            twice = f"names {short_repr(name)} twice; give it once"
+            raise InvalidValueError.about("dim", dim, twice)
     return names
 
 
@@ -118,13 +106,10 @@ def axes_named(dim: Dim, names: Sequence[Hashable] | None, axes: Axes) -> Axes:
     if dim is None:
         return axes
     if axes is not None:
-        raise InvalidValueError(
-            f"axes {short_repr(axes)} and dim {short_repr(dim)} are both given; give one"
-        )
+        both = f"and dim {short_repr(dim)} are both given; give one"
+        raise InvalidValueError.about("axes", axes, both)
     if not names or not any(names):
-        raise InvalidValueError(
-            f"dim {short_repr(dim)} is given, and the array names no dimensions; give axes"
-        )
+        raise InvalidValueError.about("dim", dim, "is given to an array without names; give axes")
     wanted = parse_dim(dim, names)
     return [a for a, name in enumerate(names) if name in wanted]
 
@@ -151,9 +136,7 @@ def check_limits(
     ``limits`` and ``shape`` are the shapes of the limits and of the array.
     """
     if clip_norm is not None:
-        raise InvalidValueError(
-            f"clip_norm {short_repr(clip_norm)} and limits are both given; give one"
-        )
+        raise InvalidValueError.about("clip_norm", clip_norm, "and limits are both given; give one")
     kept = kept_shape(shape, axes)
     # limits broadcast against norms, never the reverse: that would clip one slice in several ways
     pairs = zip(limits[::-1], kept[::-1], strict=False)
@@ -170,19 +153,14 @@ def parse_clip_norm(clip_norm: object, what: str = "clip_norm") -> float:
         try:
             return float(clip_norm)
         except OverflowError:
-            raise InvalidValueError(
-                f"{what} {short_repr(clip_norm)} exceeds float64; use float('inf') for no limit"
-            ) from None
+            huge = "exceeds float64; use float('inf') for no limit"
+            raise InvalidValueError.about(what, clip_norm, huge) from None
     if clip_norm is None or isinstance(clip_norm, str | bytes | numbers.Complex):
-        raise InvalidTypeError(
-            f"{what} {short_repr(clip_norm)} is not a real number; give a number"
-        )
+        raise InvalidTypeError.about(what, clip_norm, "is not a real number; give a number")
     try:
         value = np.asarray(clip_norm)
     except ValueError:
-        raise InvalidValueError(
-            f"{what} {short_repr(clip_norm)} is ragged; give one number (0-d)"
-        ) from None
+        raise InvalidValueError.about(what, clip_norm, "is ragged; give one number (0-d)") from None
     check_scalar(value.dtype, value.shape, what)
     return float(value)
 
@@ -190,12 +168,10 @@ def parse_clip_norm(clip_norm: object, what: str = "clip_norm") -> float:
 def parse_ord(ord: object, dtype: np.dtype[Any]) -> float:
     """Key of `ORDERS` for a norm of arrays of ``dtype``."""
     if isinstance(ord, bool) or not isinstance(ord, numbers.Real) or ord not in ORDERS:
-        raise InvalidValueError(f"ord {short_repr(ord)} is not supported; use 1, 2 or inf")
+        raise InvalidValueError.about("ord", ord, "is not supported; use 1, 2 or inf")
     if dtype.kind == "c" and ord != 2:
-        raise DTypeError(
-            f"the norm of ord {ord:g} of dtype {dtype} is not exact, since complex magnitudes are "
-            "rounded square roots; use ord=2, or clip .real and .imag"
-        )
+        remedy = "since complex magnitudes are rounded; use ord=2, or clip .real and .imag"
+        raise DTypeError(f"the norm of ord {ord:g} of dtype {dtype} is not exact, {remedy}")
     return float(ord)
 
 
@@ -211,34 +187,28 @@ def parse_clip_norm_or_quantile(clip_norm: object) -> float | Fraction:
         return parse_clip_norm(clip_norm)
     # a fraction, not a float: the rank that a percentage means must not be off by one
     if not re.fullmatch(r"p[0-9]{1,3}(\.[0-9]{1,9})?", clip_norm) or Fraction(clip_norm[1:]) > 100:
-        raise InvalidTypeError(
-            f"clip_norm {short_repr(clip_norm)} is not a real number; give a number, or 'p' and a "
-            "percentage of the norms such as 'p99'"
-        )
+        wrong = "is not a real number; give a number, or 'p' and a percentage such as 'p99'"
+        raise InvalidTypeError.about("clip_norm", clip_norm, wrong)
     return Fraction(clip_norm[1:])
 
 
 def check_nonfinite(nonfinite: object) -> None:
     """Refuse an unknown policy."""
     if nonfinite not in get_args(NonFinite):
-        raise InvalidValueError(
-            f"nonfinite={short_repr(nonfinite)} is not a policy; use 'propagate', 'omit' or 'raise'"
-        )
+        text = "is not a policy; use 'propagate', 'omit' or 'raise'"
+        raise InvalidValueError.about("nonfinite", nonfinite, text)
 
 
 def parse_memory(memory: object) -> int:
     """Number of bytes, from a number or a text with a unit."""
     if not isinstance(memory, str | int) or isinstance(memory, bool):
-        raise InvalidTypeError(
-            f"memory {short_repr(memory)} is a {type(memory).__name__}; "
-            "give bytes or a text like '512MiB'"
-        )
+        kind = f"is a {type(memory).__name__}; give bytes or a text like '512MiB'"
+        raise InvalidTypeError.about("memory", memory, kind)
     try:
         size = int(parse_bytes(memory))
     except (ValueError, OverflowError):
-        raise InvalidValueError(
-            f"memory {short_repr(memory)} is not a size; write it as '512MiB'"
-        ) from None
+        wrong = "is not a size; write it as '512MiB'"
+        raise InvalidValueError.about("memory", memory, wrong) from None
     if size <= 0:
-        raise InvalidValueError(f"memory {short_repr(memory)} is not above 0; write it as '512MiB'")
+        raise InvalidValueError.about("memory", memory, "is not above 0; write it as '512MiB'")
     return size

@@ -1,7 +1,5 @@
 """The command line: strings in, a call of the engine, text or JSON out."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -12,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import dask
@@ -30,20 +28,10 @@ Exit codes: 0 done or up to date, 1 storage failure or bug (run again to resume)
 5 the target exists, is being written or has an unfinished run with other
 parameters, 75 interrupted or temporarily failed: run again."""
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h
+OWN = ("scheduler", "workers", "report", "html", "as_json")
+"""Options that are not passed on to the engine."""
 CONFIGURED = ("memory", "nonfinite", "missing", "progress")
-
-
-class _ClipNorm(click.ParamType[Any]):
-    """Number, or quantile of the norms."""
-
-    name = "float or p99"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float | str:
-        if isinstance(value, str) and value.startswith("p"):
-            return value  # the engine checks it
-        return click.FLOAT.convert(value, param, ctx)
+"""Options with a default in Dask's configuration."""
 
 
 Groups = dict[str, list[click.Option]]
@@ -73,39 +61,39 @@ def _option(names: str, metavar: str | None, text: str, **extra: Any) -> click.O
     return click.Option(names.split(), metavar=metavar, help=text, show_default=True, **extra)
 
 
+def _clip_norm(text: str) -> Any:
+    # the engine checks quantiles: only arguments that look like numbers are usage errors
+    return text if text.startswith("p") else click.FLOAT(text)
+
+
+def _flag(names: str, text: str) -> click.Option:
+    return _option(names, None, text, is_flag=True)
+
+
+def _choice(name: str, default: str, choices: str, text: str) -> click.Option:
+    return _option(name, None, text, type=click.Choice(choices.split()), default=default)
+
+
 FILE = click.Path(dir_okay=False, path_type=Path)
 SOURCE, TARGET = click.Argument(["source"]), click.Argument(["target"])
+SPREAD = "Spread NaN and infinity to their slice, leave NaN out of the norm, or stop."
+MISSING = "Read chunks that are not stored as the fill value, or stop."
+QUANTILE = "Limit; p99 is the 99th percentile of the norms."
+INCLUDE = "Clip only these arrays of a group: 'layers/*'."
+PROGRESS = "Show progress on stderr; auto is a bar on a terminal, else lines."
 CLIP = [
     _option("--axes", "AXES", "Axes to reduce, e.g. 0,2; all by default, '' for none."),
     _option("--dim", "NAMES", "Dimensions to reduce, e.g. time,lat (instead of --axes)."),
-    _option("--ord", None, "Order of the norm.", type=click.Choice(["1", "2", "inf"]), default="2"),
-    _option(
-        "--include", "PATTERN", "Clip only these arrays of a group: 'layers/*'.", multiple=True
-    ),
+    _choice("--ord", "2", "1 2 inf", "Order of the norm."),
+    _option("--include", "PATTERN", INCLUDE, multiple=True),
     _option("--exclude", "PATTERN", "Copy these arrays of a group as they are.", multiple=True),
-    _option(
-        "--nonfinite",
-        None,
-        "Spread NaN and infinity to their slice, leave NaN out of the norm, or stop.",
-        type=click.Choice(["propagate", "omit", "raise"]),
-        default="propagate",
-    ),
-    _option(
-        "--missing",
-        None,
-        "Read chunks that are not stored as the fill value, or stop.",
-        type=click.Choice(["fill", "error"]),
-        default="fill",
-    ),
+    _choice("--nonfinite", "propagate", "propagate omit raise", SPREAD),
+    _choice("--missing", "fill", "fill error", MISSING),
 ]
 LIMIT = [
-    _option(
-        "--clip-norm", None, "Limit; p99 is the 99th percentile of the norms.", type=_ClipNorm()
-    ),
+    _option("--clip-norm", "FLOAT OR P99", QUANTILE, type=_clip_norm),
     _option("--limits", "PATH", "Zarr array of a limit for each slice (instead of --clip-norm)."),
-    _option(
-        "--global global_norm", None, "Clip all arrays of a group by one global norm.", is_flag=True
-    ),
+    _flag("--global global_norm", "Clip all arrays of a group by one global norm."),
     _option("--norms", "PATH", "Reuse norms saved by `stats --save-norms`."),
 ]
 RESOURCES = [
@@ -114,21 +102,15 @@ RESOURCES = [
     _option("--workers", "N", "Start N local worker processes.", type=click.IntRange(min=1)),
 ]
 DESTINATION = [
-    _option("--in-place", None, "Replace SOURCE; give no TARGET.", is_flag=True),
-    _option("--overwrite", None, "Replace an array or group at TARGET.", is_flag=True),
-    _option("--dry-run", None, "Show the plan and write nothing.", is_flag=True),
+    _flag("--in-place", "Replace SOURCE; give no TARGET."),
+    _flag("--overwrite", "Replace an array or group at TARGET."),
+    _flag("--dry-run", "Show the plan and write nothing."),
 ]
 REPORT = [
-    _option("--json as_json", None, "Print the report as JSON.", is_flag=True),
+    _flag("--json as_json", "Print the report as JSON."),
     _option("--report", None, "Write the report to FILE as JSON.", type=FILE),
     _option("--html", None, "Write the report to FILE as HTML with charts.", type=FILE),
-    _option(
-        "--progress",
-        None,
-        "Show progress on stderr; auto is a bar on a terminal, else lines.",
-        type=click.Choice(["auto", "bar", "lines", "json", "none"]),
-        default="auto",
-    ),
+    _choice("--progress", "auto", "auto bar lines json none", PROGRESS),
 ]
 SAVE_NORMS = _option("--save-norms", "PATH", "Save the norms for `run --norms`.")
 VERIFY = [
@@ -148,18 +130,16 @@ CLIPPING: dict[str, Any] = {
 
 
 class _Group(click.Group):
-    """Group of commands that reports usage errors on one line, as all other errors."""
+    """Group of commands that reports every error on one line."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         with _reporting_errors():
-            defaults = _defaults()
-        with _reporting_usage_errors():
             # options of the command line take precedence over these
-            extra["default_map"] = dict.fromkeys(("run", "plan", "stats"), defaults)
+            extra["default_map"] = dict.fromkeys(("run", "plan", "stats"), _defaults())
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _reporting_usage_errors():
+        with _reporting_errors():
             return super().invoke(ctx)
 
 
@@ -176,13 +156,29 @@ def _defaults() -> dict[str, str]:
 
 
 @contextmanager
-def _reporting_usage_errors() -> Iterator[None]:
+def _reporting_errors() -> Iterator[None]:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # a scheduler that preempts a job sends SIGTERM first: end it like Ctrl-C
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except click.UsageError as error:
         text = " ".join(error.format_message().split())
-        click.echo(f"daskclip: {text[:1].lower()}{text[1:].rstrip('.')}; see --help", err=True)
-        sys.exit(error.exit_code)
+        _exit(f"{text[:1].lower()}{text[1:].rstrip('.')}; see --help", error.exit_code)
+    except DaskClipError as error:
+        _exit(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        # not 130, the usual code of Ctrl-C: a queue that knows 75 submits the command again
+        _exit("interrupted; run the same command again to resume", INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    click.echo(f"daskclip: {message}", err=True)
+    sys.exit(code)
 
 
 @click.group(
@@ -211,7 +207,7 @@ def run(dry_run: bool, **options: Any) -> None:
 @main.command(**CLIPPING)
 def plan(dry_run: bool, **options: Any) -> None:
     """Show the plan for `run` with the same options; read no chunk."""
-    # --dry-run is accepted, so that any command line of run is one of plan
+    # --dry-run is accepted and ignored, so that any command line of run is one of plan
     _call(plan_zarr, **options)
 
 
@@ -231,49 +227,36 @@ def verify(target: str, source: str | None, limits: str | None) -> None:
 
     With --source, every bit is compared too.
     """
-    with _reporting_errors():
-        click.echo(as_text(verify_zarr(target, source, limits=limits)))
+    click.echo(as_text(verify_zarr(target, source, limits=limits)))
 
 
 @main.command(cls=_Command, params=[TARGET], groups={})
 def status(target: str) -> None:
     """Show whether TARGET exists and whether a run is unfinished."""
-    with _reporting_errors():
-        for name, value in status_of(target).items():
-            click.echo(f"{name:<10}  {value}")
+    for name, value in status_of(target).items():
+        click.echo(f"{name:<10}  {value}")
 
 
 @main.command(cls=_Command, params=[TARGET], groups={})
 def discard(target: str) -> None:
     """Remove an unfinished run; TARGET stays as it is."""
-    with _reporting_errors():
-        click.echo("discarded" if discard_run(target) else "there is no unfinished run")
+    click.echo("discarded" if discard_run(target) else "there is no unfinished run")
 
 
-def _call(
-    function: Callable[..., Any],
-    *,
-    report: Path | None,
-    html: Path | None,
-    as_json: bool,
-    scheduler: str | None,
-    workers: int | None,
-    axes: str | None,
-    dim: str | None,
-    ord: str,
-    **options: Any,
-) -> None:
+def _call(function: Callable[..., Any], **options: Any) -> None:
+    """Call the engine with the options that are its own, and print what it returns."""
+    scheduler, workers, report, html, as_json = map(options.pop, OWN)
     if function is not stats_zarr and options["clip_norm"] is options["limits"] is None:
         raise click.UsageError("Missing option '--clip-norm' or '--limits'.")
-    with _reporting_errors(), _cluster(scheduler, workers, options["progress"]):
-        # now and not after a run of hours
+    with _cluster(scheduler, workers, options["progress"]):
+        # checked now: after a run of hours the report would be lost
         for path in (report, html):
-            if path is not None and not path.absolute().parent.is_dir():
-                folder = path.absolute().parent
+            if path is not None and not (folder := path.absolute().parent).is_dir():
                 raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
         if html is not None and function is not stats_zarr:
             options["pictures"] = True
-        result = function(axes=_parse_axes(axes), dim=_parse_dim(dim), ord=float(ord), **options)
+        options["axes"], options["dim"] = _parse_axes(options["axes"]), _parse_dim(options["dim"])
+        result = function(**options | {"ord": float(options["ord"])})
         if report is not None:
             report.write_text(as_document(result) + "\n")
         if html is not None:
@@ -294,22 +277,34 @@ def _parse_dim(dim: str | None) -> list[str] | None:
 
 @contextmanager
 def _cluster(scheduler: str | None, workers: int | None, progress: str) -> Iterator[None]:
-    """Run on a Dask cluster, if one was asked for."""
+    """Connect to a Dask cluster or start one, if an option says so."""
     if scheduler is not None and workers is not None:
         raise click.UsageError("--scheduler and --workers exclude each other")
+    if scheduler is None and workers is None:
+        yield
+        return
+    # only here: distributed takes a second to import
+    from distributed import Client
+
+    # a lost cluster is reported on one line here, and not by the loggers of distributed too
+    noisy = [n for n in logging.root.manager.loggerDict if n.startswith("distributed")]
+    for name in (*noisy, "asyncio", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     with ExitStack() as stack:
-        if scheduler is not None:
-            _print_dashboard(stack.enter_context(_connect(scheduler)).dashboard_link, progress)
         if workers is not None:
-            _print_dashboard(stack.enter_context(_start_workers(workers)).dashboard_link, progress)
+            client = stack.enter_context(Client(stack.enter_context(_start_workers(workers))))
+        else:
+            client = stack.enter_context(_connect(str(scheduler)))
+        link = client.dashboard_link
+        if link and progress != "none":
+            line = json.dumps({"dashboard": link})
+            click.echo(line if progress == "json" else f"daskclip: dashboard at {link}", err=True)
         yield
 
 
 def _connect(scheduler: str) -> Any:
-    # only here: distributed takes a second to import
     from distributed import Client
 
-    _silence_logs()
     where = {"scheduler_file" if os.path.isfile(scheduler) else "address": scheduler}
     try:
         return Client(**where, timeout=10)
@@ -319,53 +314,15 @@ def _connect(scheduler: str) -> Any:
         ) from error
 
 
-@contextmanager
-def _start_workers(workers: int) -> Iterator[Any]:
-    from distributed import Client, LocalCluster
+def _start_workers(workers: int) -> Any:
+    from distributed import LocalCluster
 
-    _silence_logs()
-    # a terminal sends Ctrl-C to the workers too, and they inherit that it is ignored
+    # a terminal sends Ctrl-C to the workers too: they inherit from here that it is ignored
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",
+        return LocalCluster(
+            n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
-        )
+        )  # fmt: skip
     finally:
         signal.signal(signal.SIGINT, before)
-    with cluster, Client(cluster) as client:
-        yield client
-
-
-def _silence_logs() -> None:
-    # a lost cluster is reported on one line here, and not by the loggers of distributed too
-    noisy = [n for n in logging.root.manager.loggerDict if n.startswith("distributed")]
-    for name in (*noisy, "asyncio", "tornado.application"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-
-
-def _print_dashboard(link: str | None, progress: str) -> None:
-    if link and progress != "none":
-        as_json = json.dumps({"dashboard": link})
-        click.echo(as_json if progress == "json" else f"daskclip: dashboard at {link}", err=True)
-
-
-@contextmanager
-def _reporting_errors() -> Iterator[None]:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    # a scheduler that preempts a job sends SIGTERM first: end it like Ctrl-C
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except DaskClipError as error:
-        click.echo(f"daskclip: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("daskclip: interrupted; run the same command again to resume", err=True)
-        sys.exit(INTERRUPTED)
-    finally:
-        signal.signal(signal.SIGTERM, before)

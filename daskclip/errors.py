@@ -4,11 +4,12 @@ Each is a `DaskClipError` and also a builtin error, so that either can be caught
 code that the command line returns for it. A message is one line: the fact, the values, the remedy.
 """
 
-from __future__ import annotations
+from typing import Self
 
 from numpy.exceptions import AxisError
 
 
+# pickle makes an error again from its args: an __init__ must work with the message alone
 class DaskClipError(Exception):
     """Base of all errors that daskclip raises on purpose."""
 
@@ -16,6 +17,11 @@ class DaskClipError(Exception):
     """Exit code of the command line; 3 means that an argument or the source was rejected."""
     resumable = False
     """Whether a run that this error stopped keeps its journal and can be resumed."""
+
+    @classmethod
+    def about(cls, what: str, value: object, text: str) -> Self:
+        """Error whose message begins with the name and the value of an argument."""
+        return cls(f"{what} {short_repr(value)} {text}")
 
 
 class InvalidValueError(DaskClipError, ValueError):
@@ -26,6 +32,7 @@ class InvalidTypeError(DaskClipError, TypeError):
     """An argument has a type that cannot be used (exit code 3)."""
 
 
+# numpy's AxisError, not IndexError alone: it is what numpy.linalg.norm raises
 class AxesError(DaskClipError, AxisError):
     """An axis is out of bounds for the array (exit code 3)."""
 
@@ -110,6 +117,7 @@ class VerificationError(DaskClipError, ValueError):
 
 def short_repr(value: object) -> str:
     """Return the repr of a value on one line, cut off after 60 characters."""
+    # the repr of an array has many lines, and a log may be read by lines
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -5,8 +5,6 @@ box: its number along each axis. Boxes at the far edges are smaller if the size 
 the shape.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ Box = tuple[slice, ...]
 
 def ceil_div(a: int, b: int) -> int:
     """Smallest integer that is at least ``a / b``."""
+    # in integers: a / b would be rounded from 2**53 on
     return -(-a // b)
 
 

@@ -4,8 +4,6 @@ Importing this module registers an accessor, ``.daskclip``, for DataArray and Da
 are the two functions of this module.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping
 from typing import Any, Generic, TypeVar
@@ -98,6 +96,7 @@ def clip_by_norm(
     for name, (x, dims) in _slices(obj, dim).items():
         axes = x.get_axis_num(dims)
         data = clip_unlabelled(_plain(x.data), limit, axes, nonfinite=policy)
+        # a copy keeps the encoding too, part of which would round the values when they are saved
         clipped[name] = x.copy(deep=False, data=data)
         clipped[name].encoding = _encoding(x.encoding, data.dtype, largest)
     if isinstance(obj, xr.Dataset):
@@ -147,6 +146,7 @@ def norm(obj: Labelled, dim: Dim = None, *, skipna: bool | None = None) -> Label
     policy = _nonfinite(skipna)
     sliced = _slices(obj, dim)
     own = list(dict.fromkeys(d for _, dims in sliced.values() for d in dims))
+    # Dataset.reduce would take the norms of integer variables too
     if isinstance(obj, xr.Dataset):
         obj = obj[list(sliced)]
     return obj.reduce(_norm, own, keep_attrs=True, nonfinite=policy)
@@ -233,9 +233,7 @@ def _norm(data: object, axis: Axes = None, *, nonfinite: NonFinite) -> Any:
 
 def _nonfinite(skipna: object) -> NonFinite:
     if skipna is not None and not isinstance(skipna, bool | np.bool_):
-        raise InvalidTypeError(
-            f"skipna {short_repr(skipna)} is not a bool; give True, False or None"
-        )
+        raise InvalidTypeError.about("skipna", skipna, "is not a bool; give True, False or None")
     return "omit" if skipna is None or skipna else "propagate"
 
 

@@ -194,9 +194,10 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
     }
     processes, threads, fewest = workers()
     machine = Machine(
-        processes=processes, threads=threads, fewest=fewest, memory=request.memory_nbytes
-    )
-    return plan_group(clipped, copied, machine, sizing.DEFAULT, global_norm=request.global_norm)
+        processes=processes, threads=threads, fewest=fewest, memory=request.memory_nbytes,
+        sizing=sizing.DEFAULT,
+    )  # fmt: skip
+    return plan_group(clipped, copied, machine, request.global_norm)
 
 
 def _parameters(

@@ -138,6 +138,7 @@ def clip_by_norm(
     inputs.check_name(name)
     check_nonfinite(nonfinite)
     x = inputs.as_array(values_of(t))
+    # all arguments are checked now, for a lazy result too: a late error has no useful traceback
     operation = inputs.Operation(parse_axes(axes, x.ndim), parse_ord(ord, x.dtype), nonfinite)
     limit = inputs.normalize_limit(clip_norm, limits, x, operation.axes)
     clipped: Any
@@ -202,6 +203,7 @@ def norm(t: Operand, axes: Axes = None, *, keepdims: bool = False, ord: float = 
     total = partial_norm(x, operation.axes, ord=operation.ord)
     # no limit is needed for a norm, and an infinite one clips nothing
     norms = finalize(total, math.inf, x.dtype).norm
+    # [()] gives a scalar for an array of shape (), as the reductions of NumPy do
     return norms if keepdims else norms.squeeze(operation.axes)[()]
 
 
@@ -241,6 +243,7 @@ def global_norm(t_list: Sequence[Operand | None]) -> Any:
     np.float64(5.0)
     """
     arrays = inputs.as_arrays(t_list)
+    # one lazy array makes the norm lazy: computing it here could take hours without a warning
     if inputs.is_lazy(arrays):
         return graph.global_norm(da.asarray(x, chunks=-1) for x in arrays)
     return _norm_of(_total(arrays))
@@ -296,6 +299,7 @@ def clip_by_global_norm(
     ([array([3.], dtype=float32), None, array([4.], dtype=float32)], np.float64(5.0))
     """
     inputs.check_name(name)
+    # a limit may depend on the data, as use_norm may: both stay lazy where they are
     limit = inputs.normalize_clip_norm(clip_norm)
     known = None if use_norm is None else inputs.normalize_clip_norm(use_norm, "use_norm")
     arrays = inputs.as_arrays(t_list)
@@ -306,7 +310,7 @@ def clip_by_global_norm(
         clipped, total = graph.clip_list(lazy, limit, known, name)
     else:
         clipped, total = _clip_list(arrays, limit, known)
-    # what was None has no clipped array
+    # None, a variable without a gradient, stays in its place and has no clipped array
     values = iter(clipped)
     return [None if t is None else with_values(t, next(values)) for t in t_list], total
 
@@ -316,9 +320,10 @@ def _clip(
 ) -> tuple[Array, Array]:
     """Clipped array and norms, in memory."""
     if operation.nonfinite == "raise":
+        # a pass of its own: clipping does not tell where the first NaN or infinity is
         require_finite(x, operation.axes, limit)
-    # as Dask's own scheduler of threads decides; its count of CPUs heeds the limits of the process
-    # and of the container
+    # as many as Dask's threaded scheduler takes: its CPU count respects the affinity of the process
+    # and the limits of the container
     threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
     clipped, norms = clip_array(
         x, limit, operation.axes, omit_nan=operation.omit_nan, ord=operation.ord, threads=threads
@@ -339,9 +344,11 @@ def _clip_list(
 
 def _total(arrays: list[Array]) -> Partial:
     """Exact sum of all elements of all arrays."""
+    # one sum of exact sums, not of norms: their rounding would make the bits depend on the list
     return combine_all([partial_norm(x, tuple(range(x.ndim))) for x in arrays])
 
 
 def _norm_of(total: Partial) -> Array:
+    # float64 whatever the arrays are, since the norm of a list has no other dtype to follow
     norms: Array = finalize(total, math.inf, np.dtype(float)).norm[()]
     return norms

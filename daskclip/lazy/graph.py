@@ -16,10 +16,8 @@ The second pass makes each chunk again from its recipe (see `recipes`). A list o
 sum for all of them, and a scale for each dtype.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -47,6 +45,8 @@ from daskclip.numerics import (
 
 # chunks that share their slices are held up to this size: reading them again would cost more
 HELD_NBYTES = 16 * 2**20
+Number = float | da.Array
+"""A number, or a Dask array that will give it."""
 
 
 class ClippedChunk(NamedTuple):
@@ -65,13 +65,14 @@ def clip(
     # the chunks too: compute_chunk_sizes() replaces them and keeps the name
     token = tokenize(x, x.chunks, limit, operation, ensure_deterministic=True)
     layer = f"{name or 'clip-by-norm'}-{token}"
-    checked = _checked(x, limit, axes, token) if operation.nonfinite == "raise" else x
+    checked = x
+    if operation.nonfinite == "raise":
+        check = partial(_require_finite, axes=axes)
+        checked = _map_blocks(check, x, limit, name=f"require-finite-{token}", like=x)
     if all(x.numblocks[a] == 1 for a in axes):
         clip_chunk = partial(_clip_chunk, operation=operation)
         blocks = map_object_blocks(clip_chunk, checked, limit, name=f"clip-chunk-{token}")
-        clipped = da.map_blocks(
-            attrgetter("clipped"), blocks, name=layer, dtype=x.dtype, meta=x._meta
-        )
+        clipped = _map_blocks(attrgetter("clipped"), blocks, name=layer, like=x)
     else:
         blocks = _scales(checked, limit, operation, token)
         # from x, not checked again: what is rescaled has passed the check
@@ -87,15 +88,11 @@ def norm(x: da.Array, operation: Operation, keepdims: bool) -> da.Array:
 
 
 def clip_list(
-    arrays: Sequence[da.Array],
-    limit: float | da.Array,
-    use_norm: float | da.Array | None,
-    name: str | None,
+    arrays: Sequence[da.Array], limit: Number, use_norm: Number | None, name: str | None
 ) -> tuple[list[da.Array], da.Array]:
     """Return arrays clipped by one factor, and the norm that it follows from."""
     # the norm of an array that holds one number is that number
-    measured = arrays if use_norm is None else [da.asarray(use_norm).astype(float)]
-    total = _total(measured)
+    total = _total(arrays if use_norm is None else [da.asarray(use_norm).astype(float)])
     # an infinite norm makes a list NaN, an array alone not
     sums = delayed(nan_if_infinite, pure=True)(total)
     if isinstance(limit, da.Array):
@@ -104,9 +101,8 @@ def clip_list(
     for x in arrays:
         scale = delayed(finalize, pure=True)(sums, limit, x.dtype)
         token = tokenize(x, x.chunks, scale.key, ensure_deterministic=True)
-        scales = da.from_delayed(
-            scale, (1,) * x.ndim, meta=object_meta(x.ndim), name=f"list-scale-{token}"
-        )
+        meta = object_meta(x.ndim)
+        scales = da.from_delayed(scale, (1,) * x.ndim, meta=meta, name=f"list-scale-{token}")
         layer = f"{name or 'clip-by-global-norm'}-{token}"
         # not kept: each array may be small, and a list has any number of them
         clipped.append(_rescaled(x, scales, layer, keep=False))
@@ -121,7 +117,7 @@ def global_norm(arrays: Iterable[da.Array]) -> da.Array:
 # ---- layers
 
 
-def _chunked_like(x: da.Array, limit: Limit) -> float | da.Array:
+def _chunked_like(x: da.Array, limit: Limit) -> Number:
     """Limits in the chunks of the array whose slices they are for; one limit as it is."""
     if isinstance(limit, float):
         return limit
@@ -132,27 +128,24 @@ def _chunked_like(x: da.Array, limit: Limit) -> float | da.Array:
     return limits
 
 
-def _checked(x: da.Array, limit: float | da.Array, axes: tuple[int, ...], token: str) -> da.Array:
-    """The same array; computing a chunk of it raises where NaN or infinity has a limit."""
-    checked: da.Array = da.map_blocks(
-        _require_finite, x, limit, axes=axes,
-        name=f"require-finite-{token}", dtype=x.dtype, meta=x._meta,
-    )  # fmt: skip
-    return checked
+def _map_blocks(
+    function: Callable[..., Array], *args: Limit, name: str, like: da.Array
+) -> da.Array:
+    """`map_blocks` for a result of the dtype and type of ``like``; ``name`` is the layer name."""
+    mapped: da.Array = da.map_blocks(function, *args, name=name, dtype=like.dtype, meta=like._meta)
+    return mapped
 
 
 def _partials(x: da.Array, operation: Operation, token: str) -> da.Array:
     """`Partial` blocks, one along each reduced axis."""
-    axes = operation.axes
+    axes, omit_nan = operation.axes, operation.omit_nan
     kept = tuple((1,) * len(c) if a in axes else c for a, c in enumerate(x.chunks))
-    parts = map_object_blocks(
-        partial_norm, x, axes=axes, omit_nan=operation.omit_nan, ord=operation.ord,
-        name=f"partial-norm-{token}", chunks=kept,
-    )  # fmt: skip
+    sum_chunk = partial(partial_norm, axes=axes, omit_nan=omit_nan, ord=operation.ord)
+    parts = map_object_blocks(sum_chunk, x, name=f"partial-norm-{token}", chunks=kept)
     return tree_reduce(parts, axes)
 
 
-def _scales(x: da.Array, limit: float | da.Array, operation: Operation, token: str) -> da.Array:
+def _scales(x: da.Array, limit: Number, operation: Operation, token: str) -> da.Array:
     """`Scale` blocks, one along each reduced axis."""
     parts = _partials(x, operation, token)
     return map_object_blocks(partial(finalize, dtype=x.dtype), parts, limit, name=f"scale-{token}")
@@ -214,9 +207,8 @@ def _rescaled(x: da.Array, scales: da.Array, name: str, *, keep: bool) -> da.Arr
 
 def _clip_chunk(x: Array, limit: float | Array, operation: Operation) -> ClippedChunk:
     """Clip a chunk that holds its slices whole."""
-    clipped, scale = clip_block(
-        x, limit, operation.axes, omit_nan=operation.omit_nan, ord=operation.ord
-    )
+    omit_nan, ord = operation.omit_nan, operation.ord
+    clipped, scale = clip_block(x, limit, operation.axes, omit_nan=omit_nan, ord=ord)
     return ClippedChunk(clipped, scale.norm)
 
 

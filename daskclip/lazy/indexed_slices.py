@@ -11,6 +11,7 @@ import numpy.typing as npt
 from daskclip.errors import InvalidTypeError, InvalidValueError
 
 
+# eq=False: arrays compare element by element, and the result has no truth value
 @dataclass(frozen=True, slots=True, eq=False)
 class IndexedSlices:
     """Rows ``values[i] = dense[indices[i]]`` of an array of shape ``dense_shape``.
@@ -74,6 +75,7 @@ class IndexedSlices:
         values, indices = self._arrays()
         shape = tuple(int(n) for n in np.asarray(self.dense_shape))
         dense = np.zeros(shape, values.dtype)
+        # numpy would count negative indices from the end and add them to a wrong row
         if indices.size and not (indices.min() >= 0 and indices.max() < shape[0]):
             raise InvalidValueError(
                 f"indices {indices.min()} to {indices.max()} leave 0 to {shape[0] - 1}; "
@@ -97,6 +99,7 @@ class IndexedSlices:
         """
         values, indices = self._arrays()
         unique, inverse = np.unique(indices, return_inverse=True)
+        # rows are added in the order they have, which decides how the sums are rounded
         summed = np.zeros((len(unique), *values.shape[1:]), values.dtype)
         np.add.at(summed, inverse, values)
         return IndexedSlices(summed, unique, self.dense_shape)
@@ -127,4 +130,5 @@ def values_of(t: object) -> object:
 
 def with_values(t: object, values: object) -> object:
     """Return ``values`` in the form of ``t``: IndexedSlices if ``t`` has their parts."""
+    # ours even where t is TensorFlow's, which could not hold a Dask array
     return IndexedSlices(values, t.indices, t.dense_shape) if is_indexed(t) else values

@@ -1,7 +1,5 @@
 """The arguments of the operation as NumPy arrays, Dask arrays and floats."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,9 +39,8 @@ class Operation:
 def check_name(name: object) -> None:
     """Refuse a layer name that is not a string."""
     if name is not None and not isinstance(name, str):
-        raise InvalidTypeError(
-            f"name {short_repr(name)} is a {type(name).__name__}; give a string or None"
-        )
+        kind = f"is a {type(name).__name__}; give a string or None"
+        raise InvalidTypeError.about("name", name, kind)
 
 
 def as_array(t: object, check: arguments.Check = arguments.check_dtype) -> Any:

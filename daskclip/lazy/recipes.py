@@ -6,8 +6,6 @@ layers. A recipe is one chunk's own small graph as an opaque value: a task that 
 the chunk when it runs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

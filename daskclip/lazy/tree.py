@@ -4,8 +4,6 @@ Blocks of these arrays are `Partial` and `Scale` tuples, not ndarrays: their dty
 their shape is that of the norms with reduced axes of size 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar

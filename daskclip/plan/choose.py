@@ -1,7 +1,5 @@
 """Choose blocks and windows: the largest that keep within the memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -18,8 +16,6 @@ def plan_group(
     clipped: Mapping[str, Layout],
     copied: Mapping[str, Layout],
     machine: Machine,
-    sizing: Sizing,
-    *,
     global_norm: bool,
 ) -> GroupPlan:
     """Plan all arrays of a group, on as many threads as the array that needs most memory allows.
@@ -30,8 +26,6 @@ def plan_group(
         Arrays to clip and arrays to copy as they are, by their paths.
     machine : Machine
         Processes, threads and memory for the blocks of all arrays.
-    sizing : Sizing
-        Sizes of blocks and windows.
     global_norm : bool
         Whether all arrays are one slice.
 
@@ -44,23 +38,24 @@ def plan_group(
     MemoryBudgetError
         If an array does not fit; names the one that needs most.
     """
-    plans = _plan_each(clipped, machine, sizing, global_norm)
+    plans = _plan_each(clipped, machine, global_norm)
     fewest = min(p.threads for p in plans.values())
+    # all arrays are clipped by the same threads, so the array that allows fewest decides
     if fewest < machine.threads:
-        plans = _plan_each(clipped, replace(machine, threads=fewest), sizing, global_norm)
+        plans = _plan_each(clipped, replace(machine, threads=fewest), global_norm)
     window = min(p.window for p in plans.values())
     like = replace(next(iter(plans.values())), window=window)
-    copies = {name: _plan_copy(like, layout, sizing) for name, layout in copied.items()}
+    copies = {name: _plan_copy(like, layout, machine.sizing) for name, layout in copied.items()}
     return GroupPlan(plans | copies, global_norm)
 
 
 def _plan_each(
-    layouts: Mapping[str, Layout], machine: Machine, sizing: Sizing, global_norm: bool
+    layouts: Mapping[str, Layout], machine: Machine, global_norm: bool
 ) -> dict[str, ClipPlan]:
     plans, refused = {}, {}
     for name, layout in layouts.items():
         try:
-            plans[name] = make_plan(layout, machine, sizing, is_shared=global_norm)
+            plans[name] = make_plan(layout, machine, is_shared=global_norm)
         except MemoryBudgetError as error:
             refused[name] = error
     if refused:
@@ -72,26 +67,18 @@ def _plan_each(
 
 def _plan_copy(like: ClipPlan, layout: Layout, sizing: Sizing) -> ClipPlan:
     """Plan of an array that is not decoded: files are copied in pieces, objects a few at a time."""
+    # only the limits of size apply: a copied block is never in memory as a whole
     shape, unit = layout.shape, layout.first_block
-    return replace(
-        like,
-        shape=shape,
-        axes=(),
-        unit=unit,
-        itemsize=layout.itemsize,
-        block=grown(unit, shape, range(len(shape)), layout.max_block(sizing)),
-        passes=0,
-        projected_memory=0,
-    )
+    block = grown(unit, shape, range(len(shape)), layout.max_block(sizing))
+    like = replace(like, passes=0, projected_memory=0, axes=())
+    return replace(like, shape=shape, unit=unit, itemsize=layout.itemsize, block=block)
 
 
-def make_plan(
-    layout: Layout, machine: Machine, sizing: Sizing, *, is_shared: bool = False
-) -> ClipPlan:
+def make_plan(layout: Layout, machine: Machine, *, is_shared: bool = False) -> ClipPlan:
     """Choose blocks that keep within the memory of a machine.
 
-    There is room for exact sums of values of any spread unless that takes threads away. Then there
-    is room for usual ones, and a run that needs more is refused when it does.
+    The plan has room for the exact sums of values of any spread, unless it would have fewer threads
+    then. Otherwise it has room for usual sums, and the run fails when one needs more.
 
     Parameters
     ----------
@@ -100,10 +87,8 @@ def make_plan(
     machine : Machine
         Processes, threads and memory for the blocks. The plan has fewer threads if a block for
         each would not fit.
-    sizing : Sizing
-        Sizes of blocks and windows.
     is_shared : bool
-        Whether the only slice goes on in other arrays.
+        Whether the array is part of a slice that all arrays of a group form.
 
     Returns
     -------
@@ -116,26 +101,24 @@ def make_plan(
     """
 
     def plan(sum_nbytes: int) -> ClipPlan:
-        return _plan(
-            MemoryModel(
-                layout=layout, machine=machine, sizing=sizing, sum_nbytes=sum_nbytes,
-                is_shared=is_shared,
-            )
-        )  # fmt: skip
+        return _plan(MemoryModel(replace(layout, sum_nbytes=sum_nbytes), machine, is_shared))
 
-    usual = plan(min(layout.sum_nbytes, sizing.usual_sum_nbytes))
-    if layout.sum_nbytes <= sizing.usual_sum_nbytes:
+    enough = machine.sizing.usual_sum_nbytes
+    usual = plan(min(layout.sum_nbytes, enough))
+    if layout.sum_nbytes <= enough:
         return usual
     with suppress(MemoryBudgetError):
+        # fewer threads cost more time than the rare run that must begin again with more memory
         wide = plan(layout.sum_nbytes)
         if wide.threads == usual.threads:
             return wide
-    return replace(usual, state=sizing.usual_sum_nbytes)
+    return replace(usual, state=enough)
 
 
 def _plan(model: MemoryModel) -> ClipPlan:
-    """Plan for exact sums of a fixed size."""
+    """Plan for exact sums of the size that the layout of the model has."""
     layout, machine = model.layout, model.machine
+    # threads are given up before the run is refused, never to get larger blocks
     block, threads = layout.first_block, machine.threads
     while threads > machine.fewest and not model.fits(block, threads):
         threads -= 1
@@ -144,10 +127,10 @@ def _plan(model: MemoryModel) -> ClipPlan:
         block = slab
     elif not model.fits(block, threads):
         raise _too_little_memory(model, threads)
-    # reduced axes first, so that fewer blocks share a slice; then the slowest ones: the chunks of a
-    # block lie one after the other in its memory
+    # reduced axes first, so that fewer blocks share a slice; then the outer ones, along which the
+    # chunks of a block are contiguous in its memory
     order = sorted(range(len(layout.shape)), key=lambda a: a not in layout.axes)
-    most = layout.max_block(model.sizing)
+    most = layout.max_block(machine.sizing)
     block = grown(block, layout.shape, order, most, lambda block: model.fits(block, threads))
     return ClipPlan(
         shape=layout.shape,
@@ -173,9 +156,9 @@ def _slab_of_one_block(model: MemoryModel, threads: int) -> Shape | None:
         max(1, n) if a in layout.axes else u
         for a, (n, u) in enumerate(zip(layout.shape, layout.first_block, strict=True))
     )
-    # a slab that a single thread would read for long is faster in two passes of all threads
+    # one thread would read a large slab alone: two passes of all threads over it are faster
     is_busy = math.prod(grid_shape(layout.shape, block)) >= machine.processes * machine.threads
-    is_small = math.prod(block) * layout.itemsize <= model.sizing.block_nbytes
+    is_small = math.prod(block) * layout.itemsize <= machine.sizing.block_nbytes
     return block if (is_small or is_busy) and model.fits(block, threads) else None
 
 

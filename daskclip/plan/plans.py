@@ -18,9 +18,9 @@ A *window* is one Dask graph: all blocks of a few slabs, or a few blocks of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Reversible, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,13 +30,8 @@ from daskclip.report import format_axes, format_size, fragment
 
 Numbers = Sequence[int] | npt.NDArray[np.intp]
 """Numbers of some slabs, or of some blocks of a slab."""
-
-
-class Windows(Protocol):
-    """Numbers of the blocks of each window of a slab, forwards or backwards."""
-
-    def __iter__(self) -> Iterator[Iterable[int]]: ...
-    def __reversed__(self) -> Iterator[Iterable[int]]: ...
+Windows = Reversible[Iterable[int]]
+"""Numbers of the blocks of each window of a slab, forwards or backwards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +62,7 @@ class ClipPlan:
     projected_memory: int
     """Peak memory of each process, in bytes above its imports."""
     state: int = 0
-    """Bytes that the exact sum of a slice may take; 0 if there is room for values of any spread."""
+    """Bytes that the exact sum of a slice may take; 0 if the plan fits values of any spread."""
     derived: ClassVar = (
         "slices", "slabs", "blocks", "tasks", "passes", "bytes_read",
         "processes", "threads", "memory", "projected_memory",
@@ -129,20 +124,14 @@ class ClipPlan:
         } | _shared_rows(self)
 
     def _repr_html_(self) -> str:
-        return fragment("daskclip plan", self.rows(), None)
+        return fragment("daskclip plan", self.rows())
 
     def region(self, slab: int, block: int) -> Box:
         """Region of the array that a block of a slab covers."""
-        # numbers of slabs, and of blocks in a slab, run along the last of their axes first
-        coords = []
-        for a in reversed(range(len(self.shape))):
-            n = self.grid[a]
-            if a in self.axes:
-                block, i = divmod(block, n)
-            else:
-                slab, i = divmod(slab, n)
-            coords.append(i)
-        return box_at(coords[::-1], self.block, self.shape)
+        # computed, not looked up: a petabyte has 10**9 blocks
+        number = self.number(slab, block)
+        pairs = zip(self.block_strides, self.grid, strict=True)
+        return box_at([number // stride % n for stride, n in pairs], self.block, self.shape)
 
     def number(self, slab: int, block: int) -> int:
         """Number of a block of a slab among all blocks of the array."""
@@ -155,19 +144,18 @@ class ClipPlan:
     @property
     def block_strides(self) -> tuple[int, ...]:
         """Strides of the number of a block along each axis."""
-        strides, reduced, kept = [], 1, self.blocks // self.slabs
-        for a in reversed(range(len(self.shape))):
-            if a in self.axes:
-                strides.append(reduced)
-                reduced *= self.grid[a]
-            else:
-                strides.append(kept)
-                kept *= self.grid[a]
-        return tuple(strides[::-1])
+        # reduced axes first: the numbers of the blocks of a slab then follow one another, and a
+        # number can be split into those of the slab and of the block in it
+        grid, strides, stride = self.grid, [0] * len(self.shape), 1
+        for a in sorted(range(len(grid)), key=lambda a: (a not in self.axes, -a)):
+            strides[a] = stride
+            stride *= grid[a]
+        return tuple(strides)
 
     @property
     def spans(self) -> Spans:
         """Ranges of all blocks of a slab, a window each."""
+        # a slab smaller than a window is one span, which may share its window with other slabs
         length = self.blocks // self.slabs
         return Spans(length, min(length, max(1, self.window)))
 
@@ -188,24 +176,39 @@ class ClipPlan:
         windows : Spans or sequence of ndarray
             Numbers of blocks in a slab, a window each.
         """
+        # the grid of an empty array has no slabs, or slabs without blocks: spans would divide by 0
         if not self.blocks:
             return
         spans = self.spans
-        # small slabs share a window; a large one takes several, one after the other
+        # small slabs share a window, since a graph for each would cost more than its tasks; a large
+        # slab takes several windows, one after the other, so that few sums are held
         step = max(1, self.window // spans.n)
-        if stored is None:
-            for first in range(0, self.slabs, step):
-                yield range(first, min(first + step, self.slabs)), spans
-            return
-        stored = stored.reshape(self.slabs, spans.n)
-        slabs = np.flatnonzero(stored.any(axis=1))
+        slabs: Numbers = range(self.slabs)
+        if stored is not None:
+            stored = stored.reshape(self.slabs, spans.n)
+            slabs = np.flatnonzero(stored.any(axis=1))
         for i in range(0, len(slabs), step):
-            if step > 1:
-                yield slabs[i : i + step], spans
-            else:
-                blocks = np.flatnonzero(stored[slabs[i]])
-                parts = [blocks[j : j + spans.step] for j in range(0, len(blocks), spans.step)]
-                yield slabs[i : i + 1], parts
+            some = slabs[i : i + step]
+            windows: Windows = spans
+            # slabs that share a window must have the same blocks, stored or not
+            if stored is not None and step == 1:
+                blocks = np.flatnonzero(stored[some[0]])
+                windows = [blocks[j : j + spans.step] for j in range(0, len(blocks), spans.step)]
+            yield some, windows
+
+
+class _Over:
+    """Figure of a group: the sum, minimum or maximum of the same figure of its arrays."""
+
+    def __init__(self, combine: Callable[[Iterator[int]], int]) -> None:
+        self.combine = combine
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    # not cached: an instance with slots has no place for another value
+    def __get__(self, group: GroupPlan, owner: type) -> int:
+        return self.combine(getattr(plan, self.name) for plan in group.plans.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,11 +216,31 @@ class GroupPlan:
     """Plans of all arrays of a group, and the memory the run needs."""
 
     plans: dict[str, ClipPlan]
-    """Plans by the path of the array in the group; one that is only copied has no passes."""
+    """Plans by the path of the array in the group; a plan without passes copies its array."""
     global_norm: bool
     """Whether all arrays are one slice."""
     derived: ClassVar = ClipPlan.derived
     """Properties that JSON has beside the fields."""
+
+    blocks = _Over(sum)
+    """Number of blocks, including copied ones."""
+    tasks = _Over(sum)
+    """Blocks to run, over all passes; combining norms takes some more."""
+    bytes_read = _Over(sum)
+    """Bytes to read, decoded, over all passes."""
+    passes = _Over(max)
+    """Times an array is read, at most."""
+    window = _Over(min)
+    """Blocks of a window, at most."""
+    # all arrays run on the same processes and threads, so that min only picks one of equal numbers
+    processes = _Over(min)
+    """Processes that run blocks."""
+    threads = _Over(min)
+    """Threads of each process."""
+    memory = _Over(min)
+    """Budget of each process, in bytes above its imports."""
+    projected_memory = _Over(max)
+    """Peak memory of each process, in bytes above its imports."""
 
     @property
     def clipped(self) -> dict[str, ClipPlan]:
@@ -240,57 +263,13 @@ class GroupPlan:
         return 1 if self.global_norm else sum(p.slabs for p in self.clipped.values())
 
     @property
-    def blocks(self) -> int:
-        """Number of blocks, including copied ones."""
-        return sum(p.blocks for p in self.plans.values())
-
-    @property
-    def tasks(self) -> int:
-        """Blocks to run, over all passes; combining norms takes some more."""
-        return sum(p.tasks for p in self.plans.values())
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the arrays that are clipped, decoded."""
         return sum(p.nbytes for p in self.clipped.values())
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes to read, decoded, over all passes."""
-        return sum(p.bytes_read for p in self.plans.values())
-
-    @property
-    def passes(self) -> int:
-        """Times an array is read, at most."""
-        return max(p.passes for p in self.plans.values())
-
-    @property
-    def window(self) -> int:
-        """Blocks of a window, at most."""
-        return min(p.window for p in self.plans.values())
-
-    @property
-    def processes(self) -> int:
-        """Processes that run blocks."""
-        return min(p.processes for p in self.plans.values())
-
-    @property
-    def threads(self) -> int:
-        """Threads of each process."""
-        return min(p.threads for p in self.plans.values())
-
-    @property
-    def memory(self) -> int:
-        """Budget of each process, in bytes above its imports."""
-        return min(p.memory for p in self.plans.values())
-
-    @property
-    def projected_memory(self) -> int:
-        """Peak memory of each process, in bytes above its imports."""
-        return max(p.projected_memory for p in self.plans.values())
-
     def rows(self) -> dict[str, str]:
         """Figures as text, by their names."""
+        # the size is that of clipped arrays: copied ones are never decoded
         copied = len(self.plans) - len(self.clipped)
         return {
             "arrays": f"{len(self.clipped):,}, {format_size(self.nbytes)}; {copied:,} more copied",
@@ -299,7 +278,7 @@ class GroupPlan:
         } | _shared_rows(self)
 
     def _repr_html_(self) -> str:
-        return fragment("daskclip plan", self.rows(), None)
+        return fragment("daskclip plan", self.rows())
 
 
 def _shared_rows(plan: ClipPlan | GroupPlan) -> dict[str, str]:

@@ -5,8 +5,6 @@ A thread holds one block, and one chunk in several stages of decoding or encodin
     process = fixed + threads * (block + 4 chunks + scratch) + sums of the slices of a window
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -17,13 +15,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizing:
-    """Sizes that blocks and windows are chosen by, and memory is projected from.
+    """Constants of the memory model, and limits of blocks and windows.
 
-    They do not depend on the array or on the machine; tests shrink them.
+    They do not depend on the array or on the machine; tests reduce them.
     """
 
     block_nbytes: int = 16 * MIB
-    """Bytes of a block, decoded, above which a larger one gains nothing."""
+    """Bytes of a block, decoded, at most: larger ones are not faster."""
     block_units: int = 1024
     """Units (chunks or shards) of a block, at most."""
     process_nbytes: int = 16 * MIB
@@ -35,7 +33,7 @@ class Sizing:
     window_blocks: int = 16
     """Blocks of a window for each thread."""
     usual_sum_nbytes: int = 80
-    """Bytes of the exact sum of a slice that are enough unless values span 10**80."""
+    """Bytes that hold the exact sum of a slice unless its values span 10**80."""
     sum_nbytes: int | None = None
     """Bytes of the exact sum of a slice; None for the maximum of its dtype."""
 
@@ -68,6 +66,7 @@ class Layout:
     @property
     def first_block(self) -> Shape:
         """A block of one unit, cut off at the edge of the array."""
+        # at least 1, also along an axis of length 0: a size of 0 cannot divide a shape into a grid
         return tuple(max(1, min(u, n)) for u, n in zip(self.unit, self.shape, strict=True))
 
     @property
@@ -77,13 +76,14 @@ class Layout:
 
     def max_block(self, sizing: Sizing) -> int:
         """Elements of a block, at most, unless it holds its slices whole."""
+        # limited in units too: each is a file to open, however few bytes it has
         units = sizing.block_units * math.prod(self.first_block)
         return min(sizing.block_nbytes // self.itemsize, units)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Processes and threads that run blocks, and their budget."""
+    """Processes and threads that run blocks, their budget and the sizes of their work."""
 
     processes: int
     """Number of processes."""
@@ -93,47 +93,52 @@ class Machine:
     """Threads of each process that a plan may go down to."""
     memory: int
     """Budget of each process, in bytes above its imports."""
+    sizing: Sizing = DEFAULT
+    """Sizes of blocks and windows."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class MemoryModel:
     """Memory of a process that runs blocks of an array."""
 
     layout: Layout
     machine: Machine
-    sizing: Sizing
-    sum_nbytes: int
-    """Bytes of the exact sum of a slice to plan for."""
     is_shared: bool
-    """Whether the only slice goes on in other arrays, so that no block holds it whole."""
+    """Whether all arrays are one slice, so that no block holds a slice whole."""
 
     def is_whole(self, block: Shape) -> bool:
         """Whether a block holds its slices whole, so that no sums are kept."""
         layout = self.layout
         return not self.is_shared and all(block[a] >= layout.shape[a] for a in layout.axes)
 
+    def slices(self, block: Shape) -> int:
+        """Slices that a block has a part of."""
+        return math.prod(n for a, n in enumerate(block) if a not in self.layout.axes)
+
     def sums(self, block: Shape) -> int:
         """Bytes of the exact sums of a block."""
-        return self.sum_nbytes * self._slices(block)
+        return self.layout.sum_nbytes * self.slices(block)
 
     def base(self, block: Shape, threads: int) -> int:
         """Bytes without the sums that a window keeps."""
-        layout, sizing = self.layout, self.sizing
+        layout, sizing = self.layout, self.machine.sizing
         size = math.prod(block) * layout.itemsize
-        # a chunk on its way is there as read, decoded, encoded, and once more in the allocator
+        # a chunk in transit exists as read, as decoded, as encoded, and once more in the allocator,
+        # which keeps what was freed last
         size += 4 * (layout.unit_nbytes + layout.limits_nbytes) + sizing.thread_nbytes
         if self.is_whole(block):
-            size += sizing.slice_nbytes * self._slices(block)
+            size += sizing.slice_nbytes * self.slices(block)
         else:
-            size += 2 * self.sums(block)  # a thread puts its result together from parts
+            size += 2 * self.sums(block)  # a thread adds up its result from parts
         return sizing.process_nbytes + threads * size
 
     def window(self, block: Shape, threads: int) -> int:
         """Blocks of a window in one process: fewer where their sums leave little memory."""
-        most = self.sizing.window_blocks * threads
+        most = self.machine.sizing.window_blocks * threads
         if self.is_whole(block):
             return most
         left = self.machine.memory - self.base(block, threads)
+        # a window of fewer blocks than threads would leave threads idle: then the plan does not fit
         return max(threads, min(most, left // max(1, self.sums(block)) - 1))
 
     def peak(self, block: Shape, threads: int) -> int:
@@ -144,6 +149,3 @@ class MemoryModel:
     def fits(self, block: Shape, threads: int) -> bool:
         """Whether blocks of this shape keep within the budget."""
         return self.peak(block, threads) <= self.machine.memory
-
-    def _slices(self, block: Shape) -> int:
-        return math.prod(n for a, n in enumerate(block) if a not in self.layout.axes)

@@ -3,17 +3,10 @@
 Reports are data; nothing here opens a store, plans or computes.
 """
 
-from daskclip.report.html import fragment
+from daskclip.report.html import as_page, fragment
 from daskclip.report.progress import Mode, ProgressState, Show, progress_printer
-from daskclip.report.reports import (
-    ClipReport,
-    StatsReport,
-    VerifyReport,
-    as_document,
-    as_page,
-    as_text,
-)  # fmt: skip
-from daskclip.report.text import MIB, format_axes, format_size
+from daskclip.report.reports import ClipReport, StatsReport, VerifyReport
+from daskclip.report.text import MIB, as_document, as_text, format_axes, format_size
 
 __all__ = [
     "MIB", "ClipReport", "Mode", "ProgressState", "Show", "StatsReport", "VerifyReport",

@@ -1,16 +1,15 @@
 """Figures as HTML: tables and charts in inline SVG, which need nothing from elsewhere."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate, pairwise
-from typing import NotRequired, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 WIDTH, HEIGHT = 460, 240  # of a chart
 LEFT, RIGHT, TOP, BOTTOM = 66, WIDTH - 28, 22, HEIGHT - 44  # edges of the area inside the axes
+# every rule is below .daskclip: a notebook puts the fragment into a page with styles of its own
 STYLE = """
 .daskclip { --ink: #1b1f24; --paper: #fff; --bar: #2f6fb3; --mark: #b5391a; --grid: #0002;
   color: var(--ink); background: var(--paper); font: 14px/1.45 sans-serif; padding: 8px 16px; }
@@ -28,7 +27,6 @@ STYLE = """
   font-weight: normal; overflow-wrap: anywhere; color: inherit; background: none; }
 .daskclip th { white-space: nowrap; opacity: 0.75; }
 """
-
 
 NORM = "norm of a slice (logarithmic)"
 Bar = tuple[float, float, float]
@@ -66,22 +64,25 @@ class Pictures(TypedDict, total=False):
     """Name, planned value and actual value of a figure."""
 
 
+class Drawn(Protocol):
+    """Report or plan with an HTML form, as notebooks show it."""
+
+    def _repr_html_(self) -> str: ...
+
+
 def fragment(
-    title: str,
-    rows: Mapping[str, str],
-    pictures: Pictures | None = None,
-    limit: float | None = None,
+    title: str, rows: dict[str, str], pictures: Pictures | None = None, limit: float | None = None
 ) -> str:
-    """HTML of figures and charts, to be put into a page or a notebook.
+    """HTML of figures and charts, for a page or a notebook.
 
     Parameters
     ----------
     title : str
         Heading.
-    rows : mapping of str to str
+    rows : dict of str to str
         Figures as text, by their names.
     pictures : Pictures, optional
-        Each chart is drawn if its numbers are given.
+        Numbers of the charts; a chart without numbers is left out.
     limit : float, optional
         The clip_norm, marked on the axis of the norms.
 
@@ -94,7 +95,7 @@ def fragment(
     return f'<div class="daskclip">{head}<div class="all">{body}</div></div>'
 
 
-def _figures(rows: Mapping[str, str], pictures: Pictures, limit: float | None) -> Iterator[str]:
+def _figures(rows: dict[str, str], pictures: Pictures, limit: float | None) -> Iterator[str]:
     yield _figure("Figures", _table([], rows.items()))
     slices = pictures.get("slices", 0)
     if bars := pictures.get("histogram"):
@@ -111,14 +112,14 @@ def _figures(rows: Mapping[str, str], pictures: Pictures, limit: float | None) -
         yield _figure("Plan against actual", _table(["", "planned", "actual"], plan))
 
 
-def page(title: str, body: str) -> str:
-    """HTML document around a fragment."""
+def as_page(figures: Drawn) -> str:
+    """HTML document of the figures and charts."""
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>daskclip'
         '</title><meta name="viewport" content="width=device-width">'
         '<meta name="color-scheme" content="light dark">'
         "<style>body { margin: 0; } .daskclip { min-height: 98vh; }</style>"
-        f"</head><body>\n{body}\n</body></html>\n"
+        f"</head><body>\n{figures._repr_html_()}\n</body></html>\n"
     )
 
 
@@ -126,6 +127,7 @@ def _histogram(bars: Sequence[Bar], limit: float | None) -> str:
     """Chart of how many slices have which norm."""
     title, x_range = "Slices by their norm", (bars[0][0], bars[-1][1])
     most = max(n for *_, n in bars)
+    # an empty bar would be an element without a height; norms far apart leave many
     bars = [bar for bar in bars if bar[2]]
     return _Chart(title, NORM, "slices", x_range, most, bars, is_log=True, limit=limit).figure()
 
@@ -160,6 +162,7 @@ def _throughput(states: Sequence[tuple[float, int]]) -> str:
     """Chart of the bytes a second of each window."""
     points = []
     for (before, start), (now, end) in pairwise(states):
+        # a window may end within the resolution of the clock
         rate = (end - start) / max(now - before, 1e-9) / 1e6
         points += [(before, rate), (now, rate)]
     x_range, most = (states[0][0], states[-1][0]), max(y for _, y in points) or 1.0
@@ -244,6 +247,7 @@ def _ticks(low: float, high: float, log: bool = False) -> list[float]:
         digits = (1, 2, 5) if last - first <= 2 else (1,)
         numbers = [float(f"{d}e{k}") for k in range(first, last + 1, step) for d in digits]
         return [n for n in numbers if low <= n <= high]
+    # the next round number at or above a quarter of the range; 0.999 forgives its rounding
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     gap = next(d * power for d in (1, 2, 2.5, 5, 10) if d * power >= rough * 0.999)

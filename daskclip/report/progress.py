@@ -1,7 +1,5 @@
 """Progress of a run on stderr: a bar, a line every ten seconds, or a JSON line a window."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -9,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from daskclip.errors import InvalidTypeError, InvalidValueError, short_repr
+from daskclip.errors import InvalidTypeError, InvalidValueError
 
 Mode = Literal["auto", "bar", "lines", "json", "none"]
 LINE_INTERVAL_S = 10.0
@@ -66,31 +64,26 @@ def progress_printer(progress: object) -> Show:
         If ``progress`` is anything else.
     """
     if not isinstance(progress, bool | str):
-        raise InvalidTypeError(
-            f"progress {short_repr(progress)} is a {type(progress).__name__}; give a bool or a mode"
-        )
+        kind = f"is a {type(progress).__name__}; give a bool or a mode"
+        raise InvalidTypeError.about("progress", progress, kind)
     mode = progress if isinstance(progress, str) else "auto" if progress else "none"
     if mode not in get_args(Mode):
-        raise InvalidValueError(
-            f"progress {short_repr(progress)} is unknown; use one of {', '.join(get_args(Mode))}"
-        )
+        known = f"is unknown; use one of {', '.join(get_args(Mode))}"
+        raise InvalidValueError.about("progress", progress, known)
     if mode == "auto":
         mode = "bar" if sys.stderr.isatty() else "lines"
-    shows: dict[str, Show] = {"bar": _bar, "lines": _Lines(), "json": _json}
+    shows: dict[str, Show] = {"bar": _bar, "lines": _lines(), "json": _json}
     return shows.get(mode, lambda state: None)
 
 
 def _text(state: ProgressState) -> str:
-    gb, total = state.done / 1e9, state.total / 1e9
-    return (
-        f"{gb:.2f}/{total:.2f} GB  pass {state.pass_}/{state.passes}  "
-        f"{state.rate / 1e6:.0f} MB/s  {state.left:.0f} s left"
-    )
+    done = f"{state.done / 1e9:.2f}/{state.total / 1e9:.2f} GB  pass {state.pass_}/{state.passes}"
+    return f"{done}  {state.rate / 1e6:.0f} MB/s  {state.left:.0f} s left"
 
 
 def _write(text: str) -> None:
     sys.stderr.write(text)
-    sys.stderr.flush()
+    sys.stderr.flush()  # a bar has no end of line, which would flush it
 
 
 def _json(state: ProgressState) -> None:
@@ -108,11 +101,14 @@ def _bar(state: ProgressState) -> None:
     _write(f"\r[{'#' * full}{' ' * (BAR_WIDTH - full)}] {_text(state)}\x1b[K{end}")
 
 
-class _Lines:
-    def __init__(self) -> None:
-        self.next = time.monotonic() + LINE_INTERVAL_S
+def _lines() -> Show:
+    printed = time.monotonic()
 
-    def __call__(self, state: ProgressState) -> None:
-        if time.monotonic() >= self.next or state.done >= state.total:
-            self.next = time.monotonic() + LINE_INTERVAL_S
+    def show(state: ProgressState) -> None:
+        nonlocal printed
+        # the log of a batch job is kept: a line a window could be thousands; the last one always
+        if time.monotonic() >= printed + LINE_INTERVAL_S or state.done >= state.total:
+            printed = time.monotonic()
             _write(f"daskclip: {_text(state)}\n")
+
+    return show

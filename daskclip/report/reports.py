@@ -1,29 +1,10 @@
-"""Reports of finished calls, and figures of any kind as text, JSON and HTML."""
+"""Reports of finished calls: a run, the norms of an array or group, a verification."""
 
-from __future__ import annotations
-
-import json
-import math
 from dataclasses import Field, asdict, dataclass
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
-from daskclip.report.html import LargestSlice, PerAxis, Pictures, fragment, page
-from daskclip.report.text import format_axes, format_size
-
-
-class Figures(Protocol):
-    """Dataclass that is shown as text and as JSON: a report or a plan."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    def rows(self) -> dict[str, str]:
-        """Figures as text, by their names."""
-
-
-class Drawn(Protocol):
-    """Object with an HTML form, as notebooks show it."""
-
-    def _repr_html_(self) -> str: ...
+from daskclip.report.html import LargestSlice, PerAxis, Pictures, fragment
+from daskclip.report.text import as_document, as_text, format_axes, format_size
 
 
 class Report:
@@ -34,6 +15,7 @@ class Report:
 
     def rows(self) -> dict[str, str]:
         """Figures as text, by their names."""
+        # a figure that is None does not apply to this call
         return {k: str(v) for k, v in asdict(self).items() if v is not None}
 
     def __str__(self) -> str:
@@ -108,11 +90,13 @@ class ClipReport(Report):
 
     def rows(self) -> dict[str, str]:
         """Figures as text, by their names."""
+        # an array of size 0 may have no slices
         share = 100 * self.clipped / self.slices if self.slices else 0.0
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
         peak, projected = format_size(self.peak_memory), format_size(self.projected_memory)
         arrays = {"arrays": f"{self.arrays:,}, {self.copied:,} more are copied"}
         kind = "" if self.ord == 2 else f", ord {self.ord:g}"
+        # arrays of a group may have a dimension on different axes, so that only its name is shown
         over = format_axes(self.axes, self.parameters.get("dim"))
         over = "all arrays" if self.parameters.get("global_norm") else over
         return {
@@ -136,9 +120,11 @@ class ClipReport(Report):
 
     @property
     def _limit(self) -> str:
+        # limits of each slice may be as large as the array, so that a report does not hold them
         return "a limit each" if self.clip_norm is None else f"{self.clip_norm:g}"
 
     def _repr_html_(self) -> str:
+        # of a quantile, the limit that it came to
         title = f"{self.source} clipped to {self._limit}"
         return fragment(title, self.rows(), cast("Pictures", self.pictures), self.clip_norm)
 
@@ -202,6 +188,7 @@ class StatsReport(Report):
             "NaN": f"{self.nan:,}",
             "infinite": f"{self.infinite:,}",
         }
+        # unlike the row of a run, left out where no slice is finite: the rows above say so already
         if self.largest_norm is not None:
             rows["norms"] = _norms(self.smallest_norm, self.largest_norm)
         rows |= {k: f"{v:.6g}" for k, v in self.quantiles.items()}
@@ -215,8 +202,9 @@ class StatsReport(Report):
         return rows
 
     def _repr_html_(self) -> str:
-        # they have a table of their own
+        # the largest norms have a table of their own
         rows = {k: v for k, v in self.rows().items() if not k.startswith("largest ")}
+        # asdict has more than Pictures names; fragment ignores the rest
         return fragment(f"Norms of {self.source}", rows, cast("Pictures", asdict(self)))
 
 
@@ -244,32 +232,6 @@ class VerifyReport(Report):
     """Seconds from the start of the call."""
 
 
-def as_text(figures: Figures) -> str:
-    """Text of the figures, a line each."""
-    rows = figures.rows()
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
-
-
-def as_document(figures: Figures) -> str:
-    """One JSON document of the fields, and of the properties that ``derived`` names."""
-    derived = {name: getattr(figures, name) for name in getattr(figures, "derived", ())}
-    return json.dumps(_finite(asdict(figures) | derived), indent=2, allow_nan=False)
-
-
-def as_page(figures: Drawn) -> str:
-    """HTML document of the figures and charts."""
-    return page("daskclip", figures._repr_html_())
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with infinities and NaN as strings: JSON has no numbers for them."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _norms(smallest: float | None, largest: float | None) -> str:
+    # both or none: the smallest is known where the largest is
     return "none finite" if largest is None else f"{smallest:.6g} to {largest:.6g}"

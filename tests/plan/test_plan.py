@@ -15,7 +15,7 @@ from stores import create, least_memory
 from daskclip import clip_zarr, plan_zarr
 from daskclip.errors import MemoryBudgetError
 from daskclip.plan.choose import make_plan
-from daskclip.plan.sizing import Layout, Machine, Sizing
+from daskclip.plan.sizing import Layout, Machine
 from daskclip.report import MIB
 
 many = settings(max_examples=60, derandomize=True, deadline=None)
@@ -49,7 +49,7 @@ def requests(draw):
 def make(**arguments):
     """A plan from the fields of a layout and of a machine."""
     machine = {name: arguments.pop(name) for name in HOST}
-    return make_plan(Layout(**arguments), Machine(**machine), Sizing())
+    return make_plan(Layout(**arguments), Machine(**machine))
 
 
 def planned(request, **changes):
