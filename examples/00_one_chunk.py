@@ -43,7 +43,7 @@ def main(tmp):
     # second pass: read again, rescale, write beside the target, then let it appear in one step
     with DirectoryTarget(folder / "y.zarr").locked() as work:
         work.begin(whole, "staged")
-        target, staged = work.staging(whole, "staged")
+        target, staged = work.stage(whole, "staged")
         for region in regions:
             target.arrays[""].write(region, rescale(source.read(region), scale))
         Path(staged).rename(folder / "y.zarr")

@@ -118,8 +118,7 @@ def run_attempt(
         is_written = not request.in_place or passes.blocks_written > 0
         made: Json = {}
         if is_written:
-            transaction.remove_stray_files(staged)
-            made = transaction.fingerprint_staged(source, staged)
+            made = transaction.finish(staged)
         digest = (passes.digest + made.get("metadata", 0)) % durable.DIGESTS
         report = ClipReport(
             status="clipped" if is_written else "nothing to clip",
