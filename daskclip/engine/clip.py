@@ -12,15 +12,14 @@ from fractions import Fraction
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from daskclip.arguments import Axes, Dim, NonFinite
-from daskclip.engine.attempt import measure_quantile, run_attempt
-from daskclip.engine.cluster import require_alike
+from daskclip.engine.attempt import measure, run_attempt
 from daskclip.engine.request import ClipRequest, Prepared, prepare
 from daskclip.engine.run_record import find_finished, find_unfinished, replan, start_run
-from daskclip.errors import DaskClipError
+from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import ClipReport, Mode
 from daskclip.storage import translating_storage_errors
-from daskclip.target import Target, open_target, refuse_existing
+from daskclip.target import Journal, RunRecord, Target, open_target, refuse_existing
 
 log = logging.getLogger("daskclip")
 P = ParamSpec("P")
@@ -149,7 +148,6 @@ def clip_zarr(
     >>> zarr.open_array(f"{folder}/y")[0]
     array([0.59999996, 0.79999995], dtype=float32)
     """
-    started = time.monotonic()
     request = ClipRequest(
         source=source, target=target, clip_norm=clip_norm, axes=axes, ord=ord, limits=limits,
         memory=memory, nonfinite=nonfinite, missing=missing, overwrite=overwrite,
@@ -163,26 +161,26 @@ def clip_zarr(
     with translating_storage_errors(f"writing {opened}"), opened.locked() as transaction:
         report = find_finished(transaction, run)
         if report is not None:
-            seconds = time.monotonic() - started
+            seconds = time.monotonic() - request.started
             return replace(
                 report, status="up to date", bytes_read=0, bytes_written=0, seconds=seconds
             )
         # not before: once a run in place has ended, its source is another
         _require_free(prepared, opened)
-        require_alike([*transaction.files, *prepared.paths])
+        prepared.require_alike_workers(*transaction.files)
         old = find_unfinished(transaction, prepared.source, run)
         measured = 0
         if old is not None:
             run, prepared = old, replace(prepared, plan=replan(old, request.memory_nbytes))
         else:
             if isinstance(request.limit, Fraction):
-                limit, measured = measure_quantile(prepared, run, request.limit)
+                limit, measured = _measure_quantile(prepared, run, request.limit)
                 run = replace(run, limit=limit)
             run = start_run(transaction, prepared.source, run, prepared.plan)
         doing = "resuming" if old else "beginning"
         log.info("%s run %s, %s to %s", doing, run.id, prepared.source, opened)
         try:
-            report = run_attempt(prepared, run, transaction, started, measured)
+            report = run_attempt(prepared, run, transaction, measured)
         except DaskClipError as error:
             if not error.resumable:
                 transaction.clear()
@@ -207,6 +205,22 @@ def _require_free(prepared: Prepared, target: Target) -> None:
         refuse_existing(target)
     if prepared.saved_norms is not None:
         prepared.saved_norms.require_of(prepared.source)
+
+
+def _measure_quantile(prepared: Prepared, run: RunRecord, percent: Fraction) -> tuple[float, int]:
+    """Norm that so many percent of the norms do not exceed, and the bytes read for it."""
+    if prepared.saved_norms is not None:
+        total, read = prepared.saved_norms.total, 0
+    else:
+        with Journal.scratch(run) as journal:
+            passes = measure(prepared, run, journal)
+        total, read = passes.total, passes.bytes_read
+    if total.histogram is None or total.slices == total.nonfinite:
+        raise InvalidValueError(
+            f"source {prepared.source} has no finite slice, so that no norm is a limit; give "
+            "clip_norm as a number"
+        )
+    return total.histogram.quantile(percent, total.smallest, total.largest), read
 
 
 def _with_arguments_of(

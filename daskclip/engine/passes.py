@@ -6,24 +6,27 @@ journal is replayed by position.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.engine.cluster import ComputeKwargs
+from daskclip.engine.cluster import ComputeKwargs, running
 from daskclip.engine.saved_norms import SavedNorms
 from daskclip.engine.window_graph import BlockId, Window, batch_small_blocks, compute
+from daskclip.grid import grid_shape
 from daskclip.numerics import NormHistogram, SliceCounts
-from daskclip.report import ProgressState, Show
+from daskclip.plan import GroupPlan
+from daskclip.report import ProgressState, Show, progress_printer
 from daskclip.storage import durable
-from daskclip.target import Journal, WindowRecord
-from daskclip.worker import ArrayTask, tasks
+from daskclip.target import Journal, RunRecord, WindowRecord
+from daskclip.worker import ArrayTask
 
 STATES = 200  # points of the curve of progress that are kept
 HasStored = npt.NDArray[np.bool_] | None
@@ -34,10 +37,10 @@ HasStored = npt.NDArray[np.bool_] | None
 class Progress:
     """How far some passes are, shown after each window."""
 
-    show: Show
-    total: int
+    show: Show = field(default_factory=lambda: progress_printer(False))
+    total: int = 0
     """Bytes to do, over all passes."""
-    passes: int
+    passes: int = 2
     """How often an array is read, at most."""
     began: float = field(default_factory=time.monotonic)
     states: list[ProgressState] = field(default_factory=list)
@@ -51,6 +54,7 @@ class Progress:
         )  # fmt: skip
         self.states.append(state)
         self.show(state)
+        # every other one goes, so that they are spread over the whole run
         if len(self.states) > STATES:
             del self.states[1:-1:2]
 
@@ -65,8 +69,8 @@ class Passes:
     journal: Journal
     tasks_per_window: int
     has_stored: Sequence[HasStored]
-    progress: Progress | None = None
-    saved_norms: SavedNorms | None = None
+    progress: Progress
+    saved_norms: SavedNorms | None
     """Norms whose sums take the place of the first of two passes."""
     total: SliceCounts = field(default_factory=SliceCounts.empty)
     """Counts over all slices."""
@@ -87,19 +91,35 @@ class Passes:
     _first: list[int] = field(init=False)
     """Number of the first block of each array among all, then of all blocks."""
 
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        arrays: Sequence[ArrayTask],
+        plan: GroupPlan,
+        journal: Journal,
+        has_stored: Sequence[HasStored],
+        progress: Progress,
+        saved_norms: SavedNorms | None = None,
+    ) -> Iterator[Passes]:
+        """Prepare to run blocks; none is running any more afterwards."""
+        with running(plan.threads, arrays[0].attempt_id) as compute_kwargs:
+            yield cls(
+                arrays, compute_kwargs, journal, plan.window, has_stored, progress, saved_norms
+            )
+
     def __post_init__(self) -> None:
         self.saved_windows = iter(()) if self.saved_norms is None else self.saved_norms.windows()
         self._first = [0]
         for array in self.arrays:
             self._first.append(self._first[-1] + array.plan.blocks)
-        if self.progress is not None:
-            # what is not stored is done from the beginning
-            self.bytes_done = sum(map(self._absent_nbytes, self.arrays, self.has_stored))
+        # what is not stored is done from the beginning
+        self.bytes_done = sum(map(self._absent_nbytes, self.arrays, self.has_stored))
         self.bytes_skipped = self.bytes_done
 
     def _absent_nbytes(self, array: ArrayTask, has_stored: HasStored) -> int:
         """Bytes of blocks that are not looked at, over all passes."""
-        if has_stored is None or self.progress is None:
+        if has_stored is None:
             return 0
         plan = array.plan
         each = plan.blocks // plan.slabs
@@ -140,20 +160,12 @@ class Passes:
         """Compute ``function`` of all blocks of a window."""
         return compute(function, self.arrays, window, self.compute_kwargs, **options)
 
-    def digests_by_block(
-        self, window: Window, results: Iterable[tasks.BlockResult]
-    ) -> dict[int, int]:
-        """Digests by the number of their block, of blocks that were written."""
-        numbers = map(self.number, _blocks(window))
-        found = zip(numbers, (result.digest for result in results), strict=True)
-        return {n: digest for n, digest in found if digest is not None}
-
     def run(
         self, pass_: int, window: Window, make: Callable[[Window], WindowRecord]
     ) -> WindowRecord:
         """Take the next record of the journal, or make and append it; pass 0 reads nothing."""
         # a window counts by its blocks, whether it is replayed or made
-        blocks = {self.number(block): block for block in _blocks(window)}
+        blocks = {self.number(block): block for block in blocks_of(window)}
         nbytes = {n: self.arrays[k].plan.nbytes_of(*at) for n, (k, *at) in blocks.items()}
         read = sum(nbytes.values()) if pass_ else 0
         self.bytes_done += read
@@ -165,14 +177,14 @@ class Passes:
             self.journal.append(record)
             self.bytes_read += read
             self.bytes_written += sum(nbytes[n] for n in record.target or ())
+        # an earlier attempt wrote to the same staging, so that its blocks count too
         for number, digest in (record.target or {}).items():
-            self.digest += digest * name_factor(self.arrays[blocks[number].array].name)
+            self.digest += digest * _name_factor(self.arrays[blocks[number].array].name)
         self.blocks_written += len(record.target or ())
         if record.tally is not None:
             self.total = self.total.add(SliceCounts.from_json(record.tally))
-        if self.progress is not None:
-            most = self.progress.passes
-            self.progress.report(self.bytes_done, self.bytes_skipped, min(pass_ or most, most))
+        most = self.progress.passes
+        self.progress.report(self.bytes_done, self.bytes_skipped, min(pass_ or most, most))
         return record
 
     def count_empty(self) -> None:
@@ -186,15 +198,31 @@ class Passes:
             self.total = self.total.add(SliceCounts(rest, 0, 0, 0.0, 0.0, norms))
 
 
-def add_counts(counts: Iterable[SliceCounts]) -> SliceCounts:
-    """Counts over disjoint sets of slices."""
-    return reduce(SliceCounts.add, counts)
+def find_stored(arrays: Sequence[ArrayTask], run: RunRecord) -> list[HasStored]:
+    """Whether anything of each block of each array is stored; None to look at all blocks."""
+    units = sum(math.prod(grid_shape(a.plan.shape, a.plan.unit)) for a in arrays)
+    # the fingerprint has counted chunks: if none is missing, nothing needs to be listed again
+    if run.source.get("chunks", units) >= units:
+        return [None] * len(arrays)
+    return [
+        None
+        if (_needs_all(a) and a.plan.passes) or not a.plan.blocks
+        else a.source.stored_blocks(a.plan.block, a.plan.block_strides, a.plan.blocks)
+        for a in arrays
+    ]
 
 
-def name_factor(name: str) -> int:
+def _needs_all(array: ArrayTask) -> bool:
+    """Whether blocks of which nothing is stored matter: a missing chunk, or a limit of NaN."""
+    may_be_nan = array.limits is not None or math.isnan(array.clip_norm or 0.0)
+    return array.missing == "error" or may_be_nan
+
+
+def _name_factor(name: str) -> int:
     """Factor of the digests of an array, so that exchanging two arrays changes their sum."""
     return durable.digest_entry(name, 0) | 1 if name else 1
 
 
-def _blocks(window: Window) -> Iterator[BlockId]:
+def blocks_of(window: Window) -> Iterator[BlockId]:
+    """Blocks of a window, row by row."""
     return (block for row in window for batch in row for block in batch)

@@ -5,31 +5,19 @@ from __future__ import annotations
 import json
 import numbers
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.arguments import (
-    DTYPES,
-    Axes,
-    Dim,
-    NonFinite,
-    axes_named,
-    check_dtype,
-    check_limits,
-    check_limits_dtype,
-    check_nonfinite,
-    parse_axes,
-    parse_clip_norm_or_quantile,
-    parse_dim,
-    parse_memory,
-    parse_ord,
-)
-from daskclip.engine.cluster import workers
+from daskclip import arguments
+from daskclip.arguments import Axes, Dim, NonFinite
+from daskclip.engine.cluster import require_alike, workers
 from daskclip.engine.saved_norms import SavedNorms, open_norms
 from daskclip.errors import (
     DaskClipError,
@@ -52,6 +40,7 @@ from daskclip.storage import (
     select_arrays,
 )
 from daskclip.target import Json, RunRecord, Target
+from daskclip.worker import ArrayTask
 
 Limits = npt.NDArray[np.float64] | StoredArray
 LimitsByArray = dict[str, Limits]
@@ -84,6 +73,8 @@ class ClipRequest:
     norms: str | os.PathLike[str] | None = None
     clips: bool = True
     """Whether anything is clipped; else norms are taken, and there is no limit."""
+    started: float = field(init=False, default_factory=time.monotonic)
+    """When the call began, in seconds."""
     show: Show = field(init=False)
     """Function that shows progress."""
     limit: float | Fraction | None = field(init=False, default=None)
@@ -95,14 +86,14 @@ class ClipRequest:
         # a frozen dataclass sets what it derives like this
         object.__setattr__(self, "show", progress_printer(self.progress))
         if self.clips and self.limits is None:
-            object.__setattr__(self, "limit", parse_clip_norm_or_quantile(self.clip_norm))
-        check_nonfinite(self.nonfinite)
+            object.__setattr__(self, "limit", arguments.parse_clip_norm_or_quantile(self.clip_norm))
+        arguments.check_nonfinite(self.nonfinite)
         if self.missing not in ("fill", "error"):
             raise InvalidValueError(
                 f"missing={short_repr(self.missing)} is not a policy; use 'fill' or 'error'"
             )
         self._check_global_norm()
-        object.__setattr__(self, "memory_nbytes", parse_memory(self.memory))
+        object.__setattr__(self, "memory_nbytes", arguments.parse_memory(self.memory))
 
     def _check_global_norm(self) -> None:
         given = self.global_norm
@@ -144,10 +135,11 @@ class Prepared:
         fingerprint = self.source.fingerprint(changes=True)
         return RunRecord(parameters=between | self.parameters, source=fingerprint)
 
-    @property
-    def paths(self) -> list[str]:
-        """Files that every worker must see."""
-        return [*self.source.paths, *_limits_paths(self.limits_by_array)]
+    def require_alike_workers(self, *paths: str) -> None:
+        """Refuse workers of other versions, or that do not see some paths, source or limits."""
+        stored = [one for one in self.limits_by_array.values() if isinstance(one, StoredArray)]
+        limits = [path for one in stored for path in _hierarchy(one).paths]
+        require_alike([*paths, *self.source.paths, *limits])
 
     def require_unchanged(self, run: RunRecord) -> None:
         """Require source and limits to be what they were when a run began."""
@@ -165,7 +157,7 @@ def prepare(request: ClipRequest) -> Prepared:
     """Open what a request names, refuse what cannot be clipped right, and plan the rest."""
     source = open_source(request.source, request.storage_options)
     axes, dim = request.axes, request.dim
-    names = select_arrays(source, request.include, request.exclude, DTYPES)
+    names = select_arrays(source, request.include, request.exclude, arguments.DTYPES)
     if source.is_group and dim is not None:
         names, dim = _having(source, names, dim)
         if not dim and axes is None:
@@ -229,7 +221,7 @@ def _having(source: Hierarchy, names: list[str], dim: Dim) -> tuple[list[str], l
     """Arrays that have any requested dimension, all if none is requested, and these."""
     having = {name: source.arrays[name].dimension_names or [] for name in names}
     known = list(dict.fromkeys(d for named in having.values() for d in named if d is not None))
-    wanted = parse_dim(dim, known)
+    wanted = arguments.parse_dim(dim, known)
     return [name for name in names if not wanted or {*having[name]} & {*wanted}], wanted
 
 
@@ -240,9 +232,9 @@ def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> 
     if source.is_group and dim is not None and axes is None:
         dim, axes = None, [a for a, d in enumerate(named or ()) if d in dim]
     try:
-        check_source(array, check_dtype)
-        parse_ord(ord, array.dtype)
-        taken = parse_axes(axes_named(dim, named, axes), array.ndim)
+        check_source(array, arguments.check_dtype)
+        arguments.parse_ord(ord, array.dtype)
+        taken = arguments.parse_axes(arguments.axes_named(dim, named, axes), array.ndim)
     except DaskClipError as error:
         if name and name not in str(error):
             raise type(error)(f"array {name}: {error}") from error
@@ -254,6 +246,31 @@ def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> 
         itemsize=array.dtype.itemsize,
         sum_nbytes=sizing.DEFAULT.sum_nbytes or state_nbytes(array.dtype),
     )
+
+
+def array_tasks(
+    run: RunRecord,
+    plan: GroupPlan,
+    source: Hierarchy,
+    target: Hierarchy | None,
+    limits_by_array: LimitsByArray,
+    *,
+    staged: str | None = None,
+    in_place: bool = False,
+    collect: bool = False,
+) -> list[ArrayTask]:
+    """What the tasks of each array share, in a new attempt at a run."""
+    attempt_id = f"{run.id}-{uuid4().hex}"
+    policies = {name: run.parameters[name] for name in ("ord", "nonfinite", "missing")}
+    return [
+        ArrayTask(
+            attempt_id=attempt_id, number=i, name=name, plan=one, source=source.arrays[name],
+            target=None if target is None else target.arrays[name], staged=staged,
+            shared=plan.global_norm, in_place=in_place, clip_norm=run.clip_norm,
+            limits=limits_by_array.get(name), collect=collect, **policies,
+        )
+        for i, (name, one) in enumerate(plan.plans.items())
+    ]  # fmt: skip
 
 
 # --- limits of each slice ------------------------------------------------------------------------
@@ -301,10 +318,10 @@ def _open_array(
         limits = _open(limits, options).arrays.get("")
         if limits is None:
             raise InvalidValueError("limits of an array are a group; give an array")
-    check_limits_dtype(limits.dtype)
+    arguments.check_limits_dtype(limits.dtype)
     if isinstance(limits, StoredArray):
-        check_source(limits, check_limits_dtype)
-    check_limits(limits.shape, clip_norm, shape, axes)
+        check_source(limits, arguments.check_limits_dtype)
+    arguments.check_limits(limits.shape, clip_norm, shape, axes)
     return limits.astype(np.float64, order="C") if isinstance(limits, np.ndarray) else limits
 
 
@@ -328,12 +345,6 @@ def _identity(limits: Limits) -> str:
         fingerprint = _hierarchy(limits).fingerprint(changes=True)
         digest = durable.digest(json.dumps(fingerprint).encode())
     return f"of shape {limits.shape} and digest {digest:08x}"
-
-
-def _limits_paths(limits_by_array: LimitsByArray) -> list[str]:
-    """Files that every worker must see."""
-    stored = [one for one in limits_by_array.values() if isinstance(one, StoredArray)]
-    return [path for one in stored for path in _hierarchy(one).paths]
 
 
 def _hierarchy(limits: StoredArray) -> Hierarchy:

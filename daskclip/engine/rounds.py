@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.engine.passes import Passes, add_counts
-from daskclip.engine.saved_norms import arrays_of, partials_of
+from daskclip.engine.passes import Passes, blocks_of
 from daskclip.engine.window_graph import Batch, BlockId, Window, batch_small_blocks
 from daskclip.numerics import (
     NAN,
+    Partial,
     Scale,
     SliceCounts,
     combine,
@@ -30,11 +30,13 @@ from daskclip.numerics import (
     term_count,
 )
 from daskclip.plan import Numbers, Windows
-from daskclip.target import WindowRecord
+from daskclip.target import Arrays, WindowRecord
 from daskclip.worker import ArrayTask, tasks
 
 Digests = npt.NDArray[np.unsignedinteger[Any]]
 OnePass = Callable[[Passes, Window], WindowRecord]
+BlockFunction = Callable[..., tasks.BlockResult]
+"""What the second pass does with a block: a function of `tasks`."""
 
 
 def clip(passes: Passes) -> None:
@@ -70,17 +72,16 @@ def compare(passes: Passes) -> None:
 
 def check(passes: Passes, digests: Digests, arrays: Iterable[int]) -> None:
     """Compare the files of all blocks of some arrays with their digests."""
-    expected = partial(_expected, passes, digests)
     for k in arrays:
         for slabs, windows in passes.arrays[k].plan.windows():
             for blocks in windows:
                 window = _rows(passes, k, slabs, blocks)
-                passes.compute(tasks.check_block, window, expected=expected)
+                passes.compute(
+                    tasks.check_block, window, expected=lambda b: int(digests[passes.number(b)])
+                )
 
 
-def _all(
-    passes: Passes, one_pass: OnePass, second: Callable[..., Any] | None
-) -> Iterator[WindowRecord]:
+def _all(passes: Passes, one_pass: OnePass, second: BlockFunction | None) -> Iterator[WindowRecord]:
     """Records of all windows: by ``one_pass`` where that is enough, else of the second pass."""
     if passes.is_shared:
         yield from _two_passes(passes, second, passes.clipped)
@@ -95,107 +96,99 @@ def _all(
 
 def _clip_slabs(passes: Passes, window: Window) -> WindowRecord:
     results = passes.compute(tasks.clip_slab, window)
-    counts = add_counts(result.counts for result in results)
-    return WindowRecord(tally=counts, target=passes.digests_by_block(window, results))
+    counts = _add(result.counts for result in results)
+    return WindowRecord(tally=counts, target=_digests(passes, window, results))
 
 
 def _count_slabs(passes: Passes, window: Window) -> WindowRecord:
     results = passes.compute(tasks.count_slab, window)
-    return WindowRecord(tally=add_counts(result.counts for result in results))
+    return WindowRecord(tally=_add(result.counts for result in results))
 
 
 def _copy(passes: Passes, window: Window) -> WindowRecord:
     results = passes.compute(tasks.copy_block, window)
-    return WindowRecord(target=passes.digests_by_block(window, results))
+    return WindowRecord(target=_digests(passes, window, results))
+
+
+def _add(counts: Iterable[SliceCounts]) -> SliceCounts:
+    """Counts over disjoint sets of slices."""
+    return reduce(SliceCounts.add, counts)
 
 
 # --- two passes ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class SlabRound:
-    """Some slabs of one array: a window has a row of blocks for each."""
+class Round(NamedTuple):
+    """Slabs that are summed, and then rescaled, together."""
 
-    passes: Passes
-    array: int
     slabs: Numbers
-    stored: Windows
-    """Blocks of a slab of which anything is stored, by window."""
-
-    def first_pass(self) -> Iterator[Window]:
-        """Windows of what is stored."""
-        return (_rows(self.passes, self.array, self.slabs, blocks) for blocks in self.stored)
-
-    def second_pass(self, everything: bool) -> Iterator[Window]:
-        """Windows of what is stored, or of all blocks, backwards."""
-        windows = self.passes.arrays[self.array].plan.spans if everything else self.stored
-        return (_rows(self.passes, self.array, self.slabs, blocks) for blocks in reversed(windows))
+    windows: Callable[[bool, bool], Iterator[Window]]
+    """Windows of blocks, given whether they are those of the second pass, which are backwards, and
+    whether to take all blocks, and not only those of which anything is stored."""
 
 
-@dataclass(frozen=True, slots=True)
-class GlobalRound:
-    """Arrays that share one slice: a window has one row of blocks of any of them."""
-
-    passes: Passes
-    arrays: Sequence[int]
-    slabs: Numbers = (0,)
-
-    def first_pass(self) -> Iterator[Window]:
-        """Windows of what is stored."""
-        blocks = _blocks(self.passes, self.arrays)
-        return ([batches] for batches in self.passes.windows(blocks))
-
-    def second_pass(self, everything: bool) -> Iterator[Window]:
-        """Windows of what is stored, or of all blocks, backwards."""
-        blocks = _blocks(self.passes, reversed(self.arrays), backwards=True, everything=everything)
-        return ([batches] for batches in self.passes.windows(blocks))
-
-
-def _rounds(passes: Passes, arrays: Sequence[int]) -> Iterator[SlabRound | GlobalRound]:
+def _rounds(passes: Passes, arrays: Sequence[int]) -> Iterator[Round]:
     if passes.is_shared:
-        yield GlobalRound(passes, arrays)
+        yield Round((0,), partial(_global_windows, passes, arrays))
         return
     (k,) = arrays
-    for slabs, windows in passes.arrays[k].plan.windows(passes.has_stored[k]):
-        yield SlabRound(passes, k, slabs, windows)
+    for slabs, stored in passes.arrays[k].plan.windows(passes.has_stored[k]):
+        yield Round(slabs, partial(_slab_windows, passes, k, slabs, stored))
+
+
+def _slab_windows(
+    passes: Passes, array: int, slabs: Numbers, stored: Windows, second: bool, everything: bool
+) -> Iterator[Window]:
+    """Windows of some slabs of an array, a row of blocks for each slab."""
+    windows = passes.arrays[array].plan.spans if everything else stored
+    for blocks in reversed(windows) if second else windows:
+        yield _rows(passes, array, slabs, blocks)
+
+
+def _global_windows(
+    passes: Passes, arrays: Sequence[int], second: bool, everything: bool
+) -> Iterator[Window]:
+    """Windows of arrays that share one slice, one row of blocks of any of them."""
+    order = reversed(arrays) if second else arrays
+    blocks = _blocks(passes, order, backwards=second, everything=everything)
+    return ([batches] for batches in passes.windows(blocks))
 
 
 def _two_passes(
-    passes: Passes, second: Callable[..., Any] | None, arrays: Sequence[int]
+    passes: Passes, second: BlockFunction | None, arrays: Sequence[int]
 ) -> Iterator[WindowRecord]:
     """Records of the second pass, which does ``second``; without it norms are counted and saved."""
     digests = np.zeros(passes.blocks, np.uint32)
     for one in _rounds(passes, arrays):
         name, has_nonfinite = _first_pass(passes, one, digests)
-        if not name:  # nothing is stored
+        # if nothing is stored, `count_empty` counts the slices
+        if not name:
             continue
-        # those without blocks have no region, whose limit could be looked up
+        # arrays without blocks have no region, whose limit could be looked up
         some = [passes.arrays[k] for k in arrays if passes.arrays[k].plan.blocks]
-        scales = SlabScales(passes, some, name, one.slabs)
+        scales = SlabScales(passes, some, name, one.slabs, digests)
         if second is None:
             passes.total = passes.total.add(scales.count())
+            # sums are saved with their norms, for the second pass of another run
             if scales.save_norms():
-                continue  # the sums are saved with them
+                continue
         else:
             # NaN spreads to blocks of which nothing is stored
-            windows = one.second_pass(everything=has_nonfinite)
-            expected = partial(_expected, passes, digests)
-            for window, first, last in _marked(windows):
-                make = partial(_rescale, passes, second, scales, expected, first, last)
-                yield passes.run(2, window, make)
+            for window, first, last in _marked(one.windows(True, has_nonfinite)):
+                yield passes.run(2, window, partial(_rescale, scales, second, first, last))
         passes.journal.forget(name)
 
 
-def _first_pass(passes: Passes, one: SlabRound | GlobalRound, digests: Digests) -> tuple[str, bool]:
+def _first_pass(passes: Passes, one: Round, digests: Digests) -> tuple[str, bool]:
     """Sum the blocks of a round; returns the name of the sums, and whether one is not finite."""
     name, has_nonfinite = "", False
-    for window in one.first_pass():
+    for window in one.windows(False, False):
         saved = next(passes.saved_windows, None)
         if saved is not None:
             record = passes.run(0, window, partial(_take_saved, passes, saved))
         else:
             record = passes.run(1, window, partial(_sum, passes, name))
-        # only the sums of the last window are needed
+        # the new sums include them, and the record that names the new ones is on disk
         passes.journal.forget(name)
         name, has_nonfinite = record.sums or "", bool(record.nan)
         for number, digest in (record.source or {}).items():
@@ -206,9 +199,9 @@ def _first_pass(passes: Passes, one: SlabRound | GlobalRound, digests: Digests) 
 def _take_saved(passes: Passes, saved: WindowRecord, _: Window) -> WindowRecord:
     """Take a record of the first pass, and its sums, from saved norms."""
     if passes.saved_norms is not None and saved.sums is not None:
-        sums = passes.saved_norms.sums(saved.sums)
-        if sums is not None:
-            passes.journal.save(saved.sums, arrays_of(sums))
+        arrays = passes.saved_norms.sums(saved.sums)
+        if arrays is not None:
+            passes.journal.save(saved.sums, arrays)
     return saved
 
 
@@ -217,10 +210,10 @@ def _sum(passes: Passes, before: str, window: Window) -> WindowRecord:
     found: list[tasks.Sums] = passes.compute(tasks.sum_block, window, combined=True)
     sums = [f.partial for f in found]
     if before:
-        both = zip(partials_of(passes.journal.load(before)), sums, strict=True)
+        both = zip(_partials_of(passes.journal.load(before)), sums, strict=True)
         sums = [combine(pair) for pair in both]
     name = f"sums-{'-'.join(map(str, window[0][0][0]))}.npz"
-    passes.journal.save(name, arrays_of(sums))
+    passes.journal.save(name, _arrays_of(sums))
     digests = {passes.number(BlockId(*b)): d for f in found for b, d in f.digests.items()}
     # an infinite norm of several arrays is as good as NaN
     flags = [p.flags if passes.is_shared else p.flags & NAN for p in sums]
@@ -228,20 +221,16 @@ def _sum(passes: Passes, before: str, window: Window) -> WindowRecord:
 
 
 def _rescale(
-    passes: Passes,
-    function: Callable[..., Any],
-    scales: SlabScales,
-    expected: Callable[[BlockId], int],
-    first: bool,
-    last: bool,
-    window: Window,
+    scales: SlabScales, function: BlockFunction, first: bool, last: bool, window: Window
 ) -> WindowRecord:
     """Do the second pass of a window; the first one counts the slices of all."""
-    results = passes.compute(function, window, scales=scales.of, expected=expected)
+    passes = scales.passes
+    results = passes.compute(function, window, scales=scales.of, expected=scales.expected)
     return WindowRecord(
         tally=scales.count() if first else None,
-        target=passes.digests_by_block(window, results),
-        sums=None if last else scales.name,  # which the windows to come need
+        target=_digests(passes, window, results),
+        # a record names the sums that the windows to come need
+        sums=None if last else scales.name,
     )
 
 
@@ -255,16 +244,23 @@ class SlabScales:
     name: str
     """Name of the sums in the journal."""
     slabs: Numbers
+    digests: Digests
+    """Digests of the values that the first pass read, by the number of their block."""
     _made: dict[tuple[int, str], Scale] = field(default_factory=dict)
+
+    def expected(self, block: BlockId) -> int:
+        """Digest of the values of a block."""
+        return int(self.digests[self.passes.number(block)])
 
     def of(self, row: int, array: ArrayTask) -> tuple[str, Scale]:
         """Name and scale of the slices of a slab."""
         kind = row, array.source.dtype.str
         if kind not in self._made:
-            # of what is not stored too
+            # the sums lack what is not stored: zeros, which count for how norms are rounded
             terms = sum(term_count(a.plan.shape, a.plan.axes, a.source.dtype) for a in self.arrays)
-            sums = partials_of(self.passes.journal.load(self.name))[row]._replace(terms=terms)
-            if self.passes.is_shared:  # as clip_by_global_norm has it
+            sums = _partials_of(self.passes.journal.load(self.name))[row]._replace(terms=terms)
+            # tf.clip_by_global_norm makes everything NaN of an infinite norm
+            if self.passes.is_shared:
                 sums = nan_if_infinite(sums)
             limit = tasks.block_limit(array, array.plan.region(int(self.slabs[row]), 0))
             self._made[kind] = finalize(sums, limit, array.source.dtype)
@@ -281,9 +277,28 @@ class SlabScales:
         """Counts over all slices."""
         array = self.arrays[0]
         regions = (array.plan.region(int(slab), 0) for slab in self.slabs)
-        return add_counts(
+        return _add(
             tasks.count_region(array, self.of(i, array)[1], r) for i, r in enumerate(regions)
         )
+
+
+def _arrays_of(sums: Sequence[Partial]) -> Arrays:
+    """Sums as arrays for a journal."""
+    arrays: Arrays = {}
+    for i, p in enumerate(sums):
+        arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags}
+        arrays |= {f"rest{i}": np.array([p.low, p.terms]), f"ord{i}": np.array(p.ord)}
+    return arrays
+
+
+def _partials_of(arrays: Arrays) -> list[Partial]:
+    """Sums from the arrays of a journal."""
+    sums = []
+    for i in range(len(arrays) // 4):
+        low, terms = arrays[f"rest{i}"].tolist()
+        ord = arrays[f"ord{i}"].item()
+        sums.append(Partial(arrays[f"limbs{i}"], low, arrays[f"flags{i}"], terms, ord))
+    return sums
 
 
 # --- blocks --------------------------------------------------------------------------------------
@@ -316,8 +331,12 @@ def _rows(
     return rows
 
 
-def _expected(passes: Passes, digests: Digests, block: BlockId) -> int:
-    return int(digests[passes.number(block)])
+def _digests(
+    passes: Passes, window: Window, results: Iterable[tasks.BlockResult]
+) -> dict[int, int]:
+    """Digests of the blocks that were written, by the number of the block."""
+    both = zip(blocks_of(window), results, strict=True)
+    return {passes.number(b): r.digest for b, r in both if r.digest is not None}
 
 
 def _marked(windows: Iterator[Window]) -> Iterator[tuple[Window, bool, bool]]:

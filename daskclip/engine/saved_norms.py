@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
-
-import numpy as np
 
 from daskclip.engine.run_record import plan_to_json, replan
 from daskclip.errors import (
@@ -20,12 +18,13 @@ from daskclip.errors import (
     SourceNotFoundError,
     short_repr,
 )
-from daskclip.numerics import Partial, SliceCounts
+from daskclip.numerics import SliceCounts
 from daskclip.plan import GroupPlan
 from daskclip.storage import Hierarchy, StoredArray, durable
 from daskclip.target import (
     Arrays,
     DirectoryTarget,
+    Journal,
     Json,
     RunRecord,
     WindowRecord,
@@ -40,7 +39,7 @@ ALIKE = ("axes", "ord", "nonfinite", "missing")
 AGAIN = "save them again with: daskclip stats SOURCE --save-norms NORMS"
 
 
-def journal_of_norms(folder: Path) -> Path:
+def _journal_in(folder: Path) -> Path:
     """Path of the journal of the pass that took the norms in a folder."""
     return folder / SUMS / journal.JOURNAL
 
@@ -65,45 +64,30 @@ class SavedNorms:
 
     def windows(self) -> Iterator[WindowRecord]:
         """Records of the first of two passes, which take the place of such a pass."""
-        for record in journal.records(journal_of_norms(self.path)):
+        for record in journal.records(_journal_in(self.path)):
             if isinstance(record, WindowRecord) and record.sums:
                 yield record
 
-    def sums(self, name: str) -> list[Partial] | None:
+    def sums(self, name: str) -> Arrays | None:
         """Sums that a record names, which are kept of the last window of a slab only."""
         path = self.path / SUMS / name
         try:
-            return partials_of(journal.load(path)) if path.exists() else None
-        except Exception as error:  # of a damaged file, numpy and zipfile raise anything
+            return journal.load(path) if path.exists() else None
+        except Exception as error:  # numpy and zipfile raise errors of any kind for a damaged file
             raise SourceError(f"norms {self.path} are damaged; {AGAIN}") from error
-
-
-def arrays_of(sums: Sequence[Partial]) -> Arrays:
-    """Sums as arrays for a journal."""
-    arrays: Arrays = {}
-    for i, p in enumerate(sums):
-        arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags}
-        arrays |= {f"rest{i}": np.array([p.low, p.terms]), f"ord{i}": np.array(p.ord)}
-    return arrays
-
-
-def partials_of(arrays: Arrays) -> list[Partial]:
-    """Sums from the arrays of a journal."""
-    sums = []
-    for i in range(len(arrays) // 4):
-        low, terms = arrays[f"rest{i}"].tolist()
-        ord = arrays[f"ord{i}"].item()
-        sums.append(Partial(arrays[f"limbs{i}"], low, arrays[f"flags{i}"], terms, ord))
-    return sums
 
 
 @contextmanager
 def saving(
     path: object, source: Hierarchy, run: RunRecord, plan: GroupPlan
-) -> Iterator[Hierarchy | None]:
-    """Make an array for the norms of a source, which appears complete or not at all."""
+) -> Iterator[tuple[Journal, Hierarchy | None]]:
+    """Open a journal for taking norms, and make an array for them if a path is given.
+
+    The array appears complete or not at all.
+    """
     if path is None:
-        yield None
+        with Journal.scratch(run) as entries:
+            yield entries, None
         return
     if source.is_group:
         raise InvalidValueError(
@@ -118,9 +102,10 @@ def saving(
         (folder / SUMS).mkdir()
         parameters = run.parameters | {"source": str(source)}
         record = replace(run, parameters=parameters, plans=plan_to_json(plan))
-        journal.begin(journal_of_norms(folder), record)
-        yield Hierarchy.open(folder)
-        # one rename, so that norms are complete wherever they are
+        journal.begin(_journal_in(folder), record)
+        with Journal(_journal_in(folder)) as entries:
+            yield entries, Hierarchy.open(folder)
+        # the sums are inside the array, so that one rename publishes both
         durable.sync_filesystem(folder)
         refuse_existing(target)
         os.rename(folder, target.path)
@@ -141,7 +126,7 @@ def open_norms(
     target = _directory(path)
     if not target.exists():
         raise SourceNotFoundError(f"norms {target} do not exist; check the path, or {AGAIN}")
-    record = journal_of_norms(target.path)
+    record = _journal_in(target.path)
     run = journal.header(record)
     if run is None or not run.is_readable:
         raise SourceError(f"norms {target} were not saved by this daskclip; {AGAIN}")

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from daskclip.arguments import Axes, Dim, NonFinite
 from daskclip.engine.attempt import measure
-from daskclip.engine.cluster import require_alike
 from daskclip.engine.request import ClipRequest, prepare
 from daskclip.engine.saved_norms import saving
 from daskclip.numerics import RELATIVE_ERROR, NormHistogram
@@ -87,7 +86,6 @@ def stats_zarr(
     >>> report.slices, report.zeros, report.nan, report.clips["1"]
     (4, 1, 1, 1)
     """
-    started = time.monotonic()
     request = ClipRequest(
         source=source, axes=axes, dim=dim, ord=ord, include=include, exclude=exclude,
         memory=memory, nonfinite=nonfinite, missing=missing, storage_options=storage_options,
@@ -96,13 +94,13 @@ def stats_zarr(
     with translating_storage_errors("looking at the source"):
         prepared = prepare(request)
         run = prepared.run_record()
-        require_alike(prepared.paths)
+        prepared.require_alike_workers()
     opened, plan = prepared.source, prepared.plan
     with (
         translating_storage_errors(f"reading {opened}"),
-        saving(save_norms, opened, run, plan) as norms_array,
+        saving(save_norms, opened, run, plan) as (journal, norms_array),
     ):
-        passes = measure(prepared, run, norms_array)
+        passes = measure(prepared, run, journal, norms_array)
         prepared.require_unchanged(run)
     total, taken = passes.total, run.parameters["axes"]
     norms = total.histogram or NormHistogram.empty(plan.kept.values())
@@ -129,7 +127,7 @@ def stats_zarr(
         relative_error=RELATIVE_ERROR,
         clips={f"{c:g}": norms.above(c) for c in _candidates(figures["histogram"])},
         bytes_read=passes.bytes_read,
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - request.started,
         projected_memory=plan.projected_memory,
         **figures,
     )

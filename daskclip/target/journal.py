@@ -56,9 +56,11 @@ class RunRecord:
 
     @property
     def clip_norm(self) -> float | None:
-        """The limit in numbers; None if each slice has its own."""
-        text = self.parameters["clip_norm"]
-        return self.limit if self.limit is not None or text == "None" else float(text)
+        """The limit in numbers; None if each slice has its own, or none was measured yet."""
+        if self.limit is None:
+            with suppress(ValueError):  # "None", or a quantile
+                return float(self.parameters["clip_norm"])
+        return self.limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
