@@ -21,11 +21,11 @@ from daskclip.engine.cluster import ComputeKwargs, running
 from daskclip.engine.saved_norms import SavedNorms
 from daskclip.engine.window_graph import BlockId, Window, batch_small_blocks, compute
 from daskclip.grid import grid_shape
-from daskclip.numerics import NormHistogram, SliceCounts
+from daskclip.numerics import NormHistogram, Partial, SliceCounts
 from daskclip.plan import GroupPlan
 from daskclip.report import ProgressState, Show, progress_printer
 from daskclip.storage import durable
-from daskclip.target import Journal, RunRecord, WindowRecord
+from daskclip.target import Arrays, Journal, RunRecord, WindowRecord
 from daskclip.worker import ArrayTask
 
 STATES = 200  # points of the curve of progress that are kept
@@ -221,6 +221,25 @@ def _needs_all(array: ArrayTask) -> bool:
 def _name_factor(name: str) -> int:
     """Factor of the digests of an array, so that exchanging two arrays changes their sum."""
     return durable.digest_entry(name, 0) | 1 if name else 1
+
+
+def save_sums(journal: Journal, name: str, sums: Iterable[Partial]) -> None:
+    """Keep sums with a journal, as four arrays each."""
+    arrays: Arrays = {}
+    for i, p in enumerate(sums):
+        arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags}
+        arrays |= {f"rest{i}": np.array([p.low, p.terms]), f"ord{i}": np.array(p.ord)}
+    journal.save(name, arrays)
+
+
+def load_sums(journal: Journal, name: str) -> list[Partial]:
+    """Load the sums that `save_sums` has kept."""
+    arrays, sums = journal.load(name), []
+    for i in range(len(arrays) // 4):
+        low, terms = arrays[f"rest{i}"].tolist()
+        ord = arrays[f"ord{i}"].item()
+        sums.append(Partial(arrays[f"limbs{i}"], low, arrays[f"flags{i}"], terms, ord))
+    return sums
 
 
 def blocks_of(window: Window) -> Iterator[BlockId]:

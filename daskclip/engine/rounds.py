@@ -12,16 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.engine.passes import Passes, blocks_of
+from daskclip.engine.passes import Passes, blocks_of, load_sums, save_sums
 from daskclip.engine.window_graph import Batch, BlockId, Window, batch_small_blocks
 from daskclip.numerics import (
     NAN,
-    Partial,
     Scale,
     SliceCounts,
     combine,
@@ -30,7 +29,7 @@ from daskclip.numerics import (
     term_count,
 )
 from daskclip.plan import Numbers, Windows
-from daskclip.target import Arrays, WindowRecord
+from daskclip.target import WindowRecord
 from daskclip.worker import ArrayTask, tasks
 
 Digests = npt.NDArray[np.unsignedinteger[Any]]
@@ -64,10 +63,8 @@ def measure(passes: Passes) -> None:
 
 def compare(passes: Passes) -> None:
     """Clip once more, and compare with the target."""
-    rounds = [passes.clipped] if passes.is_shared else [[k] for k in passes.clipped]
-    for arrays in rounds:
-        for _ in _two_passes(passes, tasks.compare_block, arrays):
-            pass
+    for _ in _two_passes(passes, tasks.compare_block, passes.clipped):
+        pass
 
 
 def check(passes: Passes, digests: Digests, arrays: Iterable[int]) -> None:
@@ -83,15 +80,11 @@ def check(passes: Passes, digests: Digests, arrays: Iterable[int]) -> None:
 
 def _all(passes: Passes, one_pass: OnePass, second: BlockFunction | None) -> Iterator[WindowRecord]:
     """Records of all windows: by ``one_pass`` where that is enough, else of the second pass."""
-    if passes.is_shared:
-        yield from _two_passes(passes, second, passes.clipped)
-        return
-    whole = [k for k in passes.clipped if passes.arrays[k].plan.is_whole]
-    for batches in passes.windows(_blocks(passes, whole)):
+    # a slice that several arrays share is in no block as a whole
+    whole = {k for k in passes.clipped if passes.arrays[k].plan.is_whole and not passes.is_shared}
+    for batches in passes.windows(_blocks(passes, sorted(whole))):
         yield passes.run(1, [batches], partial(one_pass, passes))
-    for k in passes.clipped:
-        if k not in whole:
-            yield from _two_passes(passes, second, [k])
+    yield from _two_passes(passes, second, [k for k in passes.clipped if k not in whole])
 
 
 def _clip_slabs(passes: Passes, window: Window) -> WindowRecord:
@@ -118,22 +111,116 @@ def _add(counts: Iterable[SliceCounts]) -> SliceCounts:
 # --- two passes ----------------------------------------------------------------------------------
 
 
-class Round(NamedTuple):
-    """Slabs that are summed, and then rescaled, together."""
+@dataclass(slots=True)
+class Round:
+    """Slabs whose blocks are summed in a first pass, and rescaled by their norms in a second."""
 
+    passes: Passes
+    arrays: Sequence[ArrayTask]
+    """The array of the slabs, or all that share one slice; each has blocks."""
     slabs: Numbers
     windows: Callable[[bool, bool], Iterator[Window]]
-    """Windows of blocks, given whether they are those of the second pass, which are backwards, and
-    whether to take all blocks, and not only those of which anything is stored."""
+    """Windows of a pass, given whether it is the second, which goes backwards, and whether it
+    takes all blocks, and not only those of which anything is stored."""
+    digests: Digests
+    """Digests of the values that the first pass read, by the number of their block."""
+    sums: str = ""
+    """Name of the sums in the journal; empty before the first window."""
+    _made: dict[tuple[int, str], Scale] = field(default_factory=dict)
+
+    def first_pass(self) -> bool:
+        """Sum all blocks; returns whether a sum is not finite."""
+        passes, has_nonfinite = self.passes, False
+        for window in self.windows(False, False):
+            saved = next(passes.saved_windows, None)
+            if saved is not None:
+                record = passes.run(0, window, partial(_take_saved, passes, saved))
+            else:
+                record = passes.run(1, window, self._sum)
+            # the new sums include the old ones, and the record that names them is on disk
+            passes.journal.forget(self.sums)
+            self.sums, has_nonfinite = record.sums or "", bool(record.nan)
+            for number, digest in (record.source or {}).items():
+                self.digests[number] = digest
+        return has_nonfinite
+
+    def second_pass(self, function: BlockFunction, everything: bool) -> Iterator[WindowRecord]:
+        """Records of the windows; all blocks may be needed, and not only what is stored."""
+        for window, first, last in _marked(self.windows(True, everything)):
+            yield self.passes.run(2, window, partial(self._rescale, function, first, last))
+
+    def _sum(self, window: Window) -> WindowRecord:
+        """Add the blocks of a window to the sums of the windows before."""
+        passes = self.passes
+        found: list[tasks.Sums] = passes.compute(tasks.sum_block, window, combined=True)
+        sums = [f.partial for f in found]
+        if self.sums:
+            both = zip(load_sums(passes.journal, self.sums), sums, strict=True)
+            sums = [combine(pair) for pair in both]
+        name = f"sums-{'-'.join(map(str, window[0][0][0]))}.npz"
+        save_sums(passes.journal, name, sums)
+        digests = {passes.number(BlockId(*b)): d for f in found for b, d in f.digests.items()}
+        # an infinite norm of several arrays is as good as NaN
+        flags = [p.flags if passes.is_shared else p.flags & NAN for p in sums]
+        return WindowRecord(sums=name, nan=any(bool(f.any()) for f in flags), source=digests)
+
+    def _rescale(
+        self, function: BlockFunction, first: bool, last: bool, window: Window
+    ) -> WindowRecord:
+        """Do the second pass of a window; the first one counts the slices of all."""
+        passes = self.passes
+        results = passes.compute(function, window, scales=self.scale, expected=self.expected)
+        return WindowRecord(
+            tally=self.count() if first else None,
+            target=_digests(passes, window, results),
+            # without a name, `cut_torn_end` does not look for sums, which the last one removes
+            sums=None if last else self.sums,
+        )
+
+    def expected(self, block: BlockId) -> int:
+        """Digest of the values of a block in the first pass."""
+        return int(self.digests[self.passes.number(block)])
+
+    def scale(self, row: int, array: ArrayTask) -> tuple[str, Scale]:
+        """Name and scale of the slices of a slab."""
+        kind = row, array.source.dtype.str
+        if kind not in self._made:
+            # the sums lack blocks that are not stored, whose zeros are terms all the same
+            terms = sum(term_count(a.plan.shape, a.plan.axes, a.source.dtype) for a in self.arrays)
+            sums = load_sums(self.passes.journal, self.sums)[row]._replace(terms=terms)
+            # tf.clip_by_global_norm makes everything NaN if the norm is infinite
+            if self.passes.is_shared:
+                sums = nan_if_infinite(sums)
+            limit = tasks.block_limit(array, array.plan.region(int(self.slabs[row]), 0))
+            self._made[kind] = finalize(sums, limit, array.source.dtype)
+        return "-".join(map(str, kind)), self._made[kind]
+
+    def save_norms(self) -> bool:
+        """Write the norms to where they are wanted; returns whether they are."""
+        array = self.arrays[0]
+        for row, slab in enumerate(self.slabs):
+            tasks.save_norms(array, self.scale(row, array)[1], array.plan.region(int(slab), 0))
+        return array.target is not None
+
+    def count(self) -> SliceCounts:
+        """Counts over all slices."""
+        array = self.arrays[0]
+        # the first block of a slab meets all its slices
+        regions = [array.plan.region(int(slab), 0) for slab in self.slabs]
+        scales = [self.scale(row, array)[1] for row in range(len(regions))]
+        return _add(map(partial(tasks.count_region, array), scales, regions))
 
 
 def _rounds(passes: Passes, arrays: Sequence[int]) -> Iterator[Round]:
+    digests = np.zeros(passes.blocks, np.uint32)
     if passes.is_shared:
-        yield Round((0,), partial(_global_windows, passes, arrays))
+        some = [passes.arrays[k] for k in arrays if passes.arrays[k].plan.blocks]
+        yield Round(passes, some, (0,), partial(_global_windows, passes, arrays), digests)
         return
-    (k,) = arrays
-    for slabs, stored in passes.arrays[k].plan.windows(passes.has_stored[k]):
-        yield Round(slabs, partial(_slab_windows, passes, k, slabs, stored))
+    for k in arrays:
+        for slabs, stored in passes.arrays[k].plan.windows(passes.has_stored[k]):
+            windows = partial(_slab_windows, passes, k, slabs, stored)
+            yield Round(passes, [passes.arrays[k]], slabs, windows, digests)
 
 
 def _slab_windows(
@@ -158,42 +245,20 @@ def _two_passes(
     passes: Passes, second: BlockFunction | None, arrays: Sequence[int]
 ) -> Iterator[WindowRecord]:
     """Records of the second pass, which does ``second``; without it norms are counted and saved."""
-    digests = np.zeros(passes.blocks, np.uint32)
     for one in _rounds(passes, arrays):
-        name, has_nonfinite = _first_pass(passes, one, digests)
+        has_nonfinite = one.first_pass()
         # if nothing is stored, `count_empty` counts the slices
-        if not name:
+        if not one.sums:
             continue
-        # arrays without blocks have no region, whose limit could be looked up
-        some = [passes.arrays[k] for k in arrays if passes.arrays[k].plan.blocks]
-        scales = SlabScales(passes, some, name, one.slabs, digests)
         if second is None:
-            passes.total = passes.total.add(scales.count())
+            passes.total = passes.total.add(one.count())
             # sums are saved with their norms, for the second pass of another run
-            if scales.save_norms():
+            if one.save_norms():
                 continue
         else:
             # NaN spreads to blocks of which nothing is stored
-            for window, first, last in _marked(one.windows(True, has_nonfinite)):
-                yield passes.run(2, window, partial(_rescale, scales, second, first, last))
-        passes.journal.forget(name)
-
-
-def _first_pass(passes: Passes, one: Round, digests: Digests) -> tuple[str, bool]:
-    """Sum the blocks of a round; returns the name of the sums, and whether one is not finite."""
-    name, has_nonfinite = "", False
-    for window in one.windows(False, False):
-        saved = next(passes.saved_windows, None)
-        if saved is not None:
-            record = passes.run(0, window, partial(_take_saved, passes, saved))
-        else:
-            record = passes.run(1, window, partial(_sum, passes, name))
-        # the new sums include them, and the record that names the new ones is on disk
-        passes.journal.forget(name)
-        name, has_nonfinite = record.sums or "", bool(record.nan)
-        for number, digest in (record.source or {}).items():
-            digests[number] = digest
-    return name, has_nonfinite
+            yield from one.second_pass(second, has_nonfinite)
+        passes.journal.forget(one.sums)
 
 
 def _take_saved(passes: Passes, saved: WindowRecord, _: Window) -> WindowRecord:
@@ -203,102 +268,6 @@ def _take_saved(passes: Passes, saved: WindowRecord, _: Window) -> WindowRecord:
         if arrays is not None:
             passes.journal.save(saved.sums, arrays)
     return saved
-
-
-def _sum(passes: Passes, before: str, window: Window) -> WindowRecord:
-    """Add the blocks of a window to the sums of the windows before."""
-    found: list[tasks.Sums] = passes.compute(tasks.sum_block, window, combined=True)
-    sums = [f.partial for f in found]
-    if before:
-        both = zip(_partials_of(passes.journal.load(before)), sums, strict=True)
-        sums = [combine(pair) for pair in both]
-    name = f"sums-{'-'.join(map(str, window[0][0][0]))}.npz"
-    passes.journal.save(name, _arrays_of(sums))
-    digests = {passes.number(BlockId(*b)): d for f in found for b, d in f.digests.items()}
-    # an infinite norm of several arrays is as good as NaN
-    flags = [p.flags if passes.is_shared else p.flags & NAN for p in sums]
-    return WindowRecord(sums=name, nan=any(bool(f.any()) for f in flags), source=digests)
-
-
-def _rescale(
-    scales: SlabScales, function: BlockFunction, first: bool, last: bool, window: Window
-) -> WindowRecord:
-    """Do the second pass of a window; the first one counts the slices of all."""
-    passes = scales.passes
-    results = passes.compute(function, window, scales=scales.of, expected=scales.expected)
-    return WindowRecord(
-        tally=scales.count() if first else None,
-        target=_digests(passes, window, results),
-        # a record names the sums that the windows to come need
-        sums=None if last else scales.name,
-    )
-
-
-@dataclass(slots=True)
-class SlabScales:
-    """Scales of the slices of some slabs, made from their sums when they are needed."""
-
-    passes: Passes
-    arrays: Sequence[ArrayTask]
-    """The array of the slabs, or all that share their only one."""
-    name: str
-    """Name of the sums in the journal."""
-    slabs: Numbers
-    digests: Digests
-    """Digests of the values that the first pass read, by the number of their block."""
-    _made: dict[tuple[int, str], Scale] = field(default_factory=dict)
-
-    def expected(self, block: BlockId) -> int:
-        """Digest of the values of a block."""
-        return int(self.digests[self.passes.number(block)])
-
-    def of(self, row: int, array: ArrayTask) -> tuple[str, Scale]:
-        """Name and scale of the slices of a slab."""
-        kind = row, array.source.dtype.str
-        if kind not in self._made:
-            # the sums lack what is not stored: zeros, which count for how norms are rounded
-            terms = sum(term_count(a.plan.shape, a.plan.axes, a.source.dtype) for a in self.arrays)
-            sums = _partials_of(self.passes.journal.load(self.name))[row]._replace(terms=terms)
-            # tf.clip_by_global_norm makes everything NaN of an infinite norm
-            if self.passes.is_shared:
-                sums = nan_if_infinite(sums)
-            limit = tasks.block_limit(array, array.plan.region(int(self.slabs[row]), 0))
-            self._made[kind] = finalize(sums, limit, array.source.dtype)
-        return "-".join(map(str, kind)), self._made[kind]
-
-    def save_norms(self) -> bool:
-        """Write the norms to where they are wanted; returns whether they are."""
-        array = self.arrays[0]
-        for i, slab in enumerate(self.slabs):
-            tasks.save_norms(array, self.of(i, array)[1], array.plan.region(int(slab), 0))
-        return array.target is not None
-
-    def count(self) -> SliceCounts:
-        """Counts over all slices."""
-        array = self.arrays[0]
-        regions = (array.plan.region(int(slab), 0) for slab in self.slabs)
-        return _add(
-            tasks.count_region(array, self.of(i, array)[1], r) for i, r in enumerate(regions)
-        )
-
-
-def _arrays_of(sums: Sequence[Partial]) -> Arrays:
-    """Sums as arrays for a journal."""
-    arrays: Arrays = {}
-    for i, p in enumerate(sums):
-        arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags}
-        arrays |= {f"rest{i}": np.array([p.low, p.terms]), f"ord{i}": np.array(p.ord)}
-    return arrays
-
-
-def _partials_of(arrays: Arrays) -> list[Partial]:
-    """Sums from the arrays of a journal."""
-    sums = []
-    for i in range(len(arrays) // 4):
-        low, terms = arrays[f"rest{i}"].tolist()
-        ord = arrays[f"ord{i}"].item()
-        sums.append(Partial(arrays[f"limbs{i}"], low, arrays[f"flags{i}"], terms, ord))
-    return sums
 
 
 # --- blocks --------------------------------------------------------------------------------------

@@ -21,17 +21,7 @@ from daskclip.errors import (
 from daskclip.numerics import SliceCounts
 from daskclip.plan import GroupPlan
 from daskclip.storage import Hierarchy, StoredArray, durable
-from daskclip.target import (
-    Arrays,
-    DirectoryTarget,
-    Journal,
-    Json,
-    RunRecord,
-    WindowRecord,
-    find_target,
-    journal,
-    refuse_existing,
-)
+from daskclip.target import DirectoryTarget, find_target, journal, refuse_existing
 
 SUMS = ".daskclip-sums"
 """Folder of the journal of the first pass; zarr ignores it."""
@@ -52,7 +42,7 @@ class SavedNorms:
     """Folder of their array."""
     total: SliceCounts
     """Counts over all slices."""
-    source: Json
+    source: journal.Json
     """Fingerprint of the source."""
 
     def require_of(self, source: Hierarchy) -> None:
@@ -62,13 +52,13 @@ class SavedNorms:
                 f"source {source} is not what it was when norms {self.path} were saved; {AGAIN}"
             )
 
-    def windows(self) -> Iterator[WindowRecord]:
+    def windows(self) -> Iterator[journal.WindowRecord]:
         """Records of the first of two passes, which take the place of such a pass."""
         for record in journal.records(_journal_in(self.path)):
-            if isinstance(record, WindowRecord) and record.sums:
+            if isinstance(record, journal.WindowRecord) and record.sums:
                 yield record
 
-    def sums(self, name: str) -> Arrays | None:
+    def sums(self, name: str) -> journal.Arrays | None:
         """Sums that a record names, which are kept of the last window of a slab only."""
         path = self.path / SUMS / name
         try:
@@ -79,14 +69,14 @@ class SavedNorms:
 
 @contextmanager
 def saving(
-    path: object, source: Hierarchy, run: RunRecord, plan: GroupPlan
-) -> Iterator[tuple[Journal, Hierarchy | None]]:
+    path: object, source: Hierarchy, run: journal.RunRecord, plan: GroupPlan
+) -> Iterator[tuple[journal.Journal, Hierarchy | None]]:
     """Open a journal for taking norms, and make an array for them if a path is given.
 
     The array appears complete or not at all.
     """
     if path is None:
-        with Journal.scratch(run) as entries:
+        with journal.Journal.scratch(run) as entries:
             yield entries, None
         return
     if source.is_group:
@@ -103,7 +93,7 @@ def saving(
         parameters = run.parameters | {"source": str(source)}
         record = replace(run, parameters=parameters, plans=plan_to_json(plan))
         journal.begin(_journal_in(folder), record)
-        with Journal(_journal_in(folder)) as entries:
+        with journal.Journal(_journal_in(folder)) as entries:
             yield entries, Hierarchy.open(folder)
         # the sums are inside the array, so that one rename publishes both
         durable.sync_filesystem(folder)
@@ -113,7 +103,7 @@ def saving(
 
 
 def open_norms(
-    path: object, source: Hierarchy, parameters: Json, memory: int
+    path: object, source: Hierarchy, parameters: journal.Json, memory: int
 ) -> tuple[SavedNorms, GroupPlan]:
     """Open the saved norms of a source, with the plan they were saved by, which reads it once."""
     if source.is_group:
@@ -154,7 +144,7 @@ def _directory(path: object) -> DirectoryTarget:
     return target
 
 
-def _make(folder: Path, source: Hierarchy, parameters: Json, plan: GroupPlan) -> None:
+def _make(folder: Path, source: Hierarchy, parameters: journal.Json, plan: GroupPlan) -> None:
     array, one = source.arrays[""], plan.plans[""]
     names = array.dimension_names
     # whole chunks belong to one block of the source, so that each has one writer

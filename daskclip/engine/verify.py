@@ -15,17 +15,7 @@ from daskclip.engine.run_record import plan_from_json, replan
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
 from daskclip.report import VerifyReport
 from daskclip.storage import Hierarchy, open_source, translating_storage_errors
-from daskclip.target import (
-    DirectoryTarget,
-    FinalRecord,
-    Journal,
-    Json,
-    RunRecord,
-    Target,
-    WindowRecord,
-    find_target,
-    journal,
-)
+from daskclip.target import DirectoryTarget, Target, find_target, journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +23,8 @@ class MadeByRun:
     """What a run wrote, by the record of it that is kept in the target."""
 
     target: Target
-    run: RunRecord
-    fingerprint: Json
+    run: journal.RunRecord
+    fingerprint: journal.Json
     """Fingerprint of the target when it was complete."""
     digests: rounds.Digests
     """Digests of what is stored of each block."""
@@ -130,8 +120,8 @@ def _verify(
     arrays = array_tasks(filled, plan, written, None, limits_by_array)
     everything = [None] * len(arrays)
     with (
-        Journal.scratch(run) as journal,
-        Passes.open(arrays, plan, journal, everything, Progress()) as norms,
+        journal.Journal.scratch(run) as entries,
+        Passes.open(arrays, plan, entries, everything, Progress()) as norms,
     ):
         rounds.check(norms, made.digests, range(len(arrays)))
         rounds.measure(norms)
@@ -145,8 +135,8 @@ def _verify(
     if source is not None:
         arrays = array_tasks(run, plan, source, written, limits_by_array)
         with (
-            Journal.scratch(run) as journal,
-            Passes.open(arrays, plan, journal, everything, Progress()) as both,
+            journal.Journal.scratch(run) as entries,
+            Passes.open(arrays, plan, entries, everything, Progress()) as both,
         ):
             rounds.compare(both)
             rounds.check(both, made.digests, both.copied)
@@ -156,12 +146,11 @@ def _verify(
 def _open_written(made: MadeByRun) -> Hierarchy:
     """Open what a run wrote; requires its metadata, and no file but those of chunks."""
     target = made.target
-    damaged = f"the metadata of {target} is not what was written; clip it again"
     try:
         place = target.path if isinstance(target, DirectoryTarget) else target.open().store_path
         written = open_source(place)
         if written.fingerprint(changes=False)["metadata"] != made.fingerprint["metadata"]:
-            raise VerificationError(damaged)
+            raise VerificationError(f"metadata of {target} is not what was written; clip it again")
         for name, array in written.arrays.items():
             for key in array.stray_keys():
                 inside = f"{name}/{key}".lstrip("/")
@@ -190,11 +179,11 @@ def _read_record(target: Target) -> MadeByRun:
             )
         digests = np.zeros(plan_from_json(run).blocks, np.uint64)
         for record in journal.records(path):
-            if isinstance(record, WindowRecord):
+            if isinstance(record, journal.WindowRecord):
                 for number, digest in (record.target or {}).items():
                     digests[number] = digest
         # the last line of a complete journal
-        if not isinstance(record, FinalRecord) or record.made is None:
+        if not isinstance(record, journal.FinalRecord) or record.made is None:
             raise VerificationError(f"the record of {target} is damaged; clip it again")
     return MadeByRun(target, run, record.made, digests)
 
