@@ -43,6 +43,7 @@ def run_attempt(
         report = _report(prepared, run, passes, made, peak, measured)
         if made is not None:
             journal.end(FinalRecord(report=asdict(report), made=made))
+    # the last look at the source, before anything replaces it or appears beside it
     prepared.require_unchanged(run)
     if is_written:
         transaction.publish(source, staged, request.replaces)

@@ -156,6 +156,7 @@ def clip_zarr(
         norms=norms,
     )  # fmt: skip
     prepared, opened = _open(request)
+    # before the lock is taken, since listing the source can take minutes
     with translating_storage_errors("looking at source and target"):
         run = prepared.run_record(opened)
     with translating_storage_errors(f"writing {opened}"), opened.locked() as transaction:
@@ -165,9 +166,10 @@ def clip_zarr(
             return replace(
                 report, status="up to date", bytes_read=0, bytes_written=0, seconds=seconds
             )
-        # not before: once a run in place has ended, its source is another
+        # not before: a run in place that has ended has changed its own source
         _require_free(prepared, opened)
         prepared.require_alike_workers(*transaction.files)
+        # resumed by the blocks it began with, even if another budget gives others
         old = find_unfinished(transaction, prepared.source, run)
         measured = 0
         if old is not None:
@@ -182,6 +184,7 @@ def clip_zarr(
         try:
             report = run_attempt(prepared, run, transaction, measured)
         except DaskClipError as error:
+            # after an error of the source or of arguments the same call fails again
             if not error.resumable:
                 transaction.clear()
             raise
@@ -209,6 +212,7 @@ def _require_free(prepared: Prepared, target: Target) -> None:
 
 def _measure_quantile(prepared: Prepared, run: RunRecord, percent: Fraction) -> tuple[float, int]:
     """Norm that so many percent of the norms do not exceed, and the bytes read for it."""
+    # their histogram is saved too, so that nothing is read
     if prepared.saved_norms is not None:
         total, read = prepared.saved_norms.total, 0
     else:
@@ -230,6 +234,7 @@ def _with_arguments_of(
 
     def decorate(other: Callable[..., R]) -> Callable[P, R]:
         returned = inspect.signature(other).return_annotation
+        # `inspect.signature` and documentation tools look for this attribute
         signature = inspect.signature(function).replace(return_annotation=returned)
         vars(other)["__signature__"] = signature
         return other

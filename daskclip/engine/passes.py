@@ -98,15 +98,15 @@ class Passes:
         arrays: Sequence[ArrayTask],
         plan: GroupPlan,
         journal: Journal,
-        has_stored: Sequence[HasStored],
-        progress: Progress,
+        has_stored: Sequence[HasStored] = (),
+        progress: Progress | None = None,
         saved_norms: SavedNorms | None = None,
     ) -> Iterator[Passes]:
-        """Prepare to run blocks; none is running any more afterwards."""
-        with running(plan.threads, arrays[0].attempt_id) as compute_kwargs:
-            yield cls(
-                arrays, compute_kwargs, journal, plan.window, has_stored, progress, saved_norms
-            )
+        """Prepare to run blocks, by default all and silently; none is running afterwards."""
+        # arrays of one attempt share its id, by which processes refuse tasks that come too late
+        with running(plan.threads, arrays[0].attempt_id) as kwargs:
+            stored, shown = has_stored or [None] * len(arrays), progress or Progress()
+            yield cls(arrays, kwargs, journal, plan.window, stored, shown, saved_norms)
 
     def __post_init__(self) -> None:
         self.saved_windows = iter(()) if self.saved_norms is None else self.saved_norms.windows()
@@ -190,6 +190,7 @@ class Passes:
     def count_empty(self) -> None:
         """Count the slices of slabs that were not looked at, or have no elements."""
         plans = [array.plan for array in self.arrays if array.plan.passes]
+        # norm 0, whatever the limit, unless that is NaN, when all blocks are looked at
         rest = (1 if self.is_shared else sum(p.slices for p in plans)) - self.total.slices
         if rest:
             one = self.arrays[0]
@@ -220,6 +221,7 @@ def _needs_all(array: ArrayTask) -> bool:
 
 def _name_factor(name: str) -> int:
     """Factor of the digests of an array, so that exchanging two arrays changes their sum."""
+    # odd, and so invertible modulo a power of two: no bit of a digest is lost
     return durable.digest_entry(name, 0) | 1 if name else 1
 
 
@@ -235,6 +237,7 @@ def save_sums(journal: Journal, name: str, sums: Iterable[Partial]) -> None:
 def load_sums(journal: Journal, name: str) -> list[Partial]:
     """Load the sums that `save_sums` has kept."""
     arrays, sums = journal.load(name), []
+    # limbs, flags, rest and ord
     for i in range(len(arrays) // 4):
         low, terms = arrays[f"rest{i}"].tolist()
         ord = arrays[f"ord{i}"].item()

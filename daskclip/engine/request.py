@@ -132,6 +132,7 @@ class Prepared:
     def run_record(self, target: Target | None = None) -> RunRecord:
         """Record of a run to a target, up to what is known before it begins."""
         between = {} if target is None else {"source": str(self.source), "target": str(target)}
+        # listed once, before anything is read: `require_unchanged` compares with this
         fingerprint = self.source.fingerprint(changes=True)
         return RunRecord(parameters=between | self.parameters, source=fingerprint)
 
@@ -160,6 +161,7 @@ def prepare(request: ClipRequest) -> Prepared:
     names = select_arrays(source, request.include, request.exclude, arguments.DTYPES)
     if source.is_group and dim is not None:
         names, dim = _having(source, names, dim)
+        # no dimension is asked for: each element is a slice, as with axes=[]
         if not dim and axes is None:
             axes, dim = [], None
     clipped = {name: _layout(source, name, axes, dim, request.ord) for name in names}
@@ -168,11 +170,16 @@ def prepare(request: ClipRequest) -> Prepared:
         request.limits, request.clip_norm, source, axes_by_array, request.storage_options
     )
     for name, limits in limits_by_array.items():
+        # an array of NumPy is sent to a worker as a whole, a stored one is read chunk by chunk
         nbytes = limits.nbytes if isinstance(limits, np.ndarray) else limits.unit_nbytes
         clipped[name] = replace(clipped[name], limits_nbytes=nbytes)
     plan = _plan(request, source, clipped)
-    parameters = _parameters(request, source, axes, dim, plan, limits_by_array)
+    # -1 and 1 may be the same axis of an array; arrays of a group have any number of axes
+    if not source.is_group:
+        axes, dim = clipped[""].axes, None
+    parameters = _parameters(request, axes, dim, limits_by_array)
     saved = None
+    # saved sums are of the blocks of another plan, which this run has to use as well
     if request.norms is not None:
         saved, plan = open_norms(request.norms, source, parameters, request.memory_nbytes)
     return Prepared(request, source, plan, limits_by_array, saved, parameters)
@@ -184,28 +191,21 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
         for name, array in source.arrays.items()
         if name not in clipped
     }
-    processes, threads, fewest = workers()
-    machine = Machine(
-        processes=processes, threads=threads, fewest=fewest, memory=request.memory_nbytes
-    )
+    n, threads, fewest = workers()
+    machine = Machine(processes=n, threads=threads, fewest=fewest, memory=request.memory_nbytes)
+    # looked up only now: tests replace it
     return plan_group(clipped, copied, machine, sizing.DEFAULT, global_norm=request.global_norm)
 
 
 def _parameters(
-    request: ClipRequest,
-    source: Hierarchy,
-    axes: Any,
-    dim: object,
-    plan: GroupPlan,
-    limits_by_array: LimitsByArray,
+    request: ClipRequest, axes: Any, dim: object, limits_by_array: LimitsByArray
 ) -> Json:
-    if not source.is_group:
-        axes = plan.plans[""].axes
+    # JSON types only, so that they equal those that are read back from a journal
     quantile = isinstance(request.limit, Fraction)
     return {
         "clip_norm": request.clip_norm if quantile else str(request.limit),
         "axes": None if axes is None else [int(a) for a in np.atleast_1d(axes)],
-        "dim": dim if source.is_group else None,
+        "dim": dim,
         "ord": float(request.ord),  # type: ignore[arg-type]
         "limits": limits_identity(limits_by_array),
         "nonfinite": request.nonfinite,
@@ -236,6 +236,7 @@ def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> 
         arguments.parse_ord(ord, array.dtype)
         taken = arguments.parse_axes(arguments.axes_named(dim, named, axes), array.ndim)
     except DaskClipError as error:
+        # some messages have the path of the array already
         if name and name not in str(error):
             raise type(error)(f"array {name}: {error}") from error
         raise
@@ -314,6 +315,7 @@ def _open_array(
         limits = np.asarray(limits, np.float64)
     if is_zarr_array(limits):
         limits = StoredArray(limits)
+    # a subclass of ndarray, such as a masked array, is refused by `open_source`
     elif not isinstance(limits, StoredArray) and type(limits) is not np.ndarray:
         limits = _open(limits, options).arrays.get("")
         if limits is None:
@@ -322,6 +324,7 @@ def _open_array(
     if isinstance(limits, StoredArray):
         check_source(limits, arguments.check_limits_dtype)
     arguments.check_limits(limits.shape, clip_norm, shape, axes)
+    # a copy: the caller may change the array while blocks are clipped
     return limits.astype(np.float64, order="C") if isinstance(limits, np.ndarray) else limits
 
 
@@ -342,6 +345,7 @@ def _identity(limits: Limits) -> str:
     if isinstance(limits, np.ndarray):
         digest = durable.digest(limits)
     else:
+        # without reading the values, as for the source
         fingerprint = _hierarchy(limits).fingerprint(changes=True)
         digest = durable.digest(json.dumps(fingerprint).encode())
     return f"of shape {limits.shape} and digest {digest:08x}"

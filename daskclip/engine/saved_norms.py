@@ -87,6 +87,7 @@ def saving(
     target.check(source, overwrite=False, in_place=False)
     with target.locked() as transaction:
         refuse_existing(target)
+        # a folder of its own: one that was left by a call that was killed is not used again
         folder = transaction.folder / uuid4().hex
         _make(folder, source, run.parameters, plan)
         (folder / SUMS).mkdir()
@@ -98,6 +99,7 @@ def saving(
         # the sums are inside the array, so that one rename publishes both
         durable.sync_filesystem(folder)
         refuse_existing(target)
+        # between the check and this, only an empty folder could be replaced
         os.rename(folder, target.path)
         durable.sync_filesystem(target.path.parent)
 
@@ -128,6 +130,7 @@ def open_norms(
     if last is None or last.total is None:
         raise SourceError(f"norms {target} are damaged; {AGAIN}")
     plan = replan(run, memory, f"norms {target} need with", AGAIN)
+    # the saved sums take the place of the first pass
     plans = {name: replace(one, passes=1) for name, one in plan.plans.items()}
     saved = SavedNorms(target.path, SliceCounts.from_json(last.total), run.source)
     return saved, replace(plan, plans=plans)

@@ -101,13 +101,15 @@ def stats_zarr(
         saving(save_norms, opened, run, plan) as (journal, norms_array),
     ):
         passes = measure(prepared, run, journal, norms_array)
+        # inside, so that norms of a source that changed are not published
         prepared.require_unchanged(run)
     total, taken = passes.total, run.parameters["axes"]
     norms = total.histogram or NormHistogram.empty(plan.kept.values())
     finite = total.slices > total.nonfinite
     figures = norms.figures(plan.kept)
+    # without a limit, nothing is counted as clipped
     for along in figures["along"]:
-        del along["clipped"]  # there is no limit
+        del along["clipped"]
     return StatsReport(
         source=str(opened),
         axes=None if taken is None else tuple(taken),
@@ -138,9 +140,12 @@ def _candidates(bars: list[tuple[float, float, int]]) -> list[float]:
     if not bars:
         return []
     low, high = bars[0][0], bars[-1][1]
+    # log10 of a subnormal edge is fine, and of 0 is not
     first, last = math.floor(math.log10(max(low, 1e-300))), math.ceil(math.log10(high))
+    # norms that differ by many decades would give hundreds of limits
     step = max(1, (last - first) // CANDIDATES + 1)
     digits = (1, 2, 5) if 3 * (last - first) <= CANDIDATES else (1,)
     numbers = [float(f"{d}e{k}") for k in range(first, min(last, 308) + 1, step) for d in digits]
     found = [n for n in numbers if low <= n <= high]
+    # a range between two round numbers has none in it
     return found or [n for n in numbers if n >= high][:1]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from daskclip.engine import rounds
-from daskclip.engine.passes import Passes, Progress
+from daskclip.engine.passes import Passes
 from daskclip.engine.request import LimitsByArray, array_tasks, limits_identity, open_limits
 from daskclip.engine.run_record import plan_from_json, replan
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
@@ -111,18 +111,15 @@ def _verify(
     made: MadeByRun, written: Hierarchy, source: Hierarchy | None, limits_by_array: LimitsByArray
 ) -> Passes:
     """Check files and norms, and compare with what the source gives, if there is one."""
-    # NaN is what a run that had to raise has not written
+    # 'raise' would stop at the first NaN; a run that raised has no complete target to verify
     omit = "omit" if made.run.parameters["nonfinite"] == "omit" else "propagate"
     run = replace(made.run, parameters=made.run.parameters | {"nonfinite": omit})
     plan = replan(run)
     # that no chunk is missing was asked of the source; chunks of the target have their digests
     filled = replace(run, parameters=run.parameters | {"missing": "fill"})
     arrays = array_tasks(filled, plan, written, None, limits_by_array)
-    everything = [None] * len(arrays)
-    with (
-        journal.Journal.scratch(run) as entries,
-        Passes.open(arrays, plan, entries, everything, Progress()) as norms,
-    ):
+    with journal.Journal.scratch(run) as entries, Passes.open(arrays, plan, entries) as norms:
+        # files first: a digest names the block, while a norm may be wrong for many reasons
         rounds.check(norms, made.digests, range(len(arrays)))
         rounds.measure(norms)
     total = norms.total
@@ -134,11 +131,9 @@ def _verify(
         )
     if source is not None:
         arrays = array_tasks(run, plan, source, written, limits_by_array)
-        with (
-            journal.Journal.scratch(run) as entries,
-            Passes.open(arrays, plan, entries, everything, Progress()) as both,
-        ):
+        with journal.Journal.scratch(run) as entries, Passes.open(arrays, plan, entries) as both:
             rounds.compare(both)
+            # arrays that were only copied have the same files as the source
             rounds.check(both, made.digests, both.copied)
     return norms
 
@@ -147,6 +142,7 @@ def _open_written(made: MadeByRun) -> Hierarchy:
     """Open what a run wrote; requires its metadata, and no file but those of chunks."""
     target = made.target
     try:
+        # a path is opened with its errors translated, which `Hierarchy.open` does not do
         place = target.path if isinstance(target, DirectoryTarget) else target.open().store_path
         written = open_source(place)
         if written.fingerprint(changes=False)["metadata"] != made.fingerprint["metadata"]:
@@ -164,6 +160,7 @@ def _same_limits(made: MadeByRun, written: Hierarchy, limits: object) -> LimitsB
     """Open the limits that a run had, if it had any."""
     axes_by_array = {name: plan.axes for name, plan in plan_from_json(made.run).clipped.items()}
     limits_by_array = open_limits(limits, None, written, axes_by_array, None)
+    # by identity, which is shape and digest: the limits themselves are not stored
     was, given = made.run.parameters["limits"], limits_identity(limits_by_array)
     if given != was:
         raise VerificationError(f"{written} was clipped with limits {was}, not {given}; give those")
@@ -182,7 +179,7 @@ def _read_record(target: Target) -> MadeByRun:
             if isinstance(record, journal.WindowRecord):
                 for number, digest in (record.target or {}).items():
                     digests[number] = digest
-        # the last line of a complete journal
+        # the final record is the last line, unless the end of the journal is torn
         if not isinstance(record, journal.FinalRecord) or record.made is None:
             raise VerificationError(f"the record of {target} is damaged; clip it again")
     return MadeByRun(target, run, record.made, digests)
@@ -190,6 +187,7 @@ def _read_record(target: Target) -> MadeByRun:
 
 def _check_source(source: Hierarchy, written: Hierarchy, target: Target) -> None:
     """Require arrays of the same names, shapes and dtypes."""
+    # arrays of a group are compared by name: one may be missing on either side
     kinds = [
         {n: f"{a.dtype} of shape {a.shape}" for n, a in h.arrays.items()} for h in (source, written)
     ]

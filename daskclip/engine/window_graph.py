@@ -84,7 +84,7 @@ def compute(
         array = arrays[block.array]
         return f"block {array.source.describe(array.plan.region(block.slab, block.block))}"
 
-    # nothing to fuse; and Dask remembers the names of what it looked at for that
+    # there is nothing to fuse, and Dask keeps the names of all tasks that it tried to fuse
     with translating_cluster_errors(block_of), dask.config.set({"optimization.fuse.active": False}):
         found = compute_retrying_cancelled(results.to_delayed().ravel(), compute_kwargs)
     return found if combined else list(chain.from_iterable(found))
