@@ -10,7 +10,7 @@ from daskclip.engine.cluster import memory_used, versions
 from daskclip.engine.passes import Passes, Progress, find_stored
 from daskclip.engine.request import Prepared, array_tasks
 from daskclip.report import ClipReport, format_size
-from daskclip.storage import Hierarchy, durable
+from daskclip.storage import Hierarchy
 from daskclip.target import FinalRecord, Journal, Json, RunRecord, Transaction
 
 REPORTED = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")
@@ -76,7 +76,6 @@ def _report(
     finite, axes = total.slices > total.nonfinite, parameters["axes"]
     # of a quantile the report has the limit, and among its parameters what was given
     reported = REPORTED if run.limit is None else (*REPORTED, "clip_norm")
-    digest = (passes.digest + (made or {}).get("metadata", 0)) % durable.DIGESTS
     return ClipReport(
         status="nothing to clip" if made is None else "clipped",
         source=str(prepared.source),
@@ -103,7 +102,7 @@ def _report(
         parameters={k: parameters[k] for k in reported if parameters[k]} | {"memory": plan.memory},
         versions=versions(),
         source_fingerprint=run.source.get("hash", "unknown"),
-        digest=None if made is None else f"{digest:016x}",
+        digest=None if made is None else passes.digest_with(made.get("metadata", 0)),
         pictures=_pictures(prepared, passes, peak),
     )
 

@@ -162,19 +162,19 @@ def clip_zarr(
     with translating_storage_errors(f"writing {opened}"), opened.locked() as transaction:
         report = find_finished(transaction, run)
         if report is not None:
-            seconds = time.monotonic() - request.started
-            return replace(
-                report, status="up to date", bytes_read=0, bytes_written=0, seconds=seconds
-            )
+            took = time.monotonic() - request.started
+            return replace(report, status="up to date", bytes_read=0, bytes_written=0, seconds=took)
         # not before: a run in place that has ended has changed its own source
         _require_free(prepared, opened)
         prepared.require_alike_workers(*transaction.files)
         # resumed by the blocks it began with, even if another budget gives others
         old = find_unfinished(transaction, prepared.source, run)
+        # a run that is resumed has its limit in the journal
         measured = 0
         if old is not None:
             run, prepared = old, replace(prepared, plan=replan(old, request.memory_nbytes))
         else:
+            # under the lock: two runs to a target need not measure the same norms
             if isinstance(request.limit, Fraction):
                 limit, measured = _measure_quantile(prepared, run, request.limit)
                 run = replace(run, limit=limit)
@@ -184,7 +184,7 @@ def clip_zarr(
         try:
             report = run_attempt(prepared, run, transaction, measured)
         except DaskClipError as error:
-            # after an error of the source or of arguments the same call fails again
+            # the journal would stand in the way of the next call, which has to begin again
             if not error.resumable:
                 transaction.clear()
             raise
@@ -204,6 +204,7 @@ def _open(request: ClipRequest) -> tuple[Prepared, Target]:
 
 def _require_free(prepared: Prepared, target: Target) -> None:
     """Refuse a target that something is at, and saved norms of another source."""
+    # again, under the lock: another run may have made the target since it was checked
     if not prepared.request.replaces:
         refuse_existing(target)
     if prepared.saved_norms is not None:

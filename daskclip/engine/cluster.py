@@ -90,9 +90,7 @@ def require_alike(paths: Sequence[str]) -> None:
         )
     here = look()
     for worker, there in seen.items():
-        for name in here:
-            if there[name] == here[name]:
-                continue
+        for name in (n for n in here if there[n] != here[n]):
             if name in paths:
                 raise ClusterError(
                     f"worker {worker} does not see {name}; give it the same file system, or use "

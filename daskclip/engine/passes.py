@@ -187,6 +187,10 @@ class Passes:
         self.progress.report(self.bytes_done, self.bytes_skipped, min(pass_ or most, most))
         return record
 
+    def digest_with(self, metadata: int) -> str:
+        """Digest of all that is stored for the target and of its metadata, in hexadecimal."""
+        return f"{(self.digest + metadata) % durable.DIGESTS:016x}"
+
     def count_empty(self) -> None:
         """Count the slices of slabs that were not looked at, or have no elements."""
         plans = [array.plan for array in self.arrays if array.plan.passes]

@@ -98,18 +98,15 @@ class ClipRequest:
     def _check_global_norm(self) -> None:
         given = self.global_norm
         if not isinstance(given, bool):
-            raise InvalidTypeError(
-                f"global_norm {short_repr(given)} is a {type(given).__name__}; give a bool"
-            )
-        if given and not (self.axes is None and self.dim is None):
-            axes = short_repr(self.axes if self.dim is None else self.dim)
+            kind = type(given).__name__
+            raise InvalidTypeError(f"global_norm {short_repr(given)} is a {kind}; give a bool")
+        axes = self.axes if self.dim is None else self.dim
+        if given and axes is not None:
             raise InvalidValueError(
-                f"a global norm has no axes, and {axes} is given; leave out one of them"
+                f"a global norm has no axes, and {short_repr(axes)} is given; leave one out"
             )
         if given and self.limits is not None:
-            raise InvalidValueError(
-                "a global norm has one limit, and limits are given; give clip_norm"
-            )
+            raise InvalidValueError("a global norm has one limit; give clip_norm, and no limits")
 
     @property
     def replaces(self) -> bool:
@@ -240,13 +237,9 @@ def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> 
         if name and name not in str(error):
             raise type(error)(f"array {name}: {error}") from error
         raise
-    return Layout(
-        shape=array.shape,
-        axes=taken,
-        unit=array.unit,
-        itemsize=array.dtype.itemsize,
-        sum_nbytes=sizing.DEFAULT.sum_nbytes or state_nbytes(array.dtype),
-    )
+    shape, unit, dtype = array.shape, array.unit, array.dtype
+    most = sizing.DEFAULT.sum_nbytes or state_nbytes(dtype)
+    return Layout(shape=shape, axes=taken, unit=unit, itemsize=dtype.itemsize, sum_nbytes=most)
 
 
 def array_tasks(
@@ -293,9 +286,8 @@ def open_limits(
         found = dict.fromkeys(axes_by_array, limits)
     else:
         opened = _open(limits, options)
-        found = (
-            opened.arrays if opened.is_group else dict.fromkeys(axes_by_array, opened.arrays[""])
-        )
+        one = opened.arrays.get("")
+        found = opened.arrays if one is None else dict.fromkeys(axes_by_array, one)
     for name in axes_by_array:
         if name not in found:
             raise InvalidValueError(

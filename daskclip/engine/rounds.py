@@ -9,7 +9,7 @@ on nothing but the plan and what is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Reversible, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
@@ -28,7 +28,6 @@ from daskclip.numerics import (
     nan_if_infinite,
     term_count,
 )
-from daskclip.plan import Numbers, Windows
 from daskclip.target import WindowRecord
 from daskclip.worker import ArrayTask, tasks
 
@@ -48,6 +47,7 @@ def clip(passes: Passes) -> None:
     passes.count_empty()
     if in_place and not passes.blocks_written:
         return
+    # in place, blocks that stay as they are were left out until it was known that any changes
     arrays = range(len(passes.arrays)) if any(waiting) else passes.copied
     left = (b for b in _blocks(passes, arrays) if not waiting or waiting[passes.number(b)])
     for batches in passes.windows(left):
@@ -118,7 +118,7 @@ class Round:
     passes: Passes
     arrays: Sequence[ArrayTask]
     """The array of the slabs, or all that share one slice; each has blocks."""
-    slabs: Numbers
+    slabs: Sequence[int]
     windows: Callable[[bool, bool], Iterator[Window]]
     """Windows of a pass, given whether it is the second, which goes backwards, and whether it
     takes all blocks, and not only those of which anything is stored."""
@@ -191,7 +191,7 @@ class Round:
             # tf.clip_by_global_norm makes everything NaN if the norm is infinite
             if self.passes.is_shared:
                 sums = nan_if_infinite(sums)
-            limit = tasks.block_limit(array, array.plan.region(int(self.slabs[row]), 0))
+            limit = tasks.block_limit(array, array.plan.region(self.slabs[row], 0))
             self._made[kind] = finalize(sums, limit, array.source.dtype)
         return "-".join(map(str, kind)), self._made[kind]
 
@@ -199,14 +199,14 @@ class Round:
         """Write the norms to where they are wanted; returns whether they are."""
         array = self.arrays[0]
         for row, slab in enumerate(self.slabs):
-            tasks.save_norms(array, self.scale(row, array)[1], array.plan.region(int(slab), 0))
+            tasks.save_norms(array, self.scale(row, array)[1], array.plan.region(slab, 0))
         return array.target is not None
 
     def count(self) -> SliceCounts:
         """Counts over all slices."""
         array = self.arrays[0]
         # the first block of a slab meets all its slices
-        regions = [array.plan.region(int(slab), 0) for slab in self.slabs]
+        regions = [array.plan.region(slab, 0) for slab in self.slabs]
         scales = [self.scale(row, array)[1] for row in range(len(regions))]
         return _add(map(partial(tasks.count_region, array), scales, regions))
 
@@ -219,15 +219,22 @@ def _rounds(passes: Passes, arrays: Sequence[int]) -> Iterator[Round]:
         return
     for k in arrays:
         for slabs, stored in passes.arrays[k].plan.windows(passes.has_stored[k]):
-            windows = partial(_slab_windows, passes, k, slabs, stored)
-            yield Round(passes, [passes.arrays[k]], slabs, windows, digests)
+            # plain integers: what is sent to workers and saved as JSON cannot be of NumPy
+            numbers = [int(slab) for slab in slabs]
+            windows = partial(_slab_windows, passes, k, numbers, stored)
+            yield Round(passes, [passes.arrays[k]], numbers, windows, digests)
 
 
 def _slab_windows(
-    passes: Passes, array: int, slabs: Numbers, stored: Windows, second: bool, everything: bool
+    passes: Passes,
+    array: int,
+    slabs: Sequence[int],
+    stored: Reversible[Iterable[int]],
+    second: bool,
+    everything: bool,
 ) -> Iterator[Window]:
     """Windows of some slabs of an array, a row of blocks for each slab."""
-    windows = passes.arrays[array].plan.spans if everything else stored
+    windows: Reversible[Iterable[int]] = passes.arrays[array].plan.spans if everything else stored
     for blocks in reversed(windows) if second else windows:
         yield _rows(passes, array, slabs, blocks)
 

@@ -54,10 +54,8 @@ def find_unfinished(
         raise TargetExistsError(f"{which} has {', '.join(differences)}; finish it, or {DISCARD}")
     # blocks of another source must not be mixed with those that are done
     if old.source != run.source:
-        raise TargetExistsError(
-            f"source {source} (chunk {run.source.get('newest')}) changed since {which} began; "
-            f"{DISCARD}"
-        )
+        chunk = f"chunk {run.source.get('newest')}"
+        raise TargetExistsError(f"source {source} ({chunk}) changed since {which} began; {DISCARD}")
     if not transaction.is_complete(source, old.id, journal.final(transaction.journal)):
         raise TargetExistsError(f"{which} has lost its files; {DISCARD}")
     return old

@@ -19,7 +19,7 @@ from daskclip.errors import (
     short_repr,
 )
 from daskclip.numerics import SliceCounts
-from daskclip.plan import GroupPlan
+from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.storage import Hierarchy, StoredArray, durable
 from daskclip.target import DirectoryTarget, find_target, journal, refuse_existing
 
@@ -89,7 +89,7 @@ def saving(
         refuse_existing(target)
         # a folder of its own: one that was left by a call that was killed is not used again
         folder = transaction.folder / uuid4().hex
-        _make(folder, source, run.parameters, plan)
+        _create(folder, source, run.parameters, plan.plans[""])
         (folder / SUMS).mkdir()
         parameters = run.parameters | {"source": str(source)}
         record = replace(run, parameters=parameters, plans=plan_to_json(plan))
@@ -147,14 +147,11 @@ def _directory(path: object) -> DirectoryTarget:
     return target
 
 
-def _make(folder: Path, source: Hierarchy, parameters: journal.Json, plan: GroupPlan) -> None:
-    array, one = source.arrays[""], plan.plans[""]
-    names = array.dimension_names
+def _create(folder: Path, source: Hierarchy, parameters: journal.Json, plan: ClipPlan) -> None:
+    names = source.arrays[""].dimension_names
+    kept_names = None if names is None else [names[a] for a in plan.kept]
     # whole chunks belong to one block of the source, so that each has one writer
-    StoredArray.create(
-        folder,
-        shape=tuple(one.kept.values()),
-        chunks=tuple(max(1, one.block[a]) for a in one.kept),
-        names=None if names is None else [names[a] for a in one.kept],
-        attributes={"source": str(source), **{k: parameters[k] for k in ALIKE}},
-    )
+    chunks = tuple(max(1, plan.block[a]) for a in plan.kept)
+    attributes = {"source": str(source)} | {k: parameters[k] for k in ALIKE}
+    shape = tuple(plan.kept.values())
+    StoredArray.create(folder, shape=shape, chunks=chunks, names=kept_names, attributes=attributes)

@@ -105,7 +105,7 @@ def stats_zarr(
         prepared.require_unchanged(run)
     total, taken = passes.total, run.parameters["axes"]
     norms = total.histogram or NormHistogram.empty(plan.kept.values())
-    finite = total.slices > total.nonfinite
+    finite, ends = total.slices > total.nonfinite, (total.smallest, total.largest)
     figures = norms.figures(plan.kept)
     # without a limit, nothing is counted as clipped
     for along in figures["along"]:
@@ -121,11 +121,7 @@ def stats_zarr(
         infinite=total.nonfinite - norms.nan,
         smallest_norm=total.smallest if finite else None,
         largest_norm=total.largest if finite else None,
-        quantiles={
-            f"p{p}": norms.quantile(Fraction(p), total.smallest, total.largest)
-            for p in PERCENTS
-            if finite
-        },
+        quantiles={f"p{p}": norms.quantile(Fraction(p), *ends) for p in PERCENTS if finite},
         relative_error=RELATIVE_ERROR,
         clips={f"{c:g}": norms.above(c) for c in _candidates(figures["histogram"])},
         bytes_read=passes.bytes_read,
@@ -140,7 +136,7 @@ def _candidates(bars: list[tuple[float, float, int]]) -> list[float]:
     if not bars:
         return []
     low, high = bars[0][0], bars[-1][1]
-    # log10 of a subnormal edge is fine, and of 0 is not
+    # the logarithm of 0 is undefined, and limits below 1e-300 are of no use
     first, last = math.floor(math.log10(max(low, 1e-300))), math.ceil(math.log10(high))
     # norms that differ by many decades would give hundreds of limits
     step = max(1, (last - first) // CANDIDATES + 1)

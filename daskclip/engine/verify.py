@@ -115,7 +115,7 @@ def _verify(
     omit = "omit" if made.run.parameters["nonfinite"] == "omit" else "propagate"
     run = replace(made.run, parameters=made.run.parameters | {"nonfinite": omit})
     plan = replan(run)
-    # that no chunk is missing was asked of the source; chunks of the target have their digests
+    # missing="error" is about the source; what the target lacks, its digests show
     filled = replace(run, parameters=run.parameters | {"missing": "fill"})
     arrays = array_tasks(filled, plan, written, None, limits_by_array)
     with journal.Journal.scratch(run) as entries, Passes.open(arrays, plan, entries) as norms:
@@ -187,15 +187,12 @@ def _read_record(target: Target) -> MadeByRun:
 
 def _check_source(source: Hierarchy, written: Hierarchy, target: Target) -> None:
     """Require arrays of the same names, shapes and dtypes."""
-    # arrays of a group are compared by name: one may be missing on either side
-    kinds = [
-        {n: f"{a.dtype} of shape {a.shape}" for n, a in h.arrays.items()} for h in (source, written)
-    ]
-    for name in sorted(kinds[0].keys() | kinds[1].keys()):
-        one, other = (kind.get(name, "missing") for kind in kinds)
+    both = source.arrays, written.arrays
+    # an array of a group may be missing on either side
+    for name in sorted(both[0].keys() | both[1].keys()):
+        found = (arrays.get(name) for arrays in both)
+        one, other = (f"{a.dtype} of shape {a.shape}" if a else "missing" for a in found)
         if one != other:
             what = f" array {name}" if name else ""
-            raise VerificationError(
-                f"source {source}{what} is {one}, target {target} {other}; give the source that it "
-                "was made from"
-            )
+            kinds = f"source {source}{what} is {one}, target {target} {other}"
+            raise VerificationError(f"{kinds}; give the source that it was made from")

@@ -132,12 +132,12 @@ class ObjectStoreTransaction:
 
     def begin(self, source: Hierarchy, run: str) -> None:
         """Require that nothing is there yet."""
-        found = [n for n in self.target.names() if not n.startswith(RECORD)]
-        if found:
-            raise TargetExistsError(
-                f"there are objects at target {self.target} ({found[0]}); remove them or choose "
-                "another target"
-            )
+        for name in self.target.names():
+            if not name.startswith(RECORD):
+                raise TargetExistsError(
+                    f"there are objects at target {self.target} ({name}); remove them or choose "
+                    "another target"
+                )
 
     def stage(self, source: Hierarchy, run: str) -> tuple[Hierarchy, None]:
         """Arrays that a run writes, whose chunks stay where they are stored."""

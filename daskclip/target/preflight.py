@@ -91,6 +91,7 @@ def require_exchange(work: Path) -> None:
     """Refuse a file system that cannot exchange two folders."""
     # the system call exists everywhere; some file systems, such as NFS, refuse it
     pair = work / "a", work / "b"
+    # may be there: a process that was killed here left them
     for path in pair:
         path.mkdir(exist_ok=True)
     try:
