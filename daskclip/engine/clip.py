@@ -167,14 +167,14 @@ def clip_zarr(
         # not before: a run in place that has ended has changed its own source
         _require_free(prepared, opened)
         prepared.require_alike_workers(*transaction.files)
-        # resumed by the blocks it began with, even if another budget gives others
+        # a run that is resumed keeps its blocks, even if another budget would give others
         old = find_unfinished(transaction, prepared.source, run)
         # a run that is resumed has its limit in the journal
         measured = 0
         if old is not None:
             run, prepared = old, replace(prepared, plan=replan(old, request.memory_nbytes))
         else:
-            # under the lock: two runs to a target need not measure the same norms
+            # under the lock, so that two calls do not measure the same norms
             if isinstance(request.limit, Fraction):
                 limit, measured = _measure_quantile(prepared, run, request.limit)
                 run = replace(run, limit=limit)

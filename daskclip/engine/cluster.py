@@ -81,7 +81,7 @@ def require_alike(paths: Sequence[str]) -> None:
     with translating_cluster_errors(str):
         before = client.nthreads().keys()
         seen = _everywhere(look, 60)
-        # a worker that has left meanwhile need not answer, and one that has come was not asked
+        # workers that have left need not answer, and those that have joined were not asked
         silent = (before & client.nthreads().keys()) - seen.keys()
     if silent:
         raise TemporaryError(
@@ -155,7 +155,7 @@ def translating_cluster_errors(block_of: Callable[[object], str]) -> Iterator[No
 
 
 def compute_retrying_cancelled(tasks: Sequence[Any], compute_kwargs: ComputeKwargs) -> list[Any]:
-    """Compute tasks; once more if only the wait for their results was cancelled."""
+    """Compute tasks; again if distributed has cancelled its own wait for their results."""
     try:
         return list(dask.compute(*tasks, **compute_kwargs))
     except UnboundLocalError as error:

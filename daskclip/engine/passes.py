@@ -30,7 +30,7 @@ from daskclip.worker import ArrayTask
 
 STATES = 200  # points of the curve of progress that are kept
 HasStored = npt.NDArray[np.bool_] | None
-"""Whether anything of each block of an array is stored; None if all have to be looked at."""
+"""For each block of an array, whether anything of it is stored; None if all blocks count."""
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Progress:
 
 @dataclass(slots=True)
 class Passes:
-    """The windows of a run, and what they have come to."""
+    """The windows of a run, and the totals of those that are done."""
 
     arrays: Sequence[ArrayTask]
     """Those whose plan has no passes are only copied."""
@@ -77,7 +77,7 @@ class Passes:
     bytes_done: int = 0
     """Bytes of blocks, over all passes."""
     bytes_skipped: int = 0
-    """Bytes this attempt had nothing to do for: not stored, or done by an earlier attempt."""
+    """Bytes of blocks that are not stored, or that an earlier attempt has done."""
     bytes_read: int = 0
     """Bytes of blocks that this attempt read."""
     bytes_written: int = 0
@@ -87,7 +87,7 @@ class Passes:
     digest: int = 0
     """Sum of digests of all that is stored for the target, over all attempts."""
     saved_windows: Iterator[WindowRecord] = field(init=False)
-    """Records of the first pass over the saved norms that are still to come."""
+    """Records of the pass that took the saved norms, from the next one on."""
     _first: list[int] = field(init=False)
     """Number of the first block of each array among all, then of all blocks."""
 
@@ -118,7 +118,7 @@ class Passes:
         self.bytes_skipped = self.bytes_done
 
     def _absent_nbytes(self, array: ArrayTask, has_stored: HasStored) -> int:
-        """Bytes of blocks that are not looked at, over all passes."""
+        """Bytes of blocks that no window will have, over all passes."""
         if has_stored is None:
             return 0
         plan = array.plan
@@ -192,9 +192,9 @@ class Passes:
         return f"{(self.digest + metadata) % durable.DIGESTS:016x}"
 
     def count_empty(self) -> None:
-        """Count the slices of slabs that were not looked at, or have no elements."""
+        """Count the slices of slabs that no window had: nothing is stored, or they are empty."""
         plans = [array.plan for array in self.arrays if array.plan.passes]
-        # norm 0, whatever the limit, unless that is NaN, when all blocks are looked at
+        # their norm is 0, which no limit clips; for a limit of NaN all blocks were computed
         rest = (1 if self.is_shared else sum(p.slices for p in plans)) - self.total.slices
         if rest:
             one = self.arrays[0]
@@ -204,7 +204,7 @@ class Passes:
 
 
 def find_stored(arrays: Sequence[ArrayTask], run: RunRecord) -> list[HasStored]:
-    """Whether anything of each block of each array is stored; None to look at all blocks."""
+    """For each block of each array, whether anything of it is stored; None if all blocks count."""
     units = sum(math.prod(grid_shape(a.plan.shape, a.plan.unit)) for a in arrays)
     # the fingerprint has counted chunks: if none is missing, nothing needs to be listed again
     if run.source.get("chunks", units) >= units:
@@ -224,7 +224,7 @@ def _needs_all(array: ArrayTask) -> bool:
 
 
 def _name_factor(name: str) -> int:
-    """Factor of the digests of an array, so that exchanging two arrays changes their sum."""
+    """Factor for the digests of an array, without which two arrays could trade places unseen."""
     # odd, and so invertible modulo a power of two: no bit of a digest is lost
     return durable.digest_entry(name, 0) | 1 if name else 1
 
@@ -241,7 +241,7 @@ def save_sums(journal: Journal, name: str, sums: Iterable[Partial]) -> None:
 def load_sums(journal: Journal, name: str) -> list[Partial]:
     """Load the sums that `save_sums` has kept."""
     arrays, sums = journal.load(name), []
-    # limbs, flags, rest and ord
+    # limbs, flags, rest and ord of each
     for i in range(len(arrays) // 4):
         low, terms = arrays[f"rest{i}"].tolist()
         ord = arrays[f"ord{i}"].item()

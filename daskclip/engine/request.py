@@ -1,4 +1,4 @@
-"""All that can be refused, and all that is planned, before a chunk is read."""
+"""Arguments, checks and plans of a run: all that happens before a chunk is read."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ClipRequest:
     """The budget in bytes."""
 
     def __post_init__(self) -> None:
-        # a frozen dataclass sets what it derives like this
+        # the only way to set a field of a frozen dataclass
         object.__setattr__(self, "show", progress_printer(self.progress))
         if self.clips and self.limits is None:
             object.__setattr__(self, "limit", arguments.parse_clip_norm_or_quantile(self.clip_norm))
@@ -124,7 +124,7 @@ class Prepared:
     limits_by_array: LimitsByArray
     saved_norms: SavedNorms | None
     parameters: Json
-    """Arguments that tell runs from the same source to the same target apart."""
+    """Arguments that the result depends on: a run is resumed only with equal ones."""
 
     def run_record(self, target: Target | None = None) -> RunRecord:
         """Record of a run to a target, up to what is known before it begins."""
@@ -152,7 +152,7 @@ class Prepared:
 
 
 def prepare(request: ClipRequest) -> Prepared:
-    """Open what a request names, refuse what cannot be clipped right, and plan the rest."""
+    """Open what a request names, refuse what cannot be clipped correctly, and plan the run."""
     source = open_source(request.source, request.storage_options)
     axes, dim = request.axes, request.dim
     names = select_arrays(source, request.include, request.exclude, arguments.DTYPES)
@@ -167,7 +167,7 @@ def prepare(request: ClipRequest) -> Prepared:
         request.limits, request.clip_norm, source, axes_by_array, request.storage_options
     )
     for name, limits in limits_by_array.items():
-        # an array of NumPy is sent to a worker as a whole, a stored one is read chunk by chunk
+        # a NumPy array is sent to workers as a whole, a stored one is read chunk by chunk
         nbytes = limits.nbytes if isinstance(limits, np.ndarray) else limits.unit_nbytes
         clipped[name] = replace(clipped[name], limits_nbytes=nbytes)
     plan = _plan(request, source, clipped)
@@ -176,7 +176,7 @@ def prepare(request: ClipRequest) -> Prepared:
         axes, dim = clipped[""].axes, None
     parameters = _parameters(request, axes, dim, limits_by_array)
     saved = None
-    # saved sums are of the blocks of another plan, which this run has to use as well
+    # saved sums belong to the blocks of an older plan, which this run then has to use
     if request.norms is not None:
         saved, plan = open_norms(request.norms, source, parameters, request.memory_nbytes)
     return Prepared(request, source, plan, limits_by_array, saved, parameters)
@@ -190,7 +190,7 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
     }
     n, threads, fewest = workers()
     machine = Machine(processes=n, threads=threads, fewest=fewest, memory=request.memory_nbytes)
-    # looked up only now: tests replace it
+    # looked up here and not imported by name, since tests replace it
     return plan_group(clipped, copied, machine, sizing.DEFAULT, global_norm=request.global_norm)
 
 
@@ -215,7 +215,7 @@ def _parameters(
 
 
 def _having(source: Hierarchy, names: list[str], dim: Dim) -> tuple[list[str], list[str]]:
-    """Arrays that have any requested dimension, all if none is requested, and these."""
+    """Arrays with any of the dimensions that are asked for, and these; all arrays if none is."""
     having = {name: source.arrays[name].dimension_names or [] for name in names}
     known = list(dict.fromkeys(d for named in having.values() for d in named if d is not None))
     wanted = arguments.parse_dim(dim, known)
@@ -328,7 +328,7 @@ def _open(limits: object, options: Options) -> Hierarchy:
 
 
 def limits_identity(limits_by_array: LimitsByArray) -> Any:
-    """Shapes and digests; those of stored limits are of names, sizes and times, not of values."""
+    """Shape and digest of each array; for a stored one, of names, sizes and times of its chunks."""
     found = {name: _identity(limits) for name, limits in limits_by_array.items()}
     return found.get("", found) or None
 

@@ -47,7 +47,7 @@ def clip(passes: Passes) -> None:
     passes.count_empty()
     if in_place and not passes.blocks_written:
         return
-    # in place, blocks that stay as they are were left out until it was known that any changes
+    # in place, unchanged blocks are copied only now that some block is known to change
     arrays = range(len(passes.arrays)) if any(waiting) else passes.copied
     left = (b for b in _blocks(passes, arrays) if not waiting or waiting[passes.number(b)])
     for batches in passes.windows(left):
@@ -80,7 +80,7 @@ def check(passes: Passes, digests: Digests, arrays: Iterable[int]) -> None:
 
 def _all(passes: Passes, one_pass: OnePass, second: BlockFunction | None) -> Iterator[WindowRecord]:
     """Records of all windows: by ``one_pass`` where that is enough, else of the second pass."""
-    # a slice that several arrays share is in no block as a whole
+    # no block holds a whole slice that several arrays share
     whole = {k for k in passes.clipped if passes.arrays[k].plan.is_whole and not passes.is_shared}
     for batches in passes.windows(_blocks(passes, sorted(whole))):
         yield passes.run(1, [batches], partial(one_pass, passes))
@@ -145,7 +145,7 @@ class Round:
         return has_nonfinite
 
     def second_pass(self, function: BlockFunction, everything: bool) -> Iterator[WindowRecord]:
-        """Records of the windows; all blocks may be needed, and not only what is stored."""
+        """Records of its windows, of all blocks or of those of which anything is stored."""
         for window, first, last in _marked(self.windows(True, everything)):
             yield self.passes.run(2, window, partial(self._rescale, function, first, last))
 
@@ -219,7 +219,7 @@ def _rounds(passes: Passes, arrays: Sequence[int]) -> Iterator[Round]:
         return
     for k in arrays:
         for slabs, stored in passes.arrays[k].plan.windows(passes.has_stored[k]):
-            # plain integers: what is sent to workers and saved as JSON cannot be of NumPy
+            # plain integers: JSON and the names of sums take no integers of NumPy
             numbers = [int(slab) for slab in slabs]
             windows = partial(_slab_windows, passes, k, numbers, stored)
             yield Round(passes, [passes.arrays[k]], numbers, windows, digests)
@@ -294,7 +294,7 @@ def _blocks(
 def _rows(
     passes: Passes, array: int, slabs: Iterable[int], blocks: Iterable[int]
 ) -> list[list[Batch]]:
-    """A row of batches for each slab, all like the first so that they make a rectangle."""
+    """A row of batches for each slab; rows are alike, since a Dask array is a rectangle."""
     numbers = [int(b) for b in blocks]
     rows: list[list[Batch]] = []
     for slab in slabs:

@@ -94,7 +94,7 @@ def replan(
     of: str = "the unfinished run needs with",
     otherwise: str = DISCARD,
 ) -> GroupPlan:
-    """The plan that a run began with, on the workers there are now, in ``memory`` if given."""
+    """The plan that a run began with, for the workers of today and another ``memory``, if given."""
     plan = plan_from_json(run)
     memory = plan.memory if memory is None else memory
     _, most, fewest = workers()
@@ -120,7 +120,7 @@ def status(target: object) -> dict[str, str]:
             if run is not None:
                 rows |= {name: f"run {run.id}"}
                 rows |= {k: str(v) for k, v in run.parameters.items() if k != "target"}
-        # the lines are counted while a run may be writing: a torn end is not counted
+        # a run may be writing: a line that is not complete yet does not count
         if unfinished.exists():
             windows = max(0, sum(1 for _ in journal.entries(unfinished)) - 1)
             running = "running" if found.busy() else "not running"

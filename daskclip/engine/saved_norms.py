@@ -53,13 +53,13 @@ class SavedNorms:
             )
 
     def windows(self) -> Iterator[journal.WindowRecord]:
-        """Records of the first of two passes, which take the place of such a pass."""
+        """Records of the pass that took the norms, which can replace the first of two passes."""
         for record in journal.records(_journal_in(self.path)):
             if isinstance(record, journal.WindowRecord) and record.sums:
                 yield record
 
     def sums(self, name: str) -> journal.Arrays | None:
-        """Sums that a record names, which are kept of the last window of a slab only."""
+        """Sums that a record names; None of all windows of a slab but the last."""
         path = self.path / SUMS / name
         try:
             return journal.load(path) if path.exists() else None
@@ -87,7 +87,7 @@ def saving(
     target.check(source, overwrite=False, in_place=False)
     with target.locked() as transaction:
         refuse_existing(target)
-        # a folder of its own: one that was left by a call that was killed is not used again
+        # with a new name, since a call that was killed may have left another one
         folder = transaction.folder / uuid4().hex
         _create(folder, source, run.parameters, plan.plans[""])
         (folder / SUMS).mkdir()
@@ -140,6 +140,7 @@ def _directory(path: object) -> DirectoryTarget:
     if not isinstance(path, str | os.PathLike):
         raise InvalidTypeError(f"norms {short_repr(path)} is not a path; give the path of a folder")
     target = find_target(path)
+    # norms appear by a rename, which object stores do not have
     if not isinstance(target, DirectoryTarget):
         raise InvalidValueError(
             f"norms {short_repr(path)} are not on a local file system; give a path"

@@ -20,14 +20,14 @@ from daskclip.target import DirectoryTarget, Target, find_target, journal
 
 @dataclass(frozen=True, slots=True)
 class MadeByRun:
-    """What a run wrote, by the record of it that is kept in the target."""
+    """Target of a run, with the record of the run that is kept in it."""
 
     target: Target
     run: journal.RunRecord
     fingerprint: journal.Json
     """Fingerprint of the target when it was complete."""
     digests: rounds.Digests
-    """Digests of what is stored of each block."""
+    """Digest of the files of each block, by its number."""
 
 
 def verify_zarr(

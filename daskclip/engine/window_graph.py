@@ -32,7 +32,7 @@ class BlockId(NamedTuple):
 
 
 Batch = Sequence[BlockId]
-"""Blocks that one task does, and syncs, together: some small ones, or one."""
+"""Blocks of one task, which syncs them together: several small ones, or one."""
 Window = Sequence[Sequence[Batch]]
 """Rows of batches, as many in each; what is combined is combined along a row."""
 
@@ -59,7 +59,7 @@ def compute(
             args = []
             for block in batch:
                 array = arrays[block.array]
-                # a literal of its own, so that a worker gets what blocks share once
+                # a task of its own, so that what blocks share is sent to each worker once
                 graph[f"array-{block.array}-{name}"] = (LiteralTask(array),)
                 if scales is not None:
                     which, scale = scales(i, array)
@@ -98,6 +98,7 @@ def batch_small_blocks(
     size = 0
     for block in blocks:
         more = arrays[block.array].plan.nbytes_of(block.slab, block.block)
+        # the scheduler needs as long for a task of one small block as for one of several
         if batch and (
             size + more > sizing.DEFAULT.task_nbytes or len(batch) == MAX_BLOCKS_PER_TASK
         ):

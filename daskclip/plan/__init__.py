@@ -8,6 +8,4 @@ from daskclip.plan.choose import plan_group
 from daskclip.plan.plans import ClipPlan, GroupPlan
 from daskclip.plan.sizing import Layout, Machine
 
-__all__ = [
-    "ClipPlan", "GroupPlan", "Layout", "Machine", "plan_group", "sizing",
-]  # fmt: skip
+__all__ = ["ClipPlan", "GroupPlan", "Layout", "Machine", "plan_group", "sizing"]

@@ -102,7 +102,7 @@ class DirectoryTarget:
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # the run before may have removed the file, and a third one made a new one
+                # the run before may have removed the file after it was opened here
                 mine = os.fstat(lock.fileno()).st_ino == (work / "lock").stat().st_ino
             except (BlockingIOError, FileNotFoundError):
                 mine = False
@@ -209,7 +209,7 @@ class DirectoryTransaction:
                 f"target {path} was made by something else meanwhile; remove it and run again"
             )
         shutil.copyfile(self.journal, folder / source.record_array / preflight.RECORD)
-        # a crash after the rename must not show a target of which files are missing
+        # else the rename could survive a crash, and not the files
         durable.sync_filesystem(folder)
         if self.target.exists():
             durable.exchange_directories(folder, path)

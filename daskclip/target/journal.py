@@ -1,4 +1,4 @@
-"""What a run has done: a record of the run, then one for each window, each with a checksum.
+"""Journals: a record of the run, then one of each window that is done, each with a checksum.
 
 A journal is a file of lines: eight hexadecimal digits, a space and a JSON object. Arrays that a
 record names are files beside it.
@@ -70,13 +70,13 @@ class WindowRecord:
     tally: Sequence[Any] | None = None
     """Counts over slices, for `SliceCounts.from_json`."""
     target: dict[int, int] | None = None
-    """Digest of what was written of each block."""
+    """Digest of the files of each block that was written, by its number."""
     sums: str | None = None
     """Name of the arrays with the sums of all windows of these slabs so far."""
     nan: bool | None = None
     """Whether a sum is NaN, or infinite where several arrays share it."""
     source: dict[int, int] | None = None
-    """Digest of what was read of each block."""
+    """Digest of the values of each block that was read, by its number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

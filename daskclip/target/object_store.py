@@ -160,7 +160,7 @@ class ObjectStoreTransaction:
             target.put(f"{source.record_array}/{RECORD}/{JOURNAL}", self.journal.read_bytes())
         for i in range(0, len(documents), PUT_BATCH):
             target.put_once(documents[i : i + PUT_BATCH])
-        # that of the root, without which no reader looks at the others
+        # that of the root: readers find nothing without it
         target.put_once([last])
         target.tidy(LOCK, *(() if source.record_array else (f"{RECORD}/{JOURNAL}",)))
 

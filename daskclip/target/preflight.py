@@ -89,7 +89,7 @@ def require_no_foreign_files(source: Hierarchy) -> None:
 
 def require_exchange(work: Path) -> None:
     """Refuse a file system that cannot exchange two folders."""
-    # the system call exists everywhere; some file systems, such as NFS, refuse it
+    # not every file system can: NFS, for one, refuses the call
     pair = work / "a", work / "b"
     # may be there: a process that was killed here left them
     for path in pair:
