@@ -12,15 +12,14 @@ from fractions import Fraction
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from daskclip.arguments import Axes, Dim, NonFinite
-from daskclip.engine.attempt import measure_quantile, run_attempt
-from daskclip.engine.cluster import require_alike
+from daskclip.engine.attempt import measure, run_attempt
 from daskclip.engine.request import ClipRequest, Prepared, prepare
 from daskclip.engine.run_record import find_finished, find_unfinished, replan, start_run
-from daskclip.errors import DaskClipError
+from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import ClipReport, Mode
 from daskclip.storage import translating_storage_errors
-from daskclip.target import Target, open_target, refuse_existing
+from daskclip.target import Journal, RunRecord, Target, open_target, refuse_existing
 
 log = logging.getLogger("daskclip")
 P = ParamSpec("P")
@@ -149,7 +148,6 @@ def clip_zarr(
     >>> zarr.open_array(f"{folder}/y")[0]
     array([0.59999996, 0.79999995], dtype=float32)
     """
-    started = time.monotonic()
     request = ClipRequest(
         source=source, target=target, clip_norm=clip_norm, axes=axes, ord=ord, limits=limits,
         memory=memory, nonfinite=nonfinite, missing=missing, overwrite=overwrite,
@@ -158,32 +156,35 @@ def clip_zarr(
         norms=norms,
     )  # fmt: skip
     prepared, opened = _open(request)
+    # before the lock is taken, since listing the source can take minutes
     with translating_storage_errors("looking at source and target"):
         run = prepared.run_record(opened)
     with translating_storage_errors(f"writing {opened}"), opened.locked() as transaction:
         report = find_finished(transaction, run)
         if report is not None:
-            seconds = time.monotonic() - started
-            return replace(
-                report, status="up to date", bytes_read=0, bytes_written=0, seconds=seconds
-            )
-        # not before: once a run in place has ended, its source is another
+            took = time.monotonic() - request.started
+            return replace(report, status="up to date", bytes_read=0, bytes_written=0, seconds=took)
+        # not before: a run in place that has ended has changed its own source
         _require_free(prepared, opened)
-        require_alike([*transaction.files, *prepared.paths])
+        prepared.require_alike_workers(*transaction.files)
+        # a run that is resumed keeps its blocks, even if another budget would give others
         old = find_unfinished(transaction, prepared.source, run)
+        # a run that is resumed has its limit in the journal
         measured = 0
         if old is not None:
             run, prepared = old, replace(prepared, plan=replan(old, request.memory_nbytes))
         else:
+            # under the lock, so that two calls do not measure the same norms
             if isinstance(request.limit, Fraction):
-                limit, measured = measure_quantile(prepared, run, request.limit)
+                limit, measured = _measure_quantile(prepared, run, request.limit)
                 run = replace(run, limit=limit)
             run = start_run(transaction, prepared.source, run, prepared.plan)
         doing = "resuming" if old else "beginning"
         log.info("%s run %s, %s to %s", doing, run.id, prepared.source, opened)
         try:
-            report = run_attempt(prepared, run, transaction, started, measured)
+            report = run_attempt(prepared, run, transaction, measured)
         except DaskClipError as error:
+            # the journal would stand in the way of the next call, which has to begin again
             if not error.resumable:
                 transaction.clear()
             raise
@@ -203,10 +204,28 @@ def _open(request: ClipRequest) -> tuple[Prepared, Target]:
 
 def _require_free(prepared: Prepared, target: Target) -> None:
     """Refuse a target that something is at, and saved norms of another source."""
+    # again, under the lock: another run may have made the target since it was checked
     if not prepared.request.replaces:
         refuse_existing(target)
     if prepared.saved_norms is not None:
         prepared.saved_norms.require_of(prepared.source)
+
+
+def _measure_quantile(prepared: Prepared, run: RunRecord, percent: Fraction) -> tuple[float, int]:
+    """Norm that so many percent of the norms do not exceed, and the bytes read for it."""
+    # their histogram is saved too, so that nothing is read
+    if prepared.saved_norms is not None:
+        total, read = prepared.saved_norms.total, 0
+    else:
+        with Journal.scratch(run) as journal:
+            passes = measure(prepared, run, journal)
+        total, read = passes.total, passes.bytes_read
+    if total.histogram is None or total.slices == total.nonfinite:
+        raise InvalidValueError(
+            f"source {prepared.source} has no finite slice, so that no norm is a limit; give "
+            "clip_norm as a number"
+        )
+    return total.histogram.quantile(percent, total.smallest, total.largest), read
 
 
 def _with_arguments_of(
@@ -216,6 +235,7 @@ def _with_arguments_of(
 
     def decorate(other: Callable[..., R]) -> Callable[P, R]:
         returned = inspect.signature(other).return_annotation
+        # `inspect.signature` and documentation tools look for this attribute
         signature = inspect.signature(function).replace(return_annotation=returned)
         vars(other)["__signature__"] = signature
         return other

@@ -10,6 +10,7 @@ from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from dask.base import get_scheduler
 from dask.system import CPU_COUNT
 
 from daskclip.errors import ClusterError, DaskClipError, StorageError, TemporaryError, error_text
+from daskclip.worker import drain
 
 WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored depend on
 PACKAGES = (*WRITING, "numpy", "dask", "distributed")
@@ -78,7 +80,8 @@ def require_alike(paths: Sequence[str]) -> None:
 
     with translating_cluster_errors(str):
         before = client.nthreads().keys()
-        seen = _everywhere(client, look, 60)
+        seen = _everywhere(look, 60)
+        # workers that have left need not answer, and those that have joined were not asked
         silent = (before & client.nthreads().keys()) - seen.keys()
     if silent:
         raise TemporaryError(
@@ -87,9 +90,7 @@ def require_alike(paths: Sequence[str]) -> None:
         )
     here = look()
     for worker, there in seen.items():
-        for name in here:
-            if there[name] == here[name]:
-                continue
+        for name in (n for n in here if there[n] != here[n]):
             if name in paths:
                 raise ClusterError(
                     f"worker {worker} does not see {name}; give it the same file system, or use "
@@ -107,12 +108,10 @@ def _own_pool() -> bool:
 
 
 @contextmanager
-def running(threads: int, drain: Callable[[], None]) -> Iterator[ComputeKwargs]:
-    """Arguments for computing blocks; none is being run any more when the context ends.
+def running(threads: int, attempt_id: str) -> Iterator[ComputeKwargs]:
+    """Yield arguments for computing the blocks of an attempt; none is running afterwards.
 
-    When one block fails, Dask goes on with those that it began before. ``drain`` runs in each
-    process: it lets no block begin and returns once none is running. A pool that is made here has
-    ``threads``.
+    A pool that is made here has ``threads``.
     """
     try:
         if _own_pool():
@@ -124,12 +123,10 @@ def running(threads: int, drain: Callable[[], None]) -> Iterator[ComputeKwargs]:
         else:
             yield {}
     finally:
-        client = _client()
-        if client is None:
-            drain()
-        else:
-            with suppress(Exception):  # the error of the run is the one to report
-                _everywhere(client, drain, 60)
+        # when one block fails, Dask goes on with those that it began before; and an error here
+        # must not hide the one that ended the run
+        with suppress(Exception):
+            _everywhere(partial(drain, attempt_id), 60)
 
 
 @contextmanager
@@ -142,8 +139,8 @@ def translating_cluster_errors(block_of: Callable[[object], str]) -> Iterator[No
     except (Exception, CancelledError) as error:
         kind = type(error)
         if kind.__name__ == "KilledWorker":
+            # Dask blames all tasks that a worker had, not only the one that it was running
             raise StorageError(
-                # Dask blames all that a worker had, not only what it was running
                 f"workers died over and over while {block_of(getattr(error, 'task', None))} or one "
                 "of its window was running; look into their logs and run the same command again "
                 "to resume"
@@ -158,11 +155,11 @@ def translating_cluster_errors(block_of: Callable[[object], str]) -> Iterator[No
 
 
 def compute_retrying_cancelled(tasks: Sequence[Any], compute_kwargs: ComputeKwargs) -> list[Any]:
-    """Compute tasks; once more if only the wait for their results was cancelled."""
+    """Compute tasks; again if distributed has cancelled its own wait for their results."""
     try:
         return list(dask.compute(*tasks, **compute_kwargs))
     except UnboundLocalError as error:
-        # it happens now and then without a reason
+        # the wait is cancelled now and then, though no task was
         if not _wait_was_cancelled(error):
             raise
     return list(dask.compute(*tasks, **compute_kwargs))
@@ -179,17 +176,17 @@ def _wait_was_cancelled(error: BaseException) -> bool:
 
 def memory_used() -> dict[str, tuple[int, int]]:
     """Resident bytes of every process that runs blocks, now and at the highest."""
+    with translating_cluster_errors(str):
+        return _everywhere(_own_memory, 10)
+
+
+def _everywhere(function: Callable[[], R], seconds: float) -> dict[str, R]:
+    """Result of ``function`` from this process, or from every worker that answers in time."""
     client = _client()
-    if client is not None:
-        with translating_cluster_errors(str):
-            return _everywhere(client, _own_memory, 10)
-    return {str(os.getpid()): _own_memory()}
-
-
-def _everywhere(client: Any, function: Callable[[], R], seconds: float) -> dict[str, R]:
-    """Result of ``function`` from every worker that answers in time."""
+    if client is None:
+        return {str(os.getpid()): function()}
     until = time.monotonic() + seconds
-    # before the tasks that workers have
+    # the priority puts it before the tasks that workers have
     options = {"pure": False, "priority": 1000}
     calls = {w: client.submit(function, workers=[w], **options) for w in client.nthreads()}
     results = {}

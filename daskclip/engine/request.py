@@ -1,35 +1,23 @@
-"""All that can be refused, and all that is planned, before a chunk is read."""
+"""Arguments, checks and plans of a run: all that happens before a chunk is read."""
 
 from __future__ import annotations
 
 import json
 import numbers
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.arguments import (
-    DTYPES,
-    Axes,
-    Dim,
-    NonFinite,
-    axes_named,
-    check_dtype,
-    check_limits,
-    check_limits_dtype,
-    check_nonfinite,
-    parse_axes,
-    parse_clip_norm_or_quantile,
-    parse_dim,
-    parse_memory,
-    parse_ord,
-)
-from daskclip.engine.cluster import workers
+from daskclip import arguments
+from daskclip.arguments import Axes, Dim, NonFinite
+from daskclip.engine.cluster import require_alike, workers
 from daskclip.engine.saved_norms import SavedNorms, open_norms
 from daskclip.errors import (
     DaskClipError,
@@ -52,6 +40,7 @@ from daskclip.storage import (
     select_arrays,
 )
 from daskclip.target import Json, RunRecord, Target
+from daskclip.worker import ArrayTask
 
 Limits = npt.NDArray[np.float64] | StoredArray
 LimitsByArray = dict[str, Limits]
@@ -84,6 +73,8 @@ class ClipRequest:
     norms: str | os.PathLike[str] | None = None
     clips: bool = True
     """Whether anything is clipped; else norms are taken, and there is no limit."""
+    started: float = field(init=False, default_factory=time.monotonic)
+    """When the call began, in seconds."""
     show: Show = field(init=False)
     """Function that shows progress."""
     limit: float | Fraction | None = field(init=False, default=None)
@@ -92,33 +83,30 @@ class ClipRequest:
     """The budget in bytes."""
 
     def __post_init__(self) -> None:
-        # a frozen dataclass sets what it derives like this
+        # the only way to set a field of a frozen dataclass
         object.__setattr__(self, "show", progress_printer(self.progress))
         if self.clips and self.limits is None:
-            object.__setattr__(self, "limit", parse_clip_norm_or_quantile(self.clip_norm))
-        check_nonfinite(self.nonfinite)
+            object.__setattr__(self, "limit", arguments.parse_clip_norm_or_quantile(self.clip_norm))
+        arguments.check_nonfinite(self.nonfinite)
         if self.missing not in ("fill", "error"):
             raise InvalidValueError(
                 f"missing={short_repr(self.missing)} is not a policy; use 'fill' or 'error'"
             )
         self._check_global_norm()
-        object.__setattr__(self, "memory_nbytes", parse_memory(self.memory))
+        object.__setattr__(self, "memory_nbytes", arguments.parse_memory(self.memory))
 
     def _check_global_norm(self) -> None:
         given = self.global_norm
         if not isinstance(given, bool):
-            raise InvalidTypeError(
-                f"global_norm {short_repr(given)} is a {type(given).__name__}; give a bool"
-            )
-        if given and not (self.axes is None and self.dim is None):
-            axes = short_repr(self.axes if self.dim is None else self.dim)
+            kind = type(given).__name__
+            raise InvalidTypeError(f"global_norm {short_repr(given)} is a {kind}; give a bool")
+        axes = self.axes if self.dim is None else self.dim
+        if given and axes is not None:
             raise InvalidValueError(
-                f"a global norm has no axes, and {axes} is given; leave out one of them"
+                f"a global norm has no axes, and {short_repr(axes)} is given; leave one out"
             )
         if given and self.limits is not None:
-            raise InvalidValueError(
-                "a global norm has one limit, and limits are given; give clip_norm"
-            )
+            raise InvalidValueError("a global norm has one limit; give clip_norm, and no limits")
 
     @property
     def replaces(self) -> bool:
@@ -136,18 +124,20 @@ class Prepared:
     limits_by_array: LimitsByArray
     saved_norms: SavedNorms | None
     parameters: Json
-    """Arguments that tell runs from the same source to the same target apart."""
+    """Arguments that the result depends on: a run is resumed only with equal ones."""
 
     def run_record(self, target: Target | None = None) -> RunRecord:
         """Record of a run to a target, up to what is known before it begins."""
         between = {} if target is None else {"source": str(self.source), "target": str(target)}
+        # listed once, before anything is read: `require_unchanged` compares with this
         fingerprint = self.source.fingerprint(changes=True)
         return RunRecord(parameters=between | self.parameters, source=fingerprint)
 
-    @property
-    def paths(self) -> list[str]:
-        """Files that every worker must see."""
-        return [*self.source.paths, *_limits_paths(self.limits_by_array)]
+    def require_alike_workers(self, *paths: str) -> None:
+        """Refuse workers of other versions, or that do not see some paths, source or limits."""
+        stored = [one for one in self.limits_by_array.values() if isinstance(one, StoredArray)]
+        limits = [path for one in stored for path in _hierarchy(one).paths]
+        require_alike([*paths, *self.source.paths, *limits])
 
     def require_unchanged(self, run: RunRecord) -> None:
         """Require source and limits to be what they were when a run began."""
@@ -162,12 +152,13 @@ class Prepared:
 
 
 def prepare(request: ClipRequest) -> Prepared:
-    """Open what a request names, refuse what cannot be clipped right, and plan the rest."""
+    """Open what a request names, refuse what cannot be clipped correctly, and plan the run."""
     source = open_source(request.source, request.storage_options)
     axes, dim = request.axes, request.dim
-    names = select_arrays(source, request.include, request.exclude, DTYPES)
+    names = select_arrays(source, request.include, request.exclude, arguments.DTYPES)
     if source.is_group and dim is not None:
         names, dim = _having(source, names, dim)
+        # no dimension is asked for: each element is a slice, as with axes=[]
         if not dim and axes is None:
             axes, dim = [], None
     clipped = {name: _layout(source, name, axes, dim, request.ord) for name in names}
@@ -176,11 +167,16 @@ def prepare(request: ClipRequest) -> Prepared:
         request.limits, request.clip_norm, source, axes_by_array, request.storage_options
     )
     for name, limits in limits_by_array.items():
+        # a NumPy array is sent to workers as a whole, a stored one is read chunk by chunk
         nbytes = limits.nbytes if isinstance(limits, np.ndarray) else limits.unit_nbytes
         clipped[name] = replace(clipped[name], limits_nbytes=nbytes)
     plan = _plan(request, source, clipped)
-    parameters = _parameters(request, source, axes, dim, plan, limits_by_array)
+    # -1 and 1 may be the same axis of an array; arrays of a group have any number of axes
+    if not source.is_group:
+        axes, dim = clipped[""].axes, None
+    parameters = _parameters(request, axes, dim, limits_by_array)
     saved = None
+    # saved sums belong to the blocks of an older plan, which this run then has to use
     if request.norms is not None:
         saved, plan = open_norms(request.norms, source, parameters, request.memory_nbytes)
     return Prepared(request, source, plan, limits_by_array, saved, parameters)
@@ -192,6 +188,7 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
         for name, array in source.arrays.items()
         if name not in clipped
     }
+    # sizes are looked up here and not imported by name, since tests replace them
     processes, threads, fewest = workers()
     machine = Machine(
         processes=processes, threads=threads, fewest=fewest, memory=request.memory_nbytes,
@@ -201,20 +198,14 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
 
 
 def _parameters(
-    request: ClipRequest,
-    source: Hierarchy,
-    axes: Any,
-    dim: object,
-    plan: GroupPlan,
-    limits_by_array: LimitsByArray,
+    request: ClipRequest, axes: Any, dim: object, limits_by_array: LimitsByArray
 ) -> Json:
-    if not source.is_group:
-        axes = plan.plans[""].axes
+    # JSON types only, so that they equal those that are read back from a journal
     quantile = isinstance(request.limit, Fraction)
     return {
         "clip_norm": request.clip_norm if quantile else str(request.limit),
         "axes": None if axes is None else [int(a) for a in np.atleast_1d(axes)],
-        "dim": dim if source.is_group else None,
+        "dim": dim,
         "ord": float(request.ord),  # type: ignore[arg-type]
         "limits": limits_identity(limits_by_array),
         "nonfinite": request.nonfinite,
@@ -227,10 +218,10 @@ def _parameters(
 
 
 def _having(source: Hierarchy, names: list[str], dim: Dim) -> tuple[list[str], list[str]]:
-    """Arrays that have any requested dimension, all if none is requested, and these."""
+    """Arrays with any of the dimensions that are asked for, and these; all arrays if none is."""
     having = {name: source.arrays[name].dimension_names or [] for name in names}
     known = list(dict.fromkeys(d for named in having.values() for d in named if d is not None))
-    wanted = parse_dim(dim, known)
+    wanted = arguments.parse_dim(dim, known)
     return [name for name in names if not wanted or {*having[name]} & {*wanted}], wanted
 
 
@@ -241,20 +232,42 @@ def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> 
     if source.is_group and dim is not None and axes is None:
         dim, axes = None, [a for a, d in enumerate(named or ()) if d in dim]
     try:
-        check_source(array, check_dtype)
-        parse_ord(ord, array.dtype)
-        taken = parse_axes(axes_named(dim, named, axes), array.ndim)
+        check_source(array, arguments.check_dtype)
+        arguments.parse_ord(ord, array.dtype)
+        taken = arguments.parse_axes(arguments.axes_named(dim, named, axes), array.ndim)
     except DaskClipError as error:
+        # some messages have the path of the array already
         if name and name not in str(error):
             raise type(error)(f"array {name}: {error}") from error
         raise
-    return Layout(
-        shape=array.shape,
-        axes=taken,
-        unit=array.unit,
-        itemsize=array.dtype.itemsize,
-        sum_nbytes=sizing.DEFAULT.sum_nbytes or state_nbytes(array.dtype),
-    )
+    shape, unit, dtype = array.shape, array.unit, array.dtype
+    most = sizing.DEFAULT.sum_nbytes or state_nbytes(dtype)
+    return Layout(shape=shape, axes=taken, unit=unit, itemsize=dtype.itemsize, sum_nbytes=most)
+
+
+def array_tasks(
+    run: RunRecord,
+    plan: GroupPlan,
+    source: Hierarchy,
+    target: Hierarchy | None,
+    limits_by_array: LimitsByArray,
+    *,
+    staged: str | None = None,
+    in_place: bool = False,
+    collect: bool = False,
+) -> list[ArrayTask]:
+    """What the tasks of each array share, in a new attempt at a run."""
+    attempt_id = f"{run.id}-{uuid4().hex}"
+    policies = {name: run.parameters[name] for name in ("ord", "nonfinite", "missing")}
+    return [
+        ArrayTask(
+            attempt_id=attempt_id, number=i, name=name, plan=one, source=source.arrays[name],
+            target=None if target is None else target.arrays[name], staged=staged,
+            shared=plan.global_norm, in_place=in_place, clip_norm=run.clip_norm,
+            limits=limits_by_array.get(name), collect=collect, **policies,
+        )
+        for i, (name, one) in enumerate(plan.plans.items())
+    ]  # fmt: skip
 
 
 # --- limits of each slice ------------------------------------------------------------------------
@@ -276,9 +289,8 @@ def open_limits(
         found = dict.fromkeys(axes_by_array, limits)
     else:
         opened = _open(limits, options)
-        found = (
-            opened.arrays if opened.is_group else dict.fromkeys(axes_by_array, opened.arrays[""])
-        )
+        one = opened.arrays.get("")
+        found = opened.arrays if one is None else dict.fromkeys(axes_by_array, one)
     for name in axes_by_array:
         if name not in found:
             raise InvalidValueError(
@@ -298,14 +310,16 @@ def _open_array(
         limits = np.asarray(limits, np.float64)
     if is_zarr_array(limits):
         limits = StoredArray(limits)
+    # a subclass of ndarray, such as a masked array, is refused by `open_source`
     elif not isinstance(limits, StoredArray) and type(limits) is not np.ndarray:
         limits = _open(limits, options).arrays.get("")
         if limits is None:
             raise InvalidValueError("limits of an array are a group; give an array")
-    check_limits_dtype(limits.dtype)
+    arguments.check_limits_dtype(limits.dtype)
     if isinstance(limits, StoredArray):
-        check_source(limits, check_limits_dtype)
-    check_limits(limits.shape, clip_norm, shape, axes)
+        check_source(limits, arguments.check_limits_dtype)
+    arguments.check_limits(limits.shape, clip_norm, shape, axes)
+    # a copy: the caller may change the array while blocks are clipped
     return limits.astype(np.float64, order="C") if isinstance(limits, np.ndarray) else limits
 
 
@@ -317,7 +331,7 @@ def _open(limits: object, options: Options) -> Hierarchy:
 
 
 def limits_identity(limits_by_array: LimitsByArray) -> Any:
-    """Shapes and digests; those of stored limits are of names, sizes and times, not of values."""
+    """Shape and digest of each array; for a stored one, of names, sizes and times of its chunks."""
     found = {name: _identity(limits) for name, limits in limits_by_array.items()}
     return found.get("", found) or None
 
@@ -326,15 +340,10 @@ def _identity(limits: Limits) -> str:
     if isinstance(limits, np.ndarray):
         digest = durable.digest(limits)
     else:
+        # without reading the values, as for the source
         fingerprint = _hierarchy(limits).fingerprint(changes=True)
         digest = durable.digest(json.dumps(fingerprint).encode())
     return f"of shape {limits.shape} and digest {digest:08x}"
-
-
-def _limits_paths(limits_by_array: LimitsByArray) -> list[str]:
-    """Files that every worker must see."""
-    stored = [one for one in limits_by_array.values() if isinstance(one, StoredArray)]
-    return [path for one in stored for path in _hierarchy(one).paths]
 
 
 def _hierarchy(limits: StoredArray) -> Hierarchy:

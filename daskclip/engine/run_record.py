@@ -24,7 +24,7 @@ def find_finished(transaction: Transaction, run: RunRecord) -> ClipReport | None
     old = journal.header(path)
     if old is None or (old.version, old.parameters) != (run.version, run.parameters):
         return None
-    # after a run in place the source is the result
+    # after a run in place, the source that was read is gone and the target is in its place
     in_place = run.parameters["source"] == run.parameters["target"]
     if not in_place and old.source != run.source:
         return None
@@ -52,11 +52,10 @@ def find_unfinished(
     differences = [f"{k} {was[k]} and not {now[k]}" for k in was if was[k] != now[k]]
     if differences:
         raise TargetExistsError(f"{which} has {', '.join(differences)}; finish it, or {DISCARD}")
+    # blocks of another source must not be mixed with those that are done
     if old.source != run.source:
-        raise TargetExistsError(
-            f"source {source} (chunk {run.source.get('newest')}) changed since {which} began; "
-            f"{DISCARD}"
-        )
+        chunk = f"chunk {run.source.get('newest')}"
+        raise TargetExistsError(f"source {source} ({chunk}) changed since {which} began; {DISCARD}")
     if not transaction.is_complete(source, old.id, journal.final(transaction.journal)):
         raise TargetExistsError(f"{which} has lost its files; {DISCARD}")
     return old
@@ -68,6 +67,7 @@ def start_run(
     """Make staging and the journal of a new run."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
     run = replace(run, id=uuid4().hex, began=began, plans=plan_to_json(plan))
+    # staging before the journal: a journal without staging would be refused as damaged
     transaction.begin(source, run.id)
     journal.begin(transaction.journal, run)
     return run
@@ -82,6 +82,7 @@ def plan_from_json(run: RunRecord) -> GroupPlan:
     """The plan that a run began with."""
     plans = {}
     for name, stored in (run.plans or {}).items():
+        # JSON has lists only; fields of a plan are tuples
         fields: Json = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         plans[name] = ClipPlan(**fields)
     return GroupPlan(plans, run.parameters["global_norm"])
@@ -93,7 +94,7 @@ def replan(
     of: str = "the unfinished run needs with",
     otherwise: str = DISCARD,
 ) -> GroupPlan:
-    """The plan that a run began with, on the workers there are now, in ``memory`` if given."""
+    """The plan that a run began with, for the workers of today and another ``memory``, if given."""
     plan = plan_from_json(run)
     memory = plan.memory if memory is None else memory
     _, most, fewest = workers()
@@ -119,6 +120,7 @@ def status(target: object) -> dict[str, str]:
             if run is not None:
                 rows |= {name: f"run {run.id}"}
                 rows |= {k: str(v) for k, v in run.parameters.items() if k != "target"}
+        # a run may be writing: a line that is not complete yet does not count
         if unfinished.exists():
             windows = max(0, sum(1 for _ in journal.entries(unfinished)) - 1)
             running = "running" if found.busy() else "not running"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
-
-import numpy as np
 
 from daskclip.engine.run_record import plan_to_json, replan
 from daskclip.errors import (
@@ -20,19 +18,10 @@ from daskclip.errors import (
     SourceNotFoundError,
     short_repr,
 )
-from daskclip.numerics import Partial, SliceCounts
-from daskclip.plan import GroupPlan
+from daskclip.numerics import SliceCounts
+from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.storage import Hierarchy, StoredArray, durable
-from daskclip.target import (
-    Arrays,
-    DirectoryTarget,
-    Json,
-    RunRecord,
-    WindowRecord,
-    find_target,
-    journal,
-    refuse_existing,
-)
+from daskclip.target import DirectoryTarget, find_target, journal, refuse_existing
 
 SUMS = ".daskclip-sums"
 """Folder of the journal of the first pass; zarr ignores it."""
@@ -40,7 +29,7 @@ ALIKE = ("axes", "ord", "nonfinite", "missing")
 AGAIN = "save them again with: daskclip stats SOURCE --save-norms NORMS"
 
 
-def journal_of_norms(folder: Path) -> Path:
+def _journal_in(folder: Path) -> Path:
     """Path of the journal of the pass that took the norms in a folder."""
     return folder / SUMS / journal.JOURNAL
 
@@ -53,7 +42,7 @@ class SavedNorms:
     """Folder of their array."""
     total: SliceCounts
     """Counts over all slices."""
-    source: Json
+    source: journal.Json
     """Fingerprint of the source."""
 
     def require_of(self, source: Hierarchy) -> None:
@@ -63,47 +52,32 @@ class SavedNorms:
                 f"source {source} is not what it was when norms {self.path} were saved; {AGAIN}"
             )
 
-    def windows(self) -> Iterator[WindowRecord]:
-        """Records of the first of two passes, which take the place of such a pass."""
-        for record in journal.records(journal_of_norms(self.path)):
-            if isinstance(record, WindowRecord) and record.sums:
+    def windows(self) -> Iterator[journal.WindowRecord]:
+        """Records of the pass that took the norms, which can replace the first of two passes."""
+        for record in journal.records(_journal_in(self.path)):
+            if isinstance(record, journal.WindowRecord) and record.sums:
                 yield record
 
-    def sums(self, name: str) -> list[Partial] | None:
-        """Sums that a record names, which are kept of the last window of a slab only."""
+    def sums(self, name: str) -> journal.Arrays | None:
+        """Sums that a record names; None of all windows of a slab but the last."""
         path = self.path / SUMS / name
         try:
-            return partials_of(journal.load(path)) if path.exists() else None
-        except Exception as error:  # of a damaged file, numpy and zipfile raise anything
+            return journal.load(path) if path.exists() else None
+        except Exception as error:  # numpy and zipfile raise errors of any kind for a damaged file
             raise SourceError(f"norms {self.path} are damaged; {AGAIN}") from error
-
-
-def arrays_of(sums: Sequence[Partial]) -> Arrays:
-    """Sums as arrays for a journal."""
-    arrays: Arrays = {}
-    for i, p in enumerate(sums):
-        arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags}
-        arrays |= {f"rest{i}": np.array([p.low, p.terms]), f"ord{i}": np.array(p.ord)}
-    return arrays
-
-
-def partials_of(arrays: Arrays) -> list[Partial]:
-    """Sums from the arrays of a journal."""
-    sums = []
-    for i in range(len(arrays) // 4):
-        low, terms = arrays[f"rest{i}"].tolist()
-        ord = arrays[f"ord{i}"].item()
-        sums.append(Partial(arrays[f"limbs{i}"], low, arrays[f"flags{i}"], terms, ord))
-    return sums
 
 
 @contextmanager
 def saving(
-    path: object, source: Hierarchy, run: RunRecord, plan: GroupPlan
-) -> Iterator[Hierarchy | None]:
-    """Make an array for the norms of a source, which appears complete or not at all."""
+    path: object, source: Hierarchy, run: journal.RunRecord, plan: GroupPlan
+) -> Iterator[tuple[journal.Journal, Hierarchy | None]]:
+    """Open a journal for taking norms, and make an array for them if a path is given.
+
+    The array appears complete or not at all.
+    """
     if path is None:
-        yield None
+        with journal.Journal.scratch(run) as entries:
+            yield entries, None
         return
     if source.is_group:
         raise InvalidValueError(
@@ -113,22 +87,25 @@ def saving(
     target.check(source, overwrite=False, in_place=False)
     with target.locked() as transaction:
         refuse_existing(target)
+        # with a new name, since a call that was killed may have left another one
         folder = transaction.folder / uuid4().hex
-        _make(folder, source, run.parameters, plan)
+        _create(folder, source, run.parameters, plan.plans[""])
         (folder / SUMS).mkdir()
         parameters = run.parameters | {"source": str(source)}
         record = replace(run, parameters=parameters, plans=plan_to_json(plan))
-        journal.begin(journal_of_norms(folder), record)
-        yield Hierarchy.open(folder)
-        # one rename, so that norms are complete wherever they are
+        journal.begin(_journal_in(folder), record)
+        with journal.Journal(_journal_in(folder)) as entries:
+            yield entries, Hierarchy.open(folder)
+        # the sums are inside the array, so that one rename publishes both
         durable.sync_filesystem(folder)
         refuse_existing(target)
+        # between the check and this, only an empty folder could be replaced
         os.rename(folder, target.path)
         durable.sync_filesystem(target.path.parent)
 
 
 def open_norms(
-    path: object, source: Hierarchy, parameters: Json, memory: int
+    path: object, source: Hierarchy, parameters: journal.Json, memory: int
 ) -> tuple[SavedNorms, GroupPlan]:
     """Open the saved norms of a source, with the plan they were saved by, which reads it once."""
     if source.is_group:
@@ -141,7 +118,7 @@ def open_norms(
     target = _directory(path)
     if not target.exists():
         raise SourceNotFoundError(f"norms {target} do not exist; check the path, or {AGAIN}")
-    record = journal_of_norms(target.path)
+    record = _journal_in(target.path)
     run = journal.header(record)
     if run is None or not run.is_readable:
         raise SourceError(f"norms {target} were not saved by this daskclip; {AGAIN}")
@@ -153,6 +130,7 @@ def open_norms(
     if last is None or last.total is None:
         raise SourceError(f"norms {target} are damaged; {AGAIN}")
     plan = replan(run, memory, f"norms {target} need with", AGAIN)
+    # the saved sums take the place of the first pass
     plans = {name: replace(one, passes=1) for name, one in plan.plans.items()}
     saved = SavedNorms(target.path, SliceCounts.from_json(last.total), run.source)
     return saved, replace(plan, plans=plans)
@@ -162,6 +140,7 @@ def _directory(path: object) -> DirectoryTarget:
     if not isinstance(path, str | os.PathLike):
         raise InvalidTypeError(f"norms {short_repr(path)} is not a path; give the path of a folder")
     target = find_target(path)
+    # norms appear by a rename, which object stores do not have
     if not isinstance(target, DirectoryTarget):
         raise InvalidValueError(
             f"norms {short_repr(path)} are not on a local file system; give a path"
@@ -169,14 +148,11 @@ def _directory(path: object) -> DirectoryTarget:
     return target
 
 
-def _make(folder: Path, source: Hierarchy, parameters: Json, plan: GroupPlan) -> None:
-    array, one = source.arrays[""], plan.plans[""]
-    names = array.dimension_names
+def _create(folder: Path, source: Hierarchy, parameters: journal.Json, plan: ClipPlan) -> None:
+    names = source.arrays[""].dimension_names
+    kept_names = None if names is None else [names[a] for a in plan.kept]
     # whole chunks belong to one block of the source, so that each has one writer
-    StoredArray.create(
-        folder,
-        shape=tuple(one.kept.values()),
-        chunks=tuple(max(1, one.block[a]) for a in one.kept),
-        names=None if names is None else [names[a] for a in one.kept],
-        attributes={"source": str(source), **{k: parameters[k] for k in ALIKE}},
-    )
+    chunks = tuple(max(1, plan.block[a]) for a in plan.kept)
+    attributes = {"source": str(source)} | {k: parameters[k] for k in ALIKE}
+    shape = tuple(plan.kept.values())
+    StoredArray.create(folder, shape=shape, chunks=chunks, names=kept_names, attributes=attributes)

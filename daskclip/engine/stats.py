@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from daskclip.arguments import Axes, Dim, NonFinite
 from daskclip.engine.attempt import measure
-from daskclip.engine.cluster import require_alike
 from daskclip.engine.request import ClipRequest, prepare
 from daskclip.engine.saved_norms import saving
 from daskclip.numerics import RELATIVE_ERROR, NormHistogram
@@ -87,7 +86,6 @@ def stats_zarr(
     >>> report.slices, report.zeros, report.nan, report.clips["1"]
     (4, 1, 1, 1)
     """
-    started = time.monotonic()
     request = ClipRequest(
         source=source, axes=axes, dim=dim, ord=ord, include=include, exclude=exclude,
         memory=memory, nonfinite=nonfinite, missing=missing, storage_options=storage_options,
@@ -96,20 +94,22 @@ def stats_zarr(
     with translating_storage_errors("looking at the source"):
         prepared = prepare(request)
         run = prepared.run_record()
-        require_alike(prepared.paths)
+        prepared.require_alike_workers()
     opened, plan = prepared.source, prepared.plan
     with (
         translating_storage_errors(f"reading {opened}"),
-        saving(save_norms, opened, run, plan) as norms_array,
+        saving(save_norms, opened, run, plan) as (journal, norms_array),
     ):
-        passes = measure(prepared, run, norms_array)
+        passes = measure(prepared, run, journal, norms_array)
+        # inside, so that norms of a source that changed are not published
         prepared.require_unchanged(run)
     total, taken = passes.total, run.parameters["axes"]
     norms = total.histogram or NormHistogram.empty(plan.kept.values())
-    finite = total.slices > total.nonfinite
+    finite, ends = total.slices > total.nonfinite, (total.smallest, total.largest)
     figures = norms.figures(plan.kept)
+    # without a limit, nothing is counted as clipped
     for along in figures["along"]:
-        del along["clipped"]  # there is no limit
+        del along["clipped"]
     return StatsReport(
         source=str(opened),
         axes=None if taken is None else tuple(taken),
@@ -121,15 +121,11 @@ def stats_zarr(
         infinite=total.nonfinite - norms.nan,
         smallest_norm=total.smallest if finite else None,
         largest_norm=total.largest if finite else None,
-        quantiles={
-            f"p{p}": norms.quantile(Fraction(p), total.smallest, total.largest)
-            for p in PERCENTS
-            if finite
-        },
+        quantiles={f"p{p}": norms.quantile(Fraction(p), *ends) for p in PERCENTS if finite},
         relative_error=RELATIVE_ERROR,
         clips={f"{c:g}": norms.above(c) for c in _candidates(figures["histogram"])},
         bytes_read=passes.bytes_read,
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - request.started,
         projected_memory=plan.projected_memory,
         **figures,
     )
@@ -140,9 +136,12 @@ def _candidates(bars: list[tuple[float, float, int]]) -> list[float]:
     if not bars:
         return []
     low, high = bars[0][0], bars[-1][1]
+    # the logarithm of 0 is undefined, and limits below 1e-300 are of no use
     first, last = math.floor(math.log10(max(low, 1e-300))), math.ceil(math.log10(high))
+    # norms that differ by many decades would give hundreds of limits
     step = max(1, (last - first) // CANDIDATES + 1)
     digits = (1, 2, 5) if 3 * (last - first) <= CANDIDATES else (1,)
     numbers = [float(f"{d}e{k}") for k in range(first, min(last, 308) + 1, step) for d in digits]
     found = [n for n in numbers if low <= n <= high]
+    # a range between two round numbers has none in it
     return found or [n for n in numbers if n >= high][:1]

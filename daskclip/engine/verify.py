@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import os
 import time
-from functools import partial
-from pathlib import Path
-from uuid import uuid4
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from daskclip.engine import rounds
-from daskclip.engine.attempt import array_tasks, scratch_journal
-from daskclip.engine.cluster import running
 from daskclip.engine.passes import Passes
-from daskclip.engine.request import LimitsByArray, limits_identity, open_limits
+from daskclip.engine.request import LimitsByArray, array_tasks, limits_identity, open_limits
 from daskclip.engine.run_record import plan_from_json, replan
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
-from daskclip.numerics import SliceCounts
-from daskclip.plan import GroupPlan
 from daskclip.report import VerifyReport
 from daskclip.storage import Hierarchy, open_source, translating_storage_errors
-from daskclip.target import (
-    DirectoryTarget,
-    FinalRecord,
-    Json,
-    RunRecord,
-    Target,
-    WindowRecord,
-    find_target,
-    journal,
-)
-from daskclip.worker import drain
+from daskclip.target import DirectoryTarget, Target, find_target, journal
+
+
+@dataclass(frozen=True, slots=True)
+class MadeByRun:
+    """Target of a run, with the record of the run that is kept in it."""
+
+    target: Target
+    run: journal.RunRecord
+    fingerprint: journal.Json
+    """Fingerprint of the target when it was complete."""
+    digests: rounds.Digests
+    """Digest of the files of each block, by its number."""
 
 
 def verify_zarr(
@@ -91,21 +87,19 @@ def verify_zarr(
     with translating_storage_errors(f"verifying {found}"):
         if not found.exists():
             raise SourceNotFoundError(f"target {found} does not exist; check the path")
-        with found.journals() as (record, _):
-            run, made, digests = _read_record(found, record)
-        plan = replan(run)
-        written = _open_written(found, made)
-        limits_by_array = _same_limits(written, limits, run, plan)
+        made = _read_record(found)
+        written = _open_written(made)
+        limits_by_array = _same_limits(made, written, limits)
         again = None if source is None else open_source(source)
         if again is not None:
             _check_source(again, written, found)
-        total = _verify(run, plan, written, again, limits_by_array, digests, found)
+        total = _verify(made, written, again, limits_by_array).total
     return VerifyReport(
         target=str(found),
         source=None if again is None else str(again),
-        run=run.id,
-        clip_norm=run.clip_norm,
-        blocks=plan.blocks,
+        run=made.run.id,
+        clip_norm=made.run.clip_norm,
+        blocks=len(made.digests),
         slices=total.slices,
         nonfinite=total.nonfinite,
         largest_norm=total.largest if total.slices > total.nonfinite else None,
@@ -114,105 +108,91 @@ def verify_zarr(
 
 
 def _verify(
-    run: RunRecord,
-    plan: GroupPlan,
-    written: Hierarchy,
-    source: Hierarchy | None,
-    limits_by_array: LimitsByArray,
-    digests: rounds.Digests,
-    target: Target,
-) -> SliceCounts:
+    made: MadeByRun, written: Hierarchy, source: Hierarchy | None, limits_by_array: LimitsByArray
+) -> Passes:
     """Check files and norms, and compare with what the source gives, if there is one."""
-    attempt_id, limit, parameters = uuid4().hex, run.clip_norm, run.parameters
-    # NaN is what a run that had to raise has not written
-    omit = "omit" if parameters["nonfinite"] == "omit" else "propagate"
-    parameters = parameters | {"nonfinite": omit}
-    tasks = partial(array_tasks, plan, attempt_id=attempt_id, limits_by_array=limits_by_array)
-    with running(plan.threads, partial(drain, attempt_id)) as compute_kwargs:
-        arrays = tasks(written, None, parameters=parameters | {"missing": "fill"}, clip_norm=limit)
-        with scratch_journal(run) as entries:
-            everything = [None] * len(arrays)
-            norms = Passes(arrays, compute_kwargs, entries, plan.window, everything)
-            rounds.check(norms, digests, range(len(arrays)))
-            rounds.measure(norms)
-        total = norms.total
-        if total.clipped:
-            above = "its limit" if limit is None else f"{limit:g}"
-            raise VerificationError(
-                f"{total.clipped} slices of {target} have a norm above {above}, up to "
-                f"{total.largest:.17g}; clip it again"
-            )
-        if source is not None:
-            arrays = tasks(source, written, parameters=parameters, clip_norm=limit)
-            with scratch_journal(run) as entries:
-                both = Passes(arrays, compute_kwargs, entries, plan.window, everything)
-                rounds.compare(both)
-                rounds.check(both, digests, both.copied)
-    return total
+    # 'raise' would stop at the first NaN; a run that raised has no complete target to verify
+    omit = "omit" if made.run.parameters["nonfinite"] == "omit" else "propagate"
+    run = replace(made.run, parameters=made.run.parameters | {"nonfinite": omit})
+    plan = replan(run)
+    # missing="error" is about the source; what the target lacks, its digests show
+    filled = replace(run, parameters=run.parameters | {"missing": "fill"})
+    arrays = array_tasks(filled, plan, written, None, limits_by_array)
+    with journal.Journal.scratch(run) as entries, Passes.open(arrays, plan, entries) as norms:
+        # files first: a digest names the block, while a norm may be wrong for many reasons
+        rounds.check(norms, made.digests, range(len(arrays)))
+        rounds.measure(norms)
+    total = norms.total
+    if total.clipped:
+        above = "its limit" if run.clip_norm is None else f"{run.clip_norm:g}"
+        raise VerificationError(
+            f"{total.clipped} slices of {made.target} have a norm above {above}, up to "
+            f"{total.largest:.17g}; clip it again"
+        )
+    if source is not None:
+        arrays = array_tasks(run, plan, source, written, limits_by_array)
+        with journal.Journal.scratch(run) as entries, Passes.open(arrays, plan, entries) as both:
+            rounds.compare(both)
+            # arrays that were only copied have the same files as the source
+            rounds.check(both, made.digests, both.copied)
+    return norms
 
 
-def _open_written(target: Target, made: Json) -> Hierarchy:
+def _open_written(made: MadeByRun) -> Hierarchy:
     """Open what a run wrote; requires its metadata, and no file but those of chunks."""
+    target = made.target
     try:
+        # a path is opened with its errors translated, which `Hierarchy.open` does not do
         place = target.path if isinstance(target, DirectoryTarget) else target.open().store_path
         written = open_source(place)
-        _check_keys(written, target, made)
+        if written.fingerprint(changes=False)["metadata"] != made.fingerprint["metadata"]:
+            raise VerificationError(f"metadata of {target} is not what was written; clip it again")
+        for name, array in written.arrays.items():
+            for key in array.stray_keys():
+                inside = f"{name}/{key}".lstrip("/")
+                raise VerificationError(f"{target}/{inside} is no chunk of the array; remove it")
     except DaskClipError as error:
         raise VerificationError(str(error)) from error
     return written
 
 
-def _same_limits(
-    written: Hierarchy, limits: object, run: RunRecord, plan: GroupPlan
-) -> LimitsByArray:
+def _same_limits(made: MadeByRun, written: Hierarchy, limits: object) -> LimitsByArray:
     """Open the limits that a run had, if it had any."""
-    axes_by_array = {name: one.axes for name, one in plan.clipped.items()}
+    axes_by_array = {name: plan.axes for name, plan in plan_from_json(made.run).clipped.items()}
     limits_by_array = open_limits(limits, None, written, axes_by_array, None)
-    was, given = run.parameters["limits"], limits_identity(limits_by_array)
+    # by identity, which is shape and digest: the limits themselves are not stored
+    was, given = made.run.parameters["limits"], limits_identity(limits_by_array)
     if given != was:
         raise VerificationError(f"{written} was clipped with limits {was}, not {given}; give those")
     return limits_by_array
 
 
-def _read_record(target: Target, path: Path) -> tuple[RunRecord, Json, rounds.Digests]:
-    """Read the record of a run: the run, fingerprint of what it made, and digests by block."""
-    run = journal.header(path)
-    if run is None or not run.is_readable:
-        raise VerificationError(
-            f"target {target} has no record of a run that this daskclip can read; clip it again"
-        )
-    digests = np.zeros(plan_from_json(run).blocks, np.uint64)
-    made = None
-    for record in journal.records(path):
-        if isinstance(record, FinalRecord):
-            made = record.made
-        elif isinstance(record, WindowRecord):
-            for number, digest in (record.target or {}).items():
-                digests[number] = digest
-    if made is None:
-        raise VerificationError(f"the record of {target} is damaged; clip it again")
-    return run, made, digests
-
-
-def _check_keys(written: Hierarchy, target: Target, made: Json) -> None:
-    if written.fingerprint(changes=False)["metadata"] != made["metadata"]:
-        raise VerificationError(f"the metadata of {target} is not what was written; clip it again")
-    for name, array in written.arrays.items():
-        for key in array.stray_keys():
-            inside = f"{name}/{key}".lstrip("/")
-            raise VerificationError(f"{target}/{inside} is no chunk of the array; remove it")
+def _read_record(target: Target) -> MadeByRun:
+    with target.journals() as (path, _):
+        run = journal.header(path)
+        if run is None or not run.is_readable:
+            raise VerificationError(
+                f"target {target} has no record of a run that this daskclip can read; clip it again"
+            )
+        digests = np.zeros(plan_from_json(run).blocks, np.uint64)
+        for record in journal.records(path):
+            if isinstance(record, journal.WindowRecord):
+                for number, digest in (record.target or {}).items():
+                    digests[number] = digest
+        # the final record is the last line, unless the end of the journal is torn
+        if not isinstance(record, journal.FinalRecord) or record.made is None:
+            raise VerificationError(f"the record of {target} is damaged; clip it again")
+    return MadeByRun(target, run, record.made, digests)
 
 
 def _check_source(source: Hierarchy, written: Hierarchy, target: Target) -> None:
     """Require arrays of the same names, shapes and dtypes."""
-    kinds = [
-        {n: f"{a.dtype} of shape {a.shape}" for n, a in h.arrays.items()} for h in (source, written)
-    ]
-    for name in sorted(kinds[0].keys() | kinds[1].keys()):
-        one, other = (kind.get(name, "missing") for kind in kinds)
+    both = source.arrays, written.arrays
+    # an array of a group may be missing on either side
+    for name in sorted(both[0].keys() | both[1].keys()):
+        found = (arrays.get(name) for arrays in both)
+        one, other = (f"{a.dtype} of shape {a.shape}" if a else "missing" for a in found)
         if one != other:
             what = f" array {name}" if name else ""
-            raise VerificationError(
-                f"source {source}{what} is {one}, target {target} {other}; give the source that it "
-                "was made from"
-            )
+            kinds = f"source {source}{what} is {one}, target {target} {other}"
+            raise VerificationError(f"{kinds}; give the source that it was made from")

@@ -32,7 +32,7 @@ class BlockId(NamedTuple):
 
 
 Batch = Sequence[BlockId]
-"""Blocks that one task does, and syncs, together: some small ones, or one."""
+"""Blocks of one task, which syncs them together: several small ones, or one."""
 Window = Sequence[Sequence[Batch]]
 """Rows of batches, as many in each; what is combined is combined along a row."""
 
@@ -59,7 +59,7 @@ def compute(
             args = []
             for block in batch:
                 array = arrays[block.array]
-                # a literal of its own, so that a worker gets what blocks share once
+                # a task of its own, so that what blocks share is sent to each worker once
                 graph[f"array-{block.array}-{name}"] = (LiteralTask(array),)
                 if scales is not None:
                     which, scale = scales(i, array)
@@ -84,7 +84,7 @@ def compute(
         array = arrays[block.array]
         return f"block {array.source.describe(array.plan.region(block.slab, block.block))}"
 
-    # nothing to fuse; and Dask remembers the names of what it looked at for that
+    # there is nothing to fuse, and Dask keeps the names of all tasks that it tried to fuse
     with translating_cluster_errors(block_of), dask.config.set({"optimization.fuse.active": False}):
         found = compute_retrying_cancelled(results.to_delayed().ravel(), compute_kwargs)
     return found if combined else list(chain.from_iterable(found))
@@ -98,6 +98,7 @@ def batch_small_blocks(
     size = 0
     for block in blocks:
         more = arrays[block.array].plan.nbytes_of(block.slab, block.block)
+        # the scheduler needs as long for a task of one small block as for one of several
         if batch and (
             size + more > sizing.DEFAULT.task_nbytes or len(batch) == MAX_BLOCKS_PER_TASK
         ):

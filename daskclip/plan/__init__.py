@@ -5,9 +5,7 @@ Pure functions of shapes and sizes: nothing here opens a store or holds a value 
 
 from daskclip.plan import sizing
 from daskclip.plan.choose import plan_group
-from daskclip.plan.plans import ClipPlan, GroupPlan, Numbers, Windows
+from daskclip.plan.plans import ClipPlan, GroupPlan
 from daskclip.plan.sizing import Layout, Machine
 
-__all__ = [
-    "ClipPlan", "GroupPlan", "Layout", "Machine", "Numbers", "Windows", "plan_group", "sizing",
-]  # fmt: skip
+__all__ = ["ClipPlan", "GroupPlan", "Layout", "Machine", "plan_group", "sizing"]

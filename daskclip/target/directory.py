@@ -14,26 +14,10 @@ try:
 except ImportError:  # not POSIX: importing daskclip must work all the same
     fcntl = None  # type: ignore[assignment]
 
-from daskclip.errors import (
-    DaskClipError,
-    StorageError,
-    TargetError,
-    TargetExistsError,
-    TargetPermissionError,
-)
+from daskclip.errors import StorageError, TargetError, TargetExistsError, TargetPermissionError
 from daskclip.storage import Hierarchy, durable, is_part
+from daskclip.target import preflight
 from daskclip.target.journal import JOURNAL, FinalRecord, Journal, Json, cut_torn_end, header
-from daskclip.target.preflight import (
-    CONSOLIDATED,
-    RECORD,
-    check_nesting,
-    content,
-    is_node,
-    refuse_consolidated,
-    refuse_existing,
-    require_exchange,
-    require_no_foreign_files,
-)
 
 
 @dataclass(frozen=True)
@@ -41,6 +25,10 @@ class DirectoryTarget:
     """A target on a local file system."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        if fcntl is None:
+            raise TargetError("this system has no flock; use clip_by_norm, which needs none")
 
     def __str__(self) -> str:
         return str(self.path)
@@ -54,9 +42,10 @@ class DirectoryTarget:
     def record(self) -> Path:
         """Path of the journal of the run that made the target; there may be none."""
         home = ""
-        with suppress(OSError, ValueError, DaskClipError):  # of what is no array or group
+        # anything may be at the path: a file, or a folder with broken metadata
+        with suppress(OSError, ValueError):
             home = self.open().record_array
-        return self.path / home / RECORD
+        return self.path / home / preflight.RECORD
 
     def exists(self) -> bool:
         return os.path.lexists(self.path)
@@ -69,7 +58,8 @@ class DirectoryTarget:
         """Refuse a path where the target of a source cannot be made; changes nothing."""
         path, parent = self.path, self.path.parent
         if not (overwrite or in_place or self.record.exists()):
-            refuse_existing(self)
+            preflight.refuse_existing(self)
+        # renaming a folder onto a link would replace the link, and a mount point refuses it
         if path.is_symlink() or os.path.ismount(path):
             raise TargetError(
                 f"target {path} is a link or a mount point; give the path of a folder"
@@ -77,11 +67,13 @@ class DirectoryTarget:
         if not parent.is_dir():
             raise TargetError(f"folder {parent} of the target does not exist; create it")
         if not in_place:
-            check_nesting(path, source.folder)
+            preflight.check_nesting(path, source.folder)
             for folder in (parent, *parent.parents):
-                refuse_consolidated(path, folder, *(content(folder / n) for n in CONSOLIDATED))
+                documents = (preflight.content(folder / n) for n in preflight.CONSOLIDATED)
+                preflight.refuse_consolidated(path, folder, *documents)
             kind = "group" if source.is_group else "array"
-            if overwrite and path.exists() and not is_node(path, kind):
+            # `overwrite` must not remove a folder that holds something else, such as a home
+            if overwrite and path.exists() and not preflight.is_node(path, kind):
                 raise TargetError(
                     f"target {path} is no zarr {kind}; remove it or choose another path"
                 )
@@ -105,12 +97,12 @@ class DirectoryTarget:
             ) from error
         try:
             lock = (work / "lock").open("w")
-        except FileNotFoundError:
+        except FileNotFoundError:  # the run before removed the folder that was just found
             raise TargetExistsError(taken) from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # the run before may have ended, and removed what was just opened
+                # the run before may have removed the file after it was opened here
                 mine = os.fstat(lock.fileno()).st_ino == (work / "lock").stat().st_ino
             except (BlockingIOError, FileNotFoundError):
                 mine = False
@@ -119,8 +111,9 @@ class DirectoryTarget:
             try:
                 held = DirectoryTransaction(work, self)
                 run = header(held.journal)
+                # a run that was stopped between publishing and cleaning up
                 if run and run == header(held.record):
-                    held.clear()  # stopped between publishing and cleaning up
+                    held.clear()
                 yield held
             finally:
                 if not (work / JOURNAL).exists():
@@ -137,7 +130,7 @@ class DirectoryTarget:
 
     @contextmanager
     def journals(self) -> Iterator[tuple[Path, Path]]:
-        """Paths of the journals of the run that made the target and of an unfinished one."""
+        """Yield paths of the journals of the run that made the target and of an unfinished one."""
         yield self.record, self.work / JOURNAL
 
     def unfinished(self) -> bool:
@@ -176,9 +169,9 @@ class DirectoryTransaction:
         """Make the metadata of a source in the staging folder of a run."""
         self.clear()  # of a run that was stopped before it had a journal
         if self.target.exists():
-            require_exchange(self.folder)
+            preflight.require_exchange(self.folder)
             if self.target.path == source.folder:
-                require_no_foreign_files(source)
+                preflight.require_no_foreign_files(source)
         source.write_documents(self.folder / run)
         durable.sync_filesystem(self.folder)
 
@@ -199,15 +192,13 @@ class DirectoryTransaction:
         # after an exchange of folders, the old target is in staging
         return last is None or matches_record(lambda: self.stage(source, run)[0], last)
 
-    def remove_stray_files(self, staged: Hierarchy) -> None:
-        """Remove files from staging that are neither chunks nor metadata."""
+    def finish(self, staged: Hierarchy) -> Json:
+        """Remove what is no part of staging; return its fingerprint, without reading chunks."""
         for array in staged.arrays.values():
             for key, *_ in array.listed():
+                # zarr writes to a temporary file first, which a killed process leaves behind
                 if not is_part(key, of_array=True):
                     Path(array.location, key).unlink()
-
-    def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Json:
-        """Fingerprint of what was staged, without reading chunks."""
         return staged.reread().fingerprint(changes=False)
 
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
@@ -217,8 +208,8 @@ class DirectoryTransaction:
             raise TargetExistsError(
                 f"target {path} was made by something else meanwhile; remove it and run again"
             )
-        shutil.copyfile(self.journal, folder / source.record_array / RECORD)
-        # all of it is on disk before it can be seen
+        shutil.copyfile(self.journal, folder / source.record_array / preflight.RECORD)
+        # else the rename could survive a crash, and not the files
         durable.sync_filesystem(folder)
         if self.target.exists():
             durable.exchange_directories(folder, path)
@@ -239,13 +230,9 @@ class DirectoryTransaction:
                 path.unlink()
 
 
-def can_lock() -> bool:
-    """Whether this system can lock files."""
-    return fcntl is not None
-
-
 def matches_record(open_target: Callable[[], Hierarchy], last: FinalRecord | None) -> bool:
     """Whether a target is what the last record of its journal says."""
-    with suppress(Exception):  # zarr raises anything for what is no array any more
+    # zarr raises errors of any kind for an array that was damaged or removed
+    with suppress(Exception):
         return last is not None and last.made == open_target().fingerprint(changes=False)
     return False

@@ -1,4 +1,4 @@
-"""What a run has done: a record of the run, then one for each window, each with a checksum.
+"""Journals: a record of the run, then one of each window that is done, each with a checksum.
 
 A journal is a file of lines: eight hexadecimal digits, a space and a JSON object. Arrays that a
 record names are files beside it.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -54,9 +56,11 @@ class RunRecord:
 
     @property
     def clip_norm(self) -> float | None:
-        """The limit in numbers; None if each slice has its own."""
-        text = self.parameters["clip_norm"]
-        return self.limit if self.limit is not None or text == "None" else float(text)
+        """The limit in numbers; None if each slice has its own, or none was measured yet."""
+        if self.limit is None:
+            with suppress(ValueError):  # "None", or a quantile
+                return float(self.parameters["clip_norm"])
+        return self.limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +70,13 @@ class WindowRecord:
     tally: Sequence[Any] | None = None
     """Counts over slices, for `SliceCounts.from_json`."""
     target: dict[int, int] | None = None
-    """Digest of what was written of each block."""
+    """Digest of the files of each block that was written, by its number."""
     sums: str | None = None
     """Name of the arrays with the sums of all windows of these slabs so far."""
     nan: bool | None = None
     """Whether a sum is NaN, or infinite where several arrays share it."""
     source: dict[int, int] | None = None
-    """Digest of what was read of each block."""
+    """Digest of the values of each block that was read, by its number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +102,10 @@ def _to_json(record: Record) -> Json:
 
 def _from_json(line: Json, *, first: bool) -> Record:
     if first:
-        # of another version, which is refused, there may be other fields
+        # another version, which is refused later, may have other fields
         names = {f.name: _JSON.get(f.name, f.name) for f in fields(RunRecord)}
         found = {name: line[key] for name, key in names.items() if key in line}
-        # a line without a version is no record of a run: one before it was lost
+        # a first line without a version is of a window: the record of the run was lost
         return RunRecord(**{"version": 0} | found)
     if "made" in line or "total" in line:
         return FinalRecord(**line)
@@ -132,11 +136,11 @@ def records(path: Path) -> Iterator[Record]:
 
 def header(path: Path) -> RunRecord | None:
     """Record of the run, or None where there is no journal."""
-    try:
-        first = next(records(path), None)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return first if isinstance(first, RunRecord) else None
+    # a target may be a plain file, below which no path exists
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for first in records(path):
+            return first if isinstance(first, RunRecord) else None
+    return None
 
 
 def final(path: Path) -> FinalRecord | None:
@@ -148,16 +152,13 @@ def final(path: Path) -> FinalRecord | None:
 def cut_torn_end(path: Path) -> None:
     """Cut a journal off after its last line that is whole and whose arrays can be read."""
     ends = [(end, line.get("sums")) for line, end in entries(path)]
-    while ends[-1][1] and not _is_readable(path.parent / ends[-1][1]):
+    while ends[-1][1]:
+        # numpy and zipfile raise errors of any kind for a torn file
+        with suppress(Exception):
+            load(path.parent / ends[-1][1])
+            break
         ends.pop()
     os.truncate(path, ends[-1][0])
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        return bool(load(path))
-    except Exception:  # of a file that is torn, numpy and zipfile raise anything
-        return False
 
 
 class Journal:
@@ -169,7 +170,18 @@ class Journal:
         self._last: tuple[str, Arrays] = "", {}
         self._old = records(path)
         next(self._old)  # the record of the run
+        # read line by line, up to the end before the first append: new lines are not replayed
         self._file = path.open("ab")
+
+    @classmethod
+    @contextmanager
+    def scratch(cls, run: RunRecord) -> Iterator[Journal]:
+        """Open a journal that is not kept."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, JOURNAL)
+            begin(path, run)
+            with cls(path) as journal:
+                yield journal
 
     def __enter__(self) -> Journal:
         return self
@@ -228,17 +240,18 @@ class RemoteJournal:
         self._number = 0
 
     def replace(self, path: Path) -> None:
-        """Store the lines of a journal in place of those that there are."""
+        """Store the lines of a journal in place of those that are stored."""
         with path.open("rb") as file:
             for line in file:
                 self._add(line)
-        kept = self._prefix.names(RECORD)
-        later = [n for n in kept if n.startswith(f"{RECORD}/{JOURNAL}") and n > self._name]
-        self._prefix.delete(later)
+        # later objects hold lines that were cut off, and must not follow new ones
+        later = [n for n in self._prefix.names(RECORD) if n > self._name]
+        self._prefix.delete([n for n in later if n.startswith(f"{RECORD}/{JOURNAL}")])
         self._store()
 
     @property
     def _name(self) -> str:
+        # of fixed width, so that a store lists them in order
         return f"{RECORD}/{JOURNAL}-{self._number:09}"
 
     def append(self, line: bytes) -> None:
@@ -260,13 +273,14 @@ class RemoteJournal:
         self._lines.append(line)
 
     def _store(self) -> None:
+        # another run that has taken over the lock writes to the same objects
         self._require()
         self._prefix.put(self._name, b"".join(self._lines))
 
 
 def load(path: Path) -> Arrays:
     """Load the arrays in a file."""
-    # numpy leaves open what it opened itself, if it is torn
+    # numpy leaves a torn file open if it opened it itself
     with path.open("rb") as file, np.load(file) as stored:
         return {name: stored[name] for name in stored.files}
 

@@ -38,6 +38,7 @@ class Lease:
         stop = Event()
 
         def require() -> None:
+            # whoever took over created a later name, and may not have removed this one yet
             if self._names()[-1:] != [name]:
                 raise self._taken()
 
@@ -75,6 +76,7 @@ class Lease:
             (found,) = self.objects.get(name)  # an earlier try may have made it
             if found is None or found.tobytes() != owner:
                 raise self._taken()
+        # it exists now: a store that creates it again would give two runs the lock
         if self.objects.create(name, owner):
             self.objects.delete([name])
             raise TargetError(
@@ -87,11 +89,9 @@ class Lease:
 
     def _lives(self, name: str) -> bool:
         (seen,) = self.objects.get(name)
-        log.info(
-            "waiting for a sign of the run that writes %s, %g s at most",
-            self.objects,
-            LEASE_TIMEOUT_S,
-        )
+        waited = "waiting for a sign of the run that writes %s, %g s at most"
+        log.info(waited, self.objects, LEASE_TIMEOUT_S)
+        # by the clock of this machine alone: those of others may differ
         end = time.monotonic() + LEASE_TIMEOUT_S
         while seen is not None and time.monotonic() < end:
             time.sleep(HEARTBEAT_S / 5)

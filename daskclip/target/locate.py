@@ -8,7 +8,7 @@ from typing import Any
 
 from daskclip.errors import InvalidValueError, TargetError, error_text, short_repr
 from daskclip.storage import Hierarchy, parse_location
-from daskclip.target.directory import DirectoryTarget, DirectoryTransaction, can_lock
+from daskclip.target.directory import DirectoryTarget, DirectoryTransaction
 from daskclip.target.object_store import ObjectStoreTarget, ObjectStoreTransaction
 
 Target = DirectoryTarget | ObjectStoreTarget
@@ -43,7 +43,7 @@ def find_target(target: object, options: dict[str, Any] | None = None) -> Target
     """Find a target, which may not exist."""
     try:
         found = parse_location(target, options)
-    except Exception as error:  # of a URL, fsspec and its file systems raise anything
+    except Exception as error:  # fsspec and its file systems raise errors of any kind
         raise TargetError(
             f"target {short_repr(target)} cannot be used ({error_text(error)}); check the URL, and "
             "that what it needs is installed"
@@ -54,10 +54,9 @@ def find_target(target: object, options: dict[str, Any] | None = None) -> Target
         raise TargetError(
             f"target {short_repr(target)} is not a path; give a path, a URL or a zarr store"
         )
-    if not can_lock():
-        raise TargetError("this system has no flock; use clip_by_norm, which needs none")
     path = Path(found)
+    # of "." and "..": the target needs a name, to put a work directory and a rename beside it
     if path.name in ("", ".."):
         path = path.resolve()
-    # free of links and ``..``
+    # the last part stays: a link there is refused, and not followed
     return DirectoryTarget(Path(os.path.realpath(path.parent), path.name))

@@ -13,14 +13,7 @@ from pathlib import Path
 
 from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
 from daskclip.storage import Hierarchy, ObjectPrefix
-from daskclip.target.journal import (
-    JOURNAL,
-    FinalRecord,
-    Journal,
-    Json,
-    RemoteJournal,
-    cut_torn_end,
-)
+from daskclip.target.journal import JOURNAL, FinalRecord, Journal, Json, RemoteJournal, cut_torn_end
 from daskclip.target.lease import Lease
 from daskclip.target.preflight import CONSOLIDATED, RECORD, refuse_consolidated
 
@@ -77,10 +70,12 @@ class ObjectStoreTarget(ObjectPrefix):
         """Lock the target for one run, with a local copy of its journal."""
         with Lease(self, LOCK).held() as require:
             prefix = self.journal_prefix
+            # a run that was stopped between publishing and cleaning up
             if prefix != RECORD:
-                self.tidy(LOCK)  # stopped between publishing and cleaning up
+                self.tidy(LOCK)
             with _pulled(self, prefix) as folder:
                 work = ObjectStoreTransaction(folder, self, require)
+                # objects cannot be removed in one step: what was left of a run is removed first
                 if self.get(DISCARDED) != [None]:
                     work.clear()
                 yield work
@@ -125,7 +120,7 @@ class ObjectStoreTransaction:
     @property
     def record(self) -> Path:
         """Path of the journal of the run that made the target; there may be none."""
-        # takes a request
+        # one request: there is one journal, and with metadata beside it its run has ended
         return self.folder / (JOURNAL if self.target.exists() else NO_JOURNAL)
 
     def open_journal(self) -> Journal:
@@ -137,12 +132,12 @@ class ObjectStoreTransaction:
 
     def begin(self, source: Hierarchy, run: str) -> None:
         """Require that nothing is there yet."""
-        found = [n for n in self.target.names() if not n.startswith(RECORD)]
-        if found:
-            raise TargetExistsError(
-                f"there are objects at target {self.target} ({found[0]}); remove them or choose "
-                "another target"
-            )
+        for name in self.target.names():
+            if not name.startswith(RECORD):
+                raise TargetExistsError(
+                    f"there are objects at target {self.target} ({name}); remove them or choose "
+                    "another target"
+                )
 
     def stage(self, source: Hierarchy, run: str) -> tuple[Hierarchy, None]:
         """Arrays that a run writes, whose chunks stay where they are stored."""
@@ -150,15 +145,11 @@ class ObjectStoreTransaction:
 
     def is_complete(self, source: Hierarchy, run: str, last: FinalRecord | None) -> bool:
         """Whether all chunks are there, if the journal ended."""
-        if last is None:
-            return True
-        return last.made == self.fingerprint_staged(source, self.stage(source, run)[0])
+        return last is None or last.made == self.finish(self.stage(source, run)[0])
 
-    def remove_stray_files(self, staged: Hierarchy) -> None:
-        """Do nothing: a store holds no unfinished objects."""
-
-    def fingerprint_staged(self, source: Hierarchy, staged: Hierarchy) -> Json:
+    def finish(self, staged: Hierarchy) -> Json:
         """Fingerprint of what was stored, as it is once its metadata is there."""
+        # nothing to remove: a store never shows an object that is not complete
         return staged.fingerprint(changes=False)
 
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
@@ -169,18 +160,16 @@ class ObjectStoreTransaction:
             target.put(f"{source.record_array}/{RECORD}/{JOURNAL}", self.journal.read_bytes())
         for i in range(0, len(documents), PUT_BATCH):
             target.put_once(documents[i : i + PUT_BATCH])
-        # readers find an array from here on
+        # that of the root: readers find nothing without it
         target.put_once([last])
         target.tidy(LOCK, *(() if source.record_array else (f"{RECORD}/{JOURNAL}",)))
 
     def clear(self) -> None:
         """Remove all that a run has stored but its lock."""
         target = self.target
-        # from here on the journal means nothing
+        # the journal is void from here on: if this stops half-way, the next run clears the rest
         target.put(DISCARDED, b"")
-        names = [n for n in target.names() if not n.startswith((LOCK, DISCARDED))]
-        target.delete([n for n in names if not n.startswith(RECORD)])
-        target.delete([n for n in names if n.startswith(RECORD)])
+        target.delete([n for n in target.names() if not n.startswith((LOCK, DISCARDED))])
         target.delete([DISCARDED])
         for path in self.folder.iterdir():
             path.unlink()
@@ -196,7 +185,7 @@ def _pulled(prefix: ObjectPrefix, below: str) -> Iterator[Path]:
                 continue
             kind = Path(name).name
             (data,) = prefix.get(name)
-            # the objects of a journal are in the order of its lines
+            # listed by name, which is the order of the lines that the objects of a journal hold
             with (folder / (JOURNAL if kind.startswith(JOURNAL) else kind)).open("ab") as file:
                 file.write(b"" if data is None else data.tobytes())
         yield folder

@@ -41,6 +41,7 @@ def check_nesting(path: Path, source: Path | None) -> None:
 
 def refuse_consolidated(target: object, group: object, new: bytes, old: bytes) -> None:
     """Refuse a target in a group whose `CONSOLIDATED` files would not list it."""
+    # readers of such a group ask that document only, and would never see the new array
     if _document(new).get("consolidated_metadata") or _document(old):
         raise TargetError(
             f"target {target} lies in a group with consolidated metadata ({group}); write "
@@ -50,6 +51,7 @@ def refuse_consolidated(target: object, group: object, new: bytes, old: bytes) -
 
 def is_node(folder: Path, kind: str) -> bool:
     """Whether there is an array, or a group, in a folder."""
+    # read as JSON: zarr would also need the codecs of an array that is about to be replaced
     document = _document(content(folder / "zarr.json"))
     return document.get("node_type") == kind or (folder / f".z{kind}").is_file()
 
@@ -87,7 +89,9 @@ def require_no_foreign_files(source: Hierarchy) -> None:
 
 def require_exchange(work: Path) -> None:
     """Refuse a file system that cannot exchange two folders."""
+    # not every file system can: NFS, for one, refuses the call
     pair = work / "a", work / "b"
+    # may be there: a process that was killed here left them
     for path in pair:
         path.mkdir(exist_ok=True)
     try:
