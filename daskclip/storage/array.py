@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -18,9 +19,9 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
 from daskclip.errors import DaskClipError, SourceError, error_text
-from daskclip.grid import Box, box_index, box_shape, boxes, grid_shape, offset_box
+from daskclip.grid import Box, box_shape, boxes, grid_shape, offset_box
 from daskclip.storage import object_store
-from daskclip.storage.codecs import Chain, chain, decode, encode, stored_bytes
+from daskclip.storage.codecs import Chain, chain, decode, encode, memory_of
 from daskclip.storage.files import CHUNK, DOCUMENTS, ChunkFiles, Stored, copy_files
 from daskclip.storage.object_store import ChunkObjects
 from daskclip.storage.retry import kind_and_remedy, retrying
@@ -42,12 +43,12 @@ class StoredArray:
     """A Zarr array in a local folder or in an object store.
 
     A *unit* is what is stored as one object: a shard, else a chunk. Regions consist of whole
-    units, which are cut off at the edge of the array. Everything derived from the metadata is
-    computed once per instance and left out of pickles.
+    units, which are cut off at the edge of the array.
     """
 
     array: zarr.Array[Any]
 
+    # what is cached on the instance stays out of pickles: a worker computes it again
     def __reduce__(self) -> tuple[type[StoredArray], tuple[zarr.Array[Any]]]:
         return StoredArray, (self.array,)
 
@@ -109,7 +110,7 @@ class StoredArray:
         names = names or self.attributes.get(V2_NAMES)
         return list(names) if isinstance(names, list | tuple) and len(names) == self.ndim else None
 
-    @property
+    @cached_property
     def folder(self) -> Path | None:
         """Folder of the array, if it is on a local file system."""
         return local_folder(self.array.store, self.array.path)
@@ -125,7 +126,7 @@ class StoredArray:
 
     @cached_property
     def _chunks(self) -> ChunkFiles | ChunkObjects:
-        """Where encoded units are kept: the one place that tells local arrays from others."""
+        """The encoded units, in files or in objects."""
         if self.folder is not None:
             return ChunkFiles(self.folder, self._key((0,) * self.ndim).count("/") + 1)
         return ChunkObjects(self.array.store, self.array.path, self.unit_nbytes)
@@ -134,14 +135,17 @@ class StoredArray:
     def _codecs(self) -> Chain:
         return chain(self.array)
 
-    def _key(self, coords: tuple[int, ...]) -> str:
-        return self.array.metadata.encode_chunk_key(coords)
+    @cached_property
+    def _key(self) -> Callable[[tuple[int, ...]], str]:
+        return self.array.metadata.encode_chunk_key
 
-    def _units(self, region: Box) -> Iterator[tuple[str, Box]]:
-        """Key of each unit of a region, and where it lies in the region."""
-        for inside in boxes(box_shape(region), self.unit):
-            starts = zip(offset_box(inside, region), self.unit, strict=True)
-            yield self._key(tuple(s.start // u for s, u in starts)), inside
+    def _units(self, region: Box) -> list[tuple[str, tuple[Any, ...]]]:
+        """Key of each unit of a region, and its index in the values of the region."""
+        # the position in the grid is computed for each axis, not for each unit
+        axes = zip(region, self.unit, strict=True)
+        coords = product(*(range(s.start // u, -(-s.stop // u)) for s, u in axes))
+        inside = boxes(box_shape(region), self.unit)
+        return [(self._key(c), (*box, ...)) for c, box in zip(coords, inside, strict=True)]
 
     def keys(self, region: Box) -> list[str]:
         """Keys of the units of a region, stored or not."""
@@ -164,23 +168,23 @@ class StoredArray:
         ndarray
             ``out``, or a new array.
         """
-        units, codecs = list(self._units(region)), self._codecs
+        units, codecs = self._units(region), self._codecs
         values = np.empty(box_shape(region), self.dtype) if out is None else out
-        parts = [values[box_index(inside)] for _, inside in units]
+        parts = [values[index] for _, index in units]
         # an uncompressed unit is read to where its values belong
-        buffers = [stored_bytes(codecs, part) for part in parts]
-        stored = self._chunks.read([key for key, _ in units], buffers)
-        for (key, _), part, buffer, data in zip(units, parts, buffers, stored, strict=True):
-            if data is not None:
-                if buffer is None or data is not buffer:
-                    decode(codecs, data, part)
-            elif missing == "error":
-                raise SourceError(
-                    f"chunk {key} of {self.location} is missing; restore it, or use "
-                    "missing='fill' to take it for the fill value"
-                )
-            else:
+        buffers = memory_of(codecs, parts)
+        keys = [key for key, _ in units]
+        stored = self._chunks.read(keys, buffers)
+        for key, part, buffer, data in zip(keys, parts, buffers, stored, strict=True):
+            if data is None:
+                if missing == "error":
+                    raise SourceError(
+                        f"chunk {key} of {self.location} is missing; restore it, or use "
+                        "missing='fill' to take it for the fill value"
+                    )
                 part[...] = codecs.fill
+            elif data is not buffer:
+                decode(codecs, data, part)
         return values
 
     def write(self, region: Box, values: Array) -> int:
@@ -189,7 +193,8 @@ class StoredArray:
         Units that equal the fill value bit for bit are not stored.
         """
         units, codecs = self._units(region), self._codecs
-        return self._chunks.write((key, encode(codecs, values[box_index(i)])) for key, i in units)
+        # a generator: one encoded unit is held at a time
+        return self._chunks.write((key, encode(codecs, values[index])) for key, index in units)
 
     def copy_to(self, target: StoredArray, region: Box) -> int:
         """Copy what is stored of a region without decoding it, and return its digest."""

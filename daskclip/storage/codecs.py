@@ -4,16 +4,14 @@ Everything runs in the calling thread, one chunk at a time, without an event loo
 pipeline decodes chunks concurrently, so that its memory has no bound.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import zarr
 from zarr.abc.codec import ArrayArrayCodec, BytesBytesCodec
 from zarr.codecs import BytesCodec, ShardingCodec
 from zarr.core.array_spec import ArraySpec
@@ -22,11 +20,7 @@ from zarr.dtype import UInt64
 
 from daskclip.grid import Box, box_index, boxes, grid_shape
 from daskclip.storage.decode_guard import decode_guarded
-
-if TYPE_CHECKING:
-    import zarr
-
-    from daskclip.storage.durable import Data
+from daskclip.storage.durable import Data
 
 Array = npt.NDArray[Any]
 
@@ -62,7 +56,7 @@ def chain(array: zarr.Array[Any]) -> Chain:
         limit = max_decoded_nbytes(array.chunks, array.dtype)
         used = [*(metadata.filters or ()), metadata.compressor]
         elements = _Elements(array.chunks, array.dtype, metadata.order)
-        return Chain(array.chunks, fill, (elements, *(_Plain(c, limit) for c in used if c)))
+        return Chain(array.chunks, fill, (elements, *(_plain(c, limit) for c in used if c)))
     spec = ArraySpec(
         shape=array.shards or array.chunks,
         dtype=metadata.data_type,
@@ -83,13 +77,13 @@ def _chain(codecs: Iterable[Any], spec: ArraySpec, fill: Array) -> Chain:
         codec = codec.evolve_from_array_spec(spec)
         if isinstance(codec, BytesCodec):
             order: Any = getattr(codec.endian, "value", codec.endian)
+            # a transposition before it has changed the shape of the chunk
             steps.append(_Elements(spec.shape, fill.dtype.newbyteorder(order), "C"))
-        elif hasattr(codec, "_codec"):  # zarr's wrapper of a codec of numcodecs is asynchronous
-            steps.append(_Plain(codec._codec, limit))
-            spec = codec.resolve_metadata(spec)
-        else:
-            steps.append(_Zarr(codec, codec_name(str(codec.to_dict()["name"])), spec, limit))
-            spec = codec.resolve_metadata(spec)
+            continue
+        # zarr's wrapper of a codec of numcodecs is asynchronous
+        plain = getattr(codec, "_codec", None)
+        steps.append(_plain(plain, limit) if plain else _of_zarr(codec, spec, limit))
+        spec = codec.resolve_metadata(spec)
     return Chain(shape, fill, tuple(steps))
 
 
@@ -97,41 +91,46 @@ def encode(chain: Chain, values: Array) -> Data | None:
     """Encode a chunk, which may be cut off at the edge of its array; None if it is all fill."""
     if _is_fill(values, chain.fill):
         return None
-    x = values
-    if x.shape != chain.shape:
+    x: Data = values
+    if values.shape != chain.shape:
+        # zarr stores whole chunks, with the fill value beyond the edge
         x = np.full(chain.shape, chain.fill)
-        x[box_index(tuple(slice(n) for n in values.shape))] = values
-    return _encode_through(chain.codecs, x)
-
-
-def _encode_through(codecs: tuple[Codec, ...], x: Data) -> Data:
-    for codec in codecs:
+        x[tuple(slice(n) for n in values.shape)] = values
+    for codec in chain.codecs:
         x = codec.encode(x)
     return x
 
 
 def decode(chain: Chain, data: Data, out: Array) -> None:
     """Decode a chunk into ``out``, which may be cut off at the edge of its array."""
-    x = data
-    for i, codec in reversed([*enumerate(chain.codecs)]):
-        buffer = out if out.shape == chain.shape else None
-        first = chain.codecs[0]
-        # what the codec before decodes to are the bytes of the values: straight into their memory
-        if i == 1 and isinstance(first, _Elements):
-            buffer = first.buffer(buffer)
-        x = codec.decode(x, buffer if i < 2 else None)
-        if x is out:
-            return
-    values = np.reshape(x, chain.shape)  # pcodec decodes to one dimension
-    out[...] = values[box_index(tuple(slice(n) for n in out.shape))]
+    x, (first, *rest) = data, chain.codecs
+    buffer = out if out.shape == chain.shape else None
+    if rest:
+        # the second codec decodes to the bytes of the values: straight into their memory
+        memory = first.buffer(buffer) if isinstance(first, _Elements) else None
+        for codec in rest[:0:-1]:
+            x = codec.decode(x, None)
+        x = rest[0].decode(x, memory)
+    if x is not out:
+        x = first.decode(x, buffer)
+    if x is not out:
+        values = np.reshape(x, chain.shape)  # pcodec decodes to one dimension
+        out[...] = values[box_index(tuple(slice(n) for n in out.shape))]
 
 
-def stored_bytes(chain: Chain, x: Array) -> npt.NDArray[np.uint8] | None:
-    """The memory of ``x`` as bytes if a chunk is stored as just these bytes, else None."""
+def memory_of(chain: Chain, parts: Iterable[Array]) -> list[npt.NDArray[np.uint8] | None]:
+    """The memory of each chunk as bytes, or None where it is not stored as just these bytes."""
     first, *rest = chain.codecs
-    if not isinstance(first, _Elements) or rest or x.shape != chain.shape or not x.size:
-        return None
-    return x.reshape(-1).view(np.uint8) if first.buffer(x) is x else None
+    return [
+        x.reshape(-1).view(np.uint8)
+        if isinstance(first, _Elements)
+        and not rest
+        and x.shape == chain.shape
+        and x.size
+        and first.buffer(x) is x
+        else None
+        for x in parts
+    ]
 
 
 def codec_name(name: str) -> str:
@@ -160,15 +159,6 @@ def _is_fill(values: Array, fill: Array) -> bool:
     return values.tobytes() == fill.tobytes() * values.size
 
 
-def _without_time(name: str, data: Data) -> Data:
-    """Zero gzip's timestamp, so that equal values are encoded to equal bytes."""
-    if name != "gzip":
-        return data
-    encoded = np.array(np.frombuffer(data, np.uint8))
-    encoded[4:8] = 0
-    return encoded
-
-
 @dataclass(frozen=True)
 class _Elements:
     """Values as bytes."""
@@ -191,46 +181,52 @@ class _Elements:
 
 
 @dataclass(frozen=True)
-class _Plain:
-    """A codec of numcodecs."""
+class _Called:
+    """A codec of a library, by its two functions."""
 
-    codec: Any
-    limit: int
-
-    def encode(self, x: Data) -> Data:
-        return _without_time(self.codec.codec_id, self.codec.encode(x))
-
-    def decode(self, x: Data, out: Array | None) -> Data:
-        data = _memory(x)
-        return decode_guarded(self.codec.codec_id, data, self.limit, self.codec.decode, out)
-
-
-@dataclass(frozen=True)
-class _Zarr:
-    """A codec of zarr, called by its synchronous methods."""
-
-    codec: Any
     name: str
-    spec: ArraySpec
-    limit: int
+    limit: int | None
+    """Bytes, at most, that it may decode to; None if it takes values and gives as many."""
+    encoding: Callable[[Data], Data]
+    decoding: Callable[[Data], Data]
 
     def encode(self, x: Data) -> Data:
-        values = not isinstance(self.codec, BytesBytesCodec)
-        return _without_time(self.name, self._run("_encode_sync", values, x))
+        encoded = self.encoding(x)
+        if self.name == "gzip":
+            # without its timestamp, equal values are encoded to equal bytes
+            encoded = np.array(np.frombuffer(encoded, np.uint8))
+            encoded[4:8] = 0
+        return encoded
 
     def decode(self, x: Data, out: Array | None) -> Data:
-        if isinstance(self.codec, ArrayArrayCodec):
-            return self._run("_decode_sync", True, x)
-        run = partial(self._run, "_decode_sync", False)
-        return decode_guarded(self.name, _memory(x), self.limit, run, out)
+        if self.limit is None:
+            return self.decoding(x)
+        return decode_guarded(self.name, _memory(x), self.limit, self.decoding, out)
 
-    def _run(self, method: str, values: bool, x: Data) -> Array:
-        prototype, array = self.spec.prototype, np.asarray(x)
-        buffer: Any = prototype.nd_buffer if values else prototype.buffer
-        wrapped = buffer.from_ndarray_like(array) if values else buffer.from_array_like(array)
-        made = getattr(self.codec, method)(wrapped, self.spec)
-        result: Array = made.as_numpy_array()
-        return result
+
+def _plain(codec: Any, limit: int) -> _Called:
+    """A codec of numcodecs."""
+    return _Called(codec.codec_id, limit, codec.encode, codec.decode)
+
+
+def _of_zarr(codec: Any, spec: ArraySpec, limit: int) -> _Called:
+    """A codec of zarr, called by its synchronous methods."""
+    name = codec_name(codec.to_dict()["name"])
+    to_values = isinstance(codec, ArrayArrayCodec)
+    encoding = _synchronous(codec._encode_sync, spec, not isinstance(codec, BytesBytesCodec))
+    decoding = _synchronous(codec._decode_sync, spec, to_values)
+    return _Called(name, None if to_values else limit, encoding, decoding)
+
+
+def _synchronous(method: Any, spec: ArraySpec, of_values: bool) -> Callable[[Data], Array]:
+    kinds: Any = spec.prototype
+    wrap = kinds.nd_buffer.from_ndarray_like if of_values else kinds.buffer.from_array_like
+
+    def call(x: Data) -> Array:
+        made: Array = method(wrap(np.asarray(x)), spec).as_numpy_array()
+        return made
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -254,8 +250,9 @@ class _Shards:
                 parts.append(_memory(data))
                 entry[:] = offset, len(parts[-1])
                 offset += len(parts[-1])
-        encoded = _memory(_encode_through(self.index.codecs, entries))
-        parts.insert(0 if self.index_first else len(parts), encoded)
+        # not None: a shard of which no chunk is stored is all fill, and is not encoded
+        index = _memory(encode(self.index, entries))
+        parts.insert(0 if self.index_first else len(parts), index)
         return np.frombuffer(b"".join(parts), np.uint8)
 
     def decode(self, x: Data, out: Array | None) -> Array:
@@ -266,12 +263,14 @@ class _Shards:
         values = np.empty(self.shape, self.inner.fill.dtype) if out is None else out
         spans = entries.reshape(-1, 2).tolist()
         for (start, size), inside in zip(spans, self._boxes(), strict=True):
+            part = values[box_index(inside)]
             if (start, size) == (ABSENT, ABSENT):
-                values[box_index(inside)] = self.inner.fill
+                part[...] = self.inner.fill
             elif start + size > len(x):
+                # a slice beyond the end would be shorter, and some codecs decode that
                 raise ValueError(f"its index leads beyond its {len(x)} bytes")
             else:
-                decode(self.inner, x[start : start + size], values[box_index(inside)])
+                decode(self.inner, x[start : start + size], part)
         return values
 
     def _boxes(self) -> Iterator[Box]:
