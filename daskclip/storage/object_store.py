@@ -1,31 +1,21 @@
 """Objects in a Zarr store that is not a local folder: read, listed, and created only once."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, ObjectStore
 
-from daskclip.errors import (
-    DaskClipError,
-    StorageError,
-    TargetError,
-    TargetPermissionError,
-    error_text,
-)
+from daskclip import errors
 from daskclip.storage.durable import DIGESTS, Data, digest, digest_entries, digest_entry
 from daskclip.storage.files import NODE_DOCUMENTS, Stored
 from daskclip.storage.retry import is_refused, kind_and_remedy, retrying
-
-if TYPE_CHECKING:
-    from zarr.abc.store import Store
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -45,7 +35,7 @@ class ChunkObjects:
     """Decoded bytes of a chunk."""
 
     def read(
-        self, keys: Sequence[str], buffers: Sequence[Bytes | None] | None = None
+        self, keys: Sequence[str], buffers: Sequence[Bytes | None] = ()
     ) -> Iterator[Bytes | None]:
         """Bytes of each object, or None; several are fetched at a time, which saves waiting."""
         # large chunks one at a time, so that memory is as planned
@@ -54,15 +44,15 @@ class ChunkObjects:
             yield from get(self.store, [join(self.path, key) for key in keys[i : i + count]])
 
     def write(self, encoded: Iterable[tuple[str, Data | None]]) -> int:
-        """Create those chunks that are not None, some at a time, and return their digest."""
+        """Create the chunks that are not None, some at a time, and return their digest."""
         total, size = 0, 0
         batch: list[tuple[str, bytes]] = []
         for key, data in encoded:
-            if data is None:
-                continue
-            total += digest_entry(key, digest(data))
-            batch.append((join(self.path, key), bytes(data)))
-            size += len(data)
+            if data is not None:
+                total += digest_entry(key, digest(data))
+                batch.append((join(self.path, key), bytes(data)))
+                size += len(data)
+            # small chunks together, since each request waits; large ones would fill the memory
             if size >= IO_BYTES:
                 put_once(self.store, batch)
                 batch, size = [], 0
@@ -71,7 +61,7 @@ class ChunkObjects:
         return total % DIGESTS
 
     def digest(self, keys: Sequence[str]) -> int:
-        """Digest of those of the objects that exist."""
+        """Digest of the objects that exist."""
         stored = zip(keys, self.read(keys), strict=True)
         return digest_entries((key, data) for key, data in stored if data is not None)
 
@@ -84,7 +74,8 @@ class ChunkObjects:
         return keys[0]
 
     def listed(self, changes: bool) -> Iterator[Stored]:
-        """Everything stored for the array except hidden objects; an ETag tells all changes."""
+        """Everything stored for the array except hidden objects."""
+        # ``changes`` makes no difference: an ETag changes with the content
         return (stored for stored in listed(self.store, self.path) if "/." not in f"/{stored.key}")
 
 
@@ -143,15 +134,16 @@ class ObjectPrefix:
     def _retrying(self, doing: str, function: Callable[..., T], *arguments: object) -> T:
         try:
             return retrying(function, *arguments)
-        except DaskClipError:
+        except errors.DaskClipError:
             raise
         except Exception as error:
-            text = f"{doing} objects at {self} failed ({error_text(error)})"
-            if is_refused(error):
-                raise TargetPermissionError(f"{text}; check credentials and rights") from error
-            if isinstance(error, FileNotFoundError):
-                raise TargetError(f"{text}; check the bucket") from error
+            text = f"{doing} objects at {self} failed ({errors.error_text(error)})"
+            kind: type[Exception]
             kind, remedy = kind_and_remedy(error)
+            if is_refused(error):
+                kind, remedy = errors.TargetPermissionError, "check credentials and rights"
+            elif isinstance(error, FileNotFoundError):
+                kind, remedy = errors.TargetError, "check the bucket"
             raise kind(f"{text}; {remedy}") from error
 
 
@@ -211,7 +203,7 @@ def put_once(store: Store, objects: Sequence[tuple[str, bytes]]) -> None:
     existing = [both for both, new in zip(objects, created, strict=True) if not new]
     for (key, data), stored in zip(existing, get(store, [k for k, _ in existing]), strict=True):
         if stored is None or stored.tobytes() != data:
-            raise StorageError(
+            raise errors.StorageError(
                 f"{url(store, key)} was written by something else; discard the run and begin again"
             )
 

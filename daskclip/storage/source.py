@@ -1,33 +1,21 @@
 """Open and check sources, and select their arrays; reads metadata only."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from daskclip.errors import (
-    DaskClipError,
-    DTypeError,
-    InvalidTypeError,
-    InvalidValueError,
-    SourceError,
-    SourceNotFoundError,
-    TemporaryError,
-    error_text,
-    short_repr,
-)
+import numpy as np
+
+from daskclip import errors
+from daskclip.errors import DaskClipError, InvalidValueError, SourceError, error_text, short_repr
 from daskclip.grid import grid_shape
 from daskclip.storage.array import V2_NAMES, StoredArray, parse_location
 from daskclip.storage.cf import require_decoded
 from daskclip.storage.codecs import chain, codec_name
 from daskclip.storage.hierarchy import Hierarchy
 from daskclip.storage.retry import is_refused, is_transient
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # codecs that keep every bit; a lossy one could lift a clipped slice above its limit again
 LOSSLESS = {
@@ -50,7 +38,7 @@ def open_source(source: object, storage_options: dict[str, Any] | None = None) -
             )
         if isinstance(found, str):
             if not os.path.exists(found):
-                raise SourceNotFoundError(f"source {name} does not exist; check the path")
+                raise errors.SourceNotFoundError(f"source {name} does not exist; check the path")
             opened = Hierarchy.open(os.path.realpath(found))
         else:
             opened = Hierarchy.open(*found)
@@ -68,14 +56,14 @@ def _open_error(where: str, error: Exception) -> DaskClipError:
     """The error to raise for one of zarr or of a store."""
     why = error_text(error)
     if "data type" in str(error):
-        return DTypeError(
+        return errors.DTypeError(
             f"{where} has a dtype that cannot be clipped ({why}); store it as floating point or "
             "complex"
         )
     if is_refused(error):
         return SourceError(f"{where} cannot be read ({why}); check credentials and rights")
     if is_transient(error):
-        return TemporaryError(f"{where} cannot be reached ({why}); run again")
+        return errors.TemporaryError(f"{where} cannot be reached ({why}); run again")
     return SourceError(f"{where} is not a zarr array or group ({why}); give the path of one")
 
 
@@ -176,14 +164,12 @@ def parse_patterns(given: object, what: str) -> list[str]:
     if given is None:
         return []
     one = isinstance(given, str | bytes) or not isinstance(given, Iterable)
-    items: Iterable[object] = [given] if one else given  # type: ignore[assignment]
-    found = []
-    for pattern in items:
+    found: list[Any] = [given] if one else [*given]  # type: ignore[misc]
+    for pattern in found:
         if not isinstance(pattern, str):
-            raise InvalidTypeError(
+            raise errors.InvalidTypeError(
                 f"{what} {short_repr(pattern)} is no text; give names or patterns"
             )
-        found.append(pattern)
     return found
 
 
