@@ -307,10 +307,8 @@ def retrying_block(doing: str, array: StoredArray, region: Box, operation: Calla
     except Exception as error:
         chunk, cause = _culprit(array, region, operation, error)
         kind, remedy = kind_and_remedy(cause)
-        raise kind(
-            f"{doing} block {array.describe(region)} failed{chunk}: "
-            f"{type(cause).__name__}: {error_text(cause)}; {remedy}"
-        ) from error
+        why = f"{type(cause).__name__}: {error_text(cause)}; {remedy}"
+        raise kind(f"{doing} block {array.describe(region)} failed{chunk}: {why}") from error
 
 
 def _culprit(

@@ -7,7 +7,7 @@ pipeline decodes chunks concurrently, so that its memory has no bound.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,11 @@ Array = npt.NDArray[Any]
 ABSENT = 2**64 - 1  # offset and length, in a shard's index, of an inner chunk not stored
 
 
-class Codec(Protocol):
-    """One step from values to bytes, and back."""
+Codec = Union["_Elements", "_Called", "_Shards"]
+"""One step from values to bytes, and back.
 
-    def encode(self, x: Data) -> Data: ...
-    def decode(self, x: Data, out: Array | None) -> Data:
-        """Decode ``x``; returns ``out`` if it was filled, else something new."""
+``decode(x, out)`` returns ``out`` if it has filled it, else something new.
+"""
 
 
 class Chain(NamedTuple):
@@ -118,19 +117,13 @@ def decode(chain: Chain, data: Data, out: Array) -> None:
         out[...] = values[box_index(tuple(slice(n) for n in out.shape))]
 
 
-def memory_of(chain: Chain, parts: Iterable[Array]) -> list[npt.NDArray[np.uint8] | None]:
+def memory_of(chain: Chain, parts: list[Array]) -> list[npt.NDArray[np.uint8] | None]:
     """The memory of each chunk as bytes, or None where it is not stored as just these bytes."""
     first, *rest = chain.codecs
-    return [
-        x.reshape(-1).view(np.uint8)
-        if isinstance(first, _Elements)
-        and not rest
-        and x.shape == chain.shape
-        and x.size
-        and first.buffer(x) is x
-        else None
-        for x in parts
-    ]
+    if rest or not isinstance(first, _Elements):
+        return [None] * len(parts)
+    whole = (x if x.shape == chain.shape and first.buffer(x) is x else None for x in parts)
+    return [None if x is None else x.reshape(-1).view(np.uint8) for x in whole]
 
 
 def codec_name(name: str) -> str:

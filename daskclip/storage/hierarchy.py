@@ -65,7 +65,7 @@ class Hierarchy:
         # zarr warns of foreign files in a group; parsing all arrays of a group may take seconds
         for key in sorted(self.documents):
             name, kind = _split(key)
-            if kind == ".zarray" or (kind == "zarr.json" and _is_array(self.documents[key])):
+            if _is_array({kind: self.documents[key]}):
                 return name
         return ""
 
@@ -81,23 +81,20 @@ class Hierarchy:
         found = {}
         for key, data in self.documents.items():
             name, kind = _split(key)
-            if kind not in ("zarr.json", ".zarray"):
-                continue
-            document = json.loads(data)
+            document = json.loads(data) if kind in ("zarr.json", ".zarray") else {}
             if kind == ".zarray":
                 document["attributes"] = self.attributes(name)
-            elif document["node_type"] != "array":
+            elif not document or document["node_type"] != "array":
                 continue
             try:
-                array = zarr.Array.from_dict(self.store_path / name, document)
-            except Exception as error:  # zarr raises anything
+                found[name] = StoredArray(zarr.Array.from_dict(self.store_path / name, document))
+            except Exception as error:  # broken metadata makes zarr raise anything
                 if not name:
                     raise
                 raise SourceError(
                     f"array {name} of source {self} cannot be opened ({error_text(error)}); "
                     "install what it needs, or move it away"
                 ) from error
-            found[name] = StoredArray(array)
         return dict(sorted(found.items()))
 
     def attributes(self, name: str) -> dict[str, Any]:
@@ -193,7 +190,7 @@ def _read_documents(folder: Path, prefix: str = "") -> dict[str, bytes]:
     # zarr finds nothing below a folder that is not a node, nor nodes below an array
     if not own.keys() & set(NODE_DOCUMENTS):
         return {}
-    for entry in () if ".zarray" in own or _is_array(own.get("zarr.json")) else inside:
+    for entry in () if _is_array(own) else inside:
         if entry.is_symlink():
             raise SourceError(f"{entry.path} is a symbolic link; copy what it leads to")
         found |= _read_documents(Path(entry.path), f"{prefix}{entry.name}/")
@@ -215,19 +212,22 @@ def _document(entry: os.DirEntry[str]) -> bytes:
     return Path(entry.path).read_bytes()
 
 
-def _is_array(document: bytes | None) -> bool:
-    return document is not None and json.loads(document).get("node_type") == "array"
+def _is_array(documents: dict[str, bytes]) -> bool:
+    """Whether documents of a node, by kind, are those of an array."""
+    node = json.loads(documents.get("zarr.json", b"{}"))
+    return ".zarray" in documents or node.get("node_type") == "array"
 
 
 def _fetch_documents(store: Store, path: str) -> dict[str, bytes]:
     """Metadata at a key of an object store and, of a group, below it."""
-    names = [""]  # nodes, inner ones first
+    names = [""]  # of nodes, inner ones first
     root = _get(store, path, DOCUMENTS)
-    if ".zarray" not in root and not _is_array(root.get("zarr.json")) and root:
+    if root and not _is_array(root):
         group = zarr.open_group(StorePath(store, path), mode="r")
-        with warnings.catch_warnings():  # of objects that are no nodes, such as a lock
+        with warnings.catch_warnings():
+            # zarr warns of objects that are no nodes, such as a lock
             warnings.simplefilter("ignore")
-            names = [*sorted((n for n, _ in group.members(max_depth=None)), reverse=True), ""]
+            names = sorted(["", *dict(group.members(max_depth=None))], reverse=True)
     # formats are not mixed in a group, and each missing document costs a request
     kinds = DOCUMENTS if "zarr.json" not in root else ("zarr.json",)
     keys = [objects.join(name, kind) for name in names for kind in kinds]

@@ -1,11 +1,10 @@
 """What a worker does with one block. Every function can run twice with the same result."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
-from daskclip.grid import Box, box_index, box_shape, boxes, offset_box
+from daskclip.grid import Box, box_at, box_index, box_shape, boxes, offset_box
 from daskclip.numerics import (
     Partial,
     Scale,
@@ -30,8 +29,7 @@ from daskclip.numerics import (
     term_count,
 )
 from daskclip.storage import durable, retrying_block, translating_storage_errors
-from daskclip.worker.context import PROCESS, ArrayTask
-from daskclip.worker.limits import read_limits
+from daskclip.worker.context import PROCESS, ArrayTask, Limits
 
 Array = npt.NDArray[Any]
 
@@ -92,6 +90,7 @@ def run_batch(
     list of BlockResult
     """
     first = tasks[0]
+    # functions of one pass take no scale
     extra: Sequence[tuple[Scale, ...]] = [(scale,) for scale in scales] or [()] * len(tasks)
     with PROCESS.running_block(first.attempt_id):
         results = [
@@ -223,6 +222,32 @@ def block_limit(task: ArrayTask, region: Box) -> float | Array:
     return math.inf if task.clip_norm is None else task.clip_norm
 
 
+def read_limits(limits: Limits, region: Box, missing: str) -> Array:
+    """Limits of the slices that meet a region; stored ones are read one unit at a time."""
+    # limits broadcast: their axes are the last ones, and one limit holds for all of an axis
+    trailing = zip(limits.shape, region[len(region) - limits.ndim :], strict=True)
+    own = tuple(slice(0, 1) if n == 1 else s for n, s in trailing)
+    if isinstance(limits, np.ndarray):
+        held: Array = limits[box_index(own)]
+        return held
+    values, unit = np.empty(box_shape(own)), limits.unit
+    steps = (range(s.start // u, -(-s.stop // u)) for s, u in zip(own, unit, strict=True))
+    read = partial(limits.read, missing=missing)
+    # whole units, of which a block may need a part: a unit cannot be decoded in part
+    for coords in product(*steps):
+        whole = box_at(coords, unit, limits.shape)
+        found = retrying_block("reading", limits, whole, read)
+        values[_shared(whole, own)] = found[_shared(own, whole)]
+    return values
+
+
+def _shared(other: Box, region: Box) -> tuple[Any, ...]:
+    """Index, in a region, of what it has in common with another one."""
+    pairs = zip(other, region, strict=True)
+    inside = (slice(max(a.start - b.start, 0), min(a.stop, b.stop) - b.start) for a, b in pairs)
+    return box_index((*inside,))
+
+
 def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, Scale]:
     """Values of a block that is a whole slab, clipped; None if nothing of it is stored."""
     limit = block_limit(task, region)
@@ -300,14 +325,13 @@ def _read_first(task: ArrayTask, region: Box) -> Array:
     x, unit = _read(task, region), task.plan.unit
     if task.nonfinite == "raise":
         # an infinite limit exempts slices, but not if they are only measured
-        limit = 0.0 if task.only_measures else block_limit(task, region)
-        require_finite(
-            x,
-            task.plan.axes,
-            limit,
-            [s.start for s in region],
-            lambda place: [i // u for i, u in zip(place, unit, strict=True)],
-        )
+        measured = task.clip_norm is None and task.limits is None
+        limit, start = 0.0 if measured else block_limit(task, region), [s.start for s in region]
+
+        def chunk_at(element: Sequence[int]) -> list[int]:
+            return [i // u for i, u in zip(element, unit, strict=True)]
+
+        require_finite(x, task.plan.axes, limit, start, chunk_at)
     return x
 
 
