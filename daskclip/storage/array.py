@@ -1,7 +1,5 @@
 """Zarr arrays as they are stored: regions read, written and copied, whole objects at a time."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -10,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +47,8 @@ class StoredArray:
     array: zarr.Array[Any]
 
     # what is cached on the instance stays out of pickles: a worker computes it again
-    def __reduce__(self) -> tuple[type[StoredArray], tuple[zarr.Array[Any]]]:
-        return StoredArray, (self.array,)
+    def __reduce__(self) -> tuple[type[Self], tuple[zarr.Array[Any]]]:
+        return type(self), (self.array,)
 
     def __str__(self) -> str:
         return self.location
@@ -64,7 +62,7 @@ class StoredArray:
         chunks: tuple[int, ...],
         names: list[str | None] | None,
         attributes: dict[str, Any],
-    ) -> StoredArray:
+    ) -> Self:
         """Create a float64 array without chunks in a folder."""
         array = zarr.create_array(
             LocalStore(folder), shape=shape, chunks=chunks, dtype="float64", fill_value=0.0,
@@ -121,7 +119,7 @@ class StoredArray:
         return location(self.array.store, self.array.path)
 
     def describe(self, region: Box) -> str:
-        """A region of the array, for messages: ``[0:2, 4:8] of x.zarr``."""
+        """Name of a region, for messages: ``[0:2, 4:8] of x.zarr``."""
         return f"[{', '.join(f'{s.start}:{s.stop}' for s in region)}] of {self.location}"
 
     @cached_property
@@ -196,10 +194,10 @@ class StoredArray:
         # a generator: one encoded unit is held at a time
         return self._chunks.write((key, encode(codecs, values[index])) for key, index in units)
 
-    def copy_to(self, target: StoredArray, region: Box) -> int:
+    def copy_to(self, target: Self, region: Box) -> int:
         """Copy what is stored of a region without decoding it, and return its digest."""
         keys, source = self.keys(region), self._chunks
-        # between folders no file is held in memory as a whole
+        # between folders, files are copied in pieces and never held whole
         if self.folder is not None and target.folder is not None:
             return copy_files(self.folder, target.folder, keys)
         return target._chunks.write(zip(keys, source.read(keys), strict=True))
@@ -213,38 +211,39 @@ class StoredArray:
         return not self.array.fill_value and self._chunks.are_absent(self.keys(region))
 
     def last_changed(self, region: Box) -> str:
-        """Key of the unit of a region that changed last, as far as that is recorded."""
+        """Key of the unit of a region that changed last, or of the first unit in a store."""
         return self._chunks.last_changed(self.keys(region))
 
     def listed(self, *, changes: bool = False) -> Iterator[Stored]:
-        """Everything stored for the array except hidden files; see `files.listed`."""
+        """Everything stored for the array except hidden files; see `ChunkFiles.listed`."""
         return self._chunks.listed(changes)
 
     def chunk_coords(self) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """Key of everything stored, and its grid coordinates if it is a unit of the array."""
         ndim, ends = self.ndim, grid_shape(self.shape, self.unit)
         for key, *_ in self.listed():
+            # the last numbers of a key are the coordinates in any encoding; other files may have
+            # numbers in their names too, so the key is encoded again
             numbers = [int(i) for i in NUMBER.findall(key)]
-            # the numbers of a key are the coordinates in any encoding; other keys have some too
             coords = tuple(numbers[-ndim:] if ndim else ())
             inside = len(coords) == ndim and all(i < n for i, n in zip(coords, ends, strict=True))
             yield key, coords if inside and key == self._key(coords) else None
 
     def stray_keys(self) -> Iterator[str]:
-        """Keys of what is stored beside metadata and units of the array."""
+        """Keys of stored things that are neither metadata nor units of the array."""
         return (k for k, coords in self.chunk_coords() if coords is None and k not in DOCUMENTS)
 
     def stored_blocks(
         self, block: tuple[int, ...], strides: tuple[int, ...], blocks: int
     ) -> npt.NDArray[np.bool_] | None:
-        """Whether anything of each block is stored; None if absent units are not zeros.
+        """Whether any unit of each block is stored; None if absent units are not zeros.
 
         Parameters
         ----------
         block : tuple of int
             Shape of a block, of whole units.
         strides : tuple of int
-            Strides of block numbers: what one block more along each axis adds.
+            Difference of the numbers of neighbouring blocks along each axis.
         blocks : int
             Number of blocks.
         """
@@ -260,45 +259,45 @@ class StoredArray:
 
 
 def is_part(key: str, *, of_array: bool) -> bool:
-    """Whether a name in the folder of an array or a group is that of metadata or a chunk."""
+    """Whether a key in the folder of an array or a group belongs to metadata or a chunk."""
     return key in DOCUMENTS or (of_array and CHUNK.fullmatch(key) is not None)
 
 
 def local_folder(store: Store, path: str) -> Path | None:
-    """Folder of a place in a store, if it is on a local file system."""
+    """Folder of a path in a store, or None if the store is not local."""
     return Path(store.root, path).absolute() if isinstance(store, LocalStore) else None
 
 
 def location(store: Store, path: str) -> str:
-    """Path or URL of a place in a store, for messages."""
+    """Path or URL of a path in a store, for messages."""
     return str(local_folder(store, path) or object_store.url(store, path))
 
 
 def parse_location(
     location: object, options: dict[str, Any] | None
 ) -> str | tuple[Store, str] | None:
-    """Path of a folder, or store and key, that a user's argument stands for; None if it is none.
+    """Folder, or store and key, that an argument of the user names; None for other types.
 
-    ``options`` are those of fsspec, for a URL.
+    ``options`` are passed to fsspec for a URL.
     """
     if isinstance(location, zarr.Array | zarr.Group):
         location = location.store_path
     if isinstance(location, str | os.PathLike):
         name = os.fspath(location).removeprefix("file://")
         return object_store.open_url(name, options) if "://" in name else name
-    if isinstance(location, StorePath):
-        store, path = location.store, location.path
-    elif isinstance(location, Store):
-        store, path = location, ""
-    else:
+    if isinstance(location, Store):
+        location = StorePath(location)
+    if not isinstance(location, StorePath):
         return None
+    store, path = location.store, location.path
+    # zarr has opened its own store for a local path; only the path is kept
     return str(store.root / path) if isinstance(store, LocalStore) else (store, path)
 
 
 def retrying_block(doing: str, array: StoredArray, region: Box, operation: Callable[[Box], T]) -> T:
     """Result of an operation on a block, retried after transient errors.
 
-    Other errors are raised as StorageError, which names the first chunk that fails alone.
+    Other errors are raised as StorageError with the first chunk on which the operation fails.
     """
     try:
         return retrying(operation, region)
@@ -314,7 +313,7 @@ def retrying_block(doing: str, array: StoredArray, region: Box, operation: Calla
 def _culprit(
     array: StoredArray, region: Box, operation: Callable[[Box], object], error: Exception
 ) -> tuple[str, Exception]:
-    """The first chunk of a block that the operation fails for alone."""
+    """The first chunk of a block on which the operation fails, and the error."""
     # once more, chunk by chunk: the error of the block does not say where it came from
     for inside in boxes(box_shape(region), array.unit):
         part = offset_box(inside, region)

@@ -1,7 +1,5 @@
 """CF conventions: packed integers, and numbers that stand for missing data."""
 
-from __future__ import annotations
-
 import base64
 import math
 import struct

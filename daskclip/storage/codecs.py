@@ -46,7 +46,7 @@ class Chain(NamedTuple):
 
 
 def chain(array: zarr.Array[Any]) -> Chain:
-    """Codecs of what is stored as one object of an array: shards, else chunks."""
+    """Codecs of the objects that an array is stored in: shards, else chunks."""
     metadata: Any = array.metadata
     fill = np.zeros((), array.dtype)
     if array.fill_value is not None:
@@ -79,7 +79,7 @@ def _chain(codecs: Iterable[Any], spec: ArraySpec, fill: Array) -> Chain:
             # a transposition before it has changed the shape of the chunk
             steps.append(_Elements(spec.shape, fill.dtype.newbyteorder(order), "C"))
             continue
-        # zarr's wrapper of a codec of numcodecs is asynchronous
+        # zarr's wrapper of a codec of numcodecs has asynchronous methods only
         plain = getattr(codec, "_codec", None)
         steps.append(_plain(plain, limit) if plain else _of_zarr(codec, spec, limit))
         spec = codec.resolve_metadata(spec)
@@ -118,7 +118,7 @@ def decode(chain: Chain, data: Data, out: Array) -> None:
 
 
 def memory_of(chain: Chain, parts: list[Array]) -> list[npt.NDArray[np.uint8] | None]:
-    """The memory of each chunk as bytes, or None where it is not stored as just these bytes."""
+    """The memory of each chunk, as bytes, if a chunk is stored as just these bytes, else None."""
     first, *rest = chain.codecs
     if rest or not isinstance(first, _Elements):
         return [None] * len(parts)
@@ -137,12 +137,14 @@ def _memory(data: Any) -> memoryview:
 
 
 def max_decoded_nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Bytes, at most, that any codec of a chain decodes to: inner codecs add little."""
+    """Bytes that any codec of a chain may decode to."""
+    # the codecs before it may have added to the bytes of the values, but never this much
     return 2 * math.prod(shape) * dtype.itemsize + 4096
 
 
 def _is_fill(values: Array, fill: Array) -> bool:
-    """Whether all elements equal the fill value bit for bit: -0.0 and NaN do not equal 0."""
+    """Whether all elements equal the fill value bit for bit."""
+    # bytes are compared: -0.0 == 0.0, and NaN does not equal a fill value of NaN
     if not values.size:
         return True
     # nearly all chunks of data differ in their first or last element
@@ -161,13 +163,14 @@ class _Elements:
     order: Any
 
     def encode(self, x: Data) -> Array:
+        # a view, if the values have that order and byte order already
         return np.asarray(x, self.dtype).ravel(self.order).view(np.uint8)
 
     def decode(self, x: Data, out: Array | None) -> Array:
         return np.frombuffer(x, self.dtype).reshape(self.shape, order=self.order)
 
     def buffer(self, x: Array | None) -> Array:
-        """Memory to decode a chunk's bytes into; ``x`` itself if its values are these bytes."""
+        """Memory for the bytes of a chunk: ``x`` itself if it has them in the same order."""
         if x is not None and (self.order, self.dtype) == ("C", x.dtype) and x.flags.c_contiguous:
             return x
         return np.empty(self.shape, self.dtype)
@@ -179,7 +182,7 @@ class _Called:
 
     name: str
     limit: int | None
-    """Bytes, at most, that it may decode to; None if it takes values and gives as many."""
+    """Bytes that it may decode to; None for a codec from values to values."""
     encoding: Callable[[Data], Data]
     decoding: Callable[[Data], Data]
 
@@ -224,7 +227,7 @@ def _synchronous(method: Any, spec: ArraySpec, of_values: bool) -> Callable[[Dat
 
 @dataclass(frozen=True)
 class _Shards:
-    """Many chunks in one object, with an index of where they are."""
+    """Many chunks in one object, with an index of their offsets and sizes."""
 
     inner: Chain
     index: Chain
@@ -276,6 +279,7 @@ def _shards(codec: ShardingCodec, spec: ArraySpec, fill: Array) -> _Shards:
     inside = grid_shape(spec.shape, inner_shape)
     entries = replace(spec, shape=(*inside, 2), dtype=UInt64(), fill_value=np.uint64(ABSENT))
     size = 16 * math.prod(inside)
+    # the index has no length in the shard: zarr computes it from the codecs too
     for step in codec.index_codecs:
         size = step.compute_encoded_size(size, entries)
     index_chain = _chain(codec.index_codecs, entries, np.array(ABSENT, np.uint64))

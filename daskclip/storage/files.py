@@ -1,7 +1,5 @@
 """Chunks of an array as files in a local folder: read, written, copied and listed."""
 
-from __future__ import annotations
-
 import errno
 import mmap
 import os

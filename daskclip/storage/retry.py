@@ -16,13 +16,14 @@ T = TypeVar("T")
 log = logging.getLogger("daskclip")
 
 ATTEMPTS = 5
-FIRST, LONGEST = 0.2, 5.0  # seconds, at most, before the second attempt and before any
+FIRST, LONGEST = 0.2, 5.0  # longest delay before the second attempt, and before any; seconds
 ERRNOS = {
     errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.EPIPE, errno.ECONNRESET,
     errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET,
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO,
 }  # fmt: skip
-# lost connections in libraries for object stores, by name: importing them would be slow
+# errors of libraries for object stores that mean a lost connection; by name, since importing the
+# libraries would be slow
 LOST = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteReadError"}
 LOST |= {"ConnectionError", "TransportError", "GenericError"}
 STATUS = re.compile(r"status code: (\d+)")
@@ -83,7 +84,6 @@ def is_refused(error: BaseException) -> bool:
 
 
 def _transient(error: BaseException) -> bool:
-    # EINVAL: botocore and fsspec raise it for errors of all kinds, which their names tell apart
     if isinstance(error, OSError) and error.errno is not None and error.errno != errno.EINVAL:
         return error.errno in ERRNOS
     status = _status(error)
