@@ -219,7 +219,9 @@ def _synchronous(method: Any, spec: ArraySpec, of_values: bool) -> Callable[[Dat
     wrap = kinds.nd_buffer.from_ndarray_like if of_values else kinds.buffer.from_array_like
 
     def call(x: Data) -> Array:
-        made: Array = method(wrap(np.asarray(x)), spec).as_numpy_array()
+        # asarray would make a scalar of bytes, which some codecs of numcodecs return
+        array = x if isinstance(x, np.ndarray) else np.frombuffer(x, np.uint8)
+        made: Array = method(wrap(array), spec).as_numpy_array()
         return made
 
     return call

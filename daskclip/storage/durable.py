@@ -67,7 +67,7 @@ def digest(data: Data, before: int = 0) -> int:
     """CRC-32C of bytes, or of the elements of an array in memory order, continuing ``before``."""
     if isinstance(data, np.ndarray):
         data = data.ravel(order="K").view(np.uint8)
-    # in pieces: google_crc32c copies what is not bytes, so that a whole block would be held twice
+    # in pieces: google_crc32c may copy its argument, and a whole block would be held twice
     for start in range(0, len(data), PIECE):
         before = google_crc32c.extend(before, data[start : start + PIECE])
     return before

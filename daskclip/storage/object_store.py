@@ -21,8 +21,8 @@ Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
 PRECONDITION = "PreconditionFailed"
-DELETE_BATCH = 1000  # objects, at most, that a store removes in one request
-IO_BYTES = 1 << 22  # decoded bytes of chunks fetched, encoded bytes of chunks stored, together
+DELETE_BATCH = 1000  # the limit of S3 for objects removed in one request
+IO_BYTES = 1 << 22  # of chunks in one batch: decoded bytes to fetch, encoded bytes to store
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ChunkObjects:
     def read(
         self, keys: Sequence[str], buffers: Sequence[Bytes | None] = ()
     ) -> Iterator[Bytes | None]:
-        """Bytes of each object, or None; several are fetched at a time, which saves waiting."""
+        """Bytes of each object, or None; small ones are fetched some at a time."""
         # large chunks one at a time, so that memory is as planned
         count = max(1, IO_BYTES // self.unit_nbytes)
         for i in range(0, len(keys), count):
@@ -81,7 +81,7 @@ class ChunkObjects:
 
 @dataclass(frozen=True)
 class ObjectPrefix:
-    """The objects below a prefix of a store; their names are relative to it."""
+    """The objects below a prefix of a store, by their names relative to it."""
 
     store: Store
     path: str
@@ -91,7 +91,7 @@ class ObjectPrefix:
 
     @property
     def can_create(self) -> bool:
-        """Whether the store may be able to refuse to replace an object."""
+        """Whether the store has a call that creates an object only if it does not exist."""
         return isinstance(self.store, FsspecStore | ObjectStore)
 
     def has_node(self) -> bool:
@@ -182,7 +182,7 @@ def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
 
     async def created(key: str, data: bytes) -> bool:
         try:
-            # neither library has a public call of zarr's for it
+            # zarr has no such call: that of the library below is used
             if isinstance(store, FsspecStore):
                 await store.fs._pipe_file(join(store.path, key), data, mode="create")
             else:
@@ -197,9 +197,9 @@ def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
 
 
 def put_once(store: Store, objects: Sequence[tuple[str, bytes]]) -> None:
-    """Create objects; those that an earlier try or another worker made have the same bytes."""
+    """Create objects; existing ones must have the same bytes."""
     created = create(store, objects)
-    # an object of an earlier try is as good, if it is the same
+    # a request may have succeeded although its answer was lost: the same bytes will do
     existing = [both for both, new in zip(objects, created, strict=True) if not new]
     for (key, data), stored in zip(existing, get(store, [k for k, _ in existing]), strict=True):
         if stored is None or stored.tobytes() != data:
@@ -233,10 +233,12 @@ def listed(store: Store, prefix: str) -> Iterator[Stored]:
                 key, version = about["path"].removeprefix(root), about["e_tag"] or ""
                 yield Stored(key, about["size"], version)
     else:
+        # zarr's interface lists keys only: their content cannot be told to have changed
         for key in sync(_collected(store.list_prefix(root))):
             yield Stored(key.removeprefix(root), 0, "")
 
 
+# sync takes a coroutine, which asyncio.gather is not
 async def _gathered(calls: Iterable[Awaitable[T]]) -> list[T]:
     return await asyncio.gather(*calls)
 
@@ -246,12 +248,13 @@ async def _collected(keys: AsyncIterator[str]) -> list[str]:
 
 
 def join(*parts: str) -> str:
-    """Key made of parts, of which some may be empty."""
+    """Join parts of a key; empty ones are left out."""
     return "/".join(part.rstrip("/") for part in parts if part)
 
 
 def _exists_already(error: Exception) -> bool:
     """Whether a store refused to replace an object."""
+    # obstore, fsspec, and s3fs, which translates a 412 to a plain OSError
     if type(error).__name__ == "AlreadyExistsError" or isinstance(error, FileExistsError):
         return True
     response = getattr(error.__cause__ or error, "response", None) or {}

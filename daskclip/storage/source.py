@@ -23,7 +23,7 @@ LOSSLESS = {
     "blosc", "gzip", "zstd", "zlib", "lz4", "bz2", "lzma", "shuffle", "pcodec",
     "crc32", "adler32", "fletcher32", "jenkins_lookup3",
 }  # fmt: skip
-UNITS = 10**10  # more than any file system holds
+UNITS = 10**10  # chunks or shards: no file system holds more files
 
 
 def open_source(source: object, storage_options: dict[str, Any] | None = None) -> Hierarchy:
@@ -39,12 +39,13 @@ def open_source(source: object, storage_options: dict[str, Any] | None = None) -
         if isinstance(found, str):
             if not os.path.exists(found):
                 raise errors.SourceNotFoundError(f"source {name} does not exist; check the path")
+            # workers may have another working directory
             opened = Hierarchy.open(os.path.realpath(found))
         else:
             opened = Hierarchy.open(*found)
         if not opened.documents:
             raise SourceError(f"source {name} is not a zarr array or group; give the path of one")
-        _ = opened.arrays  # parsed here, where errors are translated
+        _ = opened.arrays  # parsed here, where errors are translated; the result is cached
     except DaskClipError:
         raise
     except Exception as error:  # broken metadata makes zarr raise anything
@@ -53,7 +54,8 @@ def open_source(source: object, storage_options: dict[str, Any] | None = None) -
 
 
 def _open_error(where: str, error: Exception) -> DaskClipError:
-    """The error to raise for one of zarr or of a store."""
+    """The error to raise for an error of zarr or of a store."""
+    # the words of zarr for a dtype that it does not know
     why = error_text(error)
     if "data type" in str(error):
         return errors.DTypeError(
@@ -111,7 +113,7 @@ def _check_chunks(array: StoredArray, where: str) -> None:
 
 
 def _codecs(array: StoredArray) -> list[str]:
-    """Names of all codecs, also of those inside shards, without the prefix of their library."""
+    """Names of all codecs, those inside shards too, without the prefix of their library."""
     document: dict[str, Any] = dict(array.array.metadata.to_dict())
     if document["zarr_format"] == 2:
         used = [*(document.get("filters") or ()), document.get("compressor")]
@@ -132,7 +134,7 @@ def select_arrays(
     exclude: str | Sequence[str] | None,
     dtypes: Sequence[str],
 ) -> list[str]:
-    """Names of the arrays of a source to clip; just '' if the source is an array itself."""
+    """Names of the arrays to clip in a source; only '' if the source is an array itself."""
     chosen = parse_patterns(include, "include"), parse_patterns(exclude, "exclude")
     if not source.is_group:
         if any(chosen):
@@ -143,6 +145,7 @@ def select_arrays(
     if not source.arrays:
         raise SourceError(f"source {source} is an empty group; give one with arrays")
     included, excluded = (_matching(source, wanted) for wanted in chosen)
+    # coordinates are excluded even if included by a pattern: clipped, they would misplace data
     excluded |= _coordinates(source)
     wanted = included if chosen[0] else source.arrays.keys()
     found = [name for name in source.arrays if name in wanted and name not in excluded]
@@ -160,7 +163,7 @@ def select_arrays(
 
 
 def parse_patterns(given: object, what: str) -> list[str]:
-    """List of names or patterns, from none, one or several."""
+    """Return one or several names or patterns, or None, as a list."""
     if given is None:
         return []
     one = isinstance(given, str | bytes) or not isinstance(given, Iterable)

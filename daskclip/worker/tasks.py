@@ -1,4 +1,4 @@
-"""What a worker does with one block. Every function can run twice with the same result."""
+"""What a worker does with one block. Every function may run twice, with the same result."""
 
 import math
 import os
@@ -33,7 +33,7 @@ from daskclip.worker.context import PROCESS, ArrayTask, Limits
 
 Array = npt.NDArray[Any]
 
-EMPTY = 0  # digest of a block of which nothing is stored
+EMPTY = 0  # digest of a block without stored chunks
 
 
 class BlockResult(NamedTuple):
@@ -97,7 +97,7 @@ def run_batch(
             function(task, slab, block, *scale, *expected)
             for task, (slab, block, *expected), scale in zip(tasks, blocks, extra, strict=True)
         ]
-        # one call for the batch: it writes back what all threads have written until then
+        # once for the batch: each call waits for what all threads have written until then
         if first.staged and any(result.digest is not None for result in results):
             with translating_storage_errors(f"writing {first.target}"):
                 durable.sync_filesystem(Path(first.staged))
@@ -121,7 +121,8 @@ def sum_block(task: ArrayTask, slab: int, block: int) -> Sums:
         x, omit = _read_first(task, region), task.nonfinite == "omit"
         sums = partial_norm(x, plan.axes, omit_nan=omit, ord=task.ord, max_nbytes=plan.state)
         digest = durable.digest(x)
-    if task.shared:  # the sums of arrays of different dimensions add up
+    if task.shared:
+        # a scalar each: the arrays of the slice may have different dimensions
         sums = sums._replace(limbs=sums.limbs.reshape(-1), flags=sums.flags.reshape(()))
     return Sums(sums, {(task.number, slab, block): digest}, plan.state)
 
@@ -146,7 +147,8 @@ def clip_slab(task: ArrayTask, slab: int, block: int) -> BlockResult:
     counts = count_region(task, scale, region)
     if _is_unchanged(scale, x is None):
         return BlockResult(_keep(task, region, x is None), counts)
-    if x is None:  # NaN as a limit changes zeros
+    if x is None:
+        # NaN as a limit changes zeros too
         x = rescale(_read_first(task, region), scale)
     return BlockResult(_write(task, region, x), counts)
 
@@ -242,14 +244,14 @@ def read_limits(limits: Limits, region: Box, missing: str) -> Array:
 
 
 def _shared(other: Box, region: Box) -> tuple[Any, ...]:
-    """Index, in a region, of what it has in common with another one."""
+    """Index, in the values of a region, of its intersection with another region."""
     pairs = zip(other, region, strict=True)
     inside = (slice(max(a.start - b.start, 0), min(a.stop, b.stop) - b.start) for a, b in pairs)
     return box_index((*inside,))
 
 
 def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, Scale]:
-    """Values of a block that is a whole slab, clipped; None if nothing of it is stored."""
+    """Clipped values of a block that is a whole slab, or None if nothing of it is stored."""
     limit = block_limit(task, region)
     if _is_empty(task, region):
         return None, finalize(_zero_sums(task, region), limit, task.source.dtype)
@@ -280,7 +282,8 @@ def _is_unchanged(scale: Scale, empty: bool) -> bool:
 
 
 def _keep(task: ArrayTask, region: Box, empty: bool) -> int | None:
-    """Copy an unchanged block; in place, that waits until something is known to be clipped."""
+    """Copy an unchanged block, except in place."""
+    # in place, blocks are copied last, and only if another block was clipped
     if task.in_place:
         return None
     return EMPTY if empty else _copy(task, region)
@@ -304,7 +307,7 @@ def _write(task: ArrayTask, region: Box, x: Array) -> int:
 
 
 def _require_staged(task: ArrayTask) -> None:
-    """Refuse to write for a run that has ended: this process may have missed it."""
+    """Refuse to write for a run that has ended, which this process may not know."""
     if task.staged and not os.path.exists(task.staged):
         raise StorageError(f"the run that wrote to {task.staged} has ended; run again")
 
@@ -341,8 +344,8 @@ def _read(task: ArrayTask, region: Box) -> Array:
     nbytes = math.prod(task.plan.block) * source.dtype.itemsize
     buffer, new = PROCESS.buffer(task.attempt_id, nbytes)
     if new:
-        # Once it has freed a large allocation, glibc keeps memory of that size for later ones.
-        # Else the output of every codec would be fresh pages, a third of the time of decoding.
+        # Once it has freed an allocation of this size, glibc keeps such memory for later ones.
+        # Otherwise each codec decodes to fresh pages, which takes a third of its time.
         np.empty(2 * source.unit_nbytes, np.uint8)
     elements = buffer.view(source.dtype)
 
