@@ -53,22 +53,20 @@ class StoredArray:
     def __str__(self) -> str:
         return self.location
 
-    @classmethod
+    @staticmethod
     def create(
-        cls,
         folder: Path,
         *,
         shape: tuple[int, ...],
         chunks: tuple[int, ...],
         names: list[str | None] | None,
         attributes: dict[str, Any],
-    ) -> Self:
+    ) -> None:
         """Create a float64 array without chunks in a folder."""
-        array = zarr.create_array(
+        zarr.create_array(
             LocalStore(folder), shape=shape, chunks=chunks, dtype="float64", fill_value=0.0,
             zarr_format=3, dimension_names=names, attributes=attributes,
         )  # fmt: skip
-        return cls(array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,6 +165,7 @@ class StoredArray:
             ``out``, or a new array.
         """
         units, codecs = self._units(region), self._codecs
+        # not zeros: every element is written below, or an error is raised
         values = np.empty(box_shape(region), self.dtype) if out is None else out
         parts = [values[index] for _, index in units]
         # an uncompressed unit is read to where its values belong
@@ -208,6 +207,7 @@ class StoredArray:
 
     def is_empty(self, region: Box) -> bool:
         """Whether a region is known to be all zeros because nothing of it is stored."""
+        # None, which format 2 allows, is read as zero
         return not self.array.fill_value and self._chunks.are_absent(self.keys(region))
 
     def last_changed(self, region: Box) -> str:
@@ -247,7 +247,6 @@ class StoredArray:
         blocks : int
             Number of blocks.
         """
-        # None as a fill value counts as 0 too
         if self.array.fill_value:
             return None
         found = np.zeros(blocks, np.bool_)

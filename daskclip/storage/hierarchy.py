@@ -161,7 +161,8 @@ class Hierarchy:
 
     def _chunks(self, changes: bool) -> Iterator[files.Stored]:
         for name, array in self.arrays.items():
-            # a codec adds little to data that it cannot compress; what is larger fills the memory
+            # codecs add little to data that they cannot compress; a larger file, which is no
+            # chunk, would be read into memory
             largest = 2 * array.unit_nbytes + (1 << 24)
             prefix = f"{name}/" if name else ""
             for stored in array.listed(changes=changes):

@@ -195,6 +195,7 @@ def compare_block(
     for inside in boxes(box_shape(region), task.plan.unit):
         part = offset_box(inside, region)
         stored = retrying_block("reading", target, part, target.read)
+        # as bytes: NaN does not equal itself, and -0.0 equals 0.0
         if stored.tobytes() != x[box_index(inside)].tobytes():
             raise VerificationError(
                 f"{target.describe(part)} is not what clipping {task.source} gives; clip it again"
@@ -290,6 +291,7 @@ def _keep(task: ArrayTask, region: Box, empty: bool) -> int | None:
 
 
 def _copy(task: ArrayTask, region: Box) -> int:
+    # here and before writing: a file written late would make the folder of an ended run again
     _require_staged(task)
     copy = partial(task.source.copy_to, task.written)
     return retrying_block("writing", task.written, region, copy)
