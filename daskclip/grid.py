@@ -23,7 +23,7 @@ def ceil_div(a: int, b: int) -> int:
 
 def grid_shape(shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
     """Number of boxes along each axis of ``shape``."""
-    return tuple(ceil_div(n, k) for n, k in zip(shape, size, strict=True))
+    return tuple(-(-n // k) for n, k in zip(shape, size, strict=True))
 
 
 def box_at(coords: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> Box:
@@ -69,10 +69,12 @@ def boxes(shape: Sequence[int], size: Sequence[int]) -> Iterator[Box]:
     >>> list(boxes((3, 4), (2, 4)))
     [(slice(0, 2, None), slice(0, 4, None)), (slice(2, 3, None), slice(0, 4, None))]
     """
-    # the chunks of an empty array may have the size 0, which would divide by zero
-    if math.prod(shape):
-        for coords in product(*map(range, grid_shape(shape, size))):
-            yield box_at(coords, size, shape)
+    # the chunks of an empty array may have the size 0, which is no step of a range
+    if not math.prod(shape):
+        return iter(())
+    # the product of the slices of each axis: no slice is made twice
+    edges = zip(shape, size, strict=True)
+    return product(*([slice(i, min(i + k, n)) for i in range(0, n, k)] for n, k in edges))
 
 
 @dataclass(frozen=True, slots=True)

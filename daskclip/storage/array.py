@@ -1,15 +1,14 @@
 """Zarr arrays as they are stored: regions read, written and copied, whole objects at a time."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +17,9 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
 from daskclip.errors import DaskClipError, SourceError, error_text
-from daskclip.grid import Box, box_index, box_shape, boxes, grid_shape, offset_box
+from daskclip.grid import Box, box_shape, boxes, grid_shape, offset_box
 from daskclip.storage import object_store
-from daskclip.storage.codecs import Chain, chain, decode, encode, stored_bytes
+from daskclip.storage.codecs import Chain, chain, decode, encode, memory_of
 from daskclip.storage.files import CHUNK, DOCUMENTS, ChunkFiles, Stored, copy_files
 from daskclip.storage.object_store import ChunkObjects
 from daskclip.storage.retry import kind_and_remedy, retrying
@@ -42,34 +41,32 @@ class StoredArray:
     """A Zarr array in a local folder or in an object store.
 
     A *unit* is what is stored as one object: a shard, else a chunk. Regions consist of whole
-    units, which are cut off at the edge of the array. Everything derived from the metadata is
-    computed once per instance and left out of pickles.
+    units, which are cut off at the edge of the array.
     """
 
     array: zarr.Array[Any]
 
-    def __reduce__(self) -> tuple[type[StoredArray], tuple[zarr.Array[Any]]]:
-        return StoredArray, (self.array,)
+    # what is cached on the instance stays out of pickles: a worker computes it again
+    def __reduce__(self) -> tuple[type[Self], tuple[zarr.Array[Any]]]:
+        return type(self), (self.array,)
 
     def __str__(self) -> str:
         return self.location
 
-    @classmethod
+    @staticmethod
     def create(
-        cls,
         folder: Path,
         *,
         shape: tuple[int, ...],
         chunks: tuple[int, ...],
         names: list[str | None] | None,
         attributes: dict[str, Any],
-    ) -> StoredArray:
+    ) -> None:
         """Create a float64 array without chunks in a folder."""
-        array = zarr.create_array(
+        zarr.create_array(
             LocalStore(folder), shape=shape, chunks=chunks, dtype="float64", fill_value=0.0,
             zarr_format=3, dimension_names=names, attributes=attributes,
         )  # fmt: skip
-        return cls(array)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,7 +106,7 @@ class StoredArray:
         names = names or self.attributes.get(V2_NAMES)
         return list(names) if isinstance(names, list | tuple) and len(names) == self.ndim else None
 
-    @property
+    @cached_property
     def folder(self) -> Path | None:
         """Folder of the array, if it is on a local file system."""
         return local_folder(self.array.store, self.array.path)
@@ -120,12 +117,12 @@ class StoredArray:
         return location(self.array.store, self.array.path)
 
     def describe(self, region: Box) -> str:
-        """A region of the array, for messages: ``[0:2, 4:8] of x.zarr``."""
+        """Name of a region, for messages: ``[0:2, 4:8] of x.zarr``."""
         return f"[{', '.join(f'{s.start}:{s.stop}' for s in region)}] of {self.location}"
 
     @cached_property
     def _chunks(self) -> ChunkFiles | ChunkObjects:
-        """Where encoded units are kept: the one place that tells local arrays from others."""
+        """The encoded units, in files or in objects."""
         if self.folder is not None:
             return ChunkFiles(self.folder, self._key((0,) * self.ndim).count("/") + 1)
         return ChunkObjects(self.array.store, self.array.path, self.unit_nbytes)
@@ -134,14 +131,17 @@ class StoredArray:
     def _codecs(self) -> Chain:
         return chain(self.array)
 
-    def _key(self, coords: tuple[int, ...]) -> str:
-        return self.array.metadata.encode_chunk_key(coords)
+    @cached_property
+    def _key(self) -> Callable[[tuple[int, ...]], str]:
+        return self.array.metadata.encode_chunk_key
 
-    def _units(self, region: Box) -> Iterator[tuple[str, Box]]:
-        """Key of each unit of a region, and where it lies in the region."""
-        for inside in boxes(box_shape(region), self.unit):
-            starts = zip(offset_box(inside, region), self.unit, strict=True)
-            yield self._key(tuple(s.start // u for s, u in starts)), inside
+    def _units(self, region: Box) -> list[tuple[str, tuple[Any, ...]]]:
+        """Key of each unit of a region, and its index in the values of the region."""
+        # the position in the grid is computed for each axis, not for each unit
+        axes = zip(region, self.unit, strict=True)
+        coords = product(*(range(s.start // u, -(-s.stop // u)) for s, u in axes))
+        inside = boxes(box_shape(region), self.unit)
+        return [(self._key(c), (*box, ...)) for c, box in zip(coords, inside, strict=True)]
 
     def keys(self, region: Box) -> list[str]:
         """Keys of the units of a region, stored or not."""
@@ -164,23 +164,24 @@ class StoredArray:
         ndarray
             ``out``, or a new array.
         """
-        units, codecs = list(self._units(region)), self._codecs
+        units, codecs = self._units(region), self._codecs
+        # not zeros: every element is written below, or an error is raised
         values = np.empty(box_shape(region), self.dtype) if out is None else out
-        parts = [values[box_index(inside)] for _, inside in units]
+        parts = [values[index] for _, index in units]
         # an uncompressed unit is read to where its values belong
-        buffers = [stored_bytes(codecs, part) for part in parts]
-        stored = self._chunks.read([key for key, _ in units], buffers)
-        for (key, _), part, buffer, data in zip(units, parts, buffers, stored, strict=True):
-            if data is not None:
-                if buffer is None or data is not buffer:
-                    decode(codecs, data, part)
-            elif missing == "error":
-                raise SourceError(
-                    f"chunk {key} of {self.location} is missing; restore it, or use "
-                    "missing='fill' to take it for the fill value"
-                )
-            else:
+        buffers = memory_of(codecs, parts)
+        keys = [key for key, _ in units]
+        stored = self._chunks.read(keys, buffers)
+        for key, part, buffer, data in zip(keys, parts, buffers, stored, strict=True):
+            if data is None:
+                if missing == "error":
+                    raise SourceError(
+                        f"chunk {key} of {self.location} is missing; restore it, or use "
+                        "missing='fill' to take it for the fill value"
+                    )
                 part[...] = codecs.fill
+            elif data is not buffer:
+                decode(codecs, data, part)
         return values
 
     def write(self, region: Box, values: Array) -> int:
@@ -189,12 +190,13 @@ class StoredArray:
         Units that equal the fill value bit for bit are not stored.
         """
         units, codecs = self._units(region), self._codecs
-        return self._chunks.write((key, encode(codecs, values[box_index(i)])) for key, i in units)
+        # a generator: one encoded unit is held at a time
+        return self._chunks.write((key, encode(codecs, values[index])) for key, index in units)
 
-    def copy_to(self, target: StoredArray, region: Box) -> int:
+    def copy_to(self, target: Self, region: Box) -> int:
         """Copy what is stored of a region without decoding it, and return its digest."""
         keys, source = self.keys(region), self._chunks
-        # between folders no file is held in memory as a whole
+        # between folders, files are copied in pieces and never held whole
         if self.folder is not None and target.folder is not None:
             return copy_files(self.folder, target.folder, keys)
         return target._chunks.write(zip(keys, source.read(keys), strict=True))
@@ -205,45 +207,46 @@ class StoredArray:
 
     def is_empty(self, region: Box) -> bool:
         """Whether a region is known to be all zeros because nothing of it is stored."""
+        # None, which format 2 allows, is read as zero
         return not self.array.fill_value and self._chunks.are_absent(self.keys(region))
 
     def last_changed(self, region: Box) -> str:
-        """Key of the unit of a region that changed last, as far as that is recorded."""
+        """Key of the unit of a region that changed last, or of the first unit in a store."""
         return self._chunks.last_changed(self.keys(region))
 
     def listed(self, *, changes: bool = False) -> Iterator[Stored]:
-        """Everything stored for the array except hidden files; see `files.listed`."""
+        """Everything stored for the array except hidden files; see `ChunkFiles.listed`."""
         return self._chunks.listed(changes)
 
     def chunk_coords(self) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """Key of everything stored, and its grid coordinates if it is a unit of the array."""
         ndim, ends = self.ndim, grid_shape(self.shape, self.unit)
         for key, *_ in self.listed():
+            # the last numbers of a key are the coordinates in any encoding; other files may have
+            # numbers in their names too, so the key is encoded again
             numbers = [int(i) for i in NUMBER.findall(key)]
-            # the numbers of a key are the coordinates in any encoding; other keys have some too
             coords = tuple(numbers[-ndim:] if ndim else ())
             inside = len(coords) == ndim and all(i < n for i, n in zip(coords, ends, strict=True))
             yield key, coords if inside and key == self._key(coords) else None
 
     def stray_keys(self) -> Iterator[str]:
-        """Keys of what is stored beside metadata and units of the array."""
+        """Keys of stored things that are neither metadata nor units of the array."""
         return (k for k, coords in self.chunk_coords() if coords is None and k not in DOCUMENTS)
 
     def stored_blocks(
         self, block: tuple[int, ...], strides: tuple[int, ...], blocks: int
     ) -> npt.NDArray[np.bool_] | None:
-        """Whether anything of each block is stored; None if absent units are not zeros.
+        """Whether any unit of each block is stored; None if absent units are not zeros.
 
         Parameters
         ----------
         block : tuple of int
             Shape of a block, of whole units.
         strides : tuple of int
-            Strides of block numbers: what one block more along each axis adds.
+            Difference of the numbers of neighbouring blocks along each axis.
         blocks : int
             Number of blocks.
         """
-        # None as a fill value counts as 0 too
         if self.array.fill_value:
             return None
         found = np.zeros(blocks, np.bool_)
@@ -255,45 +258,45 @@ class StoredArray:
 
 
 def is_part(key: str, *, of_array: bool) -> bool:
-    """Whether a name in the folder of an array or a group is that of metadata or a chunk."""
+    """Whether a key in the folder of an array or a group belongs to metadata or a chunk."""
     return key in DOCUMENTS or (of_array and CHUNK.fullmatch(key) is not None)
 
 
 def local_folder(store: Store, path: str) -> Path | None:
-    """Folder of a place in a store, if it is on a local file system."""
+    """Folder of a path in a store, or None if the store is not local."""
     return Path(store.root, path).absolute() if isinstance(store, LocalStore) else None
 
 
 def location(store: Store, path: str) -> str:
-    """Path or URL of a place in a store, for messages."""
+    """Path or URL of a path in a store, for messages."""
     return str(local_folder(store, path) or object_store.url(store, path))
 
 
 def parse_location(
     location: object, options: dict[str, Any] | None
 ) -> str | tuple[Store, str] | None:
-    """Path of a folder, or store and key, that a user's argument stands for; None if it is none.
+    """Folder, or store and key, that an argument of the user names; None for other types.
 
-    ``options`` are those of fsspec, for a URL.
+    ``options`` are passed to fsspec for a URL.
     """
     if isinstance(location, zarr.Array | zarr.Group):
         location = location.store_path
     if isinstance(location, str | os.PathLike):
         name = os.fspath(location).removeprefix("file://")
         return object_store.open_url(name, options) if "://" in name else name
-    if isinstance(location, StorePath):
-        store, path = location.store, location.path
-    elif isinstance(location, Store):
-        store, path = location, ""
-    else:
+    if isinstance(location, Store):
+        location = StorePath(location)
+    if not isinstance(location, StorePath):
         return None
+    store, path = location.store, location.path
+    # zarr has opened its own store for a local path; only the path is kept
     return str(store.root / path) if isinstance(store, LocalStore) else (store, path)
 
 
 def retrying_block(doing: str, array: StoredArray, region: Box, operation: Callable[[Box], T]) -> T:
     """Result of an operation on a block, retried after transient errors.
 
-    Other errors are raised as StorageError, which names the first chunk that fails alone.
+    Other errors are raised as StorageError with the first chunk on which the operation fails.
     """
     try:
         return retrying(operation, region)
@@ -302,16 +305,14 @@ def retrying_block(doing: str, array: StoredArray, region: Box, operation: Calla
     except Exception as error:
         chunk, cause = _culprit(array, region, operation, error)
         kind, remedy = kind_and_remedy(cause)
-        raise kind(
-            f"{doing} block {array.describe(region)} failed{chunk}: "
-            f"{type(cause).__name__}: {error_text(cause)}; {remedy}"
-        ) from error
+        why = f"{type(cause).__name__}: {error_text(cause)}; {remedy}"
+        raise kind(f"{doing} block {array.describe(region)} failed{chunk}: {why}") from error
 
 
 def _culprit(
     array: StoredArray, region: Box, operation: Callable[[Box], object], error: Exception
 ) -> tuple[str, Exception]:
-    """The first chunk of a block that the operation fails for alone."""
+    """The first chunk of a block on which the operation fails, and the error."""
     # once more, chunk by chunk: the error of the block does not say where it came from
     for inside in boxes(box_shape(region), array.unit):
         part = offset_box(inside, region)

@@ -1,6 +1,4 @@
-"""CF conventions: packed integers, and numbers that stand for missing data."""
-
-from __future__ import annotations
+"""CF conventions: packed integers, and numbers that mark missing data."""
 
 import base64
 import math
@@ -21,7 +19,7 @@ _REMEDY = (
 
 
 def require_decoded(dtype: object, attributes: Mapping[Any, Any], what: str) -> None:
-    """Refuse packed integers, and data in which numbers stand for missing ones."""
+    """Refuse packed integers, and data in which numbers mark missing values."""
     scales = [f"{name} {short_repr(attributes[name])}" for name in SCALES if name in attributes]
     if scales and getattr(dtype, "kind", "") in "iu":
         raise DTypeError(f"{what} is packed as {dtype} with {', '.join(scales)}; {_REMEDY}")
@@ -36,13 +34,14 @@ def require_decoded(dtype: object, attributes: Mapping[Any, Any], what: str) -> 
 
 
 def numbers(value: object) -> Iterator[float]:
-    """Numbers in an attribute: one or several, also float64 in base64, as xarray stores it.
+    """Numbers in an attribute: one or several, or float64 in base64, as xarray stores them.
 
     Examples
     --------
     >>> list(numbers([-999, "AAAAAAAA+H8="]))
     [-999.0, nan]
     """
+    # an attribute may be anything; what is no number marks nothing
     for item in np.asarray(value, object).ravel().tolist():
         try:
             yield float(item)

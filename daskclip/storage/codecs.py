@@ -4,16 +4,14 @@ Everything runs in the calling thread, one chunk at a time, without an event loo
 pipeline decodes chunks concurrently, so that its memory has no bound.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import numpy.typing as npt
+import zarr
 from zarr.abc.codec import ArrayArrayCodec, BytesBytesCodec
 from zarr.codecs import BytesCodec, ShardingCodec
 from zarr.core.array_spec import ArraySpec
@@ -22,23 +20,18 @@ from zarr.dtype import UInt64
 
 from daskclip.grid import Box, box_index, boxes, grid_shape
 from daskclip.storage.decode_guard import decode_guarded
-
-if TYPE_CHECKING:
-    import zarr
-
-    from daskclip.storage.durable import Data
+from daskclip.storage.durable import Data
 
 Array = npt.NDArray[Any]
 
 ABSENT = 2**64 - 1  # offset and length, in a shard's index, of an inner chunk not stored
 
 
-class Codec(Protocol):
-    """One step from values to bytes, and back."""
+Codec = Union["_Elements", "_Called", "_Shards"]
+"""One step from values to bytes, and back.
 
-    def encode(self, x: Data) -> Data: ...
-    def decode(self, x: Data, out: Array | None) -> Data:
-        """Decode ``x``; returns ``out`` if it was filled, else something new."""
+``decode(x, out)`` returns ``out`` if it has filled it, else something new.
+"""
 
 
 class Chain(NamedTuple):
@@ -53,7 +46,7 @@ class Chain(NamedTuple):
 
 
 def chain(array: zarr.Array[Any]) -> Chain:
-    """Codecs of what is stored as one object of an array: shards, else chunks."""
+    """Codecs of the objects that an array is stored in: shards, else chunks."""
     metadata: Any = array.metadata
     fill = np.zeros((), array.dtype)
     if array.fill_value is not None:
@@ -62,7 +55,7 @@ def chain(array: zarr.Array[Any]) -> Chain:
         limit = max_decoded_nbytes(array.chunks, array.dtype)
         used = [*(metadata.filters or ()), metadata.compressor]
         elements = _Elements(array.chunks, array.dtype, metadata.order)
-        return Chain(array.chunks, fill, (elements, *(_Plain(c, limit) for c in used if c)))
+        return Chain(array.chunks, fill, (elements, *(_plain(c, limit) for c in used if c)))
     spec = ArraySpec(
         shape=array.shards or array.chunks,
         dtype=metadata.data_type,
@@ -83,13 +76,13 @@ def _chain(codecs: Iterable[Any], spec: ArraySpec, fill: Array) -> Chain:
         codec = codec.evolve_from_array_spec(spec)
         if isinstance(codec, BytesCodec):
             order: Any = getattr(codec.endian, "value", codec.endian)
+            # a transposition before it has changed the shape of the chunk
             steps.append(_Elements(spec.shape, fill.dtype.newbyteorder(order), "C"))
-        elif hasattr(codec, "_codec"):  # zarr's wrapper of a codec of numcodecs is asynchronous
-            steps.append(_Plain(codec._codec, limit))
-            spec = codec.resolve_metadata(spec)
-        else:
-            steps.append(_Zarr(codec, codec_name(str(codec.to_dict()["name"])), spec, limit))
-            spec = codec.resolve_metadata(spec)
+            continue
+        # zarr's wrapper of a codec of numcodecs has asynchronous methods only
+        plain = getattr(codec, "_codec", None)
+        steps.append(_plain(plain, limit) if plain else _of_zarr(codec, spec, limit))
+        spec = codec.resolve_metadata(spec)
     return Chain(shape, fill, tuple(steps))
 
 
@@ -97,41 +90,40 @@ def encode(chain: Chain, values: Array) -> Data | None:
     """Encode a chunk, which may be cut off at the edge of its array; None if it is all fill."""
     if _is_fill(values, chain.fill):
         return None
-    x = values
-    if x.shape != chain.shape:
+    x: Data = values
+    if values.shape != chain.shape:
+        # zarr stores whole chunks, with the fill value beyond the edge
         x = np.full(chain.shape, chain.fill)
-        x[box_index(tuple(slice(n) for n in values.shape))] = values
-    return _encode_through(chain.codecs, x)
-
-
-def _encode_through(codecs: tuple[Codec, ...], x: Data) -> Data:
-    for codec in codecs:
+        x[tuple(slice(n) for n in values.shape)] = values
+    for codec in chain.codecs:
         x = codec.encode(x)
     return x
 
 
 def decode(chain: Chain, data: Data, out: Array) -> None:
     """Decode a chunk into ``out``, which may be cut off at the edge of its array."""
-    x = data
-    for i, codec in reversed([*enumerate(chain.codecs)]):
-        buffer = out if out.shape == chain.shape else None
-        first = chain.codecs[0]
-        # what the codec before decodes to are the bytes of the values: straight into their memory
-        if i == 1 and isinstance(first, _Elements):
-            buffer = first.buffer(buffer)
-        x = codec.decode(x, buffer if i < 2 else None)
-        if x is out:
-            return
-    values = np.reshape(x, chain.shape)  # pcodec decodes to one dimension
-    out[...] = values[box_index(tuple(slice(n) for n in out.shape))]
+    x, (first, *rest) = data, chain.codecs
+    buffer = out if out.shape == chain.shape else None
+    if rest:
+        # the second codec decodes to the bytes of the values: straight into their memory
+        memory = first.buffer(buffer) if isinstance(first, _Elements) else None
+        for codec in rest[:0:-1]:
+            x = codec.decode(x, None)
+        x = rest[0].decode(x, memory)
+    if x is not out:
+        x = first.decode(x, buffer)
+    if x is not out:
+        values = np.reshape(x, chain.shape)  # pcodec decodes to one dimension
+        out[...] = values[box_index(tuple(slice(n) for n in out.shape))]
 
 
-def stored_bytes(chain: Chain, x: Array) -> npt.NDArray[np.uint8] | None:
-    """The memory of ``x`` as bytes if a chunk is stored as just these bytes, else None."""
+def memory_of(chain: Chain, parts: list[Array]) -> list[npt.NDArray[np.uint8] | None]:
+    """The memory of each chunk, as bytes, if a chunk is stored as just these bytes, else None."""
     first, *rest = chain.codecs
-    if not isinstance(first, _Elements) or rest or x.shape != chain.shape or not x.size:
-        return None
-    return x.reshape(-1).view(np.uint8) if first.buffer(x) is x else None
+    if rest or not isinstance(first, _Elements):
+        return [None] * len(parts)
+    whole = (x if x.shape == chain.shape and first.buffer(x) is x else None for x in parts)
+    return [None if x is None else x.reshape(-1).view(np.uint8) for x in whole]
 
 
 def codec_name(name: str) -> str:
@@ -145,12 +137,14 @@ def _memory(data: Any) -> memoryview:
 
 
 def max_decoded_nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Bytes, at most, that any codec of a chain decodes to: inner codecs add little."""
+    """Bytes that any codec of a chain may decode to."""
+    # the codecs before it may have added to the bytes of the values, but never this much
     return 2 * math.prod(shape) * dtype.itemsize + 4096
 
 
 def _is_fill(values: Array, fill: Array) -> bool:
-    """Whether all elements equal the fill value bit for bit: -0.0 and NaN do not equal 0."""
+    """Whether all elements equal the fill value bit for bit."""
+    # bytes are compared: -0.0 == 0.0, and NaN does not equal a fill value of NaN
     if not values.size:
         return True
     # nearly all chunks of data differ in their first or last element
@@ -158,15 +152,6 @@ def _is_fill(values: Array, fill: Array) -> bool:
     if any(end.tobytes() != fill.tobytes() for end in ends):
         return False
     return values.tobytes() == fill.tobytes() * values.size
-
-
-def _without_time(name: str, data: Data) -> Data:
-    """Zero gzip's timestamp, so that equal values are encoded to equal bytes."""
-    if name != "gzip":
-        return data
-    encoded = np.array(np.frombuffer(data, np.uint8))
-    encoded[4:8] = 0
-    return encoded
 
 
 @dataclass(frozen=True)
@@ -178,66 +163,73 @@ class _Elements:
     order: Any
 
     def encode(self, x: Data) -> Array:
+        # a view, if the values have that order and byte order already
         return np.asarray(x, self.dtype).ravel(self.order).view(np.uint8)
 
     def decode(self, x: Data, out: Array | None) -> Array:
         return np.frombuffer(x, self.dtype).reshape(self.shape, order=self.order)
 
     def buffer(self, x: Array | None) -> Array:
-        """Memory to decode a chunk's bytes into; ``x`` itself if its values are these bytes."""
+        """Memory for the bytes of a chunk: ``x`` itself if it has them in the same order."""
         if x is not None and (self.order, self.dtype) == ("C", x.dtype) and x.flags.c_contiguous:
             return x
         return np.empty(self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
-class _Plain:
-    """A codec of numcodecs."""
+class _Called:
+    """A codec of a library, by its two functions."""
 
-    codec: Any
-    limit: int
-
-    def encode(self, x: Data) -> Data:
-        return _without_time(self.codec.codec_id, self.codec.encode(x))
-
-    def decode(self, x: Data, out: Array | None) -> Data:
-        data = _memory(x)
-        return decode_guarded(self.codec.codec_id, data, self.limit, self.codec.decode, out)
-
-
-@dataclass(frozen=True)
-class _Zarr:
-    """A codec of zarr, called by its synchronous methods."""
-
-    codec: Any
     name: str
-    spec: ArraySpec
-    limit: int
+    limit: int | None
+    """Bytes that it may decode to; None for a codec from values to values."""
+    encoding: Callable[[Data], Data]
+    decoding: Callable[[Data], Data]
 
     def encode(self, x: Data) -> Data:
-        values = not isinstance(self.codec, BytesBytesCodec)
-        return _without_time(self.name, self._run("_encode_sync", values, x))
+        encoded = self.encoding(x)
+        if self.name == "gzip":
+            # without its timestamp, equal values are encoded to equal bytes
+            encoded = np.array(np.frombuffer(encoded, np.uint8))
+            encoded[4:8] = 0
+        return encoded
 
     def decode(self, x: Data, out: Array | None) -> Data:
-        if isinstance(self.codec, ArrayArrayCodec):
-            return self._run("_decode_sync", True, x)
-        run = partial(self._run, "_decode_sync", False)
-        return decode_guarded(self.name, _memory(x), self.limit, run, out)
+        if self.limit is None:
+            return self.decoding(x)
+        return decode_guarded(self.name, _memory(x), self.limit, self.decoding, out)
 
-    def _run(self, method: str, values: bool, x: Data) -> Array:
-        # some codecs of numcodecs give bytes
+
+def _plain(codec: Any, limit: int) -> _Called:
+    """A codec of numcodecs."""
+    return _Called(codec.codec_id, limit, codec.encode, codec.decode)
+
+
+def _of_zarr(codec: Any, spec: ArraySpec, limit: int) -> _Called:
+    """A codec of zarr, called by its synchronous methods."""
+    name = codec_name(codec.to_dict()["name"])
+    to_values = isinstance(codec, ArrayArrayCodec)
+    encoding = _synchronous(codec._encode_sync, spec, not isinstance(codec, BytesBytesCodec))
+    decoding = _synchronous(codec._decode_sync, spec, to_values)
+    return _Called(name, None if to_values else limit, encoding, decoding)
+
+
+def _synchronous(method: Any, spec: ArraySpec, of_values: bool) -> Callable[[Data], Array]:
+    kinds: Any = spec.prototype
+    wrap = kinds.nd_buffer.from_ndarray_like if of_values else kinds.buffer.from_array_like
+
+    def call(x: Data) -> Array:
+        # asarray would make a scalar of bytes, which some codecs of numcodecs return
         array = x if isinstance(x, np.ndarray) else np.frombuffer(x, np.uint8)
-        prototype = self.spec.prototype
-        buffer: Any = prototype.nd_buffer if values else prototype.buffer
-        wrapped = buffer.from_ndarray_like(array) if values else buffer.from_array_like(array)
-        made = getattr(self.codec, method)(wrapped, self.spec)
-        result: Array = made.as_numpy_array()
-        return result
+        made: Array = method(wrap(array), spec).as_numpy_array()
+        return made
+
+    return call
 
 
 @dataclass(frozen=True)
 class _Shards:
-    """Many chunks in one object, with an index of where they are."""
+    """Many chunks in one object, with an index of their offsets and sizes."""
 
     inner: Chain
     index: Chain
@@ -256,8 +248,9 @@ class _Shards:
                 parts.append(_memory(data))
                 entry[:] = offset, len(parts[-1])
                 offset += len(parts[-1])
-        encoded = _memory(_encode_through(self.index.codecs, entries))
-        parts.insert(0 if self.index_first else len(parts), encoded)
+        # not None: a shard of which no chunk is stored is all fill, and is not encoded
+        index = _memory(encode(self.index, entries))
+        parts.insert(0 if self.index_first else len(parts), index)
         return np.frombuffer(b"".join(parts), np.uint8)
 
     def decode(self, x: Data, out: Array | None) -> Array:
@@ -268,12 +261,14 @@ class _Shards:
         values = np.empty(self.shape, self.inner.fill.dtype) if out is None else out
         spans = entries.reshape(-1, 2).tolist()
         for (start, size), inside in zip(spans, self._boxes(), strict=True):
+            part = values[box_index(inside)]
             if (start, size) == (ABSENT, ABSENT):
-                values[box_index(inside)] = self.inner.fill
+                part[...] = self.inner.fill
             elif start + size > len(x):
+                # a slice beyond the end would be shorter, and some codecs decode that
                 raise ValueError(f"its index leads beyond its {len(x)} bytes")
             else:
-                decode(self.inner, x[start : start + size], values[box_index(inside)])
+                decode(self.inner, x[start : start + size], part)
         return values
 
     def _boxes(self) -> Iterator[Box]:
@@ -286,6 +281,7 @@ def _shards(codec: ShardingCodec, spec: ArraySpec, fill: Array) -> _Shards:
     inside = grid_shape(spec.shape, inner_shape)
     entries = replace(spec, shape=(*inside, 2), dtype=UInt64(), fill_value=np.uint64(ABSENT))
     size = 16 * math.prod(inside)
+    # the index has no length in the shard: zarr computes it from the codecs too
     for step in codec.index_codecs:
         size = step.compute_encoded_size(size, entries)
     index_chain = _chain(codec.index_codecs, entries, np.array(ABSENT, np.uint64))

@@ -1,19 +1,19 @@
 """Refuse encoded chunks whose decoding would exceed a size, or crash the process."""
 
-from __future__ import annotations
-
 import bz2
 import lzma
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numcodecs
+import numpy.typing as npt
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
+from daskclip.storage.durable import Data
 
-    from daskclip.storage.durable import Data
+Sizes = tuple[int | None, int]
+"""Decoded size in bytes, or None if it is not declared; and an upper bound for it."""
 
 # these decoders can stop at a limit; the other formats declare their decoded size in the header
 STREAMS: dict[str, Callable[[], Any]] = {
@@ -25,6 +25,8 @@ STREAMS: dict[str, Callable[[], Any]] = {
 # codecs that can decode into a given buffer
 INTO = {"blosc": numcodecs.Blosc(), "zstd": numcodecs.Zstd()}
 ZSTD_BLOCK = 1 << 17  # largest decoded block (RFC 8878, section 3.1.1.2.4)
+
+_integer = partial(int.from_bytes, byteorder="little")
 
 
 def decode_guarded(
@@ -55,7 +57,10 @@ def decode_guarded(
     """
     if codec in STREAMS:
         return _stream(codec, data, limit)
-    size = _size(codec, data, limit)
+    size, most = SIZES[codec](data) if codec in SIZES else (None, 0)
+    # without a declared size, the bound is that of whole blocks
+    if most > limit + ZSTD_BLOCK:
+        raise ValueError(TOO_LARGE.format(most, limit + ZSTD_BLOCK))
     if out is None or size != out.nbytes or codec not in INTO:
         return decode(data)
     INTO[codec].decode(data, out)
@@ -68,39 +73,28 @@ def _stream(codec: str, data: memoryview, limit: int) -> bytes:
     decoded: bytes = decoder.decompress(data, limit + 1)
     if len(decoded) <= limit and not decoder.eof:
         raise ValueError(f"its {codec} stream ends too early")
-    _require(len(decoded), limit)
+    if len(decoded) > limit:
+        raise ValueError(TOO_LARGE.format(len(decoded), limit))
     return decoded
 
 
-def _size(codec: str, data: memoryview, limit: int) -> int | None:
-    """Declared decoded size in bytes, or None; refuses too large and inconsistent ones."""
-    size, most = None, 0
-    if codec == "blosc":
-        # the decoder trusts the length, reads beyond the end, and crashes the process
-        if len(data) < 16 or _integer(data[12:16]) != len(data):
-            raise ValueError(f"its blosc header does not fit its {len(data)} bytes")
-        size = most = _integer(data[4:8])
-    elif codec == "lz4":
-        size = most = _integer(data[:4])
-    elif codec == "zstd":
-        size, most = _zstd_size(data)
-    _require(most, limit + ZSTD_BLOCK)
-    return size
+def _blosc_size(data: memoryview) -> Sizes:
+    # the decoder trusts the length, reads beyond the end, and crashes the process
+    if len(data) < 16 or _integer(data[12:16]) != len(data):
+        raise ValueError(f"its blosc header does not fit its {len(data)} bytes")
+    size = _integer(data[4:8])
+    return size, size
 
 
-def _require(size: int, limit: int) -> None:
-    if size > limit:
-        raise ValueError(f"it decodes to {size} bytes or more, above the {limit} of a chunk")
+def _lz4_size(data: memoryview) -> Sizes:
+    size = _integer(data[:4])
+    return size, size
 
 
-def _integer(data: memoryview) -> int:
-    return int.from_bytes(bytes(data), "little")
-
-
-def _zstd_size(data: memoryview) -> tuple[int | None, int]:
-    """Decoded size of zstd frames (RFC 8878, section 3.1): exact if declared, and at most."""
+def _zstd_size(data: memoryview) -> Sizes:
+    # the headers of all frames and blocks (RFC 8878, section 3.1)
     total = at = 0
-    said = True
+    is_declared = True
     while at < len(data):
         magic, flags = _integer(data[at : at + 4]), _integer(data[at + 4 : at + 5])
         if magic & ~15 == 0x184D2A50:  # a skippable frame
@@ -120,6 +114,10 @@ def _zstd_size(data: memoryview) -> tuple[int | None, int]:
             at += 3 + (1 if kind == 1 else size)
             blocks += 1
         total += declared if width else blocks * ZSTD_BLOCK
-        said = said and width > 0
+        is_declared = is_declared and width > 0
         at += 4 * (flags >> 2 & 1)
-    return (total if said else None), total
+    return (total if is_declared else None), total
+
+
+SIZES = {"blosc": _blosc_size, "lz4": _lz4_size, "zstd": _zstd_size}
+TOO_LARGE = "it decodes to {} bytes or more, above the {} of a chunk"

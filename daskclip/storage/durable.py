@@ -1,7 +1,5 @@
 """Durable writes to local file systems, and the digests that detect changes."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os
@@ -21,8 +19,8 @@ Data = bytes | memoryview | npt.NDArray[Any]
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h
 DIGESTS = 1 << 64
-"""Digests of entries, and their sums, are below this."""
-PIECE = 1 << 20  # bytes passed to one call; the CRC of larger ones may copy them
+"""Number of different digests: sums of digests are taken modulo this."""
+PIECE = 1 << 20  # bytes in one call
 
 
 @cache
@@ -61,7 +59,7 @@ def write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    # the name of the file too
+    # the fsync above does not cover the name of the file
     sync_filesystem(path.parent)
 
 
@@ -69,25 +67,28 @@ def digest(data: Data, before: int = 0) -> int:
     """CRC-32C of bytes, or of the elements of an array in memory order, continuing ``before``."""
     if isinstance(data, np.ndarray):
         data = data.ravel(order="K").view(np.uint8)
+    # in pieces: google_crc32c may copy its argument, and a whole block would be held twice
     for start in range(0, len(data), PIECE):
         before = google_crc32c.extend(before, data[start : start + PIECE])
     return before
 
 
 def digest_entry(key: str, crc: int) -> int:
-    """Digest of a key and the CRC-32C of what is stored there; digests of entries add up."""
+    """Digest of a key and the CRC-32C of the bytes stored there."""
+    # hashed: a sum of plain CRCs would not change if two chunks changed places
     text = f"{key} {crc:08x}".encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
 
 
 def digest_entries(entries: Iterable[tuple[str, Data]]) -> int:
-    """Sum of the digests of keys and what is stored there, modulo `DIGESTS`."""
+    """Sum of the digests of keys and the bytes stored there, modulo `DIGESTS`."""
     return sum(digest_entry(key, digest(data)) for key, data in entries) % DIGESTS
 
 
 def aligned_buffer(size: int) -> mmap.mmap:
     """Zeroed memory that starts at a page boundary, in huge pages where available."""
     buffer = mmap.mmap(-1, max(size, 1))
+    # fewer page faults; neither all kernels nor all systems have them
     with suppress(OSError, AttributeError):
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer

@@ -1,7 +1,5 @@
 """Chunks of an array as files in a local folder: read, written, copied and listed."""
 
-from __future__ import annotations
-
 import errno
 import mmap
 import os
@@ -11,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -55,14 +54,15 @@ class ChunkFiles:
     """Number of names in a chunk's key."""
 
     def read(
-        self, keys: Sequence[str], buffers: Sequence[Bytes | None] | None = None
+        self, keys: Sequence[str], buffers: Sequence[Bytes | None] = ()
     ) -> Iterator[Bytes | None]:
-        """Bytes of each file, valid until the next ones; see `read`."""
-        for key, buffer in zip(keys, buffers or [None] * len(keys), strict=True):
+        """Bytes of each file, valid until the next file is read; see `read`."""
+        for key, buffer in zip_longest(keys, buffers):
             yield read(f"{self.folder}/{key}", buffer)
 
     def write(self, encoded: Iterable[tuple[str, Data | None]]) -> int:
-        """Write those chunks that are not None, and return their digest."""
+        """Write the chunks that are not None, and return their digest."""
+        # a token of its own: another worker may be running the same task again
         total, token = 0, uuid4().hex
         for key, data in encoded:
             if data is not None:
@@ -71,7 +71,7 @@ class ChunkFiles:
         return total % DIGESTS
 
     def digest(self, keys: Sequence[str]) -> int:
-        """Digest of those of the files that exist."""
+        """Digest of the files that exist."""
         return copy_files(self.folder, None, keys)
 
     def are_absent(self, keys: Sequence[str]) -> bool:
@@ -89,14 +89,43 @@ class ChunkFiles:
         return max(times, key=lambda key: times[key])
 
     def listed(self, changes: bool) -> Iterator[Stored]:
-        """Everything in the folder except hidden files; see `listed`."""
-        return listed(self.folder, self.depth, changes=changes)
+        """Everything in the folder except hidden files, in no order.
+
+        Links, and folders in the place of chunks, are refused: zarr would read some of them as
+        the fill value. With ``changes``, versions include what no program can set and no copy
+        keeps: ctime and inode.
+        """
+        # one generator for all folders: a nested one would pass each of a million files upwards
+        folders = [""]
+        while folders:
+            prefix, inside = folders.pop(), []
+            with os.scandir(self.folder / prefix) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    key = f"{prefix}{entry.name}"
+                    if entry.is_symlink():
+                        raise ValueError(f"{key} is a symbolic link")
+                    if entry.is_file():
+                        status = entry.stat()
+                        version, changed = f"{status.st_mtime_ns}", 0
+                        if changes:
+                            changed = status.st_ctime_ns
+                            version += f" {changed} {status.st_ino}"
+                        yield Stored(key, status.st_size, version, changed)
+                    elif not entry.is_dir():
+                        raise ValueError(f"{key} is not a regular file")
+                    elif key.count("/") + 1 >= self.depth and CHUNK.fullmatch(key):
+                        raise ValueError(f"{key} is a folder and not a chunk")
+                    else:
+                        inside.append(f"{key}/")
+            folders += reversed(inside)
 
 
 def copy_files(source: Path, target: Path | None, keys: Iterable[str]) -> int:
-    """Copy those of the files that exist, each atomically; without a target only read them.
+    """Copy the files that exist, each atomically, and return their digest.
 
-    Returns their digest.
+    Without a target they are only read.
     """
     total, token, buffer = 0, uuid4().hex, _page_buffer()
     for key in keys:
@@ -117,7 +146,8 @@ def copy_files(source: Path, target: Path | None, keys: Iterable[str]) -> int:
 def read(path: str, buffer: Bytes | None = None) -> Bytes | None:
     """Bytes of a file, or None if it does not exist.
 
-    They are in ``buffer`` if they fit, else in a buffer of the thread that the next call reuses.
+    They are in ``buffer`` if they fit, else in this thread's own buffer, which the next call
+    reuses.
     """
     try:
         file = os.open(path, os.O_RDONLY)
@@ -156,7 +186,10 @@ def _write_all(file: int, data: Bytes) -> None:
 
 
 def _write_pages(file: int, data: Bytes) -> int:
-    """Write whole pages with O_DIRECT, and return their bytes; the page cache is slower here."""
+    """Write whole pages with O_DIRECT, and return the bytes written.
+
+    For large files, writing through the page cache is slower.
+    """
     flags, buffer, at = fcntl.fcntl(file, fcntl.F_GETFL), _page_buffer(), 0
     end = len(data) // mmap.PAGESIZE * mmap.PAGESIZE
     try:
@@ -164,12 +197,13 @@ def _write_pages(file: int, data: Bytes) -> int:
         aligned = data.ctypes.data % mmap.PAGESIZE == 0
         while at < end and at % mmap.PAGESIZE == 0:
             piece = data[at:end] if aligned else buffer[: min(len(buffer), end - at)]
-            if not aligned:
+            if not aligned:  # O_DIRECT takes only memory that starts at a page
                 piece[:] = data[at : at + len(piece)]
             at += os.write(file, piece.data)
     except OSError as error:
         if error.errno != errno.EINVAL:  # the file system has no O_DIRECT, or not for this memory
             raise
+    # the rest, less than a page, goes through the page cache
     fcntl.fcntl(file, fcntl.F_SETFL, flags)
     return at
 
@@ -184,7 +218,7 @@ def _page_buffer(size: int = 2 * PIECE) -> Bytes:
 
 @contextmanager
 def _replacing(folder: Path, key: str, token: str) -> Iterator[int]:
-    """Open a file that takes the place of that of ``key`` when the context ends."""
+    """Open a file that replaces the file of ``key`` when the context ends."""
     path = f"{folder}/{key}"
     part, flags = f"{path}.{token}.partial", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
@@ -200,45 +234,6 @@ def _replacing(folder: Path, key: str, token: str) -> Iterator[int]:
         os.close(file)
     # not after an error: then the old file stays, and the part is removed with the run
     os.replace(part, path)
-
-
-def listed(folder: Path, depth: int, *, changes: bool, prefix: str = "") -> Iterator[Stored]:
-    """Everything in the folder of an array except hidden files, in no order.
-
-    Links, and folders in the place of chunks, are refused: zarr would read some of them as the
-    fill value.
-
-    Parameters
-    ----------
-    folder : Path
-        Of the array.
-    depth : int
-        Number of names in a chunk's key.
-    changes : bool
-        Whether versions include what no program can set and no copy keeps: ctime and inode.
-    prefix : str
-        Of the keys to list.
-    """
-    with os.scandir(folder / prefix) as entries:
-        for entry in entries:
-            key = f"{prefix}{entry.name}"
-            if entry.name.startswith("."):
-                continue
-            if entry.is_symlink():
-                raise ValueError(f"{key} is a symbolic link")
-            if entry.is_dir():
-                if depth == 1 and CHUNK.fullmatch(key):
-                    raise ValueError(f"{key} is a folder and not a chunk")
-                yield from listed(folder, max(1, depth - 1), changes=changes, prefix=f"{key}/")
-            elif entry.is_file():
-                status = entry.stat()
-                version = str(status.st_mtime_ns)
-                if changes:
-                    version += f" {status.st_ctime_ns} {status.st_ino}"
-                changed = status.st_ctime_ns if changes else 0
-                yield Stored(key, status.st_size, version, changed)
-            else:
-                raise ValueError(f"{key} is not a regular file")
 
 
 def fingerprint(listing: Iterable[Stored]) -> dict[str, Any]:

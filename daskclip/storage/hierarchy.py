@@ -1,17 +1,16 @@
 """An array, or a group with all arrays in it: opened, fingerprinted, and moved to another place."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import zarr
+from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath
 
 from daskclip.errors import SourceError, error_text
@@ -21,9 +20,6 @@ from daskclip.storage.array import StoredArray, local_folder, location
 from daskclip.storage.durable import digest_entries
 from daskclip.storage.files import DOCUMENTS, NODE_DOCUMENTS
 from daskclip.storage.retry import is_refused, retrying
-
-if TYPE_CHECKING:
-    from zarr.abc.store import Store
 
 METADATA_SIZE = 1 << 24  # bytes of JSON: parsing takes many times as much memory
 FETCH_BATCH = 64  # documents fetched together
@@ -39,13 +35,12 @@ class Hierarchy:
     """Metadata documents, byte for byte, by relative key; those of a node after its content's."""
 
     @classmethod
-    def open(cls, place: Store | Path | str, path: str = "") -> Hierarchy:
-        """Read what is stored in a folder or below a key of a store.
-
-        Without documents if nothing is there.
-        """
+    def open(cls, place: Store | Path | str, path: str = "") -> Self:
+        """Read the metadata in a folder or below a key of a store; there may be none."""
         store = _store(place)
-        return cls(store, path, _read_documents(store, path))
+        if isinstance(store, LocalStore):
+            return cls(store, path, _read_documents(store.root / path))
+        return cls(store, path, retrying(_fetch_documents, store, path))
 
     def __str__(self) -> str:
         return location(self.store, self.path)
@@ -66,10 +61,11 @@ class Hierarchy:
 
     @property
     def record_array(self) -> str:
-        """Array to keep the journal in: zarr warns of foreign files in a group."""
+        """Name of the array to keep the journal in."""
+        # zarr warns of foreign files in a group; parsing all arrays of a group may take seconds
         for key in sorted(self.documents):
             name, kind = _split(key)
-            if kind == ".zarray" or (kind == "zarr.json" and _is_array(self.documents[key])):
+            if _is_array({kind: self.documents[key]}):
                 return name
         return ""
 
@@ -85,23 +81,20 @@ class Hierarchy:
         found = {}
         for key, data in self.documents.items():
             name, kind = _split(key)
-            if kind not in ("zarr.json", ".zarray"):
-                continue
-            document = json.loads(data)
+            document = json.loads(data) if kind in ("zarr.json", ".zarray") else {}
             if kind == ".zarray":
                 document["attributes"] = self.attributes(name)
-            elif document["node_type"] != "array":
+            elif not document or document["node_type"] != "array":
                 continue
             try:
-                array = zarr.Array.from_dict(self.store_path / name, document)
-            except Exception as error:  # zarr raises anything
+                found[name] = StoredArray(zarr.Array.from_dict(self.store_path / name, document))
+            except Exception as error:  # broken metadata makes zarr raise anything
                 if not name:
                     raise
                 raise SourceError(
                     f"array {name} of source {self} cannot be opened ({error_text(error)}); "
                     "install what it needs, or move it away"
                 ) from error
-            found[name] = StoredArray(array)
         return dict(sorted(found.items()))
 
     def attributes(self, name: str) -> dict[str, Any]:
@@ -111,30 +104,28 @@ class Hierarchy:
             return dict(json.loads(document).get("attributes") or {})
         return dict(json.loads(self.documents.get(objects.join(name, ".zattrs"), b"{}")))
 
-    def moved_to(self, place: Store | Path, path: str = "") -> Hierarchy:
+    def moved_to(self, place: Store | Path, path: str = "") -> Self:
         """The same metadata at another place, where nothing need be stored."""
-        store = _store(place)
-        moved = {}
+        moved = type(self)(_store(place), path, self.documents)
+        arrays = {}
         for name, stored in self.arrays.items():
             metadata: Any = stored.array.metadata
-            array = zarr.AsyncArray(metadata, StorePath(store, path) / name)
-            moved[name] = StoredArray(zarr.Array(array))
-        return self._replaced(moved, store=store, path=path)
-
-    def reread(self) -> Hierarchy:
-        """The same arrays with the documents as they are stored now."""
-        return self._replaced(self.arrays, documents=_read_documents(self.store, self.path))
-
-    def _replaced(self, arrays: dict[str, StoredArray], **fields: Any) -> Hierarchy:
-        made = replace(self, **fields)
+            array = zarr.AsyncArray(metadata, moved.store_path / name)
+            arrays[name] = StoredArray(zarr.Array(array))
         # the cached property is set: parsing the documents of a large group again takes seconds
-        vars(made)["arrays"] = arrays
-        return made
+        vars(moved)["arrays"] = arrays
+        return moved
+
+    def reread(self) -> Self:
+        """The same arrays with the documents as they are stored now."""
+        again = self.open(self.store, self.path)
+        vars(again)["arrays"] = self.arrays
+        return again
 
     def write_documents(self, folder: Path) -> None:
         """Create a folder that has the same metadata and no chunks."""
         # sorted: outer folders first
-        for name in ("", *sorted({_split(key)[0] for key in self.documents} - {""})):
+        for name in sorted({"", *(_split(key)[0] for key in self.documents)}):
             os.mkdir(folder / name)
         for key, data in self.documents.items():
             with open(folder / key, "wb") as file:
@@ -151,67 +142,61 @@ class Hierarchy:
         return digest_entries(self.documents.items())
 
     def fingerprint(self, *, changes: bool) -> dict[str, Any]:
-        """Fingerprint of the documents and of what is stored now, without reading chunks.
+        """Fingerprint of the documents and of the chunks stored now, which are not read.
 
-        With ``changes``, chunks are told by times that a copy does not keep.
+        With ``changes``, it also covers the times of chunks that a copy does not keep.
         """
         found = {"metadata": self.digest()}
         try:
             return found | retrying(lambda: files.fingerprint(self._chunks(changes)))
         except ValueError as error:
-            raise SourceError(
-                f"{error_text(error)} in {self}; store regular files there"
-            ) from error
+            text = f"{error_text(error)} in {self}; store regular files there"
+            raise SourceError(text) from error
         except Exception as error:
             # a store that cannot list, or may not: blocks are still compared by their digests
-            if self.folder is None and (
-                isinstance(error, NotImplementedError) or is_refused(error)
-            ):
+            unlisted = isinstance(error, NotImplementedError) or is_refused(error)
+            if unlisted and self.folder is None:
                 return found
             raise
 
     def _chunks(self, changes: bool) -> Iterator[files.Stored]:
         for name, array in self.arrays.items():
+            # codecs add little to data that they cannot compress; a larger file, which is no
+            # chunk, would be read into memory
             largest = 2 * array.unit_nbytes + (1 << 24)
-            for one in array.listed(changes=changes):
-                if not files.CHUNK.fullmatch(one.key):
+            prefix = f"{name}/" if name else ""
+            for stored in array.listed(changes=changes):
+                if not files.CHUNK.fullmatch(stored.key):
                     continue
-                key = objects.join(name, one.key)
-                if one.size > largest:
-                    raise ValueError(f"{key} has {one.size} bytes, which no chunk there takes")
-                yield one._replace(key=key)
+                key = prefix + stored.key
+                if stored.size > largest:
+                    raise ValueError(f"{key} has {stored.size} bytes, which no chunk there takes")
+                yield stored._replace(key=key)
 
 
 def _store(place: Store | Path | str) -> Store:
     return LocalStore(place) if isinstance(place, str | Path) else place
 
 
-def _read_documents(store: Store, path: str) -> dict[str, bytes]:
-    """Metadata of a node and of all nodes in it; empty if there is none."""
-    if isinstance(store, LocalStore):
-        return dict(_documents(store.root / path))
-    return retrying(_fetch_documents, store, path)
-
-
-def _documents(folder: Path, prefix: str = "") -> Iterator[tuple[str, bytes]]:
+def _read_documents(folder: Path, prefix: str = "") -> dict[str, bytes]:
     """Metadata in a folder and, of a group, below it; symbolic links are refused."""
-    inside, own = [], {}
+    inside: list[os.DirEntry[str]] = []
+    own, found = dict[str, bytes](), dict[str, bytes]()
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name in DOCUMENTS:
                 own[entry.name] = _document(entry)
             elif entry.is_dir() and not entry.name.startswith("."):
                 inside.append(entry)
-    # zarr finds nothing below a folder that is not a node
+    # zarr finds nothing below a folder that is not a node, nor nodes below an array
     if not own.keys() & set(NODE_DOCUMENTS):
-        return
-    for entry in inside if ".zarray" not in own and not _is_array(own.get("zarr.json")) else ():
+        return {}
+    for entry in () if _is_array(own) else inside:
         if entry.is_symlink():
             raise SourceError(f"{entry.path} is a symbolic link; copy what it leads to")
-        yield from _documents(Path(entry.path), f"{prefix}{entry.name}/")
-    for name in DOCUMENTS:
-        if name in own:
-            yield prefix + name, own[name]
+        found |= _read_documents(Path(entry.path), f"{prefix}{entry.name}/")
+    # in this order they are written: the last one makes a node of the folder
+    return found | {prefix + name: own[name] for name in DOCUMENTS if name in own}
 
 
 def _document(entry: os.DirEntry[str]) -> bytes:
@@ -219,27 +204,31 @@ def _document(entry: os.DirEntry[str]) -> bytes:
         raise SourceError(f"{entry.path} is a symbolic link; copy what it leads to")
     if not entry.is_file():
         raise SourceError(f"{entry.path} is not a regular file; move it away")
-    if entry.stat().st_size > METADATA_SIZE:
+    size = entry.stat().st_size
+    if size > METADATA_SIZE:
         raise SourceError(
-            f"{entry.path} has {entry.stat().st_size} bytes, above the {METADATA_SIZE} of metadata "
-            "that are read; move large attributes elsewhere"
+            f"{entry.path} has {size} bytes, above the {METADATA_SIZE} of metadata that are read; "
+            "move large attributes elsewhere"
         )
     return Path(entry.path).read_bytes()
 
 
-def _is_array(document: bytes | None) -> bool:
-    return document is not None and json.loads(document).get("node_type") == "array"
+def _is_array(documents: dict[str, bytes]) -> bool:
+    """Whether documents of a node, by kind, are those of an array."""
+    node = json.loads(documents.get("zarr.json", b"{}"))
+    return ".zarray" in documents or node.get("node_type") == "array"
 
 
 def _fetch_documents(store: Store, path: str) -> dict[str, bytes]:
     """Metadata at a key of an object store and, of a group, below it."""
-    names = [""]  # nodes, inner ones first
+    names = [""]  # of nodes, inner ones first
     root = _get(store, path, DOCUMENTS)
-    if ".zarray" not in root and not _is_array(root.get("zarr.json")) and root:
+    if root and not _is_array(root):
         group = zarr.open_group(StorePath(store, path), mode="r")
-        with warnings.catch_warnings():  # of objects that are no nodes, such as a lock
+        with warnings.catch_warnings():
+            # zarr warns of objects that are no nodes, such as a lock
             warnings.simplefilter("ignore")
-            names = [*sorted((n for n, _ in group.members(max_depth=None)), reverse=True), ""]
+            names = sorted(["", *dict(group.members(max_depth=None))], reverse=True)
     # formats are not mixed in a group, and each missing document costs a request
     kinds = DOCUMENTS if "zarr.json" not in root else ("zarr.json",)
     keys = [objects.join(name, kind) for name in names for kind in kinds]

@@ -1,38 +1,28 @@
 """Objects in a Zarr store that is not a local folder: read, listed, and created only once."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, ObjectStore
 
-from daskclip.errors import (
-    DaskClipError,
-    StorageError,
-    TargetError,
-    TargetPermissionError,
-    error_text,
-)
+from daskclip import errors
 from daskclip.storage.durable import DIGESTS, Data, digest, digest_entries, digest_entry
 from daskclip.storage.files import NODE_DOCUMENTS, Stored
 from daskclip.storage.retry import is_refused, kind_and_remedy, retrying
-
-if TYPE_CHECKING:
-    from zarr.abc.store import Store
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
 PRECONDITION = "PreconditionFailed"
-DELETE_BATCH = 1000  # objects, at most, that a store removes in one request
-IO_BYTES = 1 << 22  # decoded bytes of chunks fetched, encoded bytes of chunks stored, together
+DELETE_BATCH = 1000  # the limit of S3 for objects removed in one request
+IO_BYTES = 1 << 22  # of chunks in one batch: decoded bytes to fetch, encoded bytes to store
 
 
 @dataclass(frozen=True)
@@ -45,24 +35,24 @@ class ChunkObjects:
     """Decoded bytes of a chunk."""
 
     def read(
-        self, keys: Sequence[str], buffers: Sequence[Bytes | None] | None = None
+        self, keys: Sequence[str], buffers: Sequence[Bytes | None] = ()
     ) -> Iterator[Bytes | None]:
-        """Bytes of each object, or None; several are fetched at a time, which saves waiting."""
+        """Bytes of each object, or None; small ones are fetched some at a time."""
         # large chunks one at a time, so that memory is as planned
         count = max(1, IO_BYTES // self.unit_nbytes)
         for i in range(0, len(keys), count):
             yield from get(self.store, [join(self.path, key) for key in keys[i : i + count]])
 
     def write(self, encoded: Iterable[tuple[str, Data | None]]) -> int:
-        """Create those chunks that are not None, some at a time, and return their digest."""
+        """Create the chunks that are not None, some at a time, and return their digest."""
         total, size = 0, 0
         batch: list[tuple[str, bytes]] = []
         for key, data in encoded:
-            if data is None:
-                continue
-            total += digest_entry(key, digest(data))
-            batch.append((join(self.path, key), bytes(data)))
-            size += len(data)
+            if data is not None:
+                total += digest_entry(key, digest(data))
+                batch.append((join(self.path, key), bytes(data)))
+                size += len(data)
+            # small chunks together, since each request waits; large ones would fill the memory
             if size >= IO_BYTES:
                 put_once(self.store, batch)
                 batch, size = [], 0
@@ -71,7 +61,7 @@ class ChunkObjects:
         return total % DIGESTS
 
     def digest(self, keys: Sequence[str]) -> int:
-        """Digest of those of the objects that exist."""
+        """Digest of the objects that exist."""
         stored = zip(keys, self.read(keys), strict=True)
         return digest_entries((key, data) for key, data in stored if data is not None)
 
@@ -84,13 +74,14 @@ class ChunkObjects:
         return keys[0]
 
     def listed(self, changes: bool) -> Iterator[Stored]:
-        """Everything stored for the array except hidden objects; an ETag tells all changes."""
+        """Everything stored for the array except hidden objects."""
+        # ``changes`` makes no difference: an ETag changes with the content
         return (stored for stored in listed(self.store, self.path) if "/." not in f"/{stored.key}")
 
 
 @dataclass(frozen=True)
 class ObjectPrefix:
-    """The objects below a prefix of a store; their names are relative to it."""
+    """The objects below a prefix of a store, by their names relative to it."""
 
     store: Store
     path: str
@@ -100,7 +91,7 @@ class ObjectPrefix:
 
     @property
     def can_create(self) -> bool:
-        """Whether the store may be able to refuse to replace an object."""
+        """Whether the store has a call that creates an object only if it does not exist."""
         return isinstance(self.store, FsspecStore | ObjectStore)
 
     def has_node(self) -> bool:
@@ -143,15 +134,16 @@ class ObjectPrefix:
     def _retrying(self, doing: str, function: Callable[..., T], *arguments: object) -> T:
         try:
             return retrying(function, *arguments)
-        except DaskClipError:
+        except errors.DaskClipError:
             raise
         except Exception as error:
-            text = f"{doing} objects at {self} failed ({error_text(error)})"
-            if is_refused(error):
-                raise TargetPermissionError(f"{text}; check credentials and rights") from error
-            if isinstance(error, FileNotFoundError):
-                raise TargetError(f"{text}; check the bucket") from error
+            text = f"{doing} objects at {self} failed ({errors.error_text(error)})"
+            kind: type[Exception]
             kind, remedy = kind_and_remedy(error)
+            if is_refused(error):
+                kind, remedy = errors.TargetPermissionError, "check credentials and rights"
+            elif isinstance(error, FileNotFoundError):
+                kind, remedy = errors.TargetError, "check the bucket"
             raise kind(f"{text}; {remedy}") from error
 
 
@@ -190,7 +182,7 @@ def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
 
     async def created(key: str, data: bytes) -> bool:
         try:
-            # neither library has a public call of zarr's for it
+            # zarr has no such call: that of the library below is used
             if isinstance(store, FsspecStore):
                 await store.fs._pipe_file(join(store.path, key), data, mode="create")
             else:
@@ -205,13 +197,13 @@ def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
 
 
 def put_once(store: Store, objects: Sequence[tuple[str, bytes]]) -> None:
-    """Create objects; those that an earlier try or another worker made have the same bytes."""
+    """Create objects; existing ones must have the same bytes."""
     created = create(store, objects)
-    # an object of an earlier try is as good, if it is the same
+    # a request may have succeeded although its answer was lost: the same bytes will do
     existing = [both for both, new in zip(objects, created, strict=True) if not new]
     for (key, data), stored in zip(existing, get(store, [k for k, _ in existing]), strict=True):
         if stored is None or stored.tobytes() != data:
-            raise StorageError(
+            raise errors.StorageError(
                 f"{url(store, key)} was written by something else; discard the run and begin again"
             )
 
@@ -241,10 +233,12 @@ def listed(store: Store, prefix: str) -> Iterator[Stored]:
                 key, version = about["path"].removeprefix(root), about["e_tag"] or ""
                 yield Stored(key, about["size"], version)
     else:
+        # zarr's interface lists keys only: their content cannot be told to have changed
         for key in sync(_collected(store.list_prefix(root))):
             yield Stored(key.removeprefix(root), 0, "")
 
 
+# sync takes a coroutine, which asyncio.gather is not
 async def _gathered(calls: Iterable[Awaitable[T]]) -> list[T]:
     return await asyncio.gather(*calls)
 
@@ -254,12 +248,13 @@ async def _collected(keys: AsyncIterator[str]) -> list[str]:
 
 
 def join(*parts: str) -> str:
-    """Key made of parts, of which some may be empty."""
+    """Join parts of a key; empty ones are left out."""
     return "/".join(part.rstrip("/") for part in parts if part)
 
 
 def _exists_already(error: Exception) -> bool:
     """Whether a store refused to replace an object."""
+    # obstore, fsspec, and s3fs, which translates a 412 to a plain OSError
     if type(error).__name__ == "AlreadyExistsError" or isinstance(error, FileExistsError):
         return True
     response = getattr(error.__cause__ or error, "response", None) or {}

@@ -1,7 +1,5 @@
 """Errors of file systems and stores: which are transient, retries, and translation."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import random
@@ -9,23 +7,23 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from daskclip.errors import DaskClipError, StorageError, TemporaryError, error_text
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 log = logging.getLogger("daskclip")
 
 ATTEMPTS = 5
-FIRST, LONGEST = 0.2, 5.0  # seconds, at most, before the second attempt and before any
+FIRST, LONGEST = 0.2, 5.0  # longest delay before the second attempt, and before any; seconds
 ERRNOS = {
     errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.EPIPE, errno.ECONNRESET,
     errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET,
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO,
 }  # fmt: skip
-# lost connections in libraries for object stores, by name: importing them would be slow
+# errors of libraries for object stores that mean a lost connection; by name, since importing the
+# libraries would be slow
 LOST = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "IncompleteReadError"}
 LOST |= {"ConnectionError", "TransportError", "GenericError"}
 STATUS = re.compile(r"status code: (\d+)")
@@ -39,27 +37,27 @@ def translating_storage_errors(doing: str) -> Iterator[None]:
     except DaskClipError:
         raise
     except Exception as error:
-        if not (
-            isinstance(error, OSError | MemoryError) or is_transient(error) or is_refused(error)
-        ):
+        expected = isinstance(error, OSError | MemoryError)
+        if not (expected or is_transient(error) or is_refused(error)):
             raise
         kind, remedy = kind_and_remedy(error)
         raise kind(f"{doing} failed: {error_text(error)}; {remedy}") from error
 
 
-def retrying(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def retrying(function: Callable[..., T], *args: object) -> T:
     """Result of a call, repeated after transient errors with growing delays."""
     for attempt in range(ATTEMPTS - 1):
         try:
-            return function(*args, **kwargs)
+            return function(*args)
         except Exception as error:
             if not is_transient(error):
                 raise
             # random, so that a thousand workers do not return at the same moment
             seconds = random.uniform(0, min(LONGEST, FIRST * 2**attempt))
             log.warning("%s: %s; again in %.1f s", type(error).__name__, error_text(error), seconds)
+        # outside the handler: the traceback would keep the buffers of the failed call
         time.sleep(seconds)
-    return function(*args, **kwargs)
+    return function(*args)
 
 
 def kind_and_remedy(error: BaseException) -> tuple[type[StorageError], str]:
@@ -101,8 +99,9 @@ def _status(error: BaseException) -> int:
     if isinstance(response, dict):
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     found = [getattr(e, k, None) for e in (error, response) for k in ("status", "status_code")]
-    told = STATUS.search(str(error)) if type(error).__module__.startswith("obstore") else None
-    found += [int(told[1])] if told else []
+    # obstore has the status in its text only
+    if type(error).__module__.startswith("obstore"):
+        found += map(int, STATUS.findall(str(error))[:1])
     return next((status for status in found if isinstance(status, int)), 0)
 
 

@@ -1,24 +1,15 @@
 """Open and check sources, and select their arrays; reads metadata only."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from daskclip.errors import (
-    DaskClipError,
-    DTypeError,
-    InvalidTypeError,
-    InvalidValueError,
-    SourceError,
-    SourceNotFoundError,
-    TemporaryError,
-    error_text,
-    short_repr,
-)
+import numpy as np
+
+from daskclip import errors
+from daskclip.errors import DaskClipError, InvalidValueError, SourceError, error_text, short_repr
 from daskclip.grid import grid_shape
 from daskclip.storage.array import V2_NAMES, StoredArray, parse_location
 from daskclip.storage.cf import require_decoded
@@ -26,16 +17,13 @@ from daskclip.storage.codecs import chain, codec_name
 from daskclip.storage.hierarchy import Hierarchy
 from daskclip.storage.retry import is_refused, is_transient
 
-if TYPE_CHECKING:
-    import numpy as np
-
 # codecs that keep every bit; a lossy one could lift a clipped slice above its limit again
 LOSSLESS = {
     "bytes", "endian", "transpose", "sharding_indexed", "crc32c",
     "blosc", "gzip", "zstd", "zlib", "lz4", "bz2", "lzma", "shuffle", "pcodec",
     "crc32", "adler32", "fletcher32", "jenkins_lookup3",
 }  # fmt: skip
-UNITS = 10**10  # more than any file system holds
+UNITS = 10**10  # chunks or shards: no file system holds more files
 
 
 def open_source(source: object, storage_options: dict[str, Any] | None = None) -> Hierarchy:
@@ -50,13 +38,14 @@ def open_source(source: object, storage_options: dict[str, Any] | None = None) -
             )
         if isinstance(found, str):
             if not os.path.exists(found):
-                raise SourceNotFoundError(f"source {name} does not exist; check the path")
+                raise errors.SourceNotFoundError(f"source {name} does not exist; check the path")
+            # workers may have another working directory
             opened = Hierarchy.open(os.path.realpath(found))
         else:
             opened = Hierarchy.open(*found)
         if not opened.documents:
             raise SourceError(f"source {name} is not a zarr array or group; give the path of one")
-        _ = opened.arrays  # parsed here, where errors are translated
+        _ = opened.arrays  # parsed here, where errors are translated; the result is cached
     except DaskClipError:
         raise
     except Exception as error:  # broken metadata makes zarr raise anything
@@ -65,17 +54,18 @@ def open_source(source: object, storage_options: dict[str, Any] | None = None) -
 
 
 def _open_error(where: str, error: Exception) -> DaskClipError:
-    """The error to raise for one of zarr or of a store."""
+    """The error to raise for an error of zarr or of a store."""
+    # the words of zarr for a dtype that it does not know
     why = error_text(error)
     if "data type" in str(error):
-        return DTypeError(
+        return errors.DTypeError(
             f"{where} has a dtype that cannot be clipped ({why}); store it as floating point or "
             "complex"
         )
     if is_refused(error):
         return SourceError(f"{where} cannot be read ({why}); check credentials and rights")
     if is_transient(error):
-        return TemporaryError(f"{where} cannot be reached ({why}); run again")
+        return errors.TemporaryError(f"{where} cannot be reached ({why}); run again")
     return SourceError(f"{where} is not a zarr array or group ({why}); give the path of one")
 
 
@@ -123,7 +113,7 @@ def _check_chunks(array: StoredArray, where: str) -> None:
 
 
 def _codecs(array: StoredArray) -> list[str]:
-    """Names of all codecs, also of those inside shards, without the prefix of their library."""
+    """Names of all codecs, those inside shards too, without the prefix of their library."""
     document: dict[str, Any] = dict(array.array.metadata.to_dict())
     if document["zarr_format"] == 2:
         used = [*(document.get("filters") or ()), document.get("compressor")]
@@ -144,7 +134,7 @@ def select_arrays(
     exclude: str | Sequence[str] | None,
     dtypes: Sequence[str],
 ) -> list[str]:
-    """Names of the arrays of a source to clip; just '' if the source is an array itself."""
+    """Names of the arrays to clip in a source; only '' if the source is an array itself."""
     chosen = parse_patterns(include, "include"), parse_patterns(exclude, "exclude")
     if not source.is_group:
         if any(chosen):
@@ -155,6 +145,7 @@ def select_arrays(
     if not source.arrays:
         raise SourceError(f"source {source} is an empty group; give one with arrays")
     included, excluded = (_matching(source, wanted) for wanted in chosen)
+    # coordinates are excluded even if included by a pattern: clipped, they would misplace data
     excluded |= _coordinates(source)
     wanted = included if chosen[0] else source.arrays.keys()
     found = [name for name in source.arrays if name in wanted and name not in excluded]
@@ -172,18 +163,16 @@ def select_arrays(
 
 
 def parse_patterns(given: object, what: str) -> list[str]:
-    """List of names or patterns, from none, one or several."""
+    """Return one or several names or patterns, or None, as a list."""
     if given is None:
         return []
     one = isinstance(given, str | bytes) or not isinstance(given, Iterable)
-    items: Iterable[object] = [given] if one else given  # type: ignore[assignment]
-    found = []
-    for pattern in items:
+    found: list[Any] = [given] if one else [*given]  # type: ignore[misc]
+    for pattern in found:
         if not isinstance(pattern, str):
-            raise InvalidTypeError(
+            raise errors.InvalidTypeError(
                 f"{what} {short_repr(pattern)} is no text; give names or patterns"
             )
-        found.append(pattern)
     return found
 
 

@@ -1,29 +1,25 @@
 """What the tasks of an array share, and the state of a process that runs blocks."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Condition, get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import StorageError
+from daskclip.plan import ClipPlan
 from daskclip.storage import StoredArray, durable
-
-if TYPE_CHECKING:
-    from daskclip.plan import ClipPlan
 
 Limits = npt.NDArray[Any] | StoredArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ArrayTask:
-    """What the tasks of all blocks of an array have in common in a run."""
+    """What the tasks of all blocks of an array share in a run."""
 
     attempt_id: str
     """Name of this attempt at the run."""
@@ -38,7 +34,7 @@ class ArrayTask:
     target: StoredArray | None
     """Array to write the clipped values or the norms to, or to compare with."""
     staged: str | None
-    """Folder of everything that is written, for a run that writes to files."""
+    """Folder that a run writes its files to; None if it writes objects."""
     shared: bool
     """Whether the array is a part of one slice that continues in other arrays."""
     in_place: bool
@@ -57,13 +53,9 @@ class ArrayTask:
     """Whether norms are also counted in a histogram, and the largest ones kept."""
 
     @property
-    def only_measures(self) -> bool:
-        """Whether there is no limit to clip to."""
-        return self.clip_norm is None and self.limits is None
-
-    @property
     def written(self) -> StoredArray:
         """The target of tasks that have one."""
+        # a task of a function that writes is made with a target
         assert self.target is not None
         return self.target
 
@@ -87,7 +79,7 @@ class ProcessState:
     def running_block(self, attempt_id: str) -> Iterator[None]:
         """Count a block as running; refused once the attempt has been drained."""
         with self._changed:
-            # a task of a run that was stopped may still be in the queue of the scheduler
+            # a task of a stopped run may still be in the queue of the scheduler
             if attempt_id in self._drained:
                 raise StorageError("the run was stopped")
             self._running[attempt_id] += 1
@@ -101,6 +93,7 @@ class ProcessState:
     def drain(self, attempt_id: str) -> None:
         """Refuse further blocks of an attempt, wait for running ones, and free its buffers."""
         with self._changed:
+            # first: a block that arrives while others are waited for is refused
             self._drained.append(attempt_id)
             self._changed.wait_for(lambda: not self._running[attempt_id])
             del self._running[attempt_id]
@@ -108,6 +101,7 @@ class ProcessState:
 
     def buffer(self, attempt_id: str, size: int) -> tuple[npt.NDArray[np.uint8], bool]:
         """Buffer of this thread, which its next block reuses; and whether it is new."""
+        # without the lock: each thread changes its own entry only
         buffers, me = self._buffers.setdefault(attempt_id, {}), get_ident()
         new = me not in buffers or len(buffers[me]) < size
         if new:
@@ -119,6 +113,7 @@ class ProcessState:
 PROCESS = ProcessState()
 
 
+# a method of `PROCESS` would be pickled with its instance, and drain a copy of it
 def drain(attempt_id: str) -> None:
     """Drain an attempt in this process; see `ProcessState.drain`."""
     PROCESS.drain(attempt_id)

@@ -1,11 +1,10 @@
-"""What a worker does with one block. Every function can run twice with the same result."""
-
-from __future__ import annotations
+"""What a worker does with one block. Every function may run twice, with the same result."""
 
 import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
-from daskclip.grid import Box, box_index, box_shape, boxes, offset_box
+from daskclip.grid import Box, box_at, box_index, box_shape, boxes, offset_box
 from daskclip.numerics import (
     Partial,
     Scale,
@@ -30,12 +29,11 @@ from daskclip.numerics import (
     term_count,
 )
 from daskclip.storage import durable, retrying_block, translating_storage_errors
-from daskclip.worker.context import PROCESS, ArrayTask
-from daskclip.worker.limits import read_limits
+from daskclip.worker.context import PROCESS, ArrayTask, Limits
 
 Array = npt.NDArray[Any]
 
-EMPTY = 0  # digest of a block of which nothing is stored
+EMPTY = 0  # digest of a block without stored chunks
 
 
 class BlockResult(NamedTuple):
@@ -92,13 +90,14 @@ def run_batch(
     list of BlockResult
     """
     first = tasks[0]
+    # functions of one pass take no scale
     extra: Sequence[tuple[Scale, ...]] = [(scale,) for scale in scales] or [()] * len(tasks)
     with PROCESS.running_block(first.attempt_id):
         results = [
             function(task, slab, block, *scale, *expected)
             for task, (slab, block, *expected), scale in zip(tasks, blocks, extra, strict=True)
         ]
-        # one call for the batch: it writes back what all threads have written until then
+        # once for the batch: each call waits for what all threads have written until then
         if first.staged and any(result.digest is not None for result in results):
             with translating_storage_errors(f"writing {first.target}"):
                 durable.sync_filesystem(Path(first.staged))
@@ -122,7 +121,8 @@ def sum_block(task: ArrayTask, slab: int, block: int) -> Sums:
         x, omit = _read_first(task, region), task.nonfinite == "omit"
         sums = partial_norm(x, plan.axes, omit_nan=omit, ord=task.ord, max_nbytes=plan.state)
         digest = durable.digest(x)
-    if task.shared:  # the sums of arrays of different dimensions add up
+    if task.shared:
+        # a scalar each: the arrays of the slice may have different dimensions
         sums = sums._replace(limbs=sums.limbs.reshape(-1), flags=sums.flags.reshape(()))
     return Sums(sums, {(task.number, slab, block): digest}, plan.state)
 
@@ -147,7 +147,8 @@ def clip_slab(task: ArrayTask, slab: int, block: int) -> BlockResult:
     counts = count_region(task, scale, region)
     if _is_unchanged(scale, x is None):
         return BlockResult(_keep(task, region, x is None), counts)
-    if x is None:  # NaN as a limit changes zeros
+    if x is None:
+        # NaN as a limit changes zeros too
         x = rescale(_read_first(task, region), scale)
     return BlockResult(_write(task, region, x), counts)
 
@@ -194,6 +195,7 @@ def compare_block(
     for inside in boxes(box_shape(region), task.plan.unit):
         part = offset_box(inside, region)
         stored = retrying_block("reading", target, part, target.read)
+        # as bytes: NaN does not equal itself, and -0.0 equals 0.0
         if stored.tobytes() != x[box_index(inside)].tobytes():
             raise VerificationError(
                 f"{target.describe(part)} is not what clipping {task.source} gives; clip it again"
@@ -223,8 +225,34 @@ def block_limit(task: ArrayTask, region: Box) -> float | Array:
     return math.inf if task.clip_norm is None else task.clip_norm
 
 
+def read_limits(limits: Limits, region: Box, missing: str) -> Array:
+    """Limits of the slices that meet a region; stored ones are read one unit at a time."""
+    # limits broadcast: their axes are the last ones, and one limit holds for all of an axis
+    trailing = zip(limits.shape, region[len(region) - limits.ndim :], strict=True)
+    own = tuple(slice(0, 1) if n == 1 else s for n, s in trailing)
+    if isinstance(limits, np.ndarray):
+        held: Array = limits[box_index(own)]
+        return held
+    values, unit = np.empty(box_shape(own)), limits.unit
+    steps = (range(s.start // u, -(-s.stop // u)) for s, u in zip(own, unit, strict=True))
+    read = partial(limits.read, missing=missing)
+    # whole units, of which a block may need a part: a unit cannot be decoded in part
+    for coords in product(*steps):
+        whole = box_at(coords, unit, limits.shape)
+        found = retrying_block("reading", limits, whole, read)
+        values[_shared(whole, own)] = found[_shared(own, whole)]
+    return values
+
+
+def _shared(other: Box, region: Box) -> tuple[Any, ...]:
+    """Index, in the values of a region, of its intersection with another region."""
+    pairs = zip(other, region, strict=True)
+    inside = (slice(max(a.start - b.start, 0), min(a.stop, b.stop) - b.start) for a, b in pairs)
+    return box_index((*inside,))
+
+
 def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, Scale]:
-    """Values of a block that is a whole slab, clipped; None if nothing of it is stored."""
+    """Clipped values of a block that is a whole slab, or None if nothing of it is stored."""
     limit = block_limit(task, region)
     if _is_empty(task, region):
         return None, finalize(_zero_sums(task, region), limit, task.source.dtype)
@@ -255,13 +283,15 @@ def _is_unchanged(scale: Scale, empty: bool) -> bool:
 
 
 def _keep(task: ArrayTask, region: Box, empty: bool) -> int | None:
-    """Copy an unchanged block; in place, that waits until something is known to be clipped."""
+    """Copy an unchanged block, except in place."""
+    # in place, blocks are copied last, and only if another block was clipped
     if task.in_place:
         return None
     return EMPTY if empty else _copy(task, region)
 
 
 def _copy(task: ArrayTask, region: Box) -> int:
+    # here and before writing: a file written late would make the folder of an ended run again
     _require_staged(task)
     copy = partial(task.source.copy_to, task.written)
     return retrying_block("writing", task.written, region, copy)
@@ -279,7 +309,7 @@ def _write(task: ArrayTask, region: Box, x: Array) -> int:
 
 
 def _require_staged(task: ArrayTask) -> None:
-    """Refuse to write for a run that has ended: this process may have missed it."""
+    """Refuse to write for a run that has ended, which this process may not know."""
     if task.staged and not os.path.exists(task.staged):
         raise StorageError(f"the run that wrote to {task.staged} has ended; run again")
 
@@ -300,14 +330,13 @@ def _read_first(task: ArrayTask, region: Box) -> Array:
     x, unit = _read(task, region), task.plan.unit
     if task.nonfinite == "raise":
         # an infinite limit exempts slices, but not if they are only measured
-        limit = 0.0 if task.only_measures else block_limit(task, region)
-        require_finite(
-            x,
-            task.plan.axes,
-            limit,
-            [s.start for s in region],
-            lambda place: [i // u for i, u in zip(place, unit, strict=True)],
-        )
+        measured = task.clip_norm is None and task.limits is None
+        limit, start = 0.0 if measured else block_limit(task, region), [s.start for s in region]
+
+        def chunk_at(element: Sequence[int]) -> list[int]:
+            return [i // u for i, u in zip(element, unit, strict=True)]
+
+        require_finite(x, task.plan.axes, limit, start, chunk_at)
     return x
 
 
@@ -317,8 +346,8 @@ def _read(task: ArrayTask, region: Box) -> Array:
     nbytes = math.prod(task.plan.block) * source.dtype.itemsize
     buffer, new = PROCESS.buffer(task.attempt_id, nbytes)
     if new:
-        # Once it has freed a large allocation, glibc keeps memory of that size for later ones.
-        # Else the output of every codec would be fresh pages, a third of the time of decoding.
+        # Once it has freed an allocation of this size, glibc keeps such memory for later ones.
+        # Otherwise each codec decodes to fresh pages, which takes a third of its time.
         np.empty(2 * source.unit_nbytes, np.uint8)
     elements = buffer.view(source.dtype)
 

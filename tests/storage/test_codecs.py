@@ -10,7 +10,14 @@ import zarr
 from reference import bits
 from sizes import resize
 from stores import read, some
-from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
+from zarr.codecs import (
+    BloscCodec,
+    Crc32cCodec,
+    GzipCodec,
+    ShardingCodec,
+    TransposeCodec,
+    ZstdCodec,
+)
 
 from daskclip import clip_by_norm, clip_zarr
 from daskclip.storage import Hierarchy, StoredArray, durable, files
@@ -57,6 +64,25 @@ def test_what_zarr_wrote_is_read_and_what_is_written_zarr_reads(tmp_path, layout
     assert bits(read(tmp_path / "y")) == bits(x)
     assert digest == made.digest(region)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("chunks", [(8, 8), (8, 4)], ids=str)
+@pytest.mark.filterwarnings("ignore:Combining a")
+def test_shards_behind_a_transposition_are_read_as_zarr_does(tmp_path, chunks):
+    x = some((16, 8), "f4")
+    array = zarr.create(
+        store=str(tmp_path / "x"),
+        shape=x.shape,
+        chunks=chunks,
+        dtype=x.dtype,
+        zarr_format=3,
+        codecs=[TransposeCodec(order=(1, 0)), ShardingCodec(chunk_shape=(2, 2))],
+    )
+    array[...] = x
+    stored, region = StoredArray(array), (slice(0, 16), slice(0, 8))
+    assert bits(stored.read(region)) == bits(x)
+    stored.write(region, x)
+    assert bits(read(tmp_path / "x")) == bits(x)
 
 
 def test_chunks_are_encoded_as_by_zarr(tmp_path, layout, monkeypatch):
