@@ -63,7 +63,16 @@ def package():
     return Package.read(PACKAGE)
 
 
-@pytest.mark.parametrize("limit", LIMITS, ids=[limit.name for limit in LIMITS])
+# limits that are not reached yet; a test here that passes fails, so that its limit is kept from then
+BEYOND = {"arrows per module", "code lines"}
+
+
+def limit_of(limit):
+    marks = [pytest.mark.xfail(reason="not reached yet", strict=True)] * (limit.name in BEYOND)
+    return pytest.param(limit, id=limit.name, marks=marks)
+
+
+@pytest.mark.parametrize("limit", map(limit_of, LIMITS))
 def test_the_package_is_within_its_limits(package, limit):
     value, largest = limit.measure(package)
     if not limit.holds(value):
