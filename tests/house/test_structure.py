@@ -63,7 +63,7 @@ def package():
     return Package.read(PACKAGE)
 
 
-# limits that are not reached yet; a test here that passes fails, so that its limit is kept from then
+# limits not reached yet; strict, so that one that is reached has to leave the list
 BEYOND = {"arrows per module", "code lines"}
 
 
@@ -72,7 +72,7 @@ def limit_of(limit):
     return pytest.param(limit, id=limit.name, marks=marks)
 
 
-@pytest.mark.parametrize("limit", map(limit_of, LIMITS))
+@pytest.mark.parametrize("limit", [limit_of(limit) for limit in LIMITS])
 def test_the_package_is_within_its_limits(package, limit):
     value, largest = limit.measure(package)
     if not limit.holds(value):
