@@ -48,55 +48,56 @@ def clip_zarr(
     pictures: bool = False,
     norms: str | os.PathLike[str] | None = None,
 ) -> ClipReport:
-    """Clip a Zarr array, or the arrays of a group, into a new one, in bounded memory.
+    """Clip a Zarr array, or the arrays of a group, into a new one in bounded memory.
 
     Parameters
     ----------
     source : str, path, zarr.Array or zarr.Group, of any shape
-        Floating point or complex array to read; Zarr format 2 or 3, sharded or not. Of a group,
-        every such array that is no coordinate is clipped by its own norms; all else that is in it
-        is carried over as it is, byte for byte. Refused where attributes say that integers are
-        packed or that numbers stand for missing values.
+        Floating point or complex array to read, in Zarr format 2 or 3, sharded or not. In a group,
+        every such array except coordinates is clipped by its own norms, and everything else is
+        copied byte for byte. Arrays whose attributes say that integers are packed, or that numbers
+        stand for missing values, are refused.
     target : str, path, zarr store or None
-        Where the clipped array will be: a path in an existing folder of a local file system, a
-        URL, or a store and path of zarr; None with ``in_place``. Chunks, shards, codecs, fill
-        value, attributes and dimension names are those of the source.
+        Where to write the clipped array: a path in an existing local folder, a URL, or a zarr
+        store and path; None with ``in_place``. Chunks, shards, codecs, fill value, attributes and
+        dimension names are those of the source.
     clip_norm : float or str
-        See `clip_by_norm`; or ``'p99'``, for the quantile of 99 % of the norms of finite slices.
+        See `clip_by_norm`. A string such as ``'p99'`` is a percentile of the norms of the source:
+        the norm that 99 % of the finite slices do not exceed.
     axes : None, int or sequence of int
         Axes over which the norm is taken; None takes all.
     ord, limits
-        See `clip_by_norm`; limits are a NumPy array, or stored as ``source`` and read by region.
-        Of a group, they are those of each array, or a group or dict with limits by name.
+        See `clip_by_norm`. Limits are a NumPy array, or an array in storage that is read by
+        region; for a group, one array for all, or a group or dict with limits by name.
     memory : str or int
-        Budget of each process that runs blocks, in bytes above its imports, shared by its threads.
+        Memory budget of each worker process in bytes, beyond its imports, shared by its threads.
     nonfinite : {'propagate', 'omit', 'raise'}
         See `clip_by_norm`.
     missing : {'fill', 'error'}
-        Whether chunks that are not stored count as the fill value, or stop the run.
+        Treat chunks that are not stored as the fill value, or stop the run.
     overwrite : bool
-        Replace an array at ``target``, which stays until the new one is complete.
+        Replace an array at ``target``, which is kept until the new one is complete.
     in_place : bool
-        Replace the source, which stays until the clipped one is complete; nothing is written if
+        Replace the source, which is kept until the clipped one is complete. Nothing is written if
         there is nothing to clip.
     include, exclude : str or sequence of str, optional
-        Names of arrays of a group, or patterns such as ``'layers/*'``: only those that match
+        Names of arrays in a group, or patterns such as ``'layers/*'``. Only arrays that match
         ``include`` and not ``exclude`` are clipped.
     global_norm : bool
-        All arrays are clipped by one factor, that of their common norm, as
-        `clip_by_global_norm` does; without ``axes``.
+        Clip all arrays by one factor, that of their common norm, as `clip_by_global_norm` does;
+        not with ``axes``.
     storage_options : dict, optional
-        Options of fsspec for a source, a target and limits that are given as URLs.
+        Options that fsspec gets for sources, targets and limits given as URLs.
     progress : bool or {'auto', 'bar', 'lines', 'json', 'none'}
-        What is shown on stderr; True is ``'auto'``.
+        Progress on stderr; True is ``'auto'``.
     dim : str or sequence of str, optional
-        Dimensions over which the norm is taken, by the names that are stored with the array;
-        instead of ``axes``. Of a group, arrays without any of them are carried over.
+        Dimensions over which the norm is taken, by the names stored with the array; instead of
+        ``axes``. Arrays in a group that have none of them are copied.
     pictures : bool
-        Collect what the pictures of the report in a notebook show.
+        Collect the data for the report's pictures.
     norms : str or path, optional
-        Norms of the same source that `stats_zarr` has saved, over the same axes: none is taken
-        again, and each byte is read once.
+        Norms that `stats_zarr` saved for the same source and axes. They are not computed again,
+        so that each byte is read once.
 
     Returns
     -------
@@ -106,31 +107,29 @@ def clip_zarr(
     Raises
     ------
     DaskClipError
-        Or one of its kinds, each a builtin error too, before any chunk is read: a parameter or
-        the source is rejected (TypeError, ValueError, FileNotFoundError), ``memory`` is too small
+        Or a subclass, which is a builtin error too. Before any chunk is read: a parameter or the
+        source is rejected (TypeError, ValueError, FileNotFoundError), ``memory`` is too small
         (ValueError), the target exists, is being written or has an unfinished run with other
-        parameters (FileExistsError) or cannot be written (PermissionError). While running:
-        FloatingPointError under ``nonfinite='raise'`` and ValueError where the source changes,
-        then nothing is left behind; OSError where storage fails, then the same call resumes.
+        parameters (FileExistsError), or cannot be written (PermissionError). During the run:
+        FloatingPointError under ``nonfinite='raise'`` and ValueError if the source changes, which
+        leave nothing behind, and OSError if storage fails, after which the same call resumes.
 
     See Also
     --------
-    plan_zarr : What the call would do.
-    clip_by_norm : For arrays of NumPy, Dask or Zarr.
+    plan_zarr : Plan without reading a chunk.
+    clip_by_norm : Clip arrays of NumPy, Dask or Zarr.
 
     Notes
     -----
-    Runs on the active distributed Client if there is one, else on Dask's scheduler for threads.
-    Each byte is read once if all blocks that share slices fit the budget together (and there are
-    as many such slabs as threads, or they are small), else twice.
-    Each write unit (shard, else chunk) is written by one task only. The target appears by one
-    renaming when it is complete and on disk.
+    Blocks run on the active distributed Client, or else on Dask's thread pool. Each byte is read
+    once if the blocks that share slices fit the budget together, and there are as many such slabs
+    as threads or they are small; otherwise each byte is read twice. Each chunk or shard is written
+    by one task only. The target appears by one rename when it is complete and on disk.
 
-    A run can be killed anywhere: the same call resumes it from the journal in the hidden folder
-    ``.NAME.daskclip`` beside the target, and repeats one window of blocks at most. A call that is
-    already done reads nothing. Beside the budget, the journal takes 5 bytes a block. Limits are
-    within the 48 bytes that the plan has for a slice, and a chunk of them, or a NumPy array, is
-    counted as one more chunk. Stored ones are told from others as the source is.
+    A run can be killed anywhere. The same call resumes it from the journal in the hidden folder
+    ``.NAME.daskclip`` beside the target, and repeats one window of blocks at most. A call whose
+    run is complete reads nothing. The client needs 5 bytes a block for the journal beside the
+    budget. The budget has room for limits: one more chunk, or the whole NumPy array.
 
     References
     ----------

@@ -141,7 +141,7 @@ def translating_cluster_errors(block_of: Callable[[object], str]) -> Iterator[No
         if kind.__name__ == "KilledWorker":
             # Dask blames all tasks that a worker had, not only the one that it was running
             raise StorageError(
-                f"workers died over and over while {block_of(getattr(error, 'task', None))} or one "
+                f"workers repeatedly died while {block_of(getattr(error, 'task', None))} or one "
                 "of its window was running; look into their logs and run the same command again "
                 "to resume"
             ) from error

@@ -45,32 +45,31 @@ def stats_zarr(
     storage_options, progress
         See `clip_zarr`.
     save_norms : str or path, optional
-        Where the norms of an array are to be written, as a Zarr array of float64 over its kept
-        axes, for ``norms`` of `clip_zarr`; nothing may be there. The exact sums, which a second
-        pass needs, are kept in it too.
+        Path for the norms of an array, a Zarr array of float64 over its kept axes, for ``norms``
+        of `clip_zarr`; nothing may exist there. It holds the exact sums too, which a second pass
+        needs.
 
     Returns
     -------
     StatsReport
-        Counts, quantiles, largest norms, and what each of some limits would clip.
+        Counts, quantiles, the largest norms, and how many slices some limits would clip.
 
     Raises
     ------
     DaskClipError
-        What `clip_zarr` would raise for the source.
+        As `clip_zarr` for its source.
 
     See Also
     --------
-    clip_zarr : Takes a quantile as a limit too.
+    clip_zarr : Clip; its limit may be a quantile.
 
     Notes
     -----
-    Reads each byte that is stored once, within the memory of `clip_zarr`. Norms are counted in
-    bins that are kept for all slices together: some thousands, at most half a million.
+    Reads each stored byte once, within the memory of `clip_zarr`. Norms are counted in bins of one
+    histogram for all slices: usually some thousands, at most half a million.
 
-    Saved norms take 8 bytes a slice on disk, before compression, and 24 to 80 more where a slice
-    does not fit into a block. They appear when they are complete; a call that was stopped begins
-    again.
+    Saved norms take 8 bytes a slice on disk before compression, and 24 to 80 more if a slice does
+    not fit into a block. They appear when they are complete; a call that was stopped starts again.
 
     References
     ----------

@@ -21,7 +21,7 @@ Limit = float | da.Array | npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What is done to an array, apart from its limits."""
+    """Parameters of the operation, without its limits."""
 
     axes: tuple[int, ...]
     """Axes of the norm, sorted and not negative."""

@@ -7,7 +7,7 @@ static inline u32 widened(u16 h, i64 type) {
     return sign | infinite | bits_of_float(float_of((u32)(h & 0x7FFF) << 13) * 0x1p112f);
 }
 
-/* The inverse. Values have the bits of the dtype, but for subnormals: those are rounded to even. */
+/* The inverse. Values have the bits of the dtype, except subnormals, which are rounded to even. */
 static inline u16 narrowed(u32 v, i64 type) {
     u32 m = v & 0x7FFFFFFF, rounded = (v + 0x7FFF + (v >> 16 & 1)) >> 16;
     u32 subnormal = bits_of_float(float_of(m) + 0.5f) - 0x3F000000;

@@ -188,7 +188,7 @@ static void NAME(add_to_bins_)(const block *b, const T *x, i64 n, u8 *flags) {
     b->scratch->binned += n;
 }
 
-/* Move the bins to the limbs of a slice, but for that of NaN and infinity. */
+/* Move the bins to the limbs of a slice, except the bin of NaN and infinity. */
 static void NAME(empty_bins_)(work *w, i64 *limbs) {
     SQUARE *bins = (SQUARE *)w->bins;
     for (i64 e = 0; e <= NONFINITE; e++) {
