@@ -4,8 +4,8 @@
                               │            │                     │
                            target       report                journal
 
-This room decides what is computed and in which order; it holds no array data. How a block is
-computed is the worker's, how a target is locked and published is the target's.
+This room decides what is computed and in which order; it holds no array data. The worker decides
+how a block is computed, and the target how it is locked and published.
 """
 
 from daskclip.engine.clip import clip_zarr, plan_zarr

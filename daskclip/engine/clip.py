@@ -202,7 +202,7 @@ def _open(request: ClipRequest) -> tuple[Prepared, Target]:
 
 
 def _require_free(prepared: Prepared, target: Target) -> None:
-    """Refuse a target that something is at, and saved norms of another source."""
+    """Refuse a target whose place is taken, and saved norms of another source."""
     # again, under the lock: another run may have made the target since it was checked
     if not prepared.request.replaces:
         refuse_existing(target)

@@ -64,7 +64,7 @@ class Passes:
     """The windows of a run, and the totals of those that are done."""
 
     arrays: Sequence[ArrayTask]
-    """Those whose plan has no passes are only copied."""
+    """Tasks of all arrays; an array whose plan has no passes is only copied."""
     compute_kwargs: ComputeKwargs
     journal: Journal
     tasks_per_window: int

@@ -6,12 +6,14 @@ no Dask, no Zarr, no files, and not how an array is cut into blocks.
     partial_norm ──> Partial ──combine──> Partial ──finalize──> Scale ──rescale──> the clipped block
     clip_block: all of it at once, for a block that holds its slices whole
 
-Read `partial.py` (exact sums), `scale.py` (norms and factors), `block.py` (rescaling and clipping)
-and `compiled.py` (how arrays are passed to the kernel), then `kernel.c`, whose first comment
-explains the algorithm, and its parts `runs.h`, `decide.h` and `elements.h`.
+Read `partial.py` (exact sums), `scale.py` (norms and factors), `block.py` (rescaling and clipping),
+`histogram.py` (counts of slices and of their norms) and `compiled.py` (how arrays are passed to the
+kernel), then `kernel.c`, whose first comment explains the algorithm, and its parts `runs.h`,
+`decide.h` and `elements.h`.
 
-A new norm is an entry of `ORDERS`. If it adds up a power of the magnitudes other than 1 and 2, the
-kernel needs that power too: `kernel.c` says where.
+A new norm is an entry of `ORDERS`. If it adds up a power of the magnitudes above 2, the kernel and
+the limbs of sums need that power too: `kernel.c` lists the places. Outside, its number is in the
+message of `parse_ord` in arguments.py and in the choices of ``--ord`` in cli.py.
 """
 
 # what other rooms use; tests may import the modules themselves

@@ -41,7 +41,7 @@ class NormHistogram(NamedTuple):
     counts: Sequence[int]
     """Finite slices in each of ``bins``."""
     largest_slices: Sequence[Any]
-    """Largest finite norms, each with the index of its slice; of equal norms the first first."""
+    """Largest finite norms, each with the index of its slice; ties in the order of indices."""
     clipped: Sequence[Sequence[int]]
     """Clipped slices in each part of each kept axis."""
     largest: Sequence[Sequence[float]]
@@ -204,7 +204,7 @@ def _bins(norm: Array) -> Array:
 
 
 def _largest(flat: Array) -> Array:
-    """Positions of the largest norms, of equal ones the first first; negative ones are left out."""
+    """Positions of the largest norms, ties in their order; negative norms are left out."""
     k = min(LARGEST, flat.size)
     least = np.partition(flat, flat.size - k)[flat.size - k] if k else 0.0
     # a partition does not say which of the norms equal to the last one come first

@@ -34,8 +34,12 @@
    The steps are done for a box of slices at a time, while its elements are in the cache.
 
    A new norm (`ord`) is an entry of ORDERS in partial.py. If it adds up a power of the magnitudes
-   other than 1 and 2, that power is added in `cut`, `integer` and SPECIALIZED, and its root taken
-   in `prepare_root`, `compute_roots` and `compare`.
+   above 2, that is not all:
+   - sums: `cut`, `integer`, the bins and SPECIALIZED in runs.h take the power, and the grids reach
+     as far as its error; `square_` is too narrow for it, in `finish_box` too;
+   - limbs: FIRST, LIMBS and MAX_LIMBS here, FORMATS in compiled.py and `state_nbytes` in partial.py
+     are for squares;
+   - norms: `prepare_root`, `compute_roots` and `compare` in decide.h take its root.
 
    Plain C11 without libc, libm or Python. Compile with -fwrapv (integer sums wrap), without
    contraction or fast-math (every addition rounds where it is written) and with

@@ -31,7 +31,7 @@ class Order(NamedTuple):
     largest: bool
     """Whether the largest magnitude is taken instead of a sum."""
     error_gain: Callable[[int], float]
-    """Largest change of the norm if each of so many elements changes by 1."""
+    """Largest change of the norm if each of ``n`` elements changes by at most 1, by ``n``."""
 
 
 ORDERS = {

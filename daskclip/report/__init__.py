@@ -1,6 +1,8 @@
 """Reports as text, JSON and HTML, and the progress of a run.
 
-Reports are data; nothing here opens a store, plans or computes.
+Reports are data; nothing here opens a store, plans or computes. The engine fills them: `ClipReport`
+in attempt.py, `StatsReport` in stats.py, `VerifyReport` in verify.py. A new field has a default, so
+that reports in the journals of earlier runs can be read.
 """
 
 from daskclip.report.html import as_page, fragment

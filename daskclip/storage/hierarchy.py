@@ -32,7 +32,7 @@ class Hierarchy:
     store: Store
     path: str
     documents: dict[str, bytes]
-    """Metadata documents, byte for byte, by relative key; those of a node after its content's."""
+    """Metadata documents, byte for byte, by relative key; a group's come after its members'."""
 
     @classmethod
     def open(cls, place: Store | Path | str, path: str = "") -> Self:

@@ -3,7 +3,22 @@
     locate ──> directory      a local folder: flock, staging beside it, one rename
            └─> object_store   a prefix: a lease, chunks first, metadata last
 
-Nothing here knows what a block holds.
+Nothing here knows what a block holds. A new kind of target is a pair of classes with the methods of
+those in `directory`, and a branch of `find_target`. The engine calls them in this order:
+
+    target.check           refuse a place that cannot be written; changes nothing
+    target.locked          hold the lock, and give the transaction
+    transaction.record     journal of the run that made the target; there may be none
+    transaction.files      files that every worker must see
+    .is_complete           whether staging is what the journal of an unfinished run says
+    .begin                 prepare staging for a new run
+    .stage                 the arrays to write, and the local folder that workers sync, or None
+    .open_journal          the journal: replayed, then appended to
+    .finish                remove stray files, and give the fingerprint of what was staged
+    .publish or .clear     let the target appear, or remove all that the run kept
+
+Verifying, `status` and `discard` call ``exists``, ``open``, ``journals``, ``busy`` and
+``unfinished`` of a target.
 """
 
 from daskclip.target import journal

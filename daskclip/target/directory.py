@@ -193,7 +193,7 @@ class DirectoryTransaction:
         return last is None or matches_record(lambda: self.stage(source, run)[0], last)
 
     def finish(self, staged: Hierarchy) -> Json:
-        """Remove what is no part of staging; return its fingerprint, without reading chunks."""
+        """Remove stray files from staging; return its fingerprint, without reading chunks."""
         for array in staged.arrays.values():
             for key, *_ in array.listed():
                 # zarr writes to a temporary file first, which a killed process leaves behind

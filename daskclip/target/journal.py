@@ -25,7 +25,8 @@ from daskclip.target.preflight import RECORD
 JOURNAL = "journal"
 LINES = 64  # of a journal, in one object: each window stores its object again
 VERSION = 4
-"""Version of the records below; a run of another one can neither be resumed nor verified."""
+"""Version of the records below, with the fields of `SliceCounts`, which are stored by position.
+A run of another version can neither be resumed nor verified."""
 
 Json = dict[str, Any]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -41,7 +42,7 @@ class RunRecord:
     source: Json = field(default_factory=dict)
     """Fingerprint of the source."""
     limit: float | None = None
-    """The limit that was measured, of a run to a quantile of the norms."""
+    """The measured limit, if clip_norm was given as a quantile."""
     id: str = ""
     """Random id of the run; ``run`` in JSON."""
     began: str = ""

@@ -20,7 +20,7 @@ class _Target(Protocol):
 
 
 def refuse_existing(target: _Target) -> None:
-    """Refuse a target that something is at."""
+    """Refuse a target whose place is taken."""
     if target.exists():
         raise TargetExistsError(
             f"target {target} exists; remove it or choose another path, or overwrite it"
