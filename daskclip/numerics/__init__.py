@@ -11,8 +11,11 @@ Read `partial.py` (exact sums), `scale.py` (norms and factors), `block.py` (resc
 kernel), then `kernel.c`, whose first comment explains the algorithm, and its parts `runs.h`,
 `decide.h` and `elements.h`.
 
-A new norm is an entry of `ORDERS`. If it adds up a power of the magnitudes above 2, the kernel and
-the limbs of sums need that power too: `kernel.c` lists the places. Outside, its number is in the
+A new norm is an entry of `ORDERS`, which says which power of the magnitudes is summed, or that the
+largest is taken; its key is a number. A power above 2 takes changes of the kernel and of the limbs
+of sums: `kernel.c` lists the places. A norm that also divides by the number of terms takes a field
+of the struct `block` (and of `Block` in compiled.py, set in `prepare_scale`) and the functions
+`prepare_root`, `compute_roots` and `compare` of `decide.h`. Outside this room, the keys are in the
 message of `parse_ord` in arguments.py and in the choices of ``--ord`` in cli.py.
 """
 
