@@ -109,7 +109,9 @@ def axes_named(dim: Dim, names: Sequence[Hashable] | None, axes: Axes) -> Axes:
         both = f"and dim {short_repr(dim)} are both given; give one"
         raise InvalidValueError.about("axes", axes, both)
     if not names or not any(names):
-        raise InvalidValueError.about("dim", dim, "is given to an array without names; give axes")
+        raise InvalidValueError.about(
+            "dim", dim, "cannot be used: the array names no dimensions; give axes"
+        )
     wanted = parse_dim(dim, names)
     return [a for a, name in enumerate(names) if name in wanted]
 
