@@ -27,7 +27,7 @@ Dask array through lazy and numerics. `examples/00_one_chunk.py` goes this way b
 from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
 from daskclip.lazy import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "IndexedSlices", "clip_by_global_norm", "clip_by_norm", "clip_zarr", "global_norm", "norm",
