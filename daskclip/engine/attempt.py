@@ -108,7 +108,7 @@ def _report(
 
 
 def _pictures(prepared: Prepared, passes: Passes, peak: int) -> Json | None:
-    """What the pictures of a run show, if that was collected."""
+    """Numbers for the pictures of a run, if they were collected."""
     plan, norms, states = prepared.plan, passes.total.histogram, passes.progress.states
     if norms is None:
         return None

@@ -35,16 +35,16 @@ HasStored = npt.NDArray[np.bool_] | None
 
 @dataclass(slots=True)
 class Progress:
-    """How far some passes are, shown after each window."""
+    """Progress of the passes over the arrays, shown after each window."""
 
     show: Show = field(default_factory=lambda: progress_printer(False))
     total: int = 0
     """Bytes to do, over all passes."""
     passes: int = 2
-    """How often an array is read, at most."""
+    """Number of times an array is read, at most."""
     began: float = field(default_factory=time.monotonic)
     states: list[ProgressState] = field(default_factory=list)
-    """Some of the states that were shown, from the first to the last."""
+    """States that were shown, thinned out, from the first to the last."""
 
     def report(self, done: int, skipped: int, pass_: int) -> None:
         """Show the bytes done and skipped, and the pass of the last window."""

@@ -256,7 +256,7 @@ def array_tasks(
     in_place: bool = False,
     collect: bool = False,
 ) -> list[ArrayTask]:
-    """What the tasks of each array share, in a new attempt at a run."""
+    """Return the fields that the tasks of each array share, in a new attempt at a run."""
     attempt_id = f"{run.id}-{uuid4().hex}"
     policies = {name: run.parameters[name] for name in ("ord", "nonfinite", "missing")}
     return [

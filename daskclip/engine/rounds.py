@@ -34,7 +34,7 @@ from daskclip.worker import ArrayTask, tasks
 Digests = npt.NDArray[np.unsignedinteger[Any]]
 OnePass = Callable[[Passes, Window], WindowRecord]
 BlockFunction = Callable[..., tasks.BlockResult]
-"""What the second pass does with a block: a function of `tasks`."""
+"""Function of `tasks` that the second pass calls for each block."""
 
 
 def clip(passes: Passes) -> None:

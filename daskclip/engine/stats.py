@@ -1,4 +1,4 @@
-"""What the norms of an array are, before it is clipped."""
+"""Norms of an array, measured before it is clipped."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from daskclip.numerics import (
 )
 
 Operand = npt.ArrayLike | da.Array | IndexedSlices
-"""What is clipped: also Zarr arrays, which NumPy's protocol covers."""
+"""Array to clip; a Zarr array too, since it follows NumPy's array protocol."""
 ClipNorm = npt.ArrayLike | da.Array
 """A real number, or an array of shape () that holds one."""
 

@@ -27,7 +27,7 @@ USERS = 64
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to make one chunk."""
+    """Tasks that make one chunk, and their inputs."""
 
     graph: Graph
     """Tasks to run; empty where the chunk itself is among the inputs."""

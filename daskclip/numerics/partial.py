@@ -24,7 +24,7 @@ Sums = npt.NDArray[np.int64]
 
 
 class Order(NamedTuple):
-    """How the magnitudes of the elements of a slice make its norm."""
+    """Norm of a slice by the magnitudes of its elements: a sum of powers, or the largest."""
 
     power: int
     """Power of the magnitudes that is summed; the norm is the root of the sum."""
@@ -51,11 +51,11 @@ class Partial(NamedTuple):
     """
 
     limbs: Limbs
-    """Of shape (k, *kept): the sum is Σ limbs[i] · 2**(32 · (low + i))."""
+    """Limbs of shape (k, *kept): the sum is Σ limbs[i] · 2**(32 · (low + i))."""
     low: int
     """Position of the first limb."""
     flags: npt.NDArray[np.uint8]
-    """Of shape kept: NAN and INF where such elements occur; the sum leaves them out."""
+    """Flags of shape kept: NAN and INF where such elements occur; the sum leaves them out."""
     terms: int
     """Elements per slice; complex ones count twice."""
     ord: float = 2
