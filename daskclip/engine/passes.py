@@ -226,7 +226,7 @@ def _needs_all(array: ArrayTask) -> bool:
 def _name_factor(name: str) -> int:
     """Factor for the digests of an array, without which two arrays could trade places unseen."""
     # odd, and so invertible modulo a power of two: no bit of a digest is lost
-    return durable.digest_entry(name, 0) | 1 if name else 1
+    return durable.digest_entry(name, 0, 0) | 1 if name else 1
 
 
 def save_sums(journal: Journal, name: str, sums: Iterable[Partial]) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
@@ -73,16 +74,25 @@ def digest(data: Data, before: int = 0) -> int:
     return before
 
 
-def digest_entry(key: str, crc: int) -> int:
-    """Digest of a key and the CRC-32C of the bytes stored there."""
+def digest_stored(data: Data, before: int = 0) -> int:
+    """CRC-32C and CRC-32 of encoded bytes in one number, continuing ``before``."""
+    # all chunks that end with their own CRC, as some codecs leave them, have the same CRC of that
+    # kind: the other kind tells them apart
+    other = zlib.crc32(memoryview(data), before & 0xFFFFFFFF)  # type: ignore[arg-type]
+    return digest(data, before >> 32) << 32 | other
+
+
+def digest_entry(key: str, size: int, stored: int) -> int:
+    """Digest of a key, and of the size and the `digest_stored` of the bytes stored there."""
     # hashed: a sum of plain CRCs would not change if two chunks changed places
-    text = f"{key} {crc:08x}".encode()
+    text = f"{key} {size} {stored:016x}".encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
 
 
 def digest_entries(entries: Iterable[tuple[str, Data]]) -> int:
     """Sum of the digests of keys and the bytes stored there, modulo `DIGESTS`."""
-    return sum(digest_entry(key, digest(data)) for key, data in entries) % DIGESTS
+    found = (digest_entry(key, len(data), digest_stored(data)) for key, data in entries)
+    return sum(found) % DIGESTS
 
 
 def aligned_buffer(size: int) -> mmap.mmap:

@@ -17,7 +17,15 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.storage.durable import DIGESTS, PIECE, Data, aligned_buffer, digest, digest_entry
+from daskclip.storage.durable import (
+    DIGESTS,
+    PIECE,
+    Data,
+    aligned_buffer,
+    digest_entries,
+    digest_entry,
+    digest_stored,
+)
 
 with suppress(ImportError):  # not POSIX: importing daskclip must work all the same
     import fcntl
@@ -66,7 +74,7 @@ class ChunkFiles:
         total, token = 0, uuid4().hex
         for key, data in encoded:
             if data is not None:
-                total += digest_entry(key, digest(data))
+                total += digest_entries([(key, data)])
                 write(self.folder, key, data, token)
         return total % DIGESTS
 
@@ -133,13 +141,13 @@ def copy_files(source: Path, target: Path | None, keys: Iterable[str]) -> int:
             file: Any = open(source / key, "rb", buffering=0)  # noqa: SIM115
         except (FileNotFoundError, NotADirectoryError):
             continue
-        crc = 0
+        size = found = 0
         with file, _replacing(target, key, token) if target else nullcontext() as out:
             while n := file.readinto(buffer):
-                crc = digest(buffer[:n], crc)
+                size, found = size + n, digest_stored(buffer[:n], found)
                 if out is not None:
                     _write_all(out, buffer[:n])
-        total += digest_entry(key, crc)
+        total += digest_entry(key, size, found)
     return total % DIGESTS
 
 

@@ -13,7 +13,7 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, ObjectStore
 
 from daskclip import errors
-from daskclip.storage.durable import DIGESTS, Data, digest, digest_entries, digest_entry
+from daskclip.storage.durable import DIGESTS, Data, digest_entries
 from daskclip.storage.files import NODE_DOCUMENTS, Stored
 from daskclip.storage.retry import is_refused, kind_and_remedy, retrying
 
@@ -49,7 +49,7 @@ class ChunkObjects:
         batch: list[tuple[str, bytes]] = []
         for key, data in encoded:
             if data is not None:
-                total += digest_entry(key, digest(data))
+                total += digest_entries([(key, data)])
                 batch.append((join(self.path, key), bytes(data)))
                 size += len(data)
             # small chunks together, since each request waits; large ones would fill the memory

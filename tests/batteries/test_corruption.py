@@ -20,6 +20,7 @@ from unittest import mock
 import numcodecs
 import numpy as np
 import pytest
+import zarr
 from damage import dangle, empty, folder, link, pipe, remove
 from reference import bits
 from sizes import SMALL, use
@@ -336,6 +337,19 @@ def swap(y, key):
     (y / "part").rename(y / other)
 
 
+def write_over(y, key):
+    """Store other values, whose norms are within the limit, in the place of a chunk or shard."""
+    array = zarr.open_array(y)
+    unit = array.shards or array.chunks
+    numbers = [int(i) for i in re.findall(r"\d+", key)[-2:]]
+    box = tuple(slice(i * n, (i + 1) * n) for i, n in zip(numbers, unit, strict=True))
+    array[box] = array[box] / 2
+
+
+def flip(y, key):
+    flipped(y / key, random.Random(key))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("change", [remove, link, dangle, folder, pipe, empty, swap])
 def test_a_changed_chunk_is_found(tmp_path, layout, change):
@@ -343,6 +357,44 @@ def test_a_changed_chunk_is_found(tmp_path, layout, change):
     change(y, CHUNK[layout])
     words = () if change is swap else (CHUNK[layout],)
     found(y, *words)
+
+
+CHECKSUMS = [
+    *(kind() for kind in (numcodecs.CRC32C, numcodecs.Adler32, numcodecs.Fletcher32)),
+    *(numcodecs.CRC32(location=end) for end in ("start", "end")),
+    numcodecs.JenkinsLookup3(),
+]
+
+
+def layout_with_checksums(generator):
+    """Layout of a random chain of codecs, of which the last ones are checksums."""
+    if generator.randrange(2):
+        checksums = generator.choices(CHECKSUMS, k=generator.randint(1, 3))
+        first = generator.choice([[], [numcodecs.Zstd()], [numcodecs.Shuffle(4)]])
+        filters = [*first, *checksums[:-1]]
+        return {"zarr_format": 2, "filters": filters, "compressors": checksums[-1]}
+    first = generator.choice([[], [ZstdCodec(checksum=True)], [GzipCodec()]])
+    compressors = first + generator.randint(1, 2) * [Crc32cCodec()]
+    shards = generator.choice([{}, {"shards": (16, 64)}])
+    return {"zarr_format": 3, "compressors": compressors} | shards
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
+def test_changes_behind_checksums_of_codecs_are_found(tmp_path, seed):
+    generator = random.Random(seed)
+    layout = layout_with_checksums(generator)
+    create(tmp_path / "x", some(SHAPE, "f4"), CHUNKS, **layout)
+    for limit in (1e9, 1.0):  # copied as they are, and encoded again
+        clip_zarr(tmp_path / "x", tmp_path / "y", limit)
+        verify_zarr(tmp_path / "y")
+        key = generator.choice(chunks_of(tmp_path / "y")[1:])
+        for change in (swap, write_over, flip):
+            shutil.copytree(tmp_path / "y", tmp_path / "changed")
+            change(tmp_path / "changed", key)
+            found(tmp_path / "changed", "is not what was written")
+            shutil.rmtree(tmp_path / "changed")
+        shutil.rmtree(tmp_path / "y")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

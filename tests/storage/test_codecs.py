@@ -137,7 +137,7 @@ def test_files_of_any_length_are_written_and_copied_whole(tmp_path, size, offset
         for into in (None, np.empty(100, np.uint8), np.empty(size, np.uint8)):
             assert files.read(f"{folder}/c/0/0", into).tobytes() == data.tobytes()
         assert files.copy_files(folder, None, ["c/0/0"]) == digest
-    assert digest == durable.digest_entry("c/0/0", durable.digest(room))
+    assert digest == durable.digest_entries([("c/0/0", room)])
     assert files.read(f"{tmp_path}/c/0/1", room) is None
 
 
