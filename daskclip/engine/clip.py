@@ -195,7 +195,7 @@ def _open(request: ClipRequest) -> tuple[Prepared, Target]:
     with translating_storage_errors("looking at source and target"):
         prepared = prepare(request)
         target = open_target(
-            request.target, prepared.source, request.storage_options,
+            request.place, prepared.source, request.storage_options,
             overwrite=request.overwrite, in_place=request.in_place,
         )  # fmt: skip
     return prepared, target

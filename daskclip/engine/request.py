@@ -93,6 +93,7 @@ class ClipRequest:
                 f"missing={short_repr(self.missing)} is not a policy; use 'fill' or 'error'"
             )
         self._check_global_norm()
+        self._check_target()
         object.__setattr__(self, "memory_nbytes", arguments.parse_memory(self.memory))
 
     def _check_global_norm(self) -> None:
@@ -107,6 +108,19 @@ class ClipRequest:
             )
         if given and self.limits is not None:
             raise InvalidValueError("a global norm has one limit; give clip_norm, and no limits")
+
+    def _check_target(self) -> None:
+        if self.in_place and (self.overwrite or self.target is not None):
+            raise InvalidValueError(
+                "in place there is no target and nothing else to overwrite; leave them out"
+            )
+        if self.clips and not self.in_place and self.target is None:
+            raise InvalidValueError("there is no target; give its path, or clip in place")
+
+    @property
+    def place(self) -> object:
+        """What the caller named to be written."""
+        return self.source if self.in_place else self.target
 
     @property
     def replaces(self) -> bool:

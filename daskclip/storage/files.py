@@ -230,12 +230,13 @@ def _replacing(folder: Path, key: str, token: str) -> Iterator[int]:
     path = f"{folder}/{key}"
     part, flags = f"{path}.{token}.partial", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
-        file = os.open(part, flags)
+        # the mode that Python's own open gives; the default of os.open makes files executable
+        file = os.open(part, flags, 0o666)
     except FileNotFoundError:
         # never the folder of the array itself: a task may have outlived its run
         for parent in [*Path(key).parents][-2::-1]:
             (folder / parent).mkdir(exist_ok=True)
-        file = os.open(part, flags)
+        file = os.open(part, flags, 0o666)
     try:
         yield file
     finally:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from daskclip.errors import InvalidValueError, TargetError, error_text, short_repr
+from daskclip.errors import TargetError, TargetPermissionError, error_text, short_repr
 from daskclip.storage import Hierarchy, parse_location
 from daskclip.target.directory import DirectoryTarget, DirectoryTransaction
 from daskclip.target.object_store import ObjectStoreTarget, ObjectStoreTransaction
@@ -18,23 +18,20 @@ Transaction = DirectoryTransaction | ObjectStoreTransaction
 
 
 def open_target(
-    target: object,
+    place: object,
     source: Hierarchy,
     options: dict[str, Any] | None,
     *,
     overwrite: bool,
     in_place: bool,
 ) -> Target:
-    """Find a target and check that it can be made; changes nothing."""
-    if in_place and (overwrite or target is not None):
-        raise InvalidValueError(
-            "in place there is no target and nothing else to overwrite; leave them out"
-        )
-    if target is None and not in_place:
-        raise InvalidValueError("there is no target; give its path, or clip in place")
-    if in_place:
-        target = source.store_path
-    found = find_target(target, options)
+    """Find a target, in place of its source or not, and check that it can be made.
+
+    ``place`` is what the caller named, which may be open read-only; changes nothing.
+    """
+    found = find_target(source.store_path if in_place else place, options)
+    if getattr(place, "read_only", False):
+        raise TargetPermissionError(f"target {found} is open read-only; open it to write")
     found.check(source, overwrite=overwrite, in_place=in_place)
     return found
 

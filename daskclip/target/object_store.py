@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
+from daskclip.errors import TargetError, TargetExistsError
 from daskclip.storage import Hierarchy, ObjectPrefix
 from daskclip.target.journal import JOURNAL, FinalRecord, Journal, Json, RemoteJournal, cut_torn_end
 from daskclip.target.lease import Lease
@@ -49,10 +49,6 @@ class ObjectStoreTarget(ObjectPrefix):
             raise TargetError(
                 f"target {self} is in a {type(self.store).__name__}, which cannot be locked; give "
                 "a path, a URL, or a store of fsspec or obstore"
-            )
-        if self.store.read_only:
-            raise TargetPermissionError(
-                f"the store of target {self} is read-only; open it to write"
             )
         here, there = f"{source}/", f"{self}/"
         if here.startswith(there) or there.startswith(here):

@@ -27,7 +27,7 @@ def test_plan_and_request_take_the_arguments_of_clip_zarr():
 
 
 def test_a_request_is_parsed_once_and_frozen():
-    request = ClipRequest(source="x", clip_norm="p99", memory="1kB")
+    request = ClipRequest(source="x", target="y", clip_norm="p99", memory="1kB")
     assert (request.limit, request.memory_nbytes) == (99, 1000)
     with pytest.raises(dataclasses.FrozenInstanceError):
         request.limit = 1.0

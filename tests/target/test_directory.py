@@ -1,0 +1,90 @@
+"""Targets in local folders: modes of files, what is read-only, and the exchange of folders."""
+
+import os
+import stat
+
+import pytest
+import zarr
+from stores import create, some, stored
+from zarr.storage import LocalStore, MemoryStore, StorePath
+
+from daskclip import clip_zarr, plan_zarr, stats_zarr
+from daskclip.errors import TargetError, TargetPermissionError
+
+
+def make_group(path):
+    zarr.create_group(path)
+    for name in ("a", "b"):
+        create(path / name, some((8, 8), "f4"), (2, 8), compressors=None)
+    return path
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o002, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize("limit", [1.0, 1e9], ids=["encoded", "copied"])
+@pytest.mark.parametrize("way", ["new", "overwrite", "in place"])
+def test_files_and_folders_have_the_modes_that_the_umask_leaves(tmp_path, umask, limit, way):
+    source = make_group(tmp_path / "x")
+    made = tmp_path / "y"
+    if way == "overwrite":
+        make_group(made)
+    if way == "in place":
+        clip_zarr(source, None, limit, in_place=True)
+        made = source
+    else:
+        clip_zarr(source, made, limit, overwrite=way == "overwrite")
+    stats_zarr(source / "a", axes=1, save_norms=tmp_path / "norms")
+    for path in (made, *made.rglob("*"), *(tmp_path / "norms").rglob("*")):
+        whole = 0o777 if path.is_dir() else 0o666
+        assert stat.S_IMODE(path.stat().st_mode) == whole & ~umask, path
+
+
+def read_only_forms(path):
+    """An array or group at a path, opened read-only in every way that zarr has."""
+    store = LocalStore(path, read_only=True)
+    opened = zarr.open(path, mode="r")
+    return {"store": store, "store path": StorePath(store), "opened": opened}
+
+
+FORMS = ["store", "store path", "opened"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [".", "a"])
+@pytest.mark.parametrize("function", [clip_zarr, plan_zarr])
+def test_what_is_open_read_only_is_not_clipped_in_place(tmp_path, form, name, function):
+    path = make_group(tmp_path / "x") / name
+    before = stored(tmp_path)
+    with pytest.raises(TargetPermissionError, match="is open read-only; open it") as caught:
+        function(read_only_forms(path)[form], None, 1.0, in_place=True)
+    assert "\n" not in str(caught.value)
+    assert stored(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_target_that_is_open_read_only_is_not_replaced(tmp_path, form):
+    source = make_group(tmp_path / "x")
+    target = read_only_forms(make_group(tmp_path / "y"))[form]
+    before = stored(tmp_path)
+    with pytest.raises(TargetPermissionError, match="is open read-only; open it"):
+        clip_zarr(source, target, 1.0, overwrite=True)
+    assert stored(tmp_path) == before
+
+
+def test_a_new_target_in_a_read_only_store_is_refused(tmp_path):
+    source = make_group(tmp_path / "x")
+    for store in (LocalStore(tmp_path / "y", read_only=True), MemoryStore(read_only=True)):
+        with pytest.raises((TargetError, TargetPermissionError)):
+            clip_zarr(source, StorePath(store, "z"), 1.0)
+    assert [*tmp_path.iterdir()] == [source]
+
+
+def test_what_is_open_read_only_is_a_source(tmp_path):
+    path = make_group(tmp_path / "x")
+    for form, source in read_only_forms(path).items():
+        assert clip_zarr(source, tmp_path / form, 1.0).arrays == 2
