@@ -14,7 +14,13 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from daskclip.arguments import Axes, Dim, NonFinite
 from daskclip.engine.attempt import measure, run_attempt
 from daskclip.engine.request import ClipRequest, Prepared, prepare
-from daskclip.engine.run_record import find_finished, find_unfinished, replan, start_run
+from daskclip.engine.run_record import (
+    find_finished,
+    find_unfinished,
+    replan,
+    stage_run,
+    start_journal,
+)
 from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import ClipReport, Mode
@@ -173,11 +179,12 @@ def clip_zarr(
         if old is not None:
             run, prepared = old, replace(prepared, plan=replan(old, request.memory_nbytes))
         else:
-            # under the lock, so that two calls do not measure the same norms
+            # before the norms are measured, which reads all chunks
+            run = stage_run(transaction, prepared.source, run)
             if isinstance(request.limit, Fraction):
                 limit, measured = _measure_quantile(prepared, run, request.limit)
                 run = replace(run, limit=limit)
-            run = start_run(transaction, prepared.source, run, prepared.plan)
+            run = start_journal(transaction, run, prepared.plan)
         doing = "resuming" if old else "beginning"
         log.info("%s run %s, %s to %s", doing, run.id, prepared.source, opened)
         try:
@@ -195,7 +202,7 @@ def _open(request: ClipRequest) -> tuple[Prepared, Target]:
     with translating_storage_errors("looking at source and target"):
         prepared = prepare(request)
         target = open_target(
-            request.place, prepared.source, request.storage_options,
+            request.destination, prepared.source, request.storage_options,
             overwrite=request.overwrite, in_place=request.in_place,
         )  # fmt: skip
     return prepared, target

@@ -118,7 +118,7 @@ class ClipRequest:
             raise InvalidValueError("there is no target; give its path, or clip in place")
 
     @property
-    def place(self) -> object:
+    def destination(self) -> object:
         """What the caller named to be written."""
         return self.source if self.in_place else self.target
 

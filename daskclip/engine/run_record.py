@@ -61,14 +61,17 @@ def find_unfinished(
     return old
 
 
-def start_run(
-    transaction: Transaction, source: Hierarchy, run: RunRecord, plan: GroupPlan
-) -> RunRecord:
-    """Make staging and the journal of a new run."""
+def stage_run(transaction: Transaction, source: Hierarchy, run: RunRecord) -> RunRecord:
+    """Make staging of a new run; refuses what cannot be published later."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    run = replace(run, id=uuid4().hex, began=began, plans=plan_to_json(plan))
-    # staging before the journal: a journal without staging would be refused as damaged
+    run = replace(run, id=uuid4().hex, began=began)
     transaction.begin(source, run.id)
+    return run
+
+
+def start_journal(transaction: Transaction, run: RunRecord, plan: GroupPlan) -> RunRecord:
+    """Make the journal of a run that is staged: one without staging is refused as damaged."""
+    run = replace(run, plans=plan_to_json(plan))
     journal.begin(transaction.journal, run)
     return run
 

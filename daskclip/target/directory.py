@@ -169,7 +169,7 @@ class DirectoryTransaction:
         """Make the metadata of a source in the staging folder of a run."""
         self.clear()  # of a run that was stopped before it had a journal
         if self.target.exists():
-            preflight.require_exchange(self.folder)
+            preflight.require_exchange(self.folder, self.target.path)
             if self.target.path == source.folder:
                 preflight.require_no_foreign_files(source)
         source.write_documents(self.folder / run)

@@ -18,19 +18,19 @@ Transaction = DirectoryTransaction | ObjectStoreTransaction
 
 
 def open_target(
-    place: object,
+    target: object,
     source: Hierarchy,
     options: dict[str, Any] | None,
     *,
     overwrite: bool,
     in_place: bool,
 ) -> Target:
-    """Find a target, in place of its source or not, and check that it can be made.
+    """Find a target and check that it can be made; changes nothing.
 
-    ``place`` is what the caller named, which may be open read-only; changes nothing.
+    In place, ``target`` is what the caller named as the source: it may be open read-only.
     """
-    found = find_target(source.store_path if in_place else place, options)
-    if getattr(place, "read_only", False):
+    found = find_target(source.store_path if in_place else target, options)
+    if getattr(target, "read_only", False):
         raise TargetPermissionError(f"target {found} is open read-only; open it to write")
     found.check(source, overwrite=overwrite, in_place=in_place)
     return found

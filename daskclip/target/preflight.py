@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,20 +89,25 @@ def require_no_foreign_files(source: Hierarchy) -> None:
                 )
 
 
-def require_exchange(work: Path) -> None:
-    """Refuse a file system that cannot exchange two folders."""
-    # not every file system can: NFS, for one, refuses the call
+def require_exchange(work: Path, target: Path) -> None:
+    """Refuse a file system that cannot exchange two folders, and a target that cannot be moved."""
     pair = work / "a", work / "b"
     # may be there: a process that was killed here left them
     for path in pair:
-        path.mkdir(exist_ok=True)
+        (path / "inside").mkdir(parents=True, exist_ok=True)
     try:
+        # not every file system can: NFS, for one, refuses the call
         durable.exchange_directories(*pair)
+        # overlayfs cannot move a folder of a lower layer; onto one that is not empty, no move
+        # succeeds, so that this changes nothing
+        os.rename(target, pair[0])
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return
         raise TargetError(
-            f"the file system of {work.parent} cannot exchange folders ({error.strerror}), which "
-            "overwriting and clipping in place need; clip to a new target"
+            f"the file system cannot exchange folders {target} and {work} ({error.strerror}), "
+            "which overwriting and clipping in place need; clip to a new target"
         ) from error
     finally:
         for path in pair:
-            path.rmdir()
+            shutil.rmtree(path)

@@ -121,11 +121,21 @@ def stopping_at(monkeypatch):
 
 
 @contextmanager
-def mounted(folder, options):
+def overlaid(folder):
+    """Mount an overlay over the files in the folder ``lower``, whose folders cannot be moved."""
+    for name in ("upper", "work"):
+        (folder / name).mkdir()
+    options = ",".join(f"{name}dir={folder / name}" for name in ("lower", "upper", "work"))
+    with mounted(folder, options, "overlay") as point:
+        yield point
+
+
+@contextmanager
+def mounted(folder, options, kind="tmpfs"):
     """Mount a file system in ``folder``; skips the test where mounting is refused."""
     point = folder / "mount"
     point.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(point)]
+    mount = ["mount", "-t", kind, "-o", options, kind, str(point)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"mounting is refused here: {done.stderr.strip()}")

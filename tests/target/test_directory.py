@@ -5,11 +5,12 @@ import stat
 
 import pytest
 import zarr
-from stores import create, some, stored
+from stores import create, overlaid, some, stored
 from zarr.storage import LocalStore, MemoryStore, StorePath
 
-from daskclip import clip_zarr, plan_zarr, stats_zarr
+from daskclip import clip_zarr, plan_zarr, stats_zarr, verify_zarr
 from daskclip.errors import TargetError, TargetPermissionError
+from daskclip.storage import StoredArray
 
 
 def make_group(path):
@@ -88,3 +89,34 @@ def test_what_is_open_read_only_is_a_source(tmp_path):
     path = make_group(tmp_path / "x")
     for form, source in read_only_forms(path).items():
         assert clip_zarr(source, tmp_path / form, 1.0).arrays == 2
+
+
+@pytest.mark.parametrize("limit", [1.0, 1e9, "p50"])
+@pytest.mark.parametrize("way", [{"overwrite": True}, {"in_place": True}], ids=str)
+def test_folders_that_cannot_be_exchanged_are_told_before_a_chunk_is_read(
+    tmp_path, monkeypatch, limit, way
+):
+    """As in a container image: folders of a lower layer of overlayfs cannot be renamed."""
+    make_group(tmp_path / "lower" / "x")
+    make_group(tmp_path / "lower" / "y")
+    reads = []
+    monkeypatch.setattr(StoredArray, "read", lambda *_: reads.append(1))
+    with overlaid(tmp_path) as point:
+        before = stored(point)
+        target = None if "in_place" in way else point / "y"
+        with pytest.raises(TargetError, match="cannot exchange folders") as caught:
+            clip_zarr(point / "x", target, limit, **way)
+        assert "\n" not in str(caught.value)
+        assert stored(point) == before
+    assert not reads
+
+
+@pytest.mark.parametrize("way", [{"overwrite": True}, {"in_place": True}], ids=str)
+def test_folders_of_the_upper_layer_are_exchanged(tmp_path, way):
+    make_group(tmp_path / "lower" / "x")
+    with overlaid(tmp_path) as point:
+        make_group(point / "y")
+        source, target = (point / "y", None) if "in_place" in way else (point / "x", point / "y")
+        assert clip_zarr(source, target, 1.0, **way).status == "clipped"
+        verify_zarr(point / "y")
+        assert sorted(path.name for path in point.iterdir()) == ["x", "y"]
