@@ -85,7 +85,7 @@ class TargetPermissionError(DaskClipError, PermissionError):
 
 
 class ClusterError(DaskClipError, RuntimeError):
-    """A worker runs other versions than the client or does not see the same files (exit code 3)."""
+    """Workers, or the place from which they are called, do not suit the run (exit code 3)."""
 
 
 class TargetExistsError(DaskClipError, FileExistsError):

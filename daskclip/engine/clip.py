@@ -13,6 +13,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from daskclip.arguments import Axes, Dim, NonFinite
 from daskclip.engine.attempt import measure, run_attempt
+from daskclip.engine.cluster import leaving_worker_pool
 from daskclip.engine.request import ClipRequest, Prepared, prepare
 from daskclip.engine.run_record import (
     find_finished,
@@ -32,6 +33,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@leaving_worker_pool()
 def clip_zarr(
     source: object,
     target: str | os.PathLike[str] | None,
@@ -127,7 +129,9 @@ def clip_zarr(
 
     Notes
     -----
-    Blocks run on the active distributed Client, or else on Dask's thread pool. Each byte is read
+    Blocks run on the active distributed Client, or else on Dask's threads. A cluster without
+    workers is waited for as long as it lives, with a line in the log each minute. A task can call
+    this too: blocks use its thread meanwhile, as in `distributed.worker_client`. Each byte is read
     once if the blocks that share slices fit the budget together, and there are as many such slabs
     as threads or they are small; otherwise each byte is read twice. Each chunk or shard is written
     by one task only. The target appears by one rename when it is complete and on disk.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
 import traceback
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import dask
@@ -24,16 +27,54 @@ from daskclip.worker import drain
 
 WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored depend on
 PACKAGES = (*WRITING, "numpy", "dask", "distributed")
-ComputeKwargs = dict[str, ThreadPoolExecutor]
+LOG_WAIT_S = 60.0  # between two lines of the log while no worker is there
+PROBE_S = 60.0  # that a worker has to say what it has
+ComputeKwargs = dict[str, Executor]
 """Keyword arguments of ``dask.compute``."""
 R = TypeVar("R")
+log = logging.getLogger("daskclip")
 
 
 def _client() -> Any:
     """The active distributed Client, or None."""
-    get = get_scheduler()
+    try:
+        get = get_scheduler()
+    except RuntimeError as error:
+        raise ClusterError(
+            f"Dask has no scheduler for this call ({error_text(error)}); use a synchronous Client, "
+            "or another thread: await asyncio.to_thread(clip_zarr, ...)"
+        ) from error
     owner = getattr(get, "__self__", None)
     return owner if hasattr(owner, "nthreads") else None
+
+
+@contextmanager
+def leaving_worker_pool() -> Iterator[None]:
+    """Give up the thread of a worker whose task this is, since blocks and probes need it."""
+    with ExitStack() as stack:
+        if _client() is not None:
+            from distributed import get_worker, worker_client
+            from distributed.worker import thread_state
+
+            with suppress(ValueError):  # this is no task
+                worker = get_worker()
+                stack.enter_context(worker_client())
+                # a coroutine gives up nothing, nor does a task that waits for this thread
+                if not hasattr(thread_state, "start_time"):
+                    _require_thread(worker.state)
+        yield
+
+
+def _require_thread(state: Any) -> None:
+    """Refuse a worker, whose state is given, that has no thread for another task."""
+    until = time.monotonic() + 1  # a thread that is given up is not counted at once
+    while state.executing_count >= state.nthreads:
+        if time.monotonic() > until:
+            raise ClusterError(
+                "all threads of the worker are taken, one by the task of this call; call it inside "
+                "worker_client(), in a task that is no coroutine"
+            )
+        time.sleep(0.01)
 
 
 def workers() -> tuple[int, int, int]:
@@ -41,21 +82,48 @@ def workers() -> tuple[int, int, int]:
     client = _client()
     if client is not None:
         with translating_cluster_errors(str):
-            if not client.nthreads():
-                client.wait_for_workers(1, timeout=60)
-            threads = list(client.nthreads().values())
-        most = max(threads, default=1)
-        return max(1, len(threads)), most, most
+            threads = _awaited_threads(client).values()
+        return len(threads), max(threads), max(threads)
     get = get_scheduler()
     if get is dask.get:
         return 1, 1, 1
-    number = config.get("num_workers", None) or CPU_COUNT
+    pool, number = config.get("pool", None), config.get("num_workers", None) or CPU_COUNT
+    # of an executor, or of a pool of the standard library
+    number = getattr(pool, "_max_workers", getattr(pool, "_processes", number))
     if get is not None and get is not dask.threaded.get:
         return number, 1, 1
-    if _own_pool():
-        return 1, number, 1
-    number = getattr(config.get("pool"), "_max_workers", number)
-    return 1, number, number
+    return 1, number, 1 if pool is None else number
+
+
+def _awaited_threads(client: Any) -> dict[str, int]:
+    """Threads of every worker; waits for the first one as long as the cluster lives."""
+    threads: dict[str, int] = client.nthreads()
+    while not threads:
+        with _logging_absence(client):
+            # clusters that adapt start workers for tasks only
+            client.submit(abs, 0, pure=False).result()
+        threads = client.nthreads()
+    return threads
+
+
+@contextmanager
+def _logging_absence(client: Any) -> Iterator[None]:
+    """Log each minute that there is no worker, as long as there is none."""
+    ended = Event()
+
+    def watch() -> None:
+        # a cluster that is lost is reported by who waits for it
+        with suppress(Exception, CancelledError):
+            while not ended.wait(LOG_WAIT_S):
+                if not client.nthreads():
+                    where = client.scheduler.address
+                    log.warning("the cluster at %s has no worker; waiting until one comes", where)
+
+    Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def versions() -> dict[str, str]:
@@ -78,18 +146,16 @@ def require_alike(paths: Sequence[str]) -> None:
         found = {name: metadata.version(name) if util.find_spec(name) else "none" for name in names}
         return found | {path: "" if os.path.exists(path) else "no" for path in paths}
 
-    with translating_cluster_errors(str):
-        before = client.nthreads().keys()
-        seen = _everywhere(look, 60)
-        # workers that have left need not answer, and those that have joined were not asked
-        silent = (before & client.nthreads().keys()) - seen.keys()
-    if silent:
-        raise TemporaryError(
-            f"worker {min(silent)} did not say in 60 s which versions it has; it may be busy: run "
-            "again, or look at its log"
-        )
+    # first, since another Python may crash when it loads a function by value
+    python = platform.python_version_tuple()
+    for worker, theirs in _ask_all(client, platform.python_version_tuple).items():
+        if theirs[:2] != python[:2]:
+            raise ClusterError(
+                f"worker {worker} has Python {'.'.join(theirs)} and not {'.'.join(python)}; "
+                "install there what is here"
+            )
     here = look()
-    for worker, there in seen.items():
+    for worker, there in _ask_all(client, look).items():
         for name in (n for n in here if there[n] != here[n]):
             if name in paths:
                 raise ClusterError(
@@ -102,31 +168,62 @@ def require_alike(paths: Sequence[str]) -> None:
             )
 
 
-def _own_pool() -> bool:
-    """Whether blocks run on threads that are made for the run."""
-    return get_scheduler() in (None, dask.threaded.get) and config.get("pool", None) is None
+def _ask_all(client: Any, question: Callable[[], R]) -> dict[str, R]:
+    """Answer of every worker, of which there is one at least; refuse those that give none."""
+    answers: dict[str, R] = {}
+    failed: dict[str, BaseException] = {}
+    with translating_cluster_errors(str):
+        # all that were asked may have left
+        while not answers and not failed:
+            _awaited_threads(client)
+            answers = _everywhere(question, PROBE_S, failed)
+    for worker, error in failed.items():
+        passing = isinstance(error, TimeoutError | CancelledError)
+        remedy = "run again" if passing else "give it the Python and the packages of this process"
+        raise (TemporaryError if passing else ClusterError)(
+            f"worker {worker} did not say which versions it has ({type(error).__name__}: "
+            f"{error_text(error)}); {remedy}, or look at its log"
+        ) from error
+    return answers
+
+
+def _new_pool(threads: int) -> Executor | None:
+    """A pool for one run on Dask's threads or processes; None if blocks run elsewhere."""
+    get = get_scheduler()
+    if config.get("pool", None) is not None:
+        return None
+    if get is dask.multiprocessing.get:
+        # Dask would make one for each window
+        setup = config.get("multiprocessing.initializer", None)
+        start = partial(dask.multiprocessing.initialize_worker_process, setup)
+        return ProcessPoolExecutor(workers()[0], dask.multiprocessing.get_context(), start)
+    return ThreadPoolExecutor(threads) if get in (None, dask.threaded.get) else None
 
 
 @contextmanager
 def running(threads: int, attempt_id: str) -> Iterator[ComputeKwargs]:
     """Yield arguments for computing the blocks of an attempt; none is running afterwards.
 
-    A pool that is made here has ``threads``.
+    A pool of threads that is made here has ``threads``.
     """
+    client = _client()
     try:
-        if _own_pool():
-            with ThreadPoolExecutor(threads) as pool:
-                try:
-                    yield {"pool": pool}
-                finally:
-                    pool.shutdown(cancel_futures=True)
-        else:
-            yield {}
+        with ExitStack() as stack:
+            if client is not None:
+                stack.enter_context(_logging_absence(client))
+            pool = _new_pool(threads)
+            if pool is None:
+                yield {}
+                return
+            stack.callback(pool.shutdown, cancel_futures=True)
+            # of a pool that it is given, Dask warns that it does not initialize its processes
+            with config.set({"multiprocessing.initializer": None}):
+                yield {"pool": pool}
     finally:
         # when one block fails, Dask goes on with those that it began before; and an error here
         # must not hide the one that ended the run
         with suppress(Exception):
-            _everywhere(partial(drain, attempt_id), 60)
+            _everywhere(partial(drain, attempt_id), PROBE_S)
 
 
 @contextmanager
@@ -145,11 +242,14 @@ def translating_cluster_errors(block_of: Callable[[object], str]) -> Iterator[No
                 "of its window was running; look into their logs and run the same command again "
                 "to resume"
             ) from error
-        lost = isinstance(error, OSError | CancelledError | TimeoutError)
+        lost = isinstance(error, OSError | CancelledError | TimeoutError | BrokenExecutor)
         if lost or _wait_was_cancelled(error) or kind.__module__.startswith("distributed"):
+            # by distributed.scheduler.no-workers-timeout, which is infinite by default
+            late = kind.__name__ in ("NoWorkerError", "NoValidWorkerError")
+            what = "no worker came in time" if late else "the cluster was lost"
             raise TemporaryError(
-                f"the cluster was lost ({kind.__name__}: {error_text(error)}); "
-                "run the same command again to resume"
+                f"{what} ({kind.__name__}: {error_text(error)}); run the same command again to "
+                "resume"
             ) from error
         raise
 
@@ -180,22 +280,48 @@ def memory_used() -> dict[str, tuple[int, int]]:
         return _everywhere(_own_memory, 10)
 
 
-def _everywhere(function: Callable[[], R], seconds: float) -> dict[str, R]:
-    """Result of ``function`` from this process, or from every worker that answers in time."""
+@dataclass(frozen=True)
+class _Calling:
+    """A function that is called where this is loaded from its pickle, and gives its result."""
+
+    function: Callable[[], object]
+
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        return self.function, ()
+
+
+def _everywhere(
+    function: Callable[[], R], seconds: float, failed: dict[str, BaseException] | None = None
+) -> dict[str, R]:
+    """Result of ``function`` from this process, or from every worker that answers in time.
+
+    ``failed`` gets the errors of those that have not answered and not left.
+    """
     client = _client()
     if client is None:
         return {str(os.getpid()): function()}
+    from distributed.protocol import pickle
+
     until = time.monotonic() + seconds
     # the priority puts it before the tasks that workers have
     options = {"pure": False, "priority": 1000}
-    calls = {w: client.submit(function, workers=[w], **options) for w in client.nthreads()}
+    # loaded inside a task, since a worker that cannot load a task closes and does not say why
+    load = pickle.loads, pickle.dumps(_Calling(function))
+    calls = {w: client.submit(*load, workers=[w], **options) for w in client.nthreads()}
     results = {}
     for worker, call in calls.items():
-        with suppress(Exception, CancelledError):
+        try:
             # a worker that is gone never answers
-            while not call.done() and time.monotonic() < until and worker in client.nthreads():
+            while not call.done() and worker in client.nthreads():
+                if time.monotonic() > until:
+                    others = len({*client.processing([worker])[worker]} - {call.key})
+                    tasks = "1 other task" if others == 1 else f"{others} other tasks"
+                    raise TimeoutError(f"no answer in {seconds:g} s, and {tasks} there")
                 time.sleep(0.01)
             results[worker] = call.result(timeout=10 if call.done() else 0.01)
+        except (Exception, CancelledError) as error:
+            if failed is not None and worker in client.nthreads():
+                failed[worker] = error
     return results
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from daskclip.arguments import Axes, Dim, NonFinite
 from daskclip.engine.attempt import measure
+from daskclip.engine.cluster import leaving_worker_pool
 from daskclip.engine.request import ClipRequest, prepare
 from daskclip.engine.saved_norms import saving
 from daskclip.numerics import RELATIVE_ERROR, NormHistogram
@@ -21,6 +22,7 @@ PERCENTS = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")
 CANDIDATES = 30
 
 
+@leaving_worker_pool()
 def stats_zarr(
     source: object,
     axes: Axes = None,

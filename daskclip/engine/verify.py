@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from daskclip.engine import rounds
+from daskclip.engine.cluster import leaving_worker_pool
 from daskclip.engine.passes import Passes
 from daskclip.engine.request import LimitsByArray, array_tasks, limits_identity, open_limits
 from daskclip.engine.run_record import plan_from_json, replan
@@ -30,6 +31,7 @@ class MadeByRun:
     """Digest of the files of each block, by its number."""
 
 
+@leaving_worker_pool()
 def verify_zarr(
     target: str | os.PathLike[str], source: object = None, *, limits: object = None
 ) -> VerifyReport:

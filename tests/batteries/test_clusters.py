@@ -17,8 +17,7 @@ from stores import create, finished, read, some, stored
 from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr
-from daskclip.engine import cluster as workers
-from daskclip.errors import StorageError, TemporaryError
+from daskclip.errors import StorageError
 from daskclip.target.journal import Journal
 
 pytestmark = pytest.mark.distributed
@@ -452,16 +451,3 @@ def test_workers_that_do_not_see_the_files_are_refused(tmp_path):
         pytest.skip("mounting is refused here")
     with cluster_in(tmp_path / "logs") as cluster, worker(cluster, *hidden, str(tmp_path / "data")):
         assert " does not see " in refusal(cluster, tmp_path / "data")
-
-
-def test_a_worker_that_does_not_answer_is_no_reason_to_begin(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_everywhere", lambda *_: {})
-    x = create(tmp_path / "x", some((4, 4), "f4"), (2, 4))
-    with (
-        cluster_in(tmp_path / "logs") as cluster,
-        worker(cluster),
-        Client(cluster.address),
-        pytest.raises(TemporaryError, match="did not say in 60 s"),
-    ):
-        clip_zarr(x, tmp_path / "y", 1.0)
-    assert not (tmp_path / "y").exists()
