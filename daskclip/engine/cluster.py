@@ -112,9 +112,9 @@ def _logging_absence(client: Any) -> Iterator[None]:
     ended = Event()
 
     def watch() -> None:
-        # a cluster that is lost is reported by who waits for it
-        with suppress(Exception, CancelledError):
-            while not ended.wait(LOG_WAIT_S):
+        while not ended.wait(LOG_WAIT_S):
+            # a cluster that is lost is reported by who waits for it
+            with suppress(Exception, CancelledError):
                 if not client.nthreads():
                     where = client.scheduler.address
                     log.warning("the cluster at %s has no worker; waiting until one comes", where)
@@ -179,7 +179,9 @@ def _ask_all(client: Any, question: Callable[[], R]) -> dict[str, R]:
             answers = _everywhere(question, PROBE_S, failed)
     for worker, error in failed.items():
         passing = isinstance(error, TimeoutError | CancelledError)
-        remedy = "run again" if passing else "give it the Python and the packages of this process"
+        remedy = "give it the Python and the packages of this process"
+        if passing:
+            remedy = "run again, in a task inside worker_client()"
         raise (TemporaryError if passing else ClusterError)(
             f"worker {worker} did not say which versions it has ({type(error).__name__}: "
             f"{error_text(error)}); {remedy}, or look at its log"

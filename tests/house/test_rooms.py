@@ -47,7 +47,7 @@ FEW = {
     "numcodecs": {"storage.decode_guard"},
     "xarray": {"xarray"},
     "click": {"cli"},
-    "distributed": {"cli"},  # where it is used: it takes a second to import
+    "distributed": {"cli", "engine.cluster"},  # where it is used: it takes a second to import
 }  # fmt: skip
 LINES = 400
 
