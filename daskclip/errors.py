@@ -46,7 +46,7 @@ class NonFiniteError(DaskClipError, FloatingPointError):
 
 
 class KernelError(DaskClipError, ImportError):
-    """The compiled kernel is missing or cannot be loaded (exit code 1)."""
+    """The compiled kernel cannot be loaded, or its results would be wrong (exit code 1)."""
 
     exit_code = 1
     # nothing is wrong with the run: the installation is to be repaired

@@ -24,6 +24,7 @@ AXES = 72  # of kernel.c
 FOLDER = Path(__file__).parent
 LEVEL_3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}  # of x86-64-v3
 REMEDY = "install daskclip with pip, which compiles it"
+SMALLEST = 5e-324  # subnormal; by a name, since Python multiplies literals when it compiles
 KNOWN = "0x1.c08da5aa6a675p+2 0x1.47469a60f03f4p-7 0x1.10bad5fb72df6p-5 "
 KNOWN += "0x1.0c1ab55a78a00p-20 0x1.65f538da06c53p-1"
 """Norm and clipped elements of the array that `load` tries; wrong roundings change them."""
@@ -116,11 +117,23 @@ class Block(ctypes.Structure):
 
     def run(self, function: str, loaded: ctypes.CDLL | None = None) -> None:
         """Call a function of the kernel, without holding the interpreter's lock."""
+        require_subnormals()
         loaded = loaded or kernel()
         if not self.scratch:
             # the system provides only those pages of zeros that are touched
             self.point(scratch=np.zeros(loaded.scratch_bytes(self.type), np.uint8))
         loaded[function](ctypes.byref(self))
+
+
+def require_subnormals() -> None:
+    """Refuse to compute in a thread whose processor makes subnormal numbers 0."""
+    # a library may set this mode, which threads that are started later have too
+    if SMALLEST * 1.25 == 0:
+        raise KernelError(
+            "subnormal numbers are 0 in this thread, since a library has set the processor to "
+            "flush them; set it back, as by torch.set_flush_denormal(False), or do not load what "
+            "was linked with -ffast-math"
+        )
 
 
 def real_dtype(dtype: DType) -> DType:
