@@ -161,7 +161,7 @@ class Round:
         save_sums(passes.journal, name, sums)
         digests = {passes.number(BlockId(*b)): d for f in found for b, d in f.digests.items()}
         # an infinite norm of several arrays is as good as NaN
-        flags = [p.flags if passes.is_shared else p.flags & NAN for p in sums]
+        flags = [(nan_if_infinite(p) if passes.is_shared else p).flags & NAN for p in sums]
         return WindowRecord(sums=name, nan=any(bool(f.any()) for f in flags), source=digests)
 
     def _rescale(

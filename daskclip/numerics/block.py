@@ -158,7 +158,9 @@ def require_finite(
     ``start`` is the position of the block in its array; ``chunk_of`` maps the position of an
     element to that of its chunk.
     """
-    bad: npt.NDArray[np.bool_] = ~np.isfinite(x)
+    # ml_dtypes warns of a signaling NaN
+    with np.errstate(invalid="ignore"):
+        bad: npt.NDArray[np.bool_] = ~np.isfinite(x)
     bad &= np.not_equal(limit, math.inf)  # infinity clips nothing, so it refuses nothing
     found = np.argwhere(bad.any(axis=axes, keepdims=True))
     if not len(found):

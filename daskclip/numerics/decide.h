@@ -116,7 +116,7 @@ static void decide(const block *b, i64 n) {
     compute_roots(b, n);
     for (i64 k = 0; k < n; k++) {
         leading sum = w->sum[k];
-        i64 slice = w->slice[k], flags = b->flags[slice];
+        i64 slice = w->slice[k], flags = b->flags[slice] & (NAN_MET | INF_MET);
         double root = w->root[k], rest = __builtin_fabs(w->rest[k]), limit = w->limit[k];
         double norm = sum.high ? scaled(root, w->half[k]) : 0;
         /* 100 bits decide the norm unless they are within 2**-40 of a tie; below a power of two,

@@ -17,7 +17,7 @@ import numpy as np
 
 from daskclip.grid import ceil_div
 from daskclip.numerics.compiled import Array
-from daskclip.numerics.partial import NAN
+from daskclip.numerics.partial import NAN, NONFINITE
 from daskclip.numerics.scale import Scale
 
 BINS = 256  # from each power of two to the next; all of float64 has half a million
@@ -157,7 +157,7 @@ def collect(
     (1, [(5.0, [2]), (3.0, [0]), (0.0, [1])], [[0, 0, 1]])
     """
     # below every finite norm, so that comparisons leave out NaN and infinity
-    size = np.where(flags != 0, -1.0, norm)
+    size = np.where(flags & NONFINITE, -1.0, norm)
     flat, found = size.ravel(), [np.zeros((2, 0), np.int64)]
     for i in range(0, flat.size, TILE):
         some = flat[i : i + TILE]
@@ -255,7 +255,7 @@ class SliceCounts(NamedTuple):
 
 def count_slices(scale: Scale) -> SliceCounts:
     """Count the slices of ``scale``."""
-    finite = scale.flags == 0
+    finite = scale.flags & NONFINITE == 0
     clipped = int(np.count_nonzero(finite & (scale.factor < 1.0)))
     nonfinite = int(finite.size - np.count_nonzero(finite))
     smallest = float(scale.norm.min(initial=math.inf, where=finite))
@@ -270,6 +270,6 @@ def count_with_histogram(
     kept = [a for a in range(len(shape)) if a not in axes]
     norm, flags, factor = (x.squeeze(tuple(axes)) for x in (scale.norm, scale.flags, scale.factor))
     # NaN factors compare as false, but an infinite slice has the factor 0 and is no clipped one
-    clipped = (flags == 0) & (factor < 1.0)
+    clipped = (flags & NONFINITE == 0) & (factor < 1.0)
     histogram = collect(norm, flags, clipped, [start[a] for a in kept], [shape[a] for a in kept])
     return count_slices(scale)._replace(histogram=histogram)

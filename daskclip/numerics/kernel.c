@@ -73,7 +73,7 @@ enum {
     CACHE = 1 << 17, /* bytes of rows that are summed and rescaled while they are in the cache */
     MAX_LIMBS = 138, /* the largest of LIMBS */
 };
-enum { NAN_MET = 1, INF_MET = 2 };
+enum { NAN_MET = 1, INF_MET = 2, NAN_OMITTED = 4 };
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 /* of each type: bytes, significant bits, exponent of the smallest subnormal; limbs of a sum */
 static const i64 SIZE[] = {2, 2, 4, 8}, DIGITS[] = {11, 8, 24, 53};
@@ -105,7 +105,8 @@ typedef struct {
     u8 flags[LANES];
     /* lanes of a run: scales, then factors; units that products are truncated to, or 0; shifts */
     double scale[RUN], unit[RUN];
-    i64 shift[RUN], truncate, special; /* whether a product is truncated, or needs any_product */
+    /* whether a product is truncated, or needs any_product, or an element is an omitted NaN */
+    i64 shift[RUN], truncate, special, nan;
     char in[8 * LANES * ROWS], out[8 * RUN]; /* elements as floats or doubles */
     char raw[8 * RUN];                       /* elements as they are stored */
     i64 sums[];                              /* limbs of at most LANES slices */
@@ -291,13 +292,14 @@ static void finish_box(block *b) {
 static void begin_lanes(const block *b, i64 n, i64 k, lanes l) {
     work *w = b->scratch;
     i64 step = l.axis < 0 ? 0 : b->slice[l.axis];
-    w->special = w->truncate = 0;
+    w->special = w->truncate = w->nan = 0;
     for (i64 j = 0, part = 0, at = 0; j < n; j++) {
         i64 slice = k + at * step, toward_zero = b->toward_zero && b->toward_zero[slice];
         w->scale[j] = b->factor[slice];
         w->unit[j] = toward_zero ? power_of_two(LOWEST[b->type]) : 0;
         w->shift[j] = b->shift ? b->shift[slice] : 0;
         w->truncate |= toward_zero;
+        w->nan |= b->flags[slice] & NAN_OMITTED;
         w->special |= !(w->scale[j] > 0) || w->shift[j] || (toward_zero && b->type == FLOAT64);
         if (++part == l.repeat) part = 0, at = at + 1 < l.slices ? at + 1 : 0;
     }

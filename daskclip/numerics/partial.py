@@ -15,7 +15,8 @@ from daskclip.numerics.compiled import Array, Block, DType, format_of
 
 LIMB = 32  # bits
 TERMS = 63  # bits of the number of elements of any array
-NAN, INF = 1, 2
+NAN, INF = 1, 2  # and 4 for NaN that is omitted, which the kernel sets and reads
+NONFINITE = NAN | INF
 SCRATCH = 1 << 18  # bytes of limbs that the kernel fills at a time
 SLICES = 1 << 13  # slices that are added at a time: 1 MB of limbs
 
@@ -55,7 +56,8 @@ class Partial(NamedTuple):
     low: int
     """Position of the first limb."""
     flags: npt.NDArray[np.uint8]
-    """Flags of shape kept: NAN and INF where such elements occur; the sum leaves them out."""
+    """Flags of shape kept: NAN and INF where such elements occur; the sum leaves them out. Another
+    one says that NaN is omitted."""
     terms: int
     """Elements per slice; complex ones count twice."""
     ord: float = 2
@@ -229,7 +231,8 @@ def combine_all(parts: Sequence[Partial]) -> Partial:
 
 def nan_if_infinite(partial: Partial) -> Partial:
     """Turn the flag INF into NAN: the factor of several arrays with an infinite norm is NaN."""
-    return partial._replace(flags=np.where(partial.flags != 0, np.uint8(NAN), partial.flags))
+    flags = np.where(partial.flags & NONFINITE, np.uint8(NAN), partial.flags)
+    return partial._replace(flags=flags)
 
 
 def _require_room(limbs: int, max_nbytes: int) -> None:

@@ -47,6 +47,8 @@
 #define SPECIALIZED(function, power, extra, ...) \
     ((power) == 2 ? (extra) ? function(2, 1, __VA_ARGS__) : function(2, 0, __VA_ARGS__) \
                   : (extra) ? function(1, 1, __VA_ARGS__) : function(1, 0, __VA_ARGS__))
+/* Whether an element stays as it is, where `nan` says whether it may be NaN. */
+#define KEPT(a, factor) ((factor) == 1.0 || (nan && (a) != (a)))
 enum { USUAL_GRIDS, EXTRA_GRID, NO_GRIDS };
 #endif
 
@@ -157,12 +159,14 @@ static inline void NAME(add_element_)(work *w, i64 *limbs, int power, BITS v) {
 static void NAME(add_each_)(const block *b, const T *x, i64 n, i64 stride, i64 lane, i64 *limbs,
                             u8 *flags) {
     work *w = b->scratch;
+    i64 nan_met = b->omit ? NAN_OMITTED : NAN_MET;
     for (i64 i = 0; i < n; i++) {
         const BITS *a = (const BITS *)x + i * stride;
         BITS v = *a & ABS;
-        if (b->paired && (a[(stride == 1 ? i : lane) & 1 ? -1 : 1] & ABS) > INFINITE) continue;
-        if (v >= INFINITE)
-            *flags |= v == INFINITE ? INF_MET : b->omit ? 0 : NAN_MET;
+        if (b->paired && (a[(stride == 1 ? i : lane) & 1 ? -1 : 1] & ABS) > INFINITE)
+            *flags |= NAN_OMITTED;
+        else if (v >= INFINITE)
+            *flags |= v == INFINITE ? INF_MET : nan_met;
         else if (w->largest)
             limbs[0] = max(limbs[0], v);
         else
@@ -184,7 +188,7 @@ static void NAME(add_to_bins_)(const block *b, const T *x, i64 n, u8 *flags) {
         }
         for (i64 j = 0; j < m; j++) bins[j % COPIES * (NONFINITE + 1) + field[j]] += square[j];
     }
-    *flags |= (nan && !b->omit ? NAN_MET : 0) | (infinite ? INF_MET : 0);
+    *flags |= (nan ? b->omit ? NAN_OMITTED : NAN_MET : 0) | (infinite ? INF_MET : 0);
     b->scratch->binned += n;
 }
 
@@ -263,12 +267,14 @@ static inline T NAME(truncated_)(T a, double factor, i64 mask, double unit) {
     return (T)__builtin_copysign(size < unit * 0x1p51 ? cut : size, p);
 }
 
-/* The product with any factor: 1 leaves an element as it is, NaN makes NaN, as 0 does of infinity;
-   those of double may keep a power of two apart, or ask for subnormal results to be truncated. */
+/* The product with any factor: 1 leaves an element as it is, NaN makes NaN, as 0 does of infinity,
+   and always the same one; those of double may keep a power of two apart, or ask for subnormal
+   results to be truncated. */
 static T NAME(any_product_)(T a, double factor, i64 mask, i64 shift, double unit) {
     if (factor == 1.0) return a;
     if (factor != factor || (factor == 0.0 && __builtin_fabs((double)a) == INF))
         return (T)QUIET_NAN;
+    if (a != a) return a;
     if (!WIDE) return NAME(truncated_)(a, factor, mask, unit);
     double p = scaled(a * factor, shift);
     if (unit != 0.0 && factor != 0.0) {
@@ -280,8 +286,10 @@ static T NAME(any_product_)(T a, double factor, i64 mask, i64 shift, double unit
     return (T)p;
 }
 
-/* Multiply a run by the factors that `begin_lanes` has found: one, or one for each lane. */
-static void NAME(multiply_)(const block *b, const T *x, T *out, i64 n, int each) {
+/* Multiply a run by the factors that `begin_lanes` has found: one, or one for each lane. `nan`:
+   whether there may be NaN, whose bits a multiplication would change. */
+static INLINE void NAME(multiply_run_)(const block *b, const T *x, T *out, i64 n, int each,
+                                       int nan) {
     const work *w = b->scratch;
     const double *f = w->scale, *unit = w->unit, factor = f[0];
     i64 mask = -((i64)1 << (53 - DIGITS[b->type]));
@@ -292,15 +300,23 @@ static void NAME(multiply_)(const block *b, const T *x, T *out, i64 n, int each)
         }
     else if (each && w->truncate)
         INDEPENDENT for (i64 j = 0; j < n; j++)
-            out[j] = f[j] == 1.0 ? x[j] : NAME(truncated_)(x[j], f[j], mask, unit[j]);
+            out[j] = KEPT(x[j], f[j]) ? x[j] : NAME(truncated_)(x[j], f[j], mask, unit[j]);
     else if (each)
         INDEPENDENT for (i64 j = 0; j < n; j++)
-            out[j] = f[j] == 1.0 ? x[j] : (T)NAME(product_)(x[j], f[j], mask);
+            out[j] = KEPT(x[j], f[j]) ? x[j] : (T)NAME(product_)(x[j], f[j], mask);
     else if (factor == 1.0)
         INDEPENDENT for (i64 j = 0; j < n; j++) out[j] = x[j];
     else if (w->truncate)
         INDEPENDENT for (i64 j = 0; j < n; j++)
-            out[j] = NAME(truncated_)(x[j], factor, mask, *unit);
+            out[j] = KEPT(x[j], 0) ? x[j] : NAME(truncated_)(x[j], factor, mask, *unit);
     else
-        INDEPENDENT for (i64 j = 0; j < n; j++) out[j] = (T)NAME(product_)(x[j], factor, mask);
+        INDEPENDENT for (i64 j = 0; j < n; j++)
+            out[j] = KEPT(x[j], 0) ? x[j] : (T)NAME(product_)(x[j], factor, mask);
+}
+
+static void NAME(multiply_)(const block *b, const T *x, T *out, i64 n, int each) {
+    if (b->scratch->nan)
+        NAME(multiply_run_)(b, x, out, n, each, 1);
+    else
+        NAME(multiply_run_)(b, x, out, n, each, 0);
 }

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import DTYPES, bits, integer, is_ideal, is_rounded, native, slices, totals
 from servers import local_cluster
-from strategies import ORDS, cases, for_each_ord
+from strategies import ORDS, bits_of, cases, for_each_ord, parts_as_integers
 
 from daskclip import clip_by_norm, norm
 
@@ -91,6 +91,21 @@ def test_omit_clips_as_if_nan_were_zero(case, ord):
     nan = np.isnan(case.plain)
     assert np.isnan(y[nan]).all()
     assert bits(y[~nan]) == bits(expected[~nan])
+
+
+@for_each_ord(200, 80, special=True, nonfinite=policies)
+def test_nan_that_is_made_is_one_and_any_other_keeps_its_bits(case, ord, nonfinite):
+    y = clip_by_norm(case.x, case.clip_norm, case.axes, ord=ord, nonfinite=nonfinite)
+    quiet = bits_of(math.nan, case.plain.dtype)
+    for _, part in slices(y.shape, case.axes):
+        x, clipped = (np.array(native(a[part])) for a in (case.plain, y))
+        is_made = np.isnan(clipped) & ~np.isnan(x)
+        if nonfinite == "propagate" and np.isnan(x).any():
+            is_made[:] = True
+        found, before = parts_as_integers(clipped), parts_as_integers(x)
+        is_kept = (np.isnan(clipped) & ~is_made).ravel()
+        assert (found[is_made.ravel()] == quiet).all()
+        assert (found[is_kept] == before[is_kept]).all()
 
 
 @for_each_ord(100, 50, special=True)

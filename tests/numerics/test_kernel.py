@@ -13,8 +13,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import DTYPES, EXPONENTS, bits, exact_sums, is_rounded, same, squares, totals
-from strategies import LAYOUTS, elements, flags, make_nonfinite, one_of
+from reference import (
+    BFLOAT16,
+    DTYPES,
+    EXPONENTS,
+    bits,
+    exact_sums,
+    is_rounded,
+    native,
+    same,
+    squares,
+    totals,
+)
+from strategies import (
+    LAYOUTS,
+    bits_of,
+    elements,
+    flags,
+    make_nonfinite,
+    one_of,
+    parts_as_integers,
+)
 
 import daskclip
 from daskclip import clip_by_norm
@@ -183,10 +202,55 @@ def test_special_values_are_flagged_and_left_out_of_sums(name, dtype, omit):
         x = values.reshape(shape)
         partial = on_each_level(lambda x=x, axes=axes: partial_norm(x, axes, omit_nan=omit))
         assert (exact_sums(partial) == squares(finite.reshape(shape), axes)).all()
-        nan = np.isnan(x).any(axis=axes, keepdims=True) & (not omit)
+        nan = np.isnan(x).any(axis=axes, keepdims=True) * (4 if omit else 1)
         assert np.array_equal(partial.flags, nan + 2 * np.isinf(x).any(axis=axes, keepdims=True))
         for limit in (0.0, 1e-45, 1.0, 1e30, math.inf, math.nan):
             on_each_level(lambda c=limit, a=axes, x=x: clip_block(x, c, a, omit_nan=omit))
+
+
+# rows, lanes, bins and strips; factors that are truncated, that leave float64's range, 0 and NaN
+@pytest.mark.parametrize("limit", [0.0, 5e-324, 1e-310, 1e-40, 1e-6, 1.0, math.nan, math.inf])
+@pytest.mark.parametrize("omit", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_that_is_made_is_one_and_any_other_keeps_its_bits(dtype, omit, limit):
+    rng = np.random.default_rng(0)
+    real, quiet = parts_as_integers(np.zeros(1, dtype)).dtype, bits_of(math.nan, dtype)
+    for shape, axes in (((4, 5000), (1,)), ((300, 7), (0,)), ((40, 30, 3), (0, 2)), ((2, 40), ())):
+        x = rng.standard_normal((*shape, 2))[..., : 2 if dtype.kind == "c" else 1]
+        x = x.astype(np.float32 if dtype.itemsize < 16 else np.float64)
+        x = (x.view(dtype) if dtype.kind == "c" else x.astype(dtype)).reshape(shape)
+        before = parts_as_integers(x)
+        is_nan = rng.random(before.shape) < 0.1
+        signed = rng.integers(0, 2, before.shape, dtype=real) << real.type(8 * real.itemsize - 1)
+        # quiet or not, with any sign and payload
+        nan = bits_of(math.inf, dtype) | signed | rng.integers(1, 8, before.shape, dtype=real)
+        before[is_nan] = nan[is_nan] | rng.choice(np.array([0, quiet], real), is_nan.sum())
+        infinite = (rng.random(before.shape) < 0.05) & ~is_nan
+        before[infinite] = bits_of(-math.inf, dtype)
+        with np.errstate(invalid="ignore"):
+            spoilt = np.isnan(x).any(axis=axes, keepdims=True) & (not omit)
+        for layout in LAYOUTS.values():
+            other = layout(x)
+            clipped = on_each_level(
+                lambda x=other, axes=axes: clip_block(x, limit, axes, omit_nan=omit)[0]
+            )
+            found = parts_as_integers(native(clipped)).reshape(before.shape)
+            each = np.broadcast_to(spoilt[..., None], (*shape, before.size // x.size)).ravel()
+            if limit == math.inf:
+                assert np.array_equal(found, before)
+            elif math.isnan(limit):
+                assert (found == quiet).all()
+            else:
+                assert (found[each] == quiet).all()
+                assert np.array_equal(found[is_nan & ~each], before[is_nan & ~each])
+                assert (found[infinite & ~each] == quiet).all()
+
+
+def test_no_warning_reaches_the_user_from_a_signaling_nan():
+    x = np.full(3, 0x7F81, "u2").view(BFLOAT16)
+    assert (clip_by_norm(x, 1.0, nonfinite="omit").view("u2") == 0x7F81).all()
+    with pytest.raises(FloatingPointError, match="slice"):
+        clip_by_norm(x, 1.0, nonfinite="raise")
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "c8", "c16"])

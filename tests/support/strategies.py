@@ -100,10 +100,33 @@ def elements(draw, shape, dtype):
 
 
 def make_nonfinite(draw, x):
-    """Make some elements NaN or infinite, in one or both parts of complex ones."""
+    """Make some elements NaN or infinite, in one or both parts of complex ones.
+
+    NaN has any sign and payload, and is quiet or not; quiet in bfloat16, since ml_dtypes warns of
+    the other kind.
+    """
     for at in draw(st.lists(integers(0, x.size - 1), min_size=1, max_size=3)):
         value = draw(one_of(math.nan, math.inf, -math.inf))
         x.flat[at] = complex(1.0, value) if x.dtype.kind == "c" and draw(flags) else value
+        if math.isnan(value) and draw(flags):
+            bits = parts_as_integers(x)
+            size = 8 * bits.itemsize
+            payload = 2 ** draw(integers(0, FORMATS[native(x).dtype.name][0] - 2))
+            infinite = bits_of(math.nan if x.dtype == BFLOAT16 else math.inf, x.dtype)
+            number = infinite | payload | draw(flags) << (size - 1)
+            at = at if x.dtype.kind != "c" else 2 * at + draw(flags)
+            bits[at] = number
+
+
+def parts_as_integers(x):
+    """The bits of the real and imaginary parts of a contiguous array, as a view."""
+    size = x.itemsize // (2 if x.dtype.kind == "c" else 1)
+    return x.reshape(-1).view(f"u{size}")
+
+
+def bits_of(value, dtype):
+    """The bits of a number in the real part of a dtype, as an integer."""
+    return int(parts_as_integers(np.full(1, value, dtype))[0])
 
 
 @st.composite
