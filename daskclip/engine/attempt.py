@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 
 from daskclip.engine import rounds
-from daskclip.engine.cluster import memory_used, versions
+from daskclip.engine.cluster import memory_growth, memory_used, versions
 from daskclip.engine.passes import Passes, Progress, find_stored
 from daskclip.engine.request import Prepared, array_tasks
 from daskclip.report import ClipReport, format_size
@@ -26,7 +26,7 @@ def run_attempt(
         run, plan, source, staged, prepared.limits_by_array,
         staged=folder, in_place=request.in_place, collect=request.pictures,
     )  # fmt: skip
-    before = memory_used()
+    before = memory_used(reset=True)
     progress = Progress(request.show, plan.bytes_read, plan.passes)
     has_stored = find_stored(arrays, run)
     with (
@@ -34,9 +34,7 @@ def run_attempt(
         Passes.open(arrays, plan, journal, has_stored, progress, prepared.saved_norms) as passes,
     ):
         rounds.clip(passes)
-        after = memory_used()
-        # a worker that joined during the run is measured from what it has now
-        peak = max((after[k][1] - before.get(k, after[k])[0] for k in after), default=0)
+        peak = memory_growth(before, memory_used())
         # in place, a source without a slice above its limit stays as it is
         is_written = not request.in_place or passes.blocks_written > 0
         made = transaction.finish(staged) if is_written else None
@@ -69,7 +67,12 @@ def measure(
 
 
 def _report(
-    prepared: Prepared, run: RunRecord, passes: Passes, made: Json | None, peak: int, measured: int
+    prepared: Prepared,
+    run: RunRecord,
+    passes: Passes,
+    made: Json | None,
+    peak: int | None,
+    measured: int,
 ) -> ClipReport:
     """Report of an attempt that is complete; ``made`` is None if nothing was written."""
     plan, total, parameters = prepared.plan, passes.total, run.parameters
@@ -107,7 +110,7 @@ def _report(
     )
 
 
-def _pictures(prepared: Prepared, passes: Passes, peak: int) -> Json | None:
+def _pictures(prepared: Prepared, passes: Passes, peak: int | None) -> Json | None:
     """Numbers for the pictures of a run, if they were collected."""
     plan, norms, states = prepared.plan, passes.total.histogram, passes.progress.states
     if norms is None:
@@ -115,11 +118,12 @@ def _pictures(prepared: Prepared, passes: Passes, peak: int) -> Json | None:
     expected = f"{states[0].seconds + states[0].left:.2f} s" if states else ""
     taken = f"{states[-1].seconds:.2f} s" if states else ""
     read, written = passes.bytes_read, passes.bytes_written
+    memory = "unknown" if peak is None else format_size(peak)
     return norms.figures(plan.kept) | {
         "slices": plan.slices,
         "throughput": [(0.0, 0), *((s.seconds, s.done - s.skipped) for s in states)],
         "plan": [
-            ("memory", format_size(plan.projected_memory), format_size(peak)),
+            ("memory", format_size(plan.projected_memory), memory),
             ("bytes read", format_size(plan.bytes_read), format_size(read)),
             ("bytes written", format_size(plan.nbytes), format_size(written)),
             ("time of the passes", expected, taken),

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TypeVar
 
@@ -276,10 +277,21 @@ def _wait_was_cancelled(error: BaseException) -> bool:
     return bool(last.f_globals["__name__"] == "distributed.utils")
 
 
-def memory_used() -> dict[str, tuple[int, int]]:
-    """Resident bytes of every process that runs blocks, now and at the highest."""
+Memory = tuple[int, int] | None
+"""Resident bytes of a process, now and at the highest; None where the system does not say."""
+
+
+def memory_used(*, reset: bool = False) -> dict[str, Memory]:
+    """Memory of every process that runs blocks; with ``reset``, the highest is counted from now."""
     with translating_cluster_errors(str):
-        return _everywhere(_own_memory, 10)
+        return _everywhere(partial(_own_memory, reset), 10)
+
+
+def memory_growth(before: dict[str, Memory], after: dict[str, Memory]) -> int | None:
+    """Bytes by which the process grew that grew most, of those that were there before."""
+    pairs = [(before[k], now) for k, now in after.items() if k in before]
+    known = [now[1] - then[0] for then, now in pairs if then and now]
+    return max(known) if known and len(known) == len(pairs) else None
 
 
 @dataclass(frozen=True)
@@ -327,11 +339,13 @@ def _everywhere(
     return results
 
 
-def _own_memory() -> tuple[int, int]:
-    """Resident bytes of this process, now and at its highest; 0 where /proc does not say."""
+def _own_memory(reset: bool) -> Memory:
     try:
+        if reset:
+            # the highest is that of the whole life of the process, or since this
+            Path("/proc/self/clear_refs").write_text("5")
         with open("/proc/self/status") as status:
             fields = dict(line.split(":", 1) for line in status)
         return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
     except (OSError, KeyError):
-        return 0, 0
+        return None

@@ -66,9 +66,10 @@ class ClipReport(Report):
     """Number of blocks."""
     seconds: float
     """Seconds from the start of the call until the result was complete, before it is published."""
-    peak_memory: int
-    """Bytes by which the largest process that ran blocks grew; more than the run needed if that
-    process had been larger before."""
+    peak_memory: int | None
+    """Bytes by which the largest process that ran blocks grew during the run; None where the system
+    does not say. What else runs in that process counts too; of runs at the same time, each counts
+    from the beginning of the last one."""
     projected_memory: int
     """Bytes that the plan projected for each process."""
     run: str
@@ -93,7 +94,8 @@ class ClipReport(Report):
         # an array of size 0 may have no slices
         share = 100 * self.clipped / self.slices if self.slices else 0.0
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
-        peak, projected = format_size(self.peak_memory), format_size(self.projected_memory)
+        peak = "unknown" if self.peak_memory is None else format_size(self.peak_memory)
+        projected = format_size(self.projected_memory)
         arrays = {"arrays": f"{self.arrays:,}, {self.copied:,} more are copied"}
         kind = "" if self.ord == 2 else f", ord {self.ord:g}"
         # arrays of a group may have a dimension on different axes, so that only its name is shown

@@ -5,13 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 import zarr
 from command_line import DASKCLIP
+from distributed import Client
+from servers import local_cluster
 from zarr.codecs import BloscCodec, ZstdCodec
+
+from daskclip import clip_zarr
+from daskclip.engine.cluster import memory_growth
 
 MIB = 2**20
 # started from a small process: a child inherits the peak of the process that forks it
@@ -96,6 +102,41 @@ def shapes(opened):
 
 def test_an_array_of_256_mib_fits_in_128_mib(arrays, tmp_path):
     assert grown(arrays(256), tmp_path / "y", 128 * MIB) > 0
+
+
+def hold(nbytes):
+    """Take memory, and give it back."""
+    return float(np.ones(nbytes // 8).sum())
+
+
+def test_the_peak_in_the_report_is_that_of_the_run(tmp_path):
+    x = make(tmp_path / "x", (16, 256, 1024), (1, 256, 1024), FAST)
+    for i in range(2):
+        hold(700 * MIB)
+        report = clip_zarr(x, tmp_path / f"y{i}", 1.0, memory="128MiB")
+        assert 0 <= report.peak_memory <= report.projected_memory <= 128 * MIB
+
+
+@pytest.mark.distributed
+def test_the_peak_of_workers_is_that_of_the_run(tmp_path):
+    x = make(tmp_path / "x", (16, 256, 1024), (1, 256, 1024), FAST)
+    with local_cluster(2) as two, Client(two) as client:
+        for i in range(2):
+            client.run(hold, 700 * MIB)
+            report = clip_zarr(x, tmp_path / f"y{i}", 1.0, memory="128MiB")
+            assert 0 < report.peak_memory <= report.projected_memory <= 128 * MIB
+
+
+def test_a_peak_that_the_system_does_not_tell_is_unknown(tmp_path):
+    assert memory_growth({"a": (10, 10), "b": (20, 20)}, {"b": (30, 50), "c": (1, 9)}) == 30
+    for after in ({"a": None}, {"a": (10, 10), "b": None}, {}):
+        assert memory_growth({"a": (10, 10), "b": (20, 20)}, after) is None
+    x = make(tmp_path / "x", (4, 8, 8), (1, 8, 8), FAST)
+    report = clip_zarr(x, tmp_path / "y", 1.0, pictures=True)
+    unknown = replace(report, peak_memory=None)
+    assert "unknown of " in str(unknown)
+    assert json.loads(unknown.to_json())["peak_memory"] is None
+    assert "unknown of " in unknown._repr_html_()
 
 
 @pytest.mark.slow
