@@ -152,7 +152,7 @@ def test_targets_that_are_refused(everything, target, kind, code, words):
         (ValueError, ["512MiB", "-1MiB"], {"memory": "-1MiB"}),
         (ValueError, ["512MiB", "1e999"], {"memory": "1e999"}),
         (ValueError, ["512MiB", "nan"], {"memory": "nanMiB"}),
-        (ValueError, ["0.0 MiB", "one chunk", "give memory='"], {"memory": "1kB"}),
+        (ValueError, ["0.0 MiB", "a whole slab", "give memory='"], {"memory": "1kB"}),
     ],
     ids=str,
 )

@@ -1,7 +1,8 @@
 """Choose blocks and windows: the largest that keep within the memory."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -97,7 +98,7 @@ def make_plan(layout: Layout, machine: Machine, *, is_shared: bool = False) -> C
     Raises
     ------
     MemoryBudgetError
-        If blocks of one unit do not fit the fewest threads.
+        If the smallest blocks do not fit the fewest threads; names the least memory that does.
     """
 
     def plan(sum_nbytes: int) -> ClipPlan:
@@ -118,15 +119,18 @@ def make_plan(layout: Layout, machine: Machine, *, is_shared: bool = False) -> C
 def _plan(model: MemoryModel) -> ClipPlan:
     """Plan for exact sums of the size that the layout of the model has."""
     layout, machine = model.layout, model.machine
-    # threads are given up before the run is refused, never to get larger blocks
-    block, threads = layout.first_block, machine.threads
-    while threads > machine.fewest and not model.fits(block, threads):
-        threads -= 1
-    slab = _slab_of_one_block(model, threads)
-    if slab is not None:
-        block = slab
-    elif not model.fits(block, threads):
-        raise _too_little_memory(model, threads)
+    # threads are given up before the run is refused, never to get larger blocks; a slab of one
+    # block keeps no sums of slices, so that it may fit where a smaller block does not
+    first = _first_blocks(model)
+
+    def fitting(threads: int) -> list[Shape]:
+        return [block for block in first if model.fits(block, threads)]
+
+    more = range(machine.fewest + 1, machine.threads + 1)
+    threads = machine.fewest + bisect_left(more, True, key=lambda threads: not fitting(threads))
+    if not fitting(threads):
+        raise _too_little_memory(model, first, threads)
+    block = fitting(threads)[0]
     # reduced axes first, so that fewer blocks share a slice; then the outer ones, along which the
     # chunks of a block are contiguous in its memory
     order = sorted(range(len(layout.shape)), key=lambda a: a not in layout.axes)
@@ -147,11 +151,11 @@ def _plan(model: MemoryModel) -> ClipPlan:
     )
 
 
-def _slab_of_one_block(model: MemoryModel, threads: int) -> Shape | None:
-    """Shape of a slab that is one block and read once; None where two passes are better."""
+def _first_blocks(model: MemoryModel) -> list[Shape]:
+    """Smallest blocks, the best first: a slab that is read once, if that is good, and a unit."""
     layout, machine = model.layout, model.machine
     if model.is_shared:
-        return None
+        return [layout.first_block]
     block = tuple(
         max(1, n) if a in layout.axes else u
         for a, (n, u) in enumerate(zip(layout.shape, layout.first_block, strict=True))
@@ -159,17 +163,19 @@ def _slab_of_one_block(model: MemoryModel, threads: int) -> Shape | None:
     # one thread would read a large slab alone: two passes of all threads over it are faster
     is_busy = math.prod(grid_shape(layout.shape, block)) >= machine.processes * machine.threads
     is_small = math.prod(block) * layout.itemsize <= machine.sizing.block_nbytes
-    return block if (is_small or is_busy) and model.fits(block, threads) else None
+    return [block, layout.first_block] if is_small or is_busy else [layout.first_block]
 
 
-def _too_little_memory(model: MemoryModel, threads: int) -> MemoryBudgetError:
-    unit = model.layout.first_block
-    need = model.peak(unit, threads)
+def _too_little_memory(
+    model: MemoryModel, blocks: Sequence[Shape], threads: int
+) -> MemoryBudgetError:
+    need, block = min((model.peak(block, threads), block) for block in blocks)
+    kind = "one chunk or shard" if block == model.layout.first_block else "a whole slab"
     run = "1 thread needs" if threads == 1 else f"{threads} threads need"
     fewer = "" if threads == 1 else " or use workers of fewer threads"
     return MemoryBudgetError(
         f"memory {format_size(model.machine.memory)} is too small: {run} {format_size(need)} for "
-        f"blocks of one chunk or shard {unit}; give memory='{ceil_div(need, MIB)}MiB'{fewer}",
+        f"blocks of {kind} {block}; give memory='{ceil_div(need, MIB)}MiB'{fewer}",
         need,
     )
 

@@ -7,6 +7,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pytest
+from budgets import assert_least_memory_is_named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sizes import resize
@@ -14,6 +15,7 @@ from stores import create, least_memory
 
 from daskclip import clip_zarr, plan_zarr
 from daskclip.errors import MemoryBudgetError
+from daskclip.plan import plan_group
 from daskclip.plan.choose import make_plan
 from daskclip.plan.sizing import Layout, Machine
 from daskclip.report import MIB
@@ -177,6 +179,43 @@ def test_threads_are_the_most_for_which_a_unit_fits(request_):
         assert not planned(request_, threads=plan.threads + 1, fewest=plan.threads + 1)
     if not plan:
         assert not planned(request_, threads=request_["fewest"])
+
+
+@st.composite
+def groups(draw):
+    """Layouts by name, a machine, and whether there is a global norm."""
+    number, shared = draw(st.integers(1, 4)), draw(st.booleans())
+    all_ = [draw(requests()) for _ in range(number)]
+    machine = {name: all_[0].pop(name) for name in HOST}
+    machine["fewest"] = draw(st.sampled_from([1, machine["threads"]]))
+    layouts = {f"{i}": {k: v for k, v in r.items() if k not in HOST} for i, r in enumerate(all_)}
+    if shared:
+        for layout in layouts.values():
+            layout["axes"] = tuple(range(len(layout["shape"])))
+    limits = draw(st.sampled_from([0, 0, 8, 2**20]))
+    return {k: Layout(**v, limits_nbytes=limits) for k, v in layouts.items()}, machine, shared
+
+
+@settings(many, max_examples=300)
+@given(groups(), st.integers(20, 2000))
+def test_a_refusal_names_the_least_memory_that_works(group, mib):
+    layouts, machine, shared = group
+
+    def plan(mib):
+        return plan_group(layouts, {}, Machine(**machine | {"memory": mib * MIB}), shared)
+
+    assert_least_memory_is_named(plan, mib)
+
+
+def test_slabs_of_one_block_are_proposed_where_they_need_less_than_a_chunk():
+    layout = {"shape": (3, 10**6), "unit": (1, 10**6), "itemsize": 4, "sum_nbytes": 80}
+    with pytest.raises(MemoryBudgetError, match=r"blocks of a whole slab \(3, 1") as caught:
+        make(**layout, axes=(0,), **HOST | {"memory": 80 * MIB, "fewest": 1})
+    least = int(re.search(r"memory='(\d+)MiB'", str(caught.value))[1])
+    assert least < 100
+    assert make(**layout, axes=(0,), **HOST | {"memory": least * MIB, "fewest": 1}).passes == 1
+    with pytest.raises(MemoryBudgetError):
+        make(**layout, axes=(0,), **HOST | {"memory": (least - 1) * MIB, "fewest": 1})
 
 
 def test_64_threads_fit_the_default_memory():
