@@ -89,7 +89,7 @@ def test_axes_are_integers_or_none(source, tmp_path, text, axes):
     assert bits(read(tmp_path / "y")) == wanted(source, 1.0, axes)
 
 
-@pytest.mark.parametrize("limit", ["1", "1e-3", "-1", "0", "inf", "nan"])
+@pytest.mark.parametrize("limit", ["1", "1e-3", "0", "-0", "inf"])
 def test_clip_norm_is_any_number(source, tmp_path, limit):
     assert run("run", source, tmp_path / "y", "--clip-norm", limit).exit_code == 0
     assert bits(read(tmp_path / "y")) == wanted(source, float(limit))

@@ -22,7 +22,7 @@ from daskclip.engine.run_record import (
     stage_run,
     start_journal,
 )
-from daskclip.errors import DaskClipError, InvalidValueError
+from daskclip.errors import DaskClipError, InvalidValueError, MemoryBudgetError
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import ClipReport, Mode
 from daskclip.storage import translating_storage_errors
@@ -71,7 +71,8 @@ def clip_zarr(
         dimension names are those of the source.
     clip_norm : float or str
         See `clip_by_norm`. A string such as ``'p99'`` is a percentile of the norms of the source:
-        the norm that 99 % of the finite slices do not exceed.
+        the norm that 99 % of the finite slices do not exceed. Here a limit below 0 or NaN is
+        refused, since it would destroy the data.
     axes : None, int or sequence of int
         Axes over which the norm is taken; None takes all.
     ord, limits
@@ -181,7 +182,7 @@ def clip_zarr(
         # a run that is resumed has its limit in the journal
         measured = 0
         if old is not None:
-            run, prepared = old, replace(prepared, plan=replan(old, request.memory_nbytes))
+            run, prepared = old, replace(prepared, planned=replan(old, request.memory_nbytes))
         else:
             # before the norms are measured, which reads all chunks
             run = stage_run(transaction, prepared.source, run)
@@ -209,6 +210,10 @@ def _open(request: ClipRequest) -> tuple[Prepared, Target]:
             request.destination, prepared.source, request.storage_options,
             overwrite=request.overwrite, in_place=request.in_place,
         )  # fmt: skip
+        # before the source is listed; a run that has ended or begun needs no new plan
+        has_run = target.exists() or target.unfinished()
+        if isinstance(prepared.planned, MemoryBudgetError) and not has_run:
+            raise prepared.planned
     return prepared, target
 
 

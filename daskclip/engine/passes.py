@@ -24,7 +24,7 @@ from daskclip.grid import grid_shape
 from daskclip.numerics import NormHistogram, Partial, SliceCounts
 from daskclip.plan import GroupPlan
 from daskclip.report import ProgressState, Show, progress_printer
-from daskclip.storage import durable
+from daskclip.storage import StoredArray, durable
 from daskclip.target import Arrays, Journal, RunRecord, WindowRecord
 from daskclip.worker import ArrayTask
 
@@ -194,7 +194,7 @@ class Passes:
     def count_empty(self) -> None:
         """Count the slices of slabs that no window had: nothing is stored, or they are empty."""
         plans = [array.plan for array in self.arrays if array.plan.passes]
-        # their norm is 0, which no limit clips; for a limit of NaN all blocks were computed
+        # their norm is 0, which no limit clips
         rest = (1 if self.is_shared else sum(p.slices for p in plans)) - self.total.slices
         if rest:
             one = self.arrays[0]
@@ -218,9 +218,8 @@ def find_stored(arrays: Sequence[ArrayTask], run: RunRecord) -> list[HasStored]:
 
 
 def _needs_all(array: ArrayTask) -> bool:
-    """Whether blocks of which nothing is stored matter: a missing chunk, or a limit of NaN."""
-    may_be_nan = array.limits is not None or math.isnan(array.clip_norm or 0.0)
-    return array.missing == "error" or may_be_nan
+    """Whether blocks of which nothing is stored matter: each, or its stored limits, may be bad."""
+    return array.missing == "error" or isinstance(array.limits, StoredArray)
 
 
 def _name_factor(name: str) -> int:

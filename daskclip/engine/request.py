@@ -23,10 +23,11 @@ from daskclip.errors import (
     DaskClipError,
     InvalidTypeError,
     InvalidValueError,
+    MemoryBudgetError,
     SourceChangedError,
     short_repr,
 )
-from daskclip.numerics import state_nbytes
+from daskclip.numerics import require_limits, require_subnormals, state_nbytes
 from daskclip.plan import GroupPlan, Layout, Machine, plan_group, sizing
 from daskclip.report import Mode, Show, progress_printer
 from daskclip.storage import (
@@ -83,10 +84,15 @@ class ClipRequest:
     """The budget in bytes."""
 
     def __post_init__(self) -> None:
+        # limits are parsed in this thread, whatever thread computes
+        require_subnormals()
         # the only way to set a field of a frozen dataclass
         object.__setattr__(self, "show", progress_printer(self.progress))
         if self.clips and self.limits is None:
-            object.__setattr__(self, "limit", arguments.parse_clip_norm_or_quantile(self.clip_norm))
+            limit = arguments.parse_clip_norm_or_quantile(self.clip_norm)
+            if isinstance(limit, float):
+                require_limits(limit, "clip_norm")
+            object.__setattr__(self, "limit", limit)
         arguments.check_nonfinite(self.nonfinite)
         if self.missing not in ("fill", "error"):
             raise InvalidValueError(
@@ -134,11 +140,19 @@ class Prepared:
 
     request: ClipRequest
     source: Hierarchy
-    plan: GroupPlan
+    planned: GroupPlan | MemoryBudgetError
+    """The plan of a new run, or why there is none; an unfinished run has its own plan."""
     limits_by_array: LimitsByArray
     saved_norms: SavedNorms | None
     parameters: Json
     """Arguments that the result depends on: a run is resumed only with equal ones."""
+
+    @property
+    def plan(self) -> GroupPlan:
+        """The plan; raises if there is none."""
+        if isinstance(self.planned, MemoryBudgetError):
+            raise self.planned
+        return self.planned
 
     def run_record(self, target: Target | None = None) -> RunRecord:
         """Record of a run to a target, up to what is known before it begins."""
@@ -184,19 +198,20 @@ def prepare(request: ClipRequest) -> Prepared:
         # a NumPy array is sent to workers as a whole, a stored one is read chunk by chunk
         nbytes = limits.nbytes if isinstance(limits, np.ndarray) else limits.unit_nbytes
         clipped[name] = replace(clipped[name], limits_nbytes=nbytes)
-    plan = _plan(request, source, clipped)
     # -1 and 1 may be the same axis of an array; arrays of a group have any number of axes
     if not source.is_group:
         axes, dim = clipped[""].axes, None
     parameters = _parameters(request, axes, dim, limits_by_array)
-    saved = None
+    saved, plan = None, _plan(request, source, clipped)
     # saved sums belong to the blocks of an older plan, which this run then has to use
     if request.norms is not None:
         saved, plan = open_norms(request.norms, source, parameters, request.memory_nbytes)
     return Prepared(request, source, plan, limits_by_array, saved, parameters)
 
 
-def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -> GroupPlan:
+def _plan(
+    request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]
+) -> GroupPlan | MemoryBudgetError:
     copied = {
         name: Layout(shape=array.shape, unit=array.unit, itemsize=array.dtype.itemsize)
         for name, array in source.arrays.items()
@@ -208,7 +223,10 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
         processes=processes, threads=threads, fewest=fewest, memory=request.memory_nbytes,
         sizing=sizing.DEFAULT,
     )  # fmt: skip
-    return plan_group(clipped, copied, machine, request.global_norm)
+    try:
+        return plan_group(clipped, copied, machine, request.global_norm)
+    except MemoryBudgetError as error:
+        return error
 
 
 def _parameters(
@@ -312,13 +330,18 @@ def open_limits(
                 "each array that is clipped its own, or one for all"
             )
     return {
-        name: _open_array(found[name], clip_norm, source.arrays[name].shape, axes, options)
+        name: _open_array(name, found[name], clip_norm, source.arrays[name].shape, axes, options)
         for name, axes in axes_by_array.items()
     }
 
 
 def _open_array(
-    limits: Any, clip_norm: object, shape: tuple[int, ...], axes: tuple[int, ...], options: Options
+    name: str,
+    limits: Any,
+    clip_norm: object,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    options: Options,
 ) -> Limits:
     if isinstance(limits, numbers.Real):
         limits = np.asarray(limits, np.float64)
@@ -333,8 +356,12 @@ def _open_array(
     if isinstance(limits, StoredArray):
         check_source(limits, arguments.check_limits_dtype)
     arguments.check_limits(limits.shape, clip_norm, shape, axes)
+    if isinstance(limits, StoredArray):
+        return limits
+    require_limits(limits, f"limits of {name}" if name else "limits")
     # a copy: the caller may change the array while blocks are clipped
-    return limits.astype(np.float64, order="C") if isinstance(limits, np.ndarray) else limits
+    copied: npt.NDArray[np.float64] = limits.astype(np.float64, order="C")
+    return copied
 
 
 def _open(limits: object, options: Options) -> Hierarchy:

@@ -112,9 +112,8 @@ def open_norms(
         raise InvalidValueError(
             f"norms are saved of one array, and source {source} is a group; leave them out"
         )
-    if parameters["limits"] is not None or parameters["clip_norm"] == "nan":
-        given = "limits" if parameters["limits"] is not None else "clip_norm nan"
-        raise InvalidValueError(f"norms do not go with {given}; leave out one of them")
+    if parameters["limits"] is not None:
+        raise InvalidValueError("norms do not go with limits; leave out one of them")
     target = _directory(path)
     if not target.exists():
         raise SourceNotFoundError(f"norms {target} do not exist; check the path, or {AGAIN}")

@@ -20,8 +20,8 @@ message of `parse_ord` in arguments.py and in the choices of ``--ord`` in cli.py
 """
 
 # what other rooms use; tests may import the modules themselves
-from daskclip.numerics.block import clip_array, clip_block, require_finite, rescale
-from daskclip.numerics.compiled import Array
+from daskclip.numerics.block import clip_array, clip_block, require_finite, require_limits, rescale
+from daskclip.numerics.compiled import Array, require_subnormals
 from daskclip.numerics.histogram import (
     RELATIVE_ERROR,
     NormHistogram,
@@ -46,6 +46,6 @@ from daskclip.numerics.scale import Scale, finalize
 __all__ = [
     "NAN", "ORDERS", "RELATIVE_ERROR", "Array", "NormHistogram", "Partial", "Scale", "SliceCounts",
     "clip_array", "clip_block", "combine", "combine_all", "count_slices", "count_with_histogram",
-    "finalize", "kept_shape", "nan_if_infinite", "partial_norm", "require_finite", "rescale",
-    "state_nbytes", "term_count",
+    "finalize", "kept_shape", "nan_if_infinite", "partial_norm", "require_finite", "require_limits",
+    "require_subnormals", "rescale", "state_nbytes", "term_count",
 ]  # fmt: skip

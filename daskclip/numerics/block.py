@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.errors import NonFiniteError
+from daskclip.errors import InvalidValueError, NonFiniteError
 from daskclip.grid import Box, ceil_div
 from daskclip.numerics.compiled import Array, Block
 from daskclip.numerics.partial import combine, kept_shape, partial_norm, sum_slices, term_count
@@ -144,6 +144,22 @@ def clip_array(
         scale = finalize(sums, clip_norm, x.dtype)
         list(pool.map(lambda part: rescale(x[part], scale, out[part]), parts))
     return out, scale.norm
+
+
+def require_limits(limits: Limits, what: str, start: Sequence[int] | None = None) -> None:
+    """Raise for the first of some limits that is below 0 or NaN.
+
+    ``start`` is the position of the limits in an array of them.
+    """
+    # NaN compares as false
+    found = np.argwhere(~np.greater_equal(limits, 0))
+    if len(found):
+        place = [int(i) + (start[k] if start else 0) for k, i in enumerate(found[0])]
+        value = np.asarray(limits)[tuple(found[0])]
+        raise InvalidValueError(
+            f"{what}{place or ''} is {value}, and slices would be destroyed by it; give 0 or more, "
+            "or inf for no limit"
+        )
 
 
 def require_finite(

@@ -25,6 +25,7 @@ from daskclip.numerics import (
     kept_shape,
     partial_norm,
     require_finite,
+    require_limits,
     rescale,
     term_count,
 )
@@ -145,11 +146,8 @@ def clip_slab(task: ArrayTask, slab: int, block: int) -> BlockResult:
     region = task.plan.region(slab, block)
     x, scale = _clipped(task, region)
     counts = count_region(task, scale, region)
-    if _is_unchanged(scale, x is None):
+    if x is None or _is_unchanged(scale, empty=False):
         return BlockResult(_keep(task, region, x is None), counts)
-    if x is None:
-        # NaN as a limit changes zeros too
-        x = rescale(_read_first(task, region), scale)
     return BlockResult(_write(task, region, x), counts)
 
 
@@ -226,7 +224,10 @@ def block_limit(task: ArrayTask, region: Box) -> float | Array:
 
 
 def read_limits(limits: Limits, region: Box, missing: str) -> Array:
-    """Limits of the slices that meet a region; stored ones are read one unit at a time."""
+    """Limits of the slices that meet a region; stored ones are read one unit at a time.
+
+    Those given as a NumPy array were checked before the run.
+    """
     # limits broadcast: their axes are the last ones, and one limit holds for all of an axis
     trailing = zip(limits.shape, region[len(region) - limits.ndim :], strict=True)
     own = tuple(slice(0, 1) if n == 1 else s for n, s in trailing)
@@ -241,6 +242,7 @@ def read_limits(limits: Limits, region: Box, missing: str) -> Array:
         whole = box_at(coords, unit, limits.shape)
         found = retrying_block("reading", limits, whole, read)
         values[_shared(whole, own)] = found[_shared(own, whole)]
+    require_limits(values, f"limits {limits.location}", [s.start for s in own])
     return values
 
 

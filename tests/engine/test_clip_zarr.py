@@ -452,16 +452,6 @@ def test_missing_chunks_and_a_run_that_is_stopped_anywhere(tmp_path, monkeypatch
     assert number > 8
 
 
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("budget", ["tight", "ample"])
-@pytest.mark.parametrize("axes", [None, 0])
-def test_a_limit_of_nan_makes_nan_where_nothing_is_stored(tmp_path, budget, axes):
-    x = tmp_path / "x"
-    zarr.create_array(x, shape=(30, 20), chunks=(2, 4), dtype="f4")[0, 0] = 1.0
-    clip_zarr(x, tmp_path / "y", math.nan, axes, memory=memory_of(budget, x, axes))
-    assert np.isnan(read(tmp_path / "y")).all()
-
-
 def broken(folder, layout, damage):
     """A source with one chunk that cannot be decoded."""
     x = source_of(folder, layout)

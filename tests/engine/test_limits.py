@@ -7,18 +7,19 @@ import dask.array as da
 import numpy as np
 import pytest
 import zarr
-from command_line import run
+from command_line import assert_fails, run
 from distributed import Client
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import BFLOAT16, bits, slices
 from servers import local_cluster
-from stores import BUDGETS, create, finished, memory_of, read, some, stopping_at
+from stores import BUDGETS, create, finished, memory_of, read, some, stopping_at, stored
 from strategies import cases
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
 from daskclip.errors import (
     DaskClipError,
+    InvalidValueError,
     NonFiniteError,
     SourceChangedError,
     StorageError,
@@ -136,7 +137,8 @@ def test_equal_limits_give_equal_keys():
 
 
 def limits_of(shape):
-    return np.resize(np.array([1.0, 2.0, *SPECIAL, 3.0]), shape)
+    """Limits that storage takes."""
+    return np.resize(np.array([1.0, 2.0, *(c for c in SPECIAL if c >= 0), -0.0, 3.0]), shape)
 
 
 STORED = {
@@ -188,18 +190,72 @@ def test_limits_from_storage_give_numpys_bits(tmp_path, passes, kind, axes, shap
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_limits_of_nan_where_nothing_is_stored(tmp_path, passes, in_place):
+@pytest.mark.parametrize("kind", ["numpy", "path"])
+def test_limits_where_nothing_is_stored(tmp_path, passes, in_place, kind):
     array = zarr.create_array(tmp_path / "x", shape=(20, 24), chunks=(4, 4), dtype="f4")
     array[4:8, 4:8] = 7.0
-    limits = limits_of((1, 24))
-    limits[0, 20] = math.nan
-    expected = one_by_one(array[...], limits, (0,))
-    assert np.isnan(expected[:, 20]).all()
+    numbers = limits_of((1, 24))
+    expected = one_by_one(array[...], numbers, (0,))
+    limits = STORED[kind](tmp_path / "limits", numbers)
     memory = memory_of(BUDGETS[passes], tmp_path / "x", 0, None, limits=limits)
     target = None if in_place else tmp_path / "y"
     how = {"limits": limits, "memory": memory, "in_place": in_place}
-    clip_zarr(tmp_path / "x", target, None, 0, **how)
+    assert clip_zarr(tmp_path / "x", target, None, 0, **how).slices == 24
     assert bits(read(target or tmp_path / "x")) == bits(expected)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("wrong", [-1.0, -5e-324, -math.inf, math.nan])
+@pytest.mark.parametrize("is_stored", [True, False])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", STORED)
+def test_storage_refuses_a_limit_that_would_destroy_data(
+    tmp_path, kind, passes, in_place, is_stored, wrong
+):
+    # the limits of slices of which nothing is stored are read too
+    array = zarr.create_array(tmp_path / "x", shape=(20, 24), chunks=(4, 4), dtype="f4")
+    array[:, : 24 if is_stored else 8] = 7.0
+    numbers = np.full((1, 24), 2.0, "f4" if kind == "shards" else "f8")
+    numbers[0, 21:] = wrong if numbers.dtype == "f8" or abs(wrong) > 1 else -1.0
+    limits = STORED[kind](tmp_path / "limits", numbers)
+    memory = memory_of(BUDGETS[passes], tmp_path / "x", 0)
+    before = stored(tmp_path)
+    target = None if in_place else tmp_path / "y"
+    with pytest.raises(InvalidValueError, match=r"limits\[0, 21\] is .*; give 0 or more") as caught:
+        clip_zarr(
+            tmp_path / "x", target, None, 0, limits=limits, in_place=in_place, memory=2 * memory
+        )
+    assert "\n" not in str(caught.value)
+    assert stored(tmp_path) == before
+    if kind == "numpy":
+        with pytest.raises(InvalidValueError, match=r"^limits\[0, 21\] is"):
+            plan_zarr(tmp_path / "x", target, None, 0, limits=limits, in_place=in_place)
+
+
+def test_a_wrong_limit_is_named_with_its_array(tmp_path):
+    group = zarr.create_group(tmp_path / "x")
+    for name in ("a", "b"):
+        group.create_array(name, shape=(2, 3), dtype="f4", chunks=(1, 3))[...] = 1.0
+    for limits in ({"a": np.ones((2, 1)), "b": np.array([[1.0], [-2.0]])}, -2.0):
+        name = "a" if limits == -2.0 else r"b\[1, 0\]"
+        with pytest.raises(InvalidValueError, match=rf"^limits of {name} is -2.0, and"):
+            clip_zarr(tmp_path / "x", tmp_path / "y", None, 1, limits=limits)
+
+
+@pytest.mark.parametrize("wrong", ["-1", "-1e-320", "-inf", "nan"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_clip_norm_that_would_destroy_data_is_refused(tmp_path, wrong, in_place):
+    x = create(tmp_path / "x", some((4, 6), "f4"), (2, 2))
+    before = stored(tmp_path)
+    target = None if in_place else tmp_path / "y"
+    for function in (clip_zarr, plan_zarr):
+        with pytest.raises(InvalidValueError, match=rf"^clip_norm is {wrong}.*, and .*; give 0"):
+            function(x, target, float(wrong), 1, in_place=in_place)
+    words = [x, "--in-place"] if in_place else [x, tmp_path / "y"]
+    for command in ("run", "plan"):
+        assert_fails(run(command, *words, f"--clip-norm={wrong}"), 3, "clip_norm is", "give 0")
+    assert stored(tmp_path) == before
 
 
 @pytest.mark.usefixtures("small")
@@ -339,15 +395,15 @@ def test_verification_needs_the_limits_of_the_run(tmp_path):
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("nonfinite", ["propagate", "omit"])
 @pytest.mark.parametrize("each", [True, False])
-def test_what_a_limit_of_nan_made_is_verified(tmp_path, passes, nonfinite, each):
+def test_what_a_limit_of_zero_made_is_verified(tmp_path, passes, nonfinite, each):
     x = create(tmp_path / "x", 5 * some((20, 24), "f4"), (4, 4))
-    numbers = np.where(np.arange(24) % 3 == 0, np.nan, 2.0)[None]
-    clip_norm, limits = (None, numbers) if each else (math.nan, None)
+    numbers = np.where(np.arange(24) % 3 == 0, -0.0, 2.0)[None]
+    clip_norm, limits = (None, numbers) if each else (-0.0, None)
     memory = memory_of(BUDGETS[passes], x, 0, clip_norm, limits=limits)
     report = clip_zarr(
         x, tmp_path / "y", clip_norm, 0, limits=limits, nonfinite=nonfinite, memory=memory
     )
-    assert (report.passes, report.clipped) == (passes, 16 if each else 0)
+    assert (report.passes, report.clipped) == (passes, 24)
     assert verify_zarr(tmp_path / "y", tmp_path / "x", limits=limits).slices == 24
 
 

@@ -5,8 +5,11 @@ import inspect
 import json
 
 import pytest
+import zarr
+from budgets import refusal
+from stores import stopping_at
 
-from daskclip import clip_zarr, plan_zarr
+from daskclip import clip_zarr, plan_zarr, stats_zarr
 from daskclip.engine.request import ClipRequest
 from daskclip.errors import InvalidTypeError
 from daskclip.target import FinalRecord, Journal, RunRecord, WindowRecord, journal
@@ -76,3 +79,29 @@ def test_a_journal_is_replayed_and_ended_once(tmp_path):
                 entries.append(window)
             entries.end(final)
     assert [*journal.records(path)] == [RunRecord(), window, final]
+
+
+@pytest.mark.parametrize("kind", ["new", "resumed", "norms", "norms, resumed"])
+def test_the_memory_that_a_refusal_asks_for_is_the_least_that_works(tmp_path, monkeypatch, kind):
+    x = zarr.create_array(tmp_path / "x", shape=(96, 512, 256), chunks=(1, 512, 256), dtype="f4")
+    x[:] = 1.0
+    how = {"norms": tmp_path / "norms"} if "norms" in kind else {}
+    if how:
+        stats_zarr(tmp_path / "x", 0, memory="150MiB", save_norms=tmp_path / "norms")
+
+    def clip(mib):
+        return clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, 0, memory=f"{mib}MiB", **how)
+
+    if "resumed" in kind:
+        stopping_at(monkeypatch)[0] = 1
+        with pytest.raises(KeyboardInterrupt):
+            clip(200)
+        monkeypatch.undo()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    least = refusal(clip, 1)
+    for less in (least // 2, least - 1):
+        assert refusal(clip, less) == least
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert clip(least).status == "clipped"
+    if not how:
+        assert clip(1).status == "up to date"
