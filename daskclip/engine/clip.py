@@ -14,7 +14,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from daskclip.arguments import Axes, Dim, NonFinite
 from daskclip.engine.attempt import measure, run_attempt
 from daskclip.engine.cluster import leaving_worker_pool
-from daskclip.engine.request import ClipRequest, Prepared, prepare
+from daskclip.engine.request import ClipRequest, Prepared, prepare, with_room_for_sums
 from daskclip.engine.run_record import (
     find_finished,
     find_unfinished,
@@ -165,6 +165,10 @@ def clip_zarr(
         storage_options=storage_options, progress=progress, dim=dim, pictures=pictures,
         norms=norms,
     )  # fmt: skip
+    return with_room_for_sums(_clip, request)
+
+
+def _clip(request: ClipRequest) -> ClipReport:
     prepared, opened = _open(request)
     # before the lock is taken, since listing the source can take minutes
     with translating_storage_errors("looking at source and target"):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import numbers
 import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -47,6 +48,7 @@ Limits = npt.NDArray[np.float64] | StoredArray
 LimitsByArray = dict[str, Limits]
 """NumPy or Zarr arrays by the name of the array that they limit; empty with one limit for all."""
 Options = dict[str, Any] | None
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,8 @@ class ClipRequest:
     norms: str | os.PathLike[str] | None = None
     clips: bool = True
     """Whether anything is clipped; else norms are taken, and there is no limit."""
+    wide: bool = False
+    """Whether the plan must have room for the sums of values of any spread."""
     started: float = field(init=False, default_factory=time.monotonic)
     """When the call began, in seconds."""
     show: Show = field(init=False)
@@ -179,6 +183,17 @@ class Prepared:
             raise SourceChangedError("limits changed during the run; let nothing write to them")
 
 
+def with_room_for_sums(do: Callable[[ClipRequest], R], request: ClipRequest) -> R:
+    """Do what is requested; again with a wider plan if exact sums take more than was planned."""
+    try:
+        return do(request)
+    except MemoryBudgetError as error:
+        # a plan or an older run that does not fit is known by what it needs
+        if error.need:
+            raise
+    return do(replace(request, wide=True))
+
+
 def prepare(request: ClipRequest) -> Prepared:
     """Open what a request names, refuse what cannot be clipped correctly, and plan the run."""
     source = open_source(request.source, request.storage_options)
@@ -221,7 +236,8 @@ def _plan(
     processes, threads, fewest = workers()
     machine = Machine(
         processes=processes, threads=threads, fewest=fewest, memory=request.memory_nbytes,
-        sizing=sizing.DEFAULT,
+        sizing=replace(sizing.DEFAULT, usual_sum_nbytes=sys.maxsize) if request.wide
+        else sizing.DEFAULT,
     )  # fmt: skip
     try:
         return plan_group(clipped, copied, machine, request.global_norm)

@@ -107,7 +107,8 @@ def replan(
     if need > memory:
         raise MemoryBudgetError(
             f"memory {format_size(memory)} holds less than the {format_size(need)} that {of} "
-            f"{threads} threads; give memory='{ceil_div(need, MIB)}MiB', or {otherwise}"
+            f"{threads} threads; give memory='{ceil_div(need, MIB)}MiB', or {otherwise}",
+            need,
         )
     now: Any = {"threads": threads, "memory": memory, "projected_memory": need}
     return replace(plan, plans={name: replace(p, **now) for name, p in plan.plans.items()})

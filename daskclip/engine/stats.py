@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal
 
 from daskclip.arguments import Axes, Dim, NonFinite
 from daskclip.engine.attempt import measure
 from daskclip.engine.cluster import leaving_worker_pool
-from daskclip.engine.request import ClipRequest, prepare
+from daskclip.engine.request import ClipRequest, prepare, with_room_for_sums
 from daskclip.engine.saved_norms import saving
 from daskclip.numerics import RELATIVE_ERROR, NormHistogram
 from daskclip.report import Mode, StatsReport
@@ -92,6 +93,10 @@ def stats_zarr(
         memory=memory, nonfinite=nonfinite, missing=missing, storage_options=storage_options,
         progress=progress, clips=False,
     )  # fmt: skip
+    return with_room_for_sums(partial(_stats, save_norms), request)
+
+
+def _stats(save_norms: str | os.PathLike[str] | None, request: ClipRequest) -> StatsReport:
     with translating_storage_errors("looking at the source"):
         prepared = prepare(request)
         run = prepared.run_record()
@@ -115,7 +120,7 @@ def stats_zarr(
         source=str(opened),
         axes=None if taken is None else tuple(taken),
         dim=run.parameters["dim"],
-        ord=float(ord),
+        ord=run.parameters["ord"],
         arrays=len(plan.clipped),
         slices=total.slices,
         nan=norms.nan,

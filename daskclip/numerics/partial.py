@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import MemoryBudgetError
-from daskclip.grid import box_index, box_shape, boxes, ceil_div, tile_shape
+from daskclip.grid import box_index, box_shape, boxes, tile_shape
 from daskclip.numerics.compiled import Array, Block, DType, format_of
 
 LIMB = 32  # bits
@@ -239,8 +239,8 @@ def _require_room(limbs: int, max_nbytes: int) -> None:
     """Refuse sums of more limbs than the memory budget has room for."""
     if max_nbytes and 4 * limbs > max_nbytes:
         raise MemoryBudgetError(
-            f"exact sums of values of this spread take {4 * limbs} bytes a slice, and the memory "
-            f"budget allows {max_nbytes}; give {ceil_div(4 * limbs, max_nbytes)} times the memory"
+            f"exact sums of values of this spread take {4 * limbs} bytes a slice, and the plan "
+            f"allows {max_nbytes}; plan for more"
         )
 
 

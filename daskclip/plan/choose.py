@@ -62,7 +62,7 @@ def _plan_each(
     if refused:
         # the remedy of the array that needs most works for all
         name, most = max(refused.items(), key=lambda item: item[1].need)
-        raise MemoryBudgetError(f"array {name}: {most}" if name else str(most)) from most
+        raise MemoryBudgetError(f"array {name}: {most}" if name else str(most), most.need) from most
     return plans
 
 
@@ -79,7 +79,7 @@ def make_plan(layout: Layout, machine: Machine, *, is_shared: bool = False) -> C
     """Choose blocks that keep within the memory of a machine.
 
     The plan has room for the exact sums of values of any spread, unless it would have fewer threads
-    then. Otherwise it has room for usual sums, and the run fails when one needs more.
+    then. Otherwise it has room for usual sums, and the run begins again when one needs more.
 
     Parameters
     ----------

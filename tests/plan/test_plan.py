@@ -5,15 +5,17 @@ import re
 import tracemalloc
 from itertools import chain, pairwise
 
+import dask
 import numpy as np
 import pytest
-from budgets import assert_least_memory_is_named
+from budgets import assert_least_memory_is_named, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import bits
 from sizes import resize
-from stores import create, least_memory
+from stores import create, read
 
-from daskclip import clip_zarr, plan_zarr
+from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr
 from daskclip.errors import MemoryBudgetError
 from daskclip.plan import plan_group
 from daskclip.plan.choose import make_plan
@@ -277,16 +279,31 @@ def test_sums_of_any_spread_have_room_unless_they_take_threads_away():
     assert usual.projected_memory <= 2**30
 
 
-def test_sums_that_take_more_than_was_planned_are_refused(tmp_path, monkeypatch):
+def test_sums_that_take_more_than_was_planned_are_given_room(tmp_path, monkeypatch):
     resize(
-        monkeypatch, process_nbytes=0, thread_nbytes=0, slice_nbytes=0, block_nbytes=256,
+        monkeypatch, process_nbytes=0, thread_nbytes=0, slice_nbytes=0, block_nbytes=2**17,
         usual_sum_nbytes=8,
     )  # fmt: skip
-    values = np.ldexp(1.0, np.arange(-256, 256)).reshape(8, 64)
-    x = create(tmp_path / "x", values, (1, 64))
-    memory = least_memory(x, 0)
-    assert plan_zarr(x, tmp_path / "y", 1.0, 0, memory=memory).state == 8
-    with pytest.raises(MemoryBudgetError, match=r"exact sums .* allows 8; give \d+ times"):
-        clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory)
-    assert not (tmp_path / "y").exists()
-    clip_zarr(x, tmp_path / "z", 1.0, 0, memory=100 * memory)
+    values = np.ldexp(1.0, np.arange(-512, 512).repeat(1024)).reshape(64, 2**14)
+    x = create(tmp_path / "x", values, (1, 2**14))
+    expected = bits(clip_by_norm(values, 1.0, 0))
+
+    def clip(mib):
+        memory = f"{mib}MiB"
+        report = clip_zarr(x, tmp_path / f"y{mib}", 1.0, 0, memory=memory)
+        assert bits(read(tmp_path / f"y{mib}")) == expected
+        assert stats_zarr(x, 0, memory=memory).slices == 2**14
+        return report
+
+    with dask.config.set(num_workers=4):
+        assert plan_zarr(x, tmp_path / "y", 1.0, 0, memory="2MiB").state == 8
+        least = refusal(clip, 2)
+        assert refusal(clip, least - 1) == least
+        with pytest.raises(MemoryBudgetError, match=rf"give memory='{least}MiB'"):
+            stats_zarr(x, 0, memory=f"{least - 1}MiB")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
+        states = set()
+        for more in (least, 2 * least, 3 * least, 20 * least):
+            assert refusal(clip, more) is None
+            states.add(plan_zarr(x, tmp_path / "y", 1.0, 0, memory=f"{more}MiB").state)
+    assert states == {0, 8}
