@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import TypeVar
 
 from daskclip.engine import rounds
 from daskclip.engine.cluster import memory_growth, memory_used, versions
 from daskclip.engine.passes import Passes, Progress, find_stored
-from daskclip.engine.request import Prepared, array_tasks
+from daskclip.engine.request import ClipRequest, Prepared, array_tasks
+from daskclip.errors import MemoryBudgetError
 from daskclip.report import ClipReport, format_size
 from daskclip.storage import Hierarchy
 from daskclip.target import FinalRecord, Journal, Json, RunRecord, Transaction
 
+R = TypeVar("R")
 REPORTED = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")
+
+
+def with_room_for_sums(do: Callable[[ClipRequest], R], request: ClipRequest) -> R:
+    """Do what is requested; again with a wider plan if exact sums take more than was planned."""
+    try:
+        return do(request)
+    except MemoryBudgetError as error:
+        # a plan or an older run that does not fit is known by what it needs
+        if error.need:
+            raise
+    return do(replace(request, wide=True))
 
 
 def run_attempt(

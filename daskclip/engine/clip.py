@@ -12,9 +12,9 @@ from fractions import Fraction
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from daskclip.arguments import Axes, Dim, NonFinite
-from daskclip.engine.attempt import measure, run_attempt
+from daskclip.engine.attempt import measure, run_attempt, with_room_for_sums
 from daskclip.engine.cluster import leaving_worker_pool
-from daskclip.engine.request import ClipRequest, Prepared, prepare, with_room_for_sums
+from daskclip.engine.request import ClipRequest, Prepared, prepare
 from daskclip.engine.run_record import (
     find_finished,
     find_unfinished,

@@ -7,10 +7,10 @@ import numbers
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from uuid import uuid4
 
 import numpy as np
@@ -48,7 +48,6 @@ Limits = npt.NDArray[np.float64] | StoredArray
 LimitsByArray = dict[str, Limits]
 """NumPy or Zarr arrays by the name of the array that they limit; empty with one limit for all."""
 Options = dict[str, Any] | None
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,17 +180,6 @@ class Prepared:
             )
         if limits_identity(self.limits_by_array) != run.parameters["limits"]:
             raise SourceChangedError("limits changed during the run; let nothing write to them")
-
-
-def with_room_for_sums(do: Callable[[ClipRequest], R], request: ClipRequest) -> R:
-    """Do what is requested; again with a wider plan if exact sums take more than was planned."""
-    try:
-        return do(request)
-    except MemoryBudgetError as error:
-        # a plan or an older run that does not fit is known by what it needs
-        if error.need:
-            raise
-    return do(replace(request, wide=True))
 
 
 def prepare(request: ClipRequest) -> Prepared:

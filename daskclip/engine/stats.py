@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any, Literal
 
 from daskclip.arguments import Axes, Dim, NonFinite
-from daskclip.engine.attempt import measure
+from daskclip.engine.attempt import measure, with_room_for_sums
 from daskclip.engine.cluster import leaving_worker_pool
-from daskclip.engine.request import ClipRequest, prepare, with_room_for_sums
+from daskclip.engine.request import ClipRequest, prepare
 from daskclip.engine.saved_norms import saving
 from daskclip.numerics import RELATIVE_ERROR, NormHistogram
 from daskclip.report import Mode, StatsReport
