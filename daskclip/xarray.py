@@ -196,6 +196,9 @@ def _slices(
             f"obj is a {type(obj).__name__}; give a DataArray or Dataset of xarray, "
             "or use daskclip.clip_by_norm"
         )
+    # the empty root of a DataTree; its dimensions are those of the groups below
+    if not obj.data_vars:
+        return {}
     # all of them: an integer variable may be a packed one, and is not to be passed over in silence
     for name, x in obj.data_vars.items():
         cf.require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")

@@ -243,3 +243,44 @@ def test_arrays_of_other_libraries_are_refused():
     x = xr.DataArray(Foreign(), dims="x")
     one_line(lambda: labelled.norm(x), DTypeError, "Foreign", "numpy or dask")
     one_line(lambda: labelled.clip_by_norm(x, 1.0), DTypeError, "Foreign", "numpy or dask")
+
+
+# ---- trees
+
+
+@pytest.mark.parametrize("dim", [None, ..., "time", ["lat", "lon"]])
+@pytest.mark.parametrize("chunks", [None, {"time": 2}])
+def test_trees_with_empty_groups_are_clipped(dim, chunks):
+    x = cube(chunks=chunks).to_dataset(name="x")
+    # the root and the group between are empty
+    for root in (xr.Dataset(), xr.Dataset(attrs={"title": "t"})):
+        tree = xr.DataTree.from_dict({"/": root, "/a": x, "/b/c": 2 * x})
+        for name, args in (("clip_by_norm", (1.0, dim)), ("norm", (dim,))):
+            function = getattr(labelled, name)
+            mapped = tree.map_over_datasets(function, *args)
+            by_method = tree.map_over_datasets(lambda d, n=name, a=args: getattr(d.daskclip, n)(*a))
+            for y in (mapped, by_method):
+                assert identical(y["a"].to_dataset(), function(x, *args))
+                assert identical(y["b/c"].to_dataset(), function(2 * x, *args))
+                assert y.to_dataset().identical(root)
+
+
+def test_arguments_are_checked_for_empty_datasets_too():
+    with pytest.raises(InvalidTypeError, match=r"^clip_norm "):
+        labelled.clip_by_norm(xr.Dataset(), "1")
+    with pytest.raises(InvalidTypeError, match=r"^skipna "):
+        labelled.norm(xr.Dataset(), skipna=1)
+    # something to clip is missing here, not everything
+    with pytest.raises(DTypeError, match="none of the 1 variables"):
+        labelled.norm(xr.Dataset({"i": ("x", [1])}))
+
+
+def test_a_limit_in_a_unit_is_refused():
+    x = cube()
+    units = pytest.importorskip("astropy.units", reason="astropy is not installed")
+    for limit in (1.0 * units.m, xr.DataArray(1.0 * units.m)):
+        with pytest.raises(InvalidTypeError, match=r"^clip_norm has the unit m; "):
+            labelled.clip_by_norm(x, limit)
+    # an attribute is metadata
+    limit = xr.DataArray(1.0, attrs={"units": "m"})
+    assert identical(labelled.clip_by_norm(x, limit), labelled.clip_by_norm(x, 1.0))
