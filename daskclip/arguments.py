@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from dask.utils import parse_bytes
 
-from daskclip.errors import AxesError, DTypeError, InvalidTypeError, InvalidValueError, short_repr
+from daskclip.errors import (
+    AxesError,
+    DTypeError,
+    InvalidTypeError,
+    InvalidValueError,
+    error_text,
+    short_repr,
+)
 from daskclip.numerics import ORDERS, kept_shape
 
 Array = npt.NDArray[Any]
@@ -149,8 +156,24 @@ def check_limits(
         )
 
 
+def check_unit(limit: object, what: str) -> None:
+    """Refuse a limit that carries a unit: NumPy would read its number alone."""
+    # what has attrs, such as a DataArray, gives out metadata as attributes
+    if hasattr(limit, "attrs") or hasattr(limit, "ncattrs"):
+        limit = getattr(limit, "data", None)
+    for value in limit if isinstance(limit, list | tuple) else [limit]:
+        unit = getattr(value, "units", getattr(value, "unit", None))
+        if isinstance(value, np.timedelta64):
+            unit = np.datetime_data(value.dtype)[0]
+        # a Delayed has every attribute, each a Delayed
+        if unit is not None and not hasattr(unit, "__dask_graph__"):
+            remedy = "give a bare number in the unit of t"
+            raise InvalidTypeError(f"{what} has the unit {str(unit) or 'dimensionless'}; {remedy}")
+
+
 def parse_clip_norm(clip_norm: object, what: str = "clip_norm") -> float:
     """A real number as an exact float64."""
+    check_unit(clip_norm, what)
     if isinstance(clip_norm, numbers.Real):
         try:
             return float(clip_norm)
@@ -159,10 +182,18 @@ def parse_clip_norm(clip_norm: object, what: str = "clip_norm") -> float:
             raise InvalidValueError.about(what, clip_norm, huge) from None
     if clip_norm is None or isinstance(clip_norm, str | bytes | numbers.Complex):
         raise InvalidTypeError.about(what, clip_norm, "is not a real number; give a number")
+    graph = getattr(clip_norm, "__dask_graph__", None)
+    # xarray's objects have the method, which gives None for what is in memory
+    if graph and not isinstance(clip_norm, type) and graph() is not None:
+        lazy = "is not computed; give a number, or an array of dask.array"
+        raise InvalidTypeError.about(what, clip_norm, lazy)
     try:
         value = np.asarray(clip_norm)
     except ValueError:
         raise InvalidValueError.about(what, clip_norm, "is ragged; give one number (0-d)") from None
+    except Exception as error:
+        wrong = f"is not a real number ({error_text(error)}); give a number"
+        raise InvalidTypeError.about(what, clip_norm, wrong) from None
     check_scalar(value.dtype, value.shape, what)
     return float(value)
 

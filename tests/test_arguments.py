@@ -4,8 +4,10 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
+import zarr
+from reference import bits
 
-from daskclip import clip_by_global_norm, clip_by_norm, global_norm, norm
+from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, global_norm, norm
 from daskclip.errors import DaskClipError
 
 X = np.ones((4, 6), np.float32)
@@ -162,3 +164,111 @@ def test_names_that_are_no_strings_are_refused(x, name):
     remedy = "give a string or None"
     assert_refused(TypeError, repr(name), remedy, lambda: clip_by_norm(x, 1.0, name=name))
     assert_refused(TypeError, repr(name), remedy, lambda: clip_by_global_norm([x], 1.0, name=name))
+
+
+class Quantity:
+    """Number or array with a unit, as of packages that are not installed."""
+
+    def __init__(self, value, **unit):
+        self.value, self.dtype, self.shape = value, np.asarray(value).dtype, np.shape(value)
+        self.__dict__ |= unit
+
+    def __array__(self, *args, **kwargs):
+        return np.asarray(self.value)
+
+    def __float__(self):
+        return float(self.value)
+
+
+class Metres(float):
+    unit = "m"
+
+
+class MetresArray(np.ndarray):
+    units = "m"
+
+
+def quantities(value):
+    """The same limit with a unit, in every form; the installed packages' own among them."""
+    found = [
+        Quantity(value, unit="m"),
+        Quantity(value, units="m"),
+        np.asarray(value).view(MetresArray),
+    ]
+    if np.ndim(value) == 0:
+        found += [Metres(value), [Metres(value)], np.timedelta64(1, "s"), np.timedelta64(1, "ns")]
+    try:
+        import astropy.units
+
+        found += [value * astropy.units.m, value * astropy.units.one]
+    except ImportError:
+        print("astropy is not installed")
+    try:
+        import pint
+
+        registry = pint.UnitRegistry()
+        found += [registry.Quantity(value, "m"), registry.Quantity(value, "")]
+        found += [registry.Quantity(da.asarray(value), "m")]
+    except ImportError:
+        print("pint is not installed")
+    return found
+
+
+def test_limits_with_a_unit_are_refused(x):
+    remedy = "give a bare number in the unit of t"
+    for limit in quantities(1.0):
+        for call in (
+            lambda limit=limit: clip_by_norm(x, limit),
+            lambda limit=limit: clip_by_norm(x, limits=limit),
+            lambda limit=limit: clip_by_global_norm([x], limit),
+            lambda limit=limit: clip_by_global_norm([x], 1.0, limit),
+        ):
+            assert_refused(TypeError, "has the unit ", remedy, call)
+    for limit in quantities(np.ones((4, 1))):
+        call = lambda limit=limit: clip_by_norm(x, axes=1, limits=limit)  # noqa: E731
+        assert_refused(TypeError, "an array of limits has the unit ", remedy, call)
+
+
+@pytest.mark.parametrize(
+    "clip_norm", [np.float64(1), np.array(1.0), 1, True, da.ones(())], ids=repr
+)
+def test_limits_without_a_unit_are_bare_numbers(x, clip_norm):
+    assert bits(np.asarray(clip_by_norm(x, clip_norm))) == bits(clip_by_norm(X, 1.0))
+
+
+def test_lazy_limits_with_a_unit_are_refused(x):
+    """Also where only the block has it, and Dask does not know."""
+    for limit in quantities(1.0):
+        lazy = da.from_delayed(dask.delayed(lambda limit=limit: limit)(), (), float)
+        for make in (
+            lambda lazy=lazy: clip_by_norm(x, lazy),
+            lambda lazy=lazy: clip_by_norm(x, limits=lazy),
+            lambda lazy=lazy: clip_by_global_norm([x], 1.0, lazy)[1],
+        ):
+            with pytest.raises(DaskClipError):
+                make().compute(scheduler="sync")
+
+
+def test_limits_with_a_unit_are_refused_from_storage(tmp_path):
+    z = zarr.create_group(tmp_path / "x.zarr")
+    for name in "ab":
+        z.create_array(name, data=X)
+    remedy = "give a bare number in the unit of t"
+    for limit in quantities(1.0):
+        for arguments in (
+            {"clip_norm": limit},
+            {"limits": limit},
+            {"limits": {"a": limit, "b": 1}},
+        ):
+
+            def call(arguments=arguments):
+                clip_zarr(tmp_path / "x.zarr", tmp_path / "y.zarr", **arguments)
+
+            assert_refused(TypeError, "has the unit ", remedy, call)
+    for limit in quantities(np.ones((4, 1))):
+
+        def call(limit=limit):
+            clip_zarr(tmp_path / "x.zarr", tmp_path / "y.zarr", axes=1, limits={"a": limit, "b": 1})
+
+        assert_refused(TypeError, "has the unit ", remedy, call)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.zarr"]

@@ -319,6 +319,8 @@ def open_limits(
     """Open the limits of the arrays that are clipped; reads metadata only."""
     if limits is None:
         return {}
+    for one in limits.values() if isinstance(limits, Mapping) else [limits]:
+        arguments.check_unit(one, "an array of limits")
     if isinstance(limits, Mapping):
         found = dict(limits)
     elif type(limits) is np.ndarray or isinstance(limits, numbers.Real):

@@ -83,8 +83,9 @@ def clip_by_norm(
     Raises
     ------
     TypeError
-        If ``t`` is neither floating point nor complex, if it is complex and ``ord`` is not 2, or
-        if an argument has a wrong type.
+        If ``t`` is neither floating point nor complex, if it is complex and ``ord`` is not 2, if a
+        limit carries a unit, or if an argument has a wrong type. When computing, if a block of a
+        Dask array has another type or dtype than the array says.
     ValueError
         If ``clip_norm`` is not 0-D, an axis is repeated, ``ord`` is not supported, or ``limits``
         do not broadcast or are given together with ``clip_norm``.
@@ -110,7 +111,9 @@ def clip_by_norm(
     - chunks that share their slices, if together they have at most 16 MiB;
     - upstream results that several chunks need, if their array has at most 1/16 of the size of
       ``t``: a mean, for example;
-    - upstream chunks that more than 64 chunks of ``t`` need.
+    - upstream chunks that more than 64 chunks of ``t`` need;
+    - chunks whose layers are annotated with different workers or resources: no worker may be able
+      to run them all in one task.
 
     Arrays in memory and persisted chunks are used as they are.
 

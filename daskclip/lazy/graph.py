@@ -26,13 +26,15 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 from dask.delayed import Delayed, delayed
-from dask.highlevelgraph import HighLevelGraph
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-from daskclip.lazy.inputs import Limit, Operation
+from daskclip.errors import SourceChangedError
+from daskclip.lazy.inputs import Limit, Operation, check_block
 from daskclip.lazy.recipes import Recipe, chunk_recipes
 from daskclip.lazy.tree import map_object_blocks, object_meta, tree_reduce
 from daskclip.numerics import (
     Array,
+    Partial,
     Scale,
     clip_block,
     combine_all,
@@ -67,10 +69,10 @@ def clip(
     layer = f"{name or 'clip-by-norm'}-{token}"
     checked = x
     if operation.nonfinite == "raise":
-        check = partial(_require_finite, axes=axes)
+        check = partial(_require_finite, axes=axes, meta=x._meta)
         checked = _map_blocks(check, x, limit, name=f"require-finite-{token}", like=x)
     if all(x.numblocks[a] == 1 for a in axes):
-        clip_chunk = partial(_clip_chunk, operation=operation)
+        clip_chunk = partial(_clip_chunk, operation=operation, meta=x._meta)
         blocks = map_object_blocks(clip_chunk, checked, limit, name=f"clip-chunk-{token}")
         clipped = _map_blocks(attrgetter("clipped"), blocks, name=layer, like=x)
     else:
@@ -96,7 +98,7 @@ def clip_list(
     # an infinite norm makes a list NaN, an array alone not
     sums = delayed(nan_if_infinite, pure=True)(total)
     if isinstance(limit, da.Array):
-        limit = limit.to_delayed()[()]
+        limit = limit.to_delayed(optimize_graph=False)[()]
     clipped = []
     for x in arrays:
         scale = delayed(finalize, pure=True)(sums, limit, x.dtype)
@@ -138,9 +140,9 @@ def _map_blocks(
 
 def _partials(x: da.Array, operation: Operation, token: str) -> da.Array:
     """`Partial` blocks, one along each reduced axis."""
-    axes, omit_nan = operation.axes, operation.omit_nan
+    axes = operation.axes
     kept = tuple((1,) * len(c) if a in axes else c for a, c in enumerate(x.chunks))
-    sum_chunk = partial(partial_norm, axes=axes, omit_nan=omit_nan, ord=operation.ord)
+    sum_chunk = partial(_sum_chunk, operation=operation, meta=x._meta)
     parts = map_object_blocks(sum_chunk, x, name=f"partial-norm-{token}", chunks=kept)
     return tree_reduce(parts, axes)
 
@@ -167,7 +169,9 @@ def _total(arrays: Iterable[da.Array]) -> Delayed:
     for x in arrays:
         operation = Operation(tuple(range(x.ndim)))
         token = tokenize(x, x.chunks, ensure_deterministic=True)
-        parts += _partials(x, operation, f"global-{token}").to_delayed().ravel().tolist()
+        blocks = _partials(x, operation, f"global-{token}")
+        # not optimized: annotations would be lost
+        parts += blocks.to_delayed(optimize_graph=False).ravel().tolist()
     total: Delayed = delayed(combine_all, pure=True)(parts)
     return total
 
@@ -188,41 +192,68 @@ def _slab_nbytes(x: da.Array, axes: tuple[int, ...]) -> float:
 def _rescaled(x: da.Array, scales: da.Array, name: str, *, keep: bool) -> da.Array:
     """Second pass: each chunk is made again from its recipe once its scale is known."""
     recipes, layers = chunk_recipes(x, keep)
+    rescale_chunk = partial(_rescale_chunk, meta=x._meta)
     tasks: dict[Any, Any] = {}
+    annotations: dict[str, dict[Any, Any]] = {}
     for coords in np.ndindex(*x.numblocks):
         recipe = recipes[(x.name, *coords)]
         # chunks along a reduced axis share one scale
         own = (0 if n == 1 else i for i, n in zip(coords, scales.numblocks, strict=True))
         scale_key = (scales.name, *own)
-        tasks[(name, *coords)] = (_rescale_chunk, recipe, recipe.inputs, scale_key)
+        tasks[(name, *coords)] = (rescale_chunk, recipe, recipe.references, scale_key)
+        for kind, value in recipe.annotations.items():
+            annotations.setdefault(kind, {})[(name, *coords)] = value
+    layer = MaterializedLayer(tasks, {k: _by_key(v, len(tasks)) for k, v in annotations.items()})
     graph = HighLevelGraph(
-        {**x.dask.layers, **scales.dask.layers, name: tasks},
+        {**x.dask.layers, **scales.dask.layers, name: layer},
         {**x.dask.dependencies, **scales.dask.dependencies, name: {*layers, scales.name}},
     )
     return da.Array(graph, name, x.chunks, meta=x._meta)
 
 
+def _by_key(values: dict[Any, Any], tasks: int) -> Any:
+    """Annotation of a layer of as many tasks: one value for all of them, or a function of keys."""
+    first = next(iter(values.values()))
+    is_common = len(values) == tasks and all(value == first for value in values.values())
+    return first if is_common else values.get
+
+
 # ---- tasks
 
 
-def _clip_chunk(x: Array, limit: float | Array, operation: Operation) -> ClippedChunk:
+def _clip_chunk(x: object, limit: float | Array, operation: Operation, meta: Array) -> ClippedChunk:
     """Clip a chunk that holds its slices whole."""
     omit_nan, ord = operation.omit_nan, operation.ord
-    clipped, scale = clip_block(x, limit, operation.axes, omit_nan=omit_nan, ord=ord)
+    chunk = check_block(x, meta)
+    clipped, scale = clip_block(chunk, limit, operation.axes, omit_nan=omit_nan, ord=ord)
     return ClippedChunk(clipped, scale.norm)
 
 
+def _sum_chunk(x: object, operation: Operation, meta: Array) -> Partial:
+    """Sum a chunk that may hold parts of slices."""
+    omit_nan, ord = operation.omit_nan, operation.ord
+    return partial_norm(check_block(x, meta), operation.axes, omit_nan=omit_nan, ord=ord)
+
+
 def _require_finite(
-    x: Array, limit: float | Array, axes: tuple[int, ...], block_info: Any = None
+    x: object, limit: float | Array, axes: tuple[int, ...], meta: Array, block_info: Any = None
 ) -> Array:
     """Return a chunk; raise with its place if NaN or infinity has a limit."""
     # Dask fills in block_info; 0 is the first argument
     info = block_info[0]
     start = [first for first, _ in info["array-location"]]
-    require_finite(x, axes, limit, start, lambda _: info["chunk-location"])
-    return x
+    chunk = check_block(x, meta)
+    require_finite(chunk, axes, limit, start, lambda _: info["chunk-location"])
+    return chunk
 
 
-def _rescale_chunk(recipe: Recipe, inputs: list[Any], scale: Scale) -> Array:
+def _rescale_chunk(recipe: Recipe, inputs: list[Any], scale: Scale, meta: Array) -> Array:
     """Make a chunk again and rescale it, in one task so that it is held by no other."""
-    return rescale(recipe.make(inputs), scale)
+    chunk = check_block(recipe.make(inputs), meta)
+    # the kernel would read factors beyond the last one
+    if any(n not in (1, m) for n, m in zip(scale.factor.shape, chunk.shape, strict=False)):
+        raise SourceChangedError(
+            f"a chunk of shape {chunk.shape} had norms of shape {scale.factor.shape} before: its "
+            "source does not give the same twice; persist it or store it"
+        )
+    return rescale(chunk, scale)

@@ -1,7 +1,9 @@
 """The arguments of the operation as NumPy arrays, Dask arrays and floats."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import dask.array as da
@@ -11,7 +13,13 @@ from dask import config
 from dask.base import tokenize
 
 from daskclip import arguments
-from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, short_repr
+from daskclip.errors import (
+    DTypeError,
+    InvalidTypeError,
+    InvalidValueError,
+    error_text,
+    short_repr,
+)
 from daskclip.lazy.indexed_slices import values_of
 from daskclip.storage import StoredArray, is_zarr_array
 
@@ -57,13 +65,39 @@ def as_array(t: object, check: arguments.Check = arguments.check_dtype) -> Any:
             "set array.query-planning to False before importing dask.array"
         )
     check(x.dtype)
-    block = x._meta if isinstance(x, da.Array) else x
-    if not isinstance(block, np.ndarray) or isinstance(block, np.ma.MaskedArray):
-        raise DTypeError(
-            f"blocks of type {type(block).__module__}.{type(block).__name__} cannot be clipped; "
-            "convert them to numpy.ndarray, masked ones with .filled(numpy.nan)"
+    _as_ndarray(x._meta if isinstance(x, da.Array) else x)
+    return x
+
+
+def check_block(block: object, meta: arguments.Array) -> arguments.Array:
+    """Return a block of a Dask array; refuse what the array, by its meta, does not hold.
+
+    Only the block itself can tell: Dask takes the dtype of what other functions return on trust.
+    """
+    # a block of shape () may be a number
+    x = _as_ndarray(np.asarray(block) if np.isscalar(block) else block)
+    if x.dtype != meta.dtype:
+        if not np.can_cast(x.dtype, meta.dtype, "equiv"):
+            raise DTypeError(
+                f"a block of dtype {x.dtype} is in an array of dtype {meta.dtype}; "
+                "give the array the dtype of its blocks, or cast them"
+            )
+        x = x.astype(meta.dtype)  # the byte order alone
+    if x.ndim != meta.ndim:
+        raise InvalidValueError(
+            f"a block of shape {x.shape} is in an array of {meta.ndim} dimensions; "
+            "give the array the shape of its blocks, or reshape them"
         )
     return x
+
+
+def _as_ndarray(block: object) -> arguments.Array:
+    if isinstance(block, np.ndarray) and not isinstance(block, np.ma.MaskedArray):
+        return block
+    raise DTypeError(
+        f"blocks of type {type(block).__module__}.{type(block).__name__} cannot be clipped; "
+        "convert them to numpy.ndarray, masked ones with .filled(numpy.nan)"
+    )
 
 
 def as_arrays(t_list: object) -> list[Any]:
@@ -83,7 +117,7 @@ def normalize_clip_norm(clip_norm: object, what: str = "clip_norm") -> float | d
     """Return a limit as a float; a lazy number stays lazy."""
     if isinstance(clip_norm, da.Array):
         arguments.check_scalar(clip_norm.dtype, clip_norm.shape, what)
-        return clip_norm
+        return _checked_limit(clip_norm, what)
     return arguments.parse_clip_norm(clip_norm, what)
 
 
@@ -93,34 +127,86 @@ def normalize_limit(
     """Return ``clip_norm``, or ``limits`` with as many axes as ``x``."""
     if limits is None:
         return normalize_clip_norm(clip_norm)
+    arguments.check_unit(limits, "an array of limits")
     array = as_array(limits, arguments.check_limits_dtype)
     arguments.check_limits(array.shape, clip_norm, x.shape, axes)
+    if isinstance(array, da.Array):
+        array = _checked_limit(array, "an array of limits")
     # the leading axes that broadcasting lets limits leave out
     limits_of_x: Limit = array.astype(np.float64)[(None,) * (x.ndim - array.ndim) + (...,)]
     return limits_of_x
 
 
+def _checked_limit(limit: da.Array, what: str) -> da.Array:
+    """Limits whose blocks are checked before they are used."""
+    arguments.check_unit(limit._meta, what)
+    check = partial(_check_limit_block, meta=limit._meta, what=what)
+    name = f"checked-limit-{tokenize(limit, limit.chunks, what)}"
+    checked: da.Array = da.map_blocks(check, limit, name=name, dtype=limit.dtype, meta=limit._meta)
+    return checked
+
+
+def _check_limit_block(block: object, meta: arguments.Array, what: str) -> arguments.Array:
+    arguments.check_unit(block, what)
+    return check_block(block, meta)
+
+
 def _as_numpy(t: object) -> arguments.Array:
-    if hasattr(t, "__dask_graph__"):
-        raise InvalidTypeError(
-            f"{type(t).__module__}.{type(t).__name__} is not an array of numpy, dask or zarr; "
-            "pass its .data, or use daskclip.xarray"
-        )
     # kept for the check of blocks: numpy.asarray would drop the mask, and masked elements count
     if isinstance(t, np.ma.MaskedArray):
         return t
+    reason = ""
     try:
-        return np.asarray(t)
-    except ValueError:
-        raise InvalidValueError(f"{short_repr(t)} is ragged; give an array") from None
+        x = None if _is_no_array(t) else np.asarray(t)
+    except Exception as error:
+        if isinstance(t, list | tuple) and isinstance(error, ValueError):
+            raise InvalidValueError(f"{short_repr(t)} is ragged; give an array") from None
+        x, reason = None, f" ({error_text(error)})"
+    # numpy makes an array of shape () of an object that it does not know
+    if x is None or (x.dtype == object and x.ndim == 0 and not isinstance(t, np.ndarray)):
+        kind = f"{type(t).__module__}.{type(t).__name__}".removeprefix("builtins.")
+        raise InvalidTypeError(
+            f"an object of type {kind} is not an array of numpy, dask or zarr{reason}; {_remedy(t)}"
+        )
+    return x
+
+
+def _is_no_array(t: object) -> bool:
+    """Whether numpy would make something of ``t`` that it is not."""
+    # of a group it makes an array of names; what is lazy it computes, which may take hours
+    is_group = hasattr(t, "keys") and not hasattr(t, "__array__")
+    return is_group or isinstance(t, str | bytes) or hasattr(t, "__dask_graph__")
+
+
+def _remedy(t: Any) -> str:
+    """How to make an array of what is none."""
+    # by names, since the packages need not be installed
+    package, name = type(t).__module__.partition(".")[0], type(t).__qualname__
+    if isinstance(t, str | bytes | os.PathLike):
+        return "open it with zarr.open_array, or use clip_zarr"
+    if package == "zarr":
+        return "pass one of its arrays, or use clip_zarr"
+    if package == "xarray":
+        return "pass its .data, or use daskclip.xarray"
+    if package == "dask_array":
+        return "make it with dask.array"
+    if type(t).__module__ == "dask.delayed" or name == "Future":
+        return "make an array of it with dask.array.from_delayed"
+    if package == "torch":
+        steps = {
+            ".detach()": getattr(t, "requires_grad", False),
+            ".cpu()": not str(getattr(t, "device", "cpu")).startswith("cpu"),
+            ".float()": str(getattr(t, "dtype", "")).endswith("bfloat16"),
+        }
+        return f"pass its {''.join(step for step, needed in steps.items() if needed)}.numpy()"
+    return "convert it to one"
 
 
 def _from_zarr(array: Any) -> da.Array:
     """Lazy array with one chunk for each stored object."""
-    # named by what is stored, not by the object that opened it: equal calls give equal keys
-    token = tokenize(
-        str(array.store), array.path, array.metadata.to_dict(), ensure_deterministic=True
-    )
+    # by what a store is pickled as, which tells stores of the same text apart; of one that cannot
+    # be pickled Dask makes a unique token
+    token = tokenize(array.store, array.path, array.metadata.to_dict(), ensure_deterministic=False)
     # whole shards, which da.from_zarr would split: a result stored in its chunks is then written
     # a shard at a time
     chunks = StoredArray(array).unit

@@ -16,7 +16,7 @@ import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 from zarr.storage import FsspecStore, ObjectStore
 
 BIN = Path(sys.executable).parent
@@ -52,6 +52,13 @@ def local_cluster(workers):
     # by default the dashboard takes a fixed port, and warns if it is in use
     return LocalCluster(
         n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    )
+
+
+def local_client(workers):
+    """A client of workers that are threads of this process."""
+    return Client(
+        n_workers=workers, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
     )
 
 

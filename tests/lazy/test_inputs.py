@@ -1,0 +1,374 @@
+"""Arguments of the lazy operation: names of stored arrays, blocks, and what is no array."""
+
+import pathlib
+import subprocess
+import sys
+
+import dask
+import dask.array as da
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from fsspec.implementations.reference import ReferenceFileSystem
+from reference import bits
+from servers import local_client
+from zarr.storage import FsspecStore, LoggingStore, MemoryStore, ZipStore
+
+import daskclip.lazy.graph
+from daskclip import clip_by_global_norm, clip_by_norm, global_norm, norm
+from daskclip.errors import DaskClipError, DTypeError
+
+X = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+
+
+# ---- names of stored arrays
+
+
+def stored(store, values=X):
+    array = zarr.create_array(store, shape=values.shape, chunks=(2, 2), dtype=values.dtype)
+    array[...] = values
+    return array
+
+
+def reference_array(folder, values):
+    """Array behind a store of references to the files of another one."""
+    z = stored(str(folder), values)
+    names = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+    references = {str(name): [str(folder / name)] for name in names}
+    options = {"asynchronous": True}
+    files = ReferenceFileSystem(
+        references, remote_protocol="file", remote_options=options, **options
+    )
+    return zarr.open_array(FsspecStore(files, path="/"), mode="r"), z
+
+
+def test_arrays_of_stores_of_the_same_text_have_their_own_names(tmp_path):
+    a, _ = reference_array(tmp_path / "a", X)
+    b, _ = reference_array(tmp_path / "b", 2 * X)
+    assert str(a.store) == str(b.store)
+    for function in (norm, lambda z: clip_by_norm(z, 1.0), lambda z: global_norm([z])):
+        got = dask.compute(function(a), function(b))
+        assert [bits(y) for y in got] == [bits(function(x)) for x in (X, 2 * X)]
+
+
+def test_endpoints_are_told_apart():
+    names = set()
+    for port in (1, 2, 2):
+        options = {"endpoint_url": f"http://127.0.0.1:{port}", "anon": True}
+        store = FsspecStore.from_url("s3://bucket/key", storage_options=options, read_only=True)
+        # opening an array would ask a server for its metadata
+        known = zarr.create_array({}, shape=(4,), dtype="f4", chunks=(2,)).metadata
+        array = zarr.Array(zarr.AsyncArray(known, zarr.storage.StorePath(store)))
+        names.add(norm(array).name)
+    assert len(names) == 2
+
+
+class OneAddress(MemoryStore):
+    """Store in memory at the address of an earlier one, which is its text."""
+
+    def __str__(self):
+        return "memory://140737353"
+
+
+def test_a_persisted_norm_is_not_that_of_a_later_store():
+    kept = []
+    with local_client(1):
+        for i in range(3):
+            array = stored(OneAddress(), X + np.float32(i))
+            kept.append(norm(array).persist())
+            assert kept[-1].compute() == norm(X + np.float32(i))
+            del array
+
+
+def test_stores_that_cannot_be_named_are_unique(tmp_path):
+    array = zarr.open_array(LoggingStore(stored(tmp_path / "a.zarr").store))
+    assert bits(clip_by_norm(array, 1.0).compute()) == bits(clip_by_norm(X, 1.0))
+
+
+def zipped(folder):
+    with ZipStore(folder / "a.zip", mode="w") as store:
+        stored(store)
+    return zarr.open_array(ZipStore(folder / "a.zip", mode="r"), mode="r")
+
+
+OPENERS = {
+    "folder": lambda folder: zarr.open_array(folder / "a.zarr", mode="r"),
+    "url": lambda folder: zarr.open_array(f"file://{folder}/a.zarr", mode="r"),
+    "zip": lambda folder: zarr.open_array(ZipStore(folder / "a.zip", mode="r"), mode="r"),
+}
+
+
+def names(folder):
+    return {key: norm(opener(folder)).name for key, opener in OPENERS.items()}
+
+
+def test_equal_arrays_have_equal_names_in_every_process(tmp_path):
+    stored(tmp_path / "a.zarr")
+    zipped(tmp_path)
+    here = names(tmp_path)
+    assert here == names(tmp_path)
+    command = [sys.executable, __file__, str(tmp_path)]
+    there = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    assert there == f"{here}"
+
+
+if __name__ == "__main__":
+    print(names(pathlib.Path(sys.argv[1])))
+
+
+# ---- blocks that are not what their array says
+
+
+class Duck:
+    """Array of another library."""
+
+    dtype, shape, ndim, size = X.dtype, X.shape, X.ndim, X.size
+
+    def __array__(self, *args, **kwargs):
+        return X
+
+    def __getitem__(self, index):
+        return self
+
+
+def wrong(make, shape=X.shape, dtype="f4"):
+    """Array of one block, which ``make`` returns when it is computed."""
+    return da.from_delayed(dask.delayed(make, pure=False)(), shape, dtype)
+
+
+def split(make, shape=X.shape, dtype="f4"):
+    """The block beside a right one, so that the axes are split."""
+    right = da.from_array(np.ones(shape, dtype), (2, -1))
+    return da.concatenate([right, wrong(make, shape, dtype), right])
+
+
+def mapped(make, shape=X.shape, dtype="f4"):
+    return da.ones(shape, dtype, chunks=2).map_blocks(
+        lambda x: make(), dtype=dtype, meta=np.empty((0,) * len(shape), dtype)
+    )
+
+
+FORMS = {
+    "one pass": lambda x: clip_by_norm(x, 1.0, []),
+    "two passes": lambda x: clip_by_norm(x, 1.0),
+    "norms": lambda x: clip_by_norm(x, 1.0, return_norm=True)[1],
+    "raise": lambda x: clip_by_norm(x, 1.0, nonfinite="raise"),
+    "raise in one pass": lambda x: clip_by_norm(x, 1.0, [], nonfinite="raise"),
+    "norm": norm,
+    "global norm": lambda x: global_norm([X, x]),
+    "list": lambda x: clip_by_global_norm([X, x], 1.0)[0][1],
+    "list with a norm": lambda x: clip_by_global_norm([X, x], 1.0, 2.0)[0][1],
+}
+
+
+def refused(form, x):
+    with pytest.raises(TypeError) as caught:
+        FORMS[form](x).compute(scheduler="sync")
+    assert isinstance(caught.value, DTypeError)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(params=[-1, 2**24], ids=["made again", "held"])
+def held(request, monkeypatch):
+    monkeypatch.setattr(daskclip.lazy.graph, "HELD_NBYTES", request.param)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("place", [wrong, split, mapped])
+def test_blocks_of_another_type_are_refused(held, place, form):
+    masked = np.ma.masked_array(X, X > 0)
+    for make, kind in ((lambda: masked, "MaskedArray"), (lambda: np.ma.masked, "Masked"),
+                       (Duck, "Duck"), (lambda: [1.0], "list"), (lambda: pd.Series(X[0]), "Series"),
+                       (lambda: None, "NoneType")):  # fmt: skip
+        text = refused(form, place(make))
+        assert kind in text
+        assert text.endswith("convert them to numpy.ndarray, masked ones with .filled(numpy.nan)")
+    # word for word what other masked arrays get
+    with pytest.raises(DTypeError) as caught:
+        clip_by_norm(masked, 1.0)
+    assert refused(form, place(lambda: masked)) == str(caught.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("place", [wrong, split, mapped])
+def test_blocks_of_another_dtype_are_refused(held, place, form):
+    for dtype in ("f8", "i4", "c8", "O", "?"):
+        text = refused(form, place(lambda dtype=dtype: X.astype(dtype)))
+        assert f"dtype {np.dtype(dtype)} " in text
+        assert "dtype float32;" in text
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_of_another_number_of_axes_are_refused(held, form):
+    with pytest.raises(ValueError, match=r"^a block of shape \(6, 4\) .* 3 dimensions; ") as caught:
+        FORMS[form](wrong(lambda: X, (6, 4, 1))).compute(scheduler="sync")
+    assert isinstance(caught.value, DaskClipError)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [5.0, np.float64(5.0)], ids=["float", "float64"])
+def test_numbers_are_blocks_of_shape_0(held, form, value):
+    got = FORMS[form](wrong(lambda: value, (), float)).compute()
+    assert bits(got) == bits(FORMS[form](np.array(5.0)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("place", [wrong, split])
+def test_blocks_of_the_other_byte_order_give_the_same_bits(held, place, form):
+    x, swapped = place(lambda: X), place(lambda: X.astype(">f4"))
+    got = FORMS[form](swapped).compute()
+    assert bits(got) == bits(FORMS[form](x).compute())
+    assert got.dtype.isnative
+
+
+@pytest.mark.parametrize("limit", [5, np.float32(5), np.array(5.0)], ids=repr)
+def test_lazy_limits_may_be_numbers(limit):
+    lazy = wrong(lambda: limit, (), np.asarray(limit).dtype)
+    for x in (X, da.from_array(X, 2)):
+        for got in (clip_by_norm(x, lazy), clip_by_norm(x, limits=lazy),
+                    clip_by_global_norm([x], lazy)[0][0]):  # fmt: skip
+            assert bits(got.compute()) == bits(clip_by_norm(X, 5.0))
+        assert clip_by_global_norm([x], 1.0, lazy)[1].compute() == 5.0
+
+
+@pytest.mark.parametrize(
+    "block", [np.ma.masked_array(1.0, True), np.array(1j), np.array("1"), "1", [1.0]], ids=repr
+)
+def test_blocks_of_lazy_limits_are_checked(block):
+    lazy = wrong(lambda: block, (), float)
+    for x in (X, da.from_array(X, 2)):
+        results = [clip_by_norm(x, lazy), clip_by_norm(x, limits=lazy)]
+        results += [clip_by_global_norm([x], lazy)[0][0], clip_by_global_norm([x], 1.0, lazy)[1]]
+        for got in results:
+            with pytest.raises(DTypeError):
+                got.compute(scheduler="sync")
+
+
+def test_a_source_that_changes_its_shape_is_refused(monkeypatch):
+    """Factors for more slices than there are would be read from memory that is not theirs."""
+    monkeypatch.setattr(daskclip.lazy.graph, "HELD_NBYTES", -1)
+    shapes = iter([(2, 4), (2, 4), (500, 4), (500, 4)])
+    made = [wrong(lambda: np.ones(next(shapes), "f4"), (2, 4)) for _ in range(2)]
+    x = da.concatenate(made, axis=1)
+    with pytest.raises(ValueError, match=r"of shape \(500, 4\) .* persist it or store it$"):
+        clip_by_norm(x, 1.0, 1).compute(scheduler="sync")
+
+
+# ---- what is no array
+
+
+class Tensor:
+    """What torch does where its own memory cannot be NumPy's."""
+
+    def __init__(self, **fields):
+        self.__dict__ |= fields
+
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("Can't call numpy() on Tensor.\nUse another one instead.")
+
+
+Tensor.__module__ = "torch"
+Tensor.__qualname__ = "Tensor"
+
+
+class Tracer:
+    """Array whose values are not known yet, as under jax.jit."""
+
+    def __array__(self, *args, **kwargs):
+        raise NotImplementedError("Cannot convert a symbolic tensor\nto a numpy array")
+
+
+OPEN = "open it with zarr.open_array, or use clip_zarr"
+NO_ARRAYS = [
+    ("path", "str", OPEN),
+    (b"path", "bytes", OPEN),
+    (pathlib.Path("x.zarr"), "PosixPath", OPEN),
+    (zarr.group({}), "Group", "pass one of its arrays, or use clip_zarr"),
+    (zarr.create_group({}).store, "MemoryStore", "pass one of its arrays, or use clip_zarr"),
+    (dask.delayed(X), "Delayed", "make an array of it with dask.array.from_delayed"),
+    (Tensor(requires_grad=True), "torch.Tensor", "pass its .detach().numpy()"),
+    (Tensor(dtype="torch.bfloat16"), "torch.Tensor", "pass its .float().numpy()"),
+    (Tensor(device="cuda:0", dtype="torch.float32"), "torch.Tensor", "pass its .cpu().numpy()"),
+    (
+        Tensor(device="cuda:0", dtype="torch.bfloat16", requires_grad=True),
+        "torch.Tensor",
+        "pass its .detach().cpu().float().numpy()",
+    ),
+    (Tracer(), "Tracer", "convert it to one"),
+    ([Tensor()], "list", "convert it to one"),
+    (None, "NoneType", "convert it to one"),
+    ({1.0}, "set", "convert it to one"),
+    ({"a": X}, "dict", "convert it to one"),
+    ((x for x in X), "generator", "convert it to one"),
+    (object(), "object", "convert it to one"),
+    (np, "module", "convert it to one"),
+    (pd.NA, "NAType", "convert it to one"),
+]
+
+
+@pytest.mark.parametrize(("t", "kind", "remedy"), NO_ARRAYS, ids=lambda v: f"{v!r:.30}")
+def test_what_is_no_array_is_named(t, kind, remedy):
+    calls = [
+        lambda: clip_by_norm(t, 1.0),
+        lambda: norm(t),
+        lambda: clip_by_norm(X, limits=t),
+    ]
+    if t is not None:
+        calls += [lambda: global_norm([X, t]), lambda: clip_by_global_norm([t], 1.0)]
+    for call in calls[: 2 if t is None else None]:
+        with pytest.raises(TypeError) as caught:
+            call()
+        text = str(caught.value)
+        assert isinstance(caught.value, DaskClipError)
+        assert text.startswith("an object of type ")
+        assert kind in text.partition(" is not an array")[0]
+        assert text.endswith(remedy)
+        assert "\n" not in text
+
+
+def test_a_future_is_no_array():
+    with local_client(1) as c:
+        t = c.scatter(X)
+        with pytest.raises(
+            DaskClipError, match=r"Future is not an array .* dask.array.from_delayed$"
+        ):
+            clip_by_norm(t, 1.0)
+        with pytest.raises(DaskClipError, match=r"^clip_norm "):
+            clip_by_norm(X, t)
+        del t
+
+
+def test_an_array_of_the_package_dask_array_is_named():
+    package = pytest.importorskip("dask_array", reason="dask-array is not installed")
+    x = package.ones((4,), chunks=2)
+    with pytest.raises(DaskClipError, match=r"type dask_array.*; make it with dask.array$"):
+        clip_by_norm(x, 1.0)
+    with pytest.raises(DaskClipError, match="is not computed; give a number"):
+        clip_by_norm(X, x.sum())
+
+
+def test_what_is_lazy_is_not_computed():
+    def fail():
+        raise AssertionError("computed")
+
+    lazy = dask.delayed(fail)()
+    with pytest.raises(DaskClipError, match="is not computed; give a number, or an array of dask"):
+        clip_by_norm(X, lazy)
+    xr = pytest.importorskip("xarray", reason="xarray is not installed")
+    with pytest.raises(DaskClipError, match="is not computed"):
+        clip_by_norm(X, xr.DataArray(da.from_delayed(lazy, (), float)))
+    assert bits(clip_by_norm(X, xr.DataArray(1.0))) == bits(clip_by_norm(X, 1.0))
+
+
+@pytest.mark.parametrize(
+    "t", [np.array([None]), pd.DataFrame({"a": [1.0], "b": ["x"]}), ["a"], [None]], ids=repr
+)
+def test_arrays_of_objects_are_refused(t):
+    with pytest.raises(DTypeError, match=r"dtype (object|str32) cannot be clipped"):
+        clip_by_norm(t, 1.0)
+
+
+def test_series_are_arrays():
+    assert bits(clip_by_norm(pd.Series(X[0]), 1.0)) == bits(clip_by_norm(X[0], 1.0))
