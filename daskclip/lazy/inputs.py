@@ -1,10 +1,12 @@
 """The arguments of the operation as NumPy arrays, Dask arrays and floats."""
 
 import os
+import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import dask.array as da
 import numpy as np
@@ -204,11 +206,22 @@ def _remedy(t: Any) -> str:
 
 def _from_zarr(array: Any) -> da.Array:
     """Lazy array with one chunk for each stored object."""
-    # by what a store is pickled as, which tells stores of the same text apart; of one that cannot
-    # be pickled Dask makes a unique token
-    token = tokenize(array.store, array.path, array.metadata.to_dict(), ensure_deterministic=False)
+    # equal calls give equal keys: named by what is stored, not by the object that opened it
+    identity = _identity(array.store), array.path, array.metadata.to_dict()
+    token = tokenize(identity, ensure_deterministic=True)
     # whole shards, which da.from_zarr would split: a result stored in its chunks is then written
     # a shard at a time
     chunks = StoredArray(array).unit
     lazy: da.Array = da.from_array(array, chunks=chunks, name=f"zarr-{token}")
     return lazy
+
+
+def _identity(store: object) -> object:
+    """What tells a store from those of the same text; unique if that is not known."""
+    buffers: list[pickle.PickleBuffer] = []
+    try:
+        # not left to Dask, which unpickles it too: that would empty a zip file opened for writing
+        pickled = pickle.dumps(store, 5, buffer_callback=buffers.append)
+        return pickled, [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+    except Exception:
+        return uuid4().hex
