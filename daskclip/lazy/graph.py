@@ -28,7 +28,7 @@ from dask.base import tokenize
 from dask.delayed import Delayed, delayed
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-from daskclip.errors import SourceChangedError
+from daskclip.errors import InvalidValueError, SourceChangedError
 from daskclip.lazy.inputs import Limit, Operation, check_block
 from daskclip.lazy.recipes import Recipe, chunk_recipes
 from daskclip.lazy.tree import map_object_blocks, object_meta, tree_reduce
@@ -37,6 +37,7 @@ from daskclip.numerics import (
     Partial,
     Scale,
     clip_block,
+    combine,
     combine_all,
     finalize,
     nan_if_infinite,
@@ -144,7 +145,7 @@ def _partials(x: da.Array, operation: Operation, token: str) -> da.Array:
     kept = tuple((1,) * len(c) if a in axes else c for a, c in enumerate(x.chunks))
     sum_chunk = partial(_sum_chunk, operation=operation, meta=x._meta)
     parts = map_object_blocks(sum_chunk, x, name=f"partial-norm-{token}", chunks=kept)
-    return tree_reduce(parts, axes)
+    return tree_reduce(parts, axes, _combine_alike)
 
 
 def _scales(x: da.Array, limit: Number, operation: Operation, token: str) -> da.Array:
@@ -233,6 +234,16 @@ def _sum_chunk(x: object, operation: Operation, meta: Array) -> Partial:
     """Sum a chunk that may hold parts of slices."""
     omit_nan, ord = operation.omit_nan, operation.ord
     return partial_norm(check_block(x, meta), operation.axes, omit_nan=omit_nan, ord=ord)
+
+
+def _combine_alike(parts: list[Partial]) -> Partial:
+    """Combine sums of chunks of the same slices."""
+    shapes = {p.flags.shape for p in parts}
+    if len(shapes) > 1:
+        found = " and ".join(map(str, sorted(shapes)))
+        remedy = "give the array the shapes of its blocks"
+        raise InvalidValueError(f"blocks side by side have norms of shapes {found}; {remedy}")
+    return combine(parts)
 
 
 def _require_finite(

@@ -266,6 +266,14 @@ def test_blocks_of_lazy_limits_are_checked(block):
                 got.compute(scheduler="sync")
 
 
+def test_blocks_side_by_side_of_different_shapes_are_refused():
+    made = [wrong(lambda n=n: np.ones((n, 4), "f4")) for n in (6, 5)]
+    x = da.concatenate(made, axis=1)
+    for lazy in (clip_by_norm(x, 1.0, 1), norm(x, 1), clip_by_norm(x, 1.0, 1, nonfinite="raise")):
+        with pytest.raises(DaskClipError, match=r"shapes \(5, 1\) and \(6, 1\); give the array"):
+            lazy.compute(scheduler="sync")
+
+
 def test_a_source_that_changes_its_shape_is_refused(monkeypatch):
     """Factors for more slices than there are would be read from memory that is not theirs."""
     monkeypatch.setattr(daskclip.lazy.graph, "HELD_NBYTES", -1)
