@@ -195,12 +195,11 @@ def _remedy(t: Any) -> str:
     if type(t).__module__ == "dask.delayed" or name == "Future":
         return "make an array of it with dask.array.from_delayed"
     if package == "torch":
-        steps = {
-            ".detach()": getattr(t, "requires_grad", False),
-            ".cpu()": not str(getattr(t, "device", "cpu")).startswith("cpu"),
-            ".float()": str(getattr(t, "dtype", "")).endswith("bfloat16"),
-        }
-        return f"pass its {''.join(step for step, needed in steps.items() if needed)}.numpy()"
+        steps = ".detach()" if getattr(t, "requires_grad", False) else ""
+        steps += "" if str(getattr(t, "device", "cpu")).startswith("cpu") else ".cpu()"
+        steps += ".float()" if str(getattr(t, "dtype", "")).endswith("bfloat16") else ""
+        if steps:
+            return f"pass its {steps}.numpy()"
     return "convert it to one"
 
 

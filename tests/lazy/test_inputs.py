@@ -324,6 +324,7 @@ NO_ARRAYS = [
         "torch.Tensor",
         "pass its .detach().cpu().float().numpy()",
     ),
+    (Tensor(layout="torch.sparse_coo"), "torch.Tensor", "convert it to one"),
     (Tracer(), "Tracer", "convert it to one"),
     ([Tensor()], "list", "convert it to one"),
     (None, "NoneType", "convert it to one"),
