@@ -54,6 +54,7 @@ def test_arrays_of_stores_of_the_same_text_have_their_own_names(tmp_path):
 
 
 def test_endpoints_are_told_apart():
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install daskclip[s3]")
     names = set()
     for port in (1, 2, 2):
         options = {"endpoint_url": f"http://127.0.0.1:{port}", "anon": True}
