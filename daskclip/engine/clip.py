@@ -139,8 +139,10 @@ def clip_zarr(
 
     A run can be killed anywhere. The same call resumes it from the journal in the hidden folder
     ``.NAME.daskclip`` beside the target, and repeats one window of blocks at most. A call whose
-    run is complete reads nothing. The client needs 5 bytes a block for the journal beside the
-    budget. The budget has room for limits: one more chunk, or the whole NumPy array.
+    run is complete reads nothing, if the store of the source has versions of what it holds: times
+    of files, ETags, snapshots. From another store, such as memory or a web server, the source is
+    read once more before and once after a run. The client needs 5 bytes a block for the journal
+    beside the budget. The budget has room for limits: one more chunk, or the whole NumPy array.
 
     References
     ----------
@@ -174,7 +176,7 @@ def _clip(request: ClipRequest) -> ClipReport:
     with translating_storage_errors("looking at source and target"):
         run = prepared.run_record(opened)
     with translating_storage_errors(f"writing {opened}"), opened.locked() as transaction:
-        report = find_finished(transaction, run)
+        report = find_finished(transaction, run, in_place=request.in_place)
         if report is not None:
             took = time.monotonic() - request.started
             return replace(report, status="up to date", bytes_read=0, bytes_written=0, seconds=took)

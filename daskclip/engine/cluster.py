@@ -24,6 +24,7 @@ from dask.base import get_scheduler
 from dask.system import CPU_COUNT
 
 from daskclip.errors import ClusterError, DaskClipError, StorageError, TemporaryError, error_text
+from daskclip.storage import Hierarchy, is_private
 from daskclip.worker import drain
 
 WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored depend on
@@ -130,6 +131,18 @@ def _logging_absence(client: Any) -> Iterator[None]:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that read, clip and write."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def require_shared(read: Sequence[Hierarchy]) -> None:
+    """Refuse what only this process sees, if blocks run in other ones."""
+    if get_scheduler() in (None, dask.threaded.get, dask.get):
+        return
+    for where in read:
+        if is_private(where.store):
+            raise ClusterError(
+                f"{where} is in a store that other processes do not see; run on threads of this "
+                "one, or use another store"
+            )
 
 
 def require_alike(paths: Sequence[str]) -> None:

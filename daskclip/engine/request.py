@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from daskclip import arguments
 from daskclip.arguments import Axes, Dim, NonFinite
-from daskclip.engine.cluster import require_alike, workers
+from daskclip.engine.cluster import require_alike, require_shared, workers
 from daskclip.engine.saved_norms import SavedNorms, open_norms
 from daskclip.errors import (
     DaskClipError,
@@ -167,6 +167,7 @@ class Prepared:
     def require_alike_workers(self, *paths: str) -> None:
         """Refuse workers of other versions, or that do not see some paths, source or limits."""
         stored = [one for one in self.limits_by_array.values() if isinstance(one, StoredArray)]
+        require_shared([self.source, *map(_hierarchy, stored)])
         limits = [path for one in stored for path in _hierarchy(one).paths]
         require_alike([*paths, *self.source.paths, *limits])
 
@@ -174,9 +175,10 @@ class Prepared:
         """Require source and limits to be what they were when a run began."""
         now = self.source.reread().fingerprint(changes=True)
         if now != run.source:
+            chunk = f" (chunk {now['newest']})" if now.get("newest") else ""
             raise SourceChangedError(
-                f"source {self.source} (chunk {now.get('newest')}) changed during the run; "
-                "let nothing write to it and run again"
+                f"source {self.source}{chunk} changed during the run; let nothing write to it and "
+                "run again"
             )
         if limits_identity(self.limits_by_array) != run.parameters["limits"]:
             raise SourceChangedError("limits changed during the run; let nothing write to them")

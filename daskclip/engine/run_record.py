@@ -18,14 +18,13 @@ from daskclip.target import Json, RunRecord, Transaction, find_target, journal, 
 DISCARD = "discard it with: daskclip discard TARGET"
 
 
-def find_finished(transaction: Transaction, run: RunRecord) -> ClipReport | None:
+def find_finished(transaction: Transaction, run: RunRecord, *, in_place: bool) -> ClipReport | None:
     """Report of the run that made the target, if it is the same run."""
     path = transaction.record
     old = journal.header(path)
     if old is None or (old.version, old.parameters) != (run.version, run.parameters):
         return None
     # after a run in place, the source that was read is gone and the target is in its place
-    in_place = run.parameters["source"] == run.parameters["target"]
     if not in_place and old.source != run.source:
         return None
     last = journal.final(path)
@@ -54,8 +53,8 @@ def find_unfinished(
         raise TargetExistsError(f"{which} has {', '.join(differences)}; finish it, or {DISCARD}")
     # blocks of another source must not be mixed with those that are done
     if old.source != run.source:
-        chunk = f"chunk {run.source.get('newest')}"
-        raise TargetExistsError(f"source {source} ({chunk}) changed since {which} began; {DISCARD}")
+        chunk = f" (chunk {run.source['newest']})" if run.source.get("newest") else ""
+        raise TargetExistsError(f"source {source}{chunk} changed since {which} began; {DISCARD}")
     if not transaction.is_complete(source, old.id, journal.final(transaction.journal)):
         raise TargetExistsError(f"{which} has lost its files; {DISCARD}")
     return old

@@ -1,6 +1,6 @@
 """Zarr arrays and groups on local file systems and in object stores.
 
-    source ──> hierarchy ──> array ──> codecs ──> files or object_store
+    source ──> hierarchy ──> array ──> codecs ──> files or object_store ──> stores
 
 Chunks are decoded in the calling thread, one at a time, and every file appears whole. Nothing
 here knows what a norm is.
@@ -11,16 +11,16 @@ from daskclip.storage.array import (
     StoredArray,
     is_part,
     is_zarr_array,
-    parse_location,
     retrying_block,
 )
 from daskclip.storage.hierarchy import Hierarchy
 from daskclip.storage.object_store import ObjectPrefix
 from daskclip.storage.retry import translating_storage_errors
 from daskclip.storage.source import check_source, open_source, parse_patterns, select_arrays
+from daskclip.storage.stores import is_private, parse_location
 
 __all__ = [
     "Hierarchy", "ObjectPrefix", "StoredArray", "cf", "check_source", "durable", "is_part",
-    "is_zarr_array", "open_source", "parse_location", "parse_patterns", "retrying_block",
-    "select_arrays", "translating_storage_errors",
+    "is_private", "is_zarr_array", "open_source", "parse_location", "parse_patterns",
+    "retrying_block", "select_arrays", "translating_storage_errors",
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """Zarr arrays as they are stored: regions read, written and copied, whole objects at a time."""
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.abc.store import Store
-from zarr.storage import LocalStore, StorePath
+from zarr.storage import LocalStore
 
 from daskclip.errors import DaskClipError, SourceError, error_text
 from daskclip.grid import Box, box_shape, boxes, grid_shape, offset_box
@@ -218,6 +217,13 @@ class StoredArray:
         """Everything stored for the array except hidden files; see `ChunkFiles.listed`."""
         return self._chunks.listed(changes)
 
+    def versioned(self, *, changes: bool) -> Iterator[Stored]:
+        """What is stored, with versions that differ when its bytes do; see `ChunkFiles.listed`."""
+        if isinstance(self._chunks, ChunkFiles):
+            return self._chunks.listed(changes)
+        grid = np.ndindex(grid_shape(self.shape, self.unit))
+        return self._chunks.versioned(map(self._key, grid))
+
     def chunk_coords(self) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         """Key of everything stored, and its grid coordinates if it is a unit of the array."""
         ndim, ends = self.ndim, grid_shape(self.shape, self.unit)
@@ -236,7 +242,7 @@ class StoredArray:
     def stored_blocks(
         self, block: tuple[int, ...], strides: tuple[int, ...], blocks: int
     ) -> npt.NDArray[np.bool_] | None:
-        """Whether any unit of each block is stored; None if absent units are not zeros.
+        """Whether any unit of each block is stored; None if absent units are not zeros, or unknown.
 
         Parameters
         ----------
@@ -250,10 +256,15 @@ class StoredArray:
         if self.array.fill_value:
             return None
         found = np.zeros(blocks, np.bool_)
-        for _, coords in self.chunk_coords():
-            if coords is not None:
-                steps = (i * u // n for i, u, n in zip(coords, self.unit, block, strict=True))
-                found[sum(i * stride for i, stride in zip(steps, strides, strict=True))] = True
+        try:
+            for _, coords in self.chunk_coords():
+                if coords is not None:
+                    steps = (i * u // n for i, u, n in zip(coords, self.unit, block, strict=True))
+                    found[sum(i * stride for i, stride in zip(steps, strides, strict=True))] = True
+        except Exception as error:
+            if not object_store.cannot_list(error):
+                raise
+            return None
         return found
 
 
@@ -270,27 +281,6 @@ def local_folder(store: Store, path: str) -> Path | None:
 def location(store: Store, path: str) -> str:
     """Path or URL of a path in a store, for messages."""
     return str(local_folder(store, path) or object_store.url(store, path))
-
-
-def parse_location(
-    location: object, options: dict[str, Any] | None
-) -> str | tuple[Store, str] | None:
-    """Folder, or store and key, that an argument of the user names; None for other types.
-
-    ``options`` are passed to fsspec for a URL.
-    """
-    if isinstance(location, zarr.Array | zarr.Group):
-        location = location.store_path
-    if isinstance(location, str | os.PathLike):
-        name = os.fspath(location).removeprefix("file://")
-        return object_store.open_url(name, options) if "://" in name else name
-    if isinstance(location, Store):
-        location = StorePath(location)
-    if not isinstance(location, StorePath):
-        return None
-    store, path = location.store, location.path
-    # zarr has opened its own store for a local path; only the path is kept
-    return str(store.root / path) if isinstance(store, LocalStore) else (store, path)
 
 
 def retrying_block(doing: str, array: StoredArray, region: Box, operation: Callable[[Box], T]) -> T:

@@ -48,7 +48,7 @@ class Stored(NamedTuple):
     key: str
     size: int
     version: str
-    """Differs when the content does: the times of a file, the ETag of an object."""
+    """Differs when the content does: the times of a file, the ETag of an object; '' if unknown."""
     changed: int = 0
     """When it was written, in nanoseconds; 0 if unknown."""
 

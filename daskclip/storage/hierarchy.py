@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import zarr
 from zarr.abc.store import Store
-from zarr.storage import LocalStore, StorePath
+from zarr.storage import LocalStore, StorePath, ZipStore
 
 from daskclip.errors import SourceError, error_text
 from daskclip.storage import files
@@ -19,7 +19,7 @@ from daskclip.storage import object_store as objects
 from daskclip.storage.array import StoredArray, local_folder, location
 from daskclip.storage.durable import digest_entries
 from daskclip.storage.files import DOCUMENTS, NODE_DOCUMENTS
-from daskclip.storage.retry import is_refused, retrying
+from daskclip.storage.retry import retrying
 
 METADATA_SIZE = 1 << 24  # bytes of JSON: parsing takes many times as much memory
 FETCH_BATCH = 64  # documents fetched together
@@ -135,6 +135,8 @@ class Hierarchy:
     def paths(self) -> list[str]:
         """Local files that every process that reads it must see."""
         folder = self.folder
+        if isinstance(self.store, ZipStore):
+            return [str(self.store.path)]
         return [str(folder / key) for key in self.documents if folder and "/" not in key]
 
     def digest(self) -> int:
@@ -142,9 +144,10 @@ class Hierarchy:
         return digest_entries(self.documents.items())
 
     def fingerprint(self, *, changes: bool) -> dict[str, Any]:
-        """Fingerprint of the documents and of the chunks stored now, which are not read.
+        """Fingerprint of the documents and of the chunks stored now.
 
-        With ``changes``, it also covers the times of chunks that a copy does not keep.
+        Chunks are read only where the store has no versions of them. With ``changes``, it also
+        covers the times of chunks that a copy does not keep.
         """
         found = {"metadata": self.digest()}
         try:
@@ -152,12 +155,6 @@ class Hierarchy:
         except ValueError as error:
             text = f"{error_text(error)} in {self}; store regular files there"
             raise SourceError(text) from error
-        except Exception as error:
-            # a store that cannot list, or may not: blocks are still compared by their digests
-            unlisted = isinstance(error, NotImplementedError) or is_refused(error)
-            if unlisted and self.folder is None:
-                return found
-            raise
 
     def _chunks(self, changes: bool) -> Iterator[files.Stored]:
         for name, array in self.arrays.items():
@@ -165,7 +162,7 @@ class Hierarchy:
             # chunk, would be read into memory
             largest = 2 * array.unit_nbytes + (1 << 24)
             prefix = f"{name}/" if name else ""
-            for stored in array.listed(changes=changes):
+            for stored in array.versioned(changes=changes):
                 if not files.CHUNK.fullmatch(stored.key):
                     continue
                 key = prefix + stored.key

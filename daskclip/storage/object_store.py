@@ -1,8 +1,11 @@
 """Objects in a Zarr store that is not a local folder: read, listed, and created only once."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,12 +13,13 @@ import numpy.typing as npt
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import FsspecStore, ObjectStore
+from zarr.storage import FsspecStore, ObjectStore, ZipStore
 
 from daskclip import errors
 from daskclip.storage.durable import DIGESTS, Data, digest_entries
-from daskclip.storage.files import NODE_DOCUMENTS, Stored
-from daskclip.storage.retry import is_refused, kind_and_remedy, retrying
+from daskclip.storage.files import CHUNK, NODE_DOCUMENTS, Stored
+from daskclip.storage.retry import http_status, is_refused, kind_and_remedy, retrying
+from daskclip.storage.stores import READ_ONLY, is_web, linked_files, protocols_of, store_version
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -23,6 +27,8 @@ T = TypeVar("T")
 PRECONDITION = "PreconditionFailed"
 DELETE_BATCH = 1000  # the limit of S3 for objects removed in one request
 IO_BYTES = 1 << 22  # of chunks in one batch: decoded bytes to fetch, encoded bytes to store
+CLOUDS = {"S3Store": "s3", "GCSStore": "gs", "AzureStore": "az"}
+"""Schemes of the stores of obstore whose ETags follow from what is stored."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,15 @@ class ChunkObjects:
         self, keys: Sequence[str], buffers: Sequence[Bytes | None] = ()
     ) -> Iterator[Bytes | None]:
         """Bytes of each object, or None; small ones are fetched some at a time."""
+        for i in range(0, len(keys), self._count):
+            names = [join(self.path, key) for key in keys[i : i + self._count]]
+            yield from get(self.store, names)
+
+    @property
+    def _count(self) -> int:
+        """Number of chunks to fetch together."""
         # large chunks one at a time, so that memory is as planned
-        count = max(1, IO_BYTES // self.unit_nbytes)
-        for i in range(0, len(keys), count):
-            yield from get(self.store, [join(self.path, key) for key in keys[i : i + count]])
+        return max(1, IO_BYTES // self.unit_nbytes)
 
     def write(self, encoded: Iterable[tuple[str, Data | None]]) -> int:
         """Create the chunks that are not None, some at a time, and return their digest."""
@@ -75,8 +86,29 @@ class ChunkObjects:
 
     def listed(self, changes: bool) -> Iterator[Stored]:
         """Everything stored for the array except hidden objects."""
+        if is_web(self.store):
+            # a page need not link to all that is there, and what is missing would count as zeros
+            raise NotImplementedError("a web server does not list what is stored")
         # ``changes`` makes no difference: an ETag changes with the content
         return (stored for stored in listed(self.store, self.path) if "/." not in f"/{stored.key}")
+
+    def versioned(self, grid: Iterable[str]) -> Iterator[Stored]:
+        """Chunks that are stored; see `versioned`.
+
+        The keys of ``grid`` are those of all chunks that there may be, for a store that cannot be
+        listed.
+        """
+        return versioned(self.store, self.path, self._found(grid), self._count)
+
+    def _found(self, grid: Iterable[str]) -> Iterator[Stored]:
+        """Chunks of the listing, or all chunks of ``grid`` if there is no listing."""
+        try:
+            found = (stored for stored in self.listed(False) if CHUNK.fullmatch(stored.key))
+            return chain([*islice(found, 1)], found)
+        except Exception as error:
+            if not cannot_list(error):
+                raise
+        return (Stored(key, 0, "") for key in grid)
 
 
 @dataclass(frozen=True)
@@ -93,6 +125,11 @@ class ObjectPrefix:
     def can_create(self) -> bool:
         """Whether the store has a call that creates an object only if it does not exist."""
         return isinstance(self.store, FsspecStore | ObjectStore)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing can be created there, whatever the rights."""
+        return any(protocols & READ_ONLY for protocols in protocols_of(self.store))
 
     def has_node(self) -> bool:
         """Whether a Zarr array or group is at the prefix."""
@@ -144,25 +181,35 @@ class ObjectPrefix:
                 kind, remedy = errors.TargetPermissionError, "check credentials and rights"
             elif isinstance(error, FileNotFoundError):
                 kind, remedy = errors.TargetError, "check the bucket"
+            elif isinstance(error, NotImplementedError):
+                kind, remedy = errors.TargetError, "choose a path, or a URL of an object store"
             raise kind(f"{text}; {remedy}") from error
 
 
-def open_url(url: str, options: dict[str, Any] | None) -> tuple[Store, str]:
-    """Store of a whole bucket, and the key in it that a URL names."""
-    # the whole bucket, since groups above a target are checked too
-    found = FsspecStore.from_url(url, options)
-    bucket, _, key = found.path.strip("/").partition("/")
-    return FsspecStore(found.fs, path=bucket), key.strip("/")
-
-
 def url(store: Store, path: str) -> str:
-    """URL of an object, for messages."""
+    """URL or path of an object, for messages and to know a store again in another process."""
     if isinstance(store, FsspecStore):
-        return str(store.fs.unstrip_protocol(join(store.path, path)))
-    bucket = getattr(getattr(store, "store", None), "config", {}).get("bucket")
-    if bucket and isinstance(store, ObjectStore):
-        return "s3://" + join(bucket, str(store.store.prefix or ""), path)
-    return join(str(store), path)
+        return str(store.fs.unstrip_protocol(store.fs._strip_protocol(join(store.path, path))))
+    if isinstance(store, ZipStore):
+        return join(os.path.realpath(store.path), path)
+    inner = store.store if isinstance(store, ObjectStore) else store
+    root = type(inner).__name__
+    if root in CLOUDS:
+        config: dict[str, str] = getattr(inner, "config", {})
+        root = f"{CLOUDS[root]}://{config.get('bucket') or config.get('container_name')}"
+    # the text of others may hold an address in memory, which each process has its own
+    place = getattr(inner, "url", "") if root == "HTTPStore" else ""
+    return join(place or root, str(getattr(inner, "prefix", None) or "").strip("/"), path)
+
+
+def cannot_list(error: BaseException) -> bool:
+    """Whether a store has no listing, or refuses it."""
+    return (
+        is_refused(error)
+        or isinstance(error, NotImplementedError | FileNotFoundError)
+        or http_status(error) in (404, 405, 501)
+        or type(error).__name__ == "NotSupportedError"
+    )
 
 
 def get(store: Store, keys: Iterable[str]) -> list[Bytes | None]:
@@ -214,28 +261,65 @@ def delete(store: Store, keys: Iterable[str]) -> None:
 
 
 def listed(store: Store, prefix: str) -> Iterator[Stored]:
-    """All objects below ``prefix``, with keys relative to it."""
-    root = f"{prefix}/" if prefix else ""
-    if isinstance(store, FsspecStore):
-        top = join(store.path, prefix)
+    """All objects below ``prefix``, with keys relative to it.
+
+    Versions are the ETags of object stores, and else empty. Others would not do: times are coarse
+    or can be set, and those of a cache are not of the bytes that it reads.
+    """
+    root, layers = f"{prefix}/" if prefix else "", protocols_of(store)
+    if is_web(store):
+        for key in sync(linked_files(store, prefix)):
+            yield Stored(key, 0, "")
+    elif isinstance(store, FsspecStore):
+        fs = store.fs
+        top = fs._strip_protocol(join(store.path, prefix))
         # fsspec's cache of listings does not know what other programs write
-        store.fs.invalidate_cache()
-        found = sync(store.fs._find(top, detail=True))
-        store.fs.invalidate_cache()
+        fs.invalidate_cache()
+        found = sync(fs._find(top, detail=True))
+        fs.invalidate_cache()
         for name, about in found.items():
             key = name[len(top) :].lstrip("/")
-            version = about.get("ETag") or about.get("etag") or about.get("mtime") or ""
+            version = about.get("ETag") or about.get("etag") or ""
             if key:  # else an object that stands for a folder
-                yield Stored(key, about.get("size") or 0, str(version))
+                yield Stored(key, about.get("size") or 0, "" if layers[1:] else str(version))
     elif isinstance(store, ObjectStore):
+        has_etags = type(store.store).__name__ in CLOUDS
         for batch in store.store.list(root or None):
             for about in batch:
                 key, version = about["path"].removeprefix(root), about["e_tag"] or ""
-                yield Stored(key, about["size"], version)
+                yield Stored(key, about["size"], version if has_etags else "")
     else:
-        # zarr's interface lists keys only: their content cannot be told to have changed
+        # zarr's interface lists keys only
         for key in sync(_collected(store.list_prefix(root))):
             yield Stored(key.removeprefix(root), 0, "")
+
+
+def versioned(store: Store, path: str, found: Iterator[Stored], count: int) -> Iterator[Stored]:
+    """Objects below a path that exist, each with a version that differs when its bytes do.
+
+    That is the version of the whole store or of the listing, if they have one. Else the objects are
+    read, ``count`` at a time, and the version is a digest.
+    """
+    version = store_version(store)
+    while batch := [*islice(found, count)]:
+        keys = [stored.key for stored in batch if not (version or stored.version)]
+        read = dict(zip(keys, _read(store, path, keys), strict=True))
+        for stored in batch:
+            if stored.key not in read:
+                yield stored._replace(version=stored.version or version)
+            elif (data := read[stored.key]) is not None:
+                digest = blake2b(data.data, digest_size=16).hexdigest()
+                yield Stored(stored.key, len(data), digest)
+
+
+def _read(store: Store, path: str, keys: Sequence[str]) -> list[Bytes | None]:
+    try:
+        return retrying(get, store, [join(path, key) for key in keys])
+    except Exception as error:
+        kind, remedy = kind_and_remedy(error)
+        why = f"{type(error).__name__}: {errors.error_text(error)}; {remedy}"
+        where = f"{len(keys)} objects of {url(store, path)} from {keys[0]} on"
+        raise kind(f"reading {where} failed: {why}") from error
 
 
 # sync takes a coroutine, which asyncio.gather is not

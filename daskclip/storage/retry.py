@@ -83,12 +83,18 @@ def is_refused(error: BaseException) -> bool:
     )
 
 
+def http_status(error: BaseException) -> int:
+    """HTTP status of an error of any library, or of what caused it; 0 if none."""
+    return next(filter(None, map(_status, _chain(error))), 0)
+
+
 def _transient(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None and error.errno != errno.EINVAL:
         return error.errno in ERRNOS
     status = _status(error)
     if status:
-        return status == 429 or 500 <= status < 600
+        # 501: the server does not have the method
+        return status == 429 or (500 <= status < 600 and status != 501)
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & LOST) or isinstance(error, TimeoutError | ConnectionError)
 

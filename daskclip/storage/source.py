@@ -11,11 +11,12 @@ import numpy as np
 from daskclip import errors
 from daskclip.errors import DaskClipError, InvalidValueError, SourceError, error_text, short_repr
 from daskclip.grid import grid_shape
-from daskclip.storage.array import V2_NAMES, StoredArray, parse_location
+from daskclip.storage.array import V2_NAMES, StoredArray
 from daskclip.storage.cf import require_decoded
 from daskclip.storage.codecs import chain, codec_name
 from daskclip.storage.hierarchy import Hierarchy
 from daskclip.storage.retry import is_refused, is_transient
+from daskclip.storage.stores import ensure_open, parse_location
 
 # codecs that keep every bit; a lossy one could lift a clipped slice above its limit again
 LOSSLESS = {
@@ -38,10 +39,11 @@ def open_source(source: object, storage_options: dict[str, Any] | None = None) -
             )
         if isinstance(found, str):
             if not os.path.exists(found):
-                raise errors.SourceNotFoundError(f"source {name} does not exist; check the path")
+                raise errors.SourceNotFoundError(f"source {found} does not exist; check the path")
             # workers may have another working directory
             opened = Hierarchy.open(os.path.realpath(found))
         else:
+            ensure_open(found[0])
             opened = Hierarchy.open(*found)
         if not opened.documents:
             raise SourceError(f"source {name} is not a zarr array or group; give the path of one")
@@ -57,6 +59,8 @@ def _open_error(where: str, error: Exception) -> DaskClipError:
     """The error to raise for an error of zarr or of a store."""
     # the words of zarr for a dtype that it does not know
     why = error_text(error)
+    if isinstance(error, ImportError):
+        return SourceError(f"{where} needs what is not installed ({why}); install it")
     if "data type" in str(error):
         return errors.DTypeError(
             f"{where} has a dtype that cannot be clipped ({why}); store it as floating point or "

@@ -19,7 +19,7 @@ those in `directory`, and a branch of `find_target`. The engine calls them in th
 
 The engine also uses ``journal``, ``folder`` and ``target`` of a transaction, and, to verify, for
 `status` and for `discard`, ``exists``, ``open``, ``journals``, ``busy`` and ``unfinished`` of a
-target. Outside this room, `parse_location` in storage/array.py takes what a caller names apart,
+target. Outside this room, `parse_location` in storage/stores.py takes what a caller names apart,
 `Hierarchy.open` has to read what was published, and `_open_written` in engine/verify.py and
 `_directory` in engine/saved_norms.py ask for a `DirectoryTarget`.
 """

@@ -40,6 +40,11 @@ def find_target(target: object, options: dict[str, Any] | None = None) -> Target
     """Find a target, which may not exist."""
     try:
         found = parse_location(target, options)
+    except ImportError as error:
+        why = error_text(error)
+        raise TargetError.about(
+            "target", target, f"needs what is not installed ({why}); install it"
+        ) from error
     except Exception as error:  # fsspec and its file systems raise errors of any kind
         raise TargetError(
             f"target {short_repr(target)} cannot be used ({error_text(error)}); check the URL, and "
@@ -52,6 +57,11 @@ def find_target(target: object, options: dict[str, Any] | None = None) -> Target
             f"target {short_repr(target)} is not a path; give a path, a URL or a zarr store"
         )
     path = Path(found)
+    if path.suffix.lower() == ".zip" and not path.is_dir():
+        raise TargetError(
+            f"target {path} would be a zip file, which cannot be written in parts; clip to a "
+            "folder and zip that"
+        )
     # of "." and "..": the target needs a name, to put a work directory and a rename beside it
     if path.name in ("", ".."):
         path = path.resolve()

@@ -40,18 +40,25 @@ class ObjectStoreTarget(ObjectPrefix):
 
     def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a prefix where the target of a source cannot be made; changes nothing."""
-        if overwrite or in_place:
+        if self.is_read_only:
             raise TargetError(
-                f"target {self} is in an object store, where nothing can be replaced in one step; "
-                "clip to a new target and remove the old one"
+                f"{str(self).partition('://')[0]}:// cannot be written; give a path, or a URL of "
+                "an object store such as s3://"
             )
         if not self.can_create:
             raise TargetError(
                 f"target {self} is in a {type(self.store).__name__}, which cannot be locked; give "
                 "a path, a URL, or a store of fsspec or obstore"
             )
+        if overwrite or in_place:
+            raise TargetError(
+                f"target {self} is in an object store, where nothing can be replaced in one step; "
+                "clip to a new target and remove the old one"
+            )
         here, there = f"{source}/", f"{self}/"
-        if here.startswith(there) or there.startswith(here):
+        # without a URL, only the store itself tells which it is
+        both = "://" in here or source.store == self.store
+        if both and (here.startswith(there) or there.startswith(here)):
             raise TargetError(
                 f"target {there} and source {here} lie in each other; choose another target"
             )

@@ -42,7 +42,9 @@ OUTSIDE = {"numpy", "dask"}
 FEW = {
     "zarr": {
         "storage.array", "storage.codecs", "storage.hierarchy", "storage.object_store",
+        "storage.stores",
     },
+    "fsspec": {"storage.stores"},
     "google_crc32c": {"storage.durable"},
     "numcodecs": {"storage.decode_guard"},
     "xarray": {"xarray"},
