@@ -1,5 +1,6 @@
 """The command line: strings in, a call of the engine, text or JSON out."""
 
+import io
 import json
 import logging
 import os
@@ -193,6 +194,9 @@ def main() -> None:
     """Clip norms of Zarr arrays larger than memory, exactly."""
     # zarr warns of codecs and dtypes outside its specification; stderr has one line an event
     warnings.simplefilter("ignore")
+    # a name in a report may be no UTF-8, or nothing that the terminal can show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @main.command(**CLIPPING)
@@ -260,7 +264,7 @@ def _call(function: Callable[..., Any], **options: Any) -> None:
         if report is not None:
             report.write_text(as_document(result) + "\n")
         if html is not None:
-            html.write_text(as_page(result), encoding="utf-8")
+            html.write_text(as_page(result), encoding="utf-8", errors="backslashreplace")
         click.echo(as_document(result) if as_json else as_text(result))
 
 

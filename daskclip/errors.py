@@ -18,6 +18,11 @@ class DaskClipError(Exception):
     resumable = False
     """Whether a run that this error stopped keeps its journal and can be resumed."""
 
+    def __str__(self) -> str:
+        # names of files hold anything: line ends, commands to a terminal, bytes that are no UTF-8
+        text = super().__str__()
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
     @classmethod
     def about(cls, what: str, value: object, text: str) -> Self:
         """Error whose message begins with the name and the value of an argument."""

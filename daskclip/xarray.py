@@ -16,14 +16,14 @@ import xarray as xr
 from daskclip.arguments import DTYPES, Axes, Dim, NonFinite, check_dtype, parse_clip_norm, parse_dim
 from daskclip.errors import DTypeError, InvalidTypeError, short_repr
 from daskclip.lazy import clip_by_norm as clip_unlabelled
-from daskclip.storage import cf
+from daskclip.storage import metadata
 
 __all__ = ["DaskClipAccessor", "clip_by_norm", "norm"]
 
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 # encoding with which saving rounds, so that the bound would not hold after reading the values back
 ROUNDING = {
-    *cf.SCALES, "_Unsigned", "filters", "serializer",
+    *metadata.SCALES, "_Unsigned", "filters", "serializer",
     "least_significant_digit", "significant_digits", "quantize_mode",
 }  # fmt: skip
 
@@ -188,7 +188,7 @@ def _slices(
 ) -> dict[Hashable, tuple[xr.DataArray, list[Hashable]]]:
     """Arrays to clip, by name, each with those dimensions of ``dim`` that it has."""
     if isinstance(obj, xr.DataArray):
-        cf.require_decoded(obj.dtype, obj.attrs, f"array {short_repr(obj.name)}")
+        metadata.require_decoded(obj.dtype, obj.attrs, f"array {short_repr(obj.name)}")
         check_dtype(obj.dtype)
         return {obj.name: (obj, parse_dim(dim, obj.dims))}
     if not isinstance(obj, xr.Dataset):
@@ -201,7 +201,7 @@ def _slices(
         return {}
     # all of them: an integer variable may be a packed one, and is not to be passed over in silence
     for name, x in obj.data_vars.items():
-        cf.require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")
+        metadata.require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")
     # by the CF conventions a coordinate names its bounds; they need no attributes of their own
     bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in obj.variables.values()}
     data = {name: x for name, x in obj.data_vars.items() if name not in bounds}
@@ -244,13 +244,12 @@ def _encoding(encoding: Mapping[Any, Any], dtype: np.dtype[Any], largest: float)
     """The part of an encoding that saves values of ``dtype`` up to ``largest`` unchanged."""
     kept = {k: v for k, v in encoding.items() if k not in ROUNDING}
     # the sentinels of packed data are packed values, which mean nothing without the packing
-    is_packed = any(name in encoding for name in cf.SCALES)
+    is_packed = any(name in encoding for name in metadata.SCALES)
     if not np.can_cast(dtype, encoding.get("dtype", dtype), "equiv"):
         is_packed = True
         del kept["dtype"]
-    for name in cf.SENTINELS:
-        if is_packed or not all(
-            math.isnan(number) or abs(number) > largest for number in cf.numbers(kept.get(name))
-        ):
+    for name in metadata.SENTINELS:
+        numbers = metadata.numbers(kept.get(name))
+        if is_packed or not all(math.isnan(n) or abs(n) > largest for n in numbers):
             kept.pop(name, None)
     return kept

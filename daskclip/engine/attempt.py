@@ -52,10 +52,13 @@ def run_attempt(
         peak = memory_growth(before, memory_used())
         # in place, a source without a slice above its limit stays as it is
         is_written = not request.in_place or passes.blocks_written > 0
-        made = transaction.finish(staged) if is_written else None
-        report = _report(prepared, run, passes, made, peak, measured)
-        if made is not None:
-            journal.end(FinalRecord(report=asdict(report), made=made))
+        ended, others, made = journal.ended(), 0, None
+        if is_written:
+            others = ended.others or 0 if ended else source.copy_others(staged)
+            made = transaction.finish(staged)
+        report = _report(prepared, run, passes, made, others, peak, measured)
+        if made is not None and ended is None:
+            journal.append(FinalRecord(report=asdict(report), made=made, others=others or None))
     # the last look at the source, before anything replaces it or appears beside it
     prepared.require_unchanged(run)
     if is_written:
@@ -77,7 +80,7 @@ def measure(
     progress = Progress(prepared.request.show, plan.nbytes, passes=1)
     with Passes.open(arrays, plan, journal, find_stored(arrays, run), progress) as passes:
         rounds.measure(passes)
-        journal.end(FinalRecord(total=passes.total))
+        journal.append(FinalRecord(total=passes.total))
     return passes
 
 
@@ -86,6 +89,7 @@ def _report(
     run: RunRecord,
     passes: Passes,
     made: Json | None,
+    others: int,
     peak: int | None,
     measured: int,
 ) -> ClipReport:
@@ -120,7 +124,7 @@ def _report(
         parameters={k: parameters[k] for k in reported if parameters[k]} | {"memory": plan.memory},
         versions=versions(),
         source_fingerprint=run.source.get("hash", "unknown"),
-        digest=None if made is None else passes.digest_with(made.get("metadata", 0)),
+        digest=None if made is None else passes.digest_with(made.get("metadata", 0) + others),
         pictures=_pictures(prepared, passes, peak),
     )
 

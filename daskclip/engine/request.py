@@ -257,7 +257,7 @@ def _parameters(
 
 def _having(source: Hierarchy, names: list[str], dim: Dim) -> tuple[list[str], list[str]]:
     """Arrays with any of the dimensions that are asked for, and these; all arrays if none is."""
-    having = {name: source.arrays[name].dimension_names or [] for name in names}
+    having = {name: source.dimension_names(name) or [] for name in names}
     known = list(dict.fromkeys(d for named in having.values() for d in named if d is not None))
     wanted = arguments.parse_dim(dim, known)
     return [name for name in names if not wanted or {*having[name]} & {*wanted}], wanted
@@ -266,7 +266,7 @@ def _having(source: Hierarchy, names: list[str], dim: Dim) -> tuple[list[str], l
 def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> Layout:
     """Check an array that is clipped, and take what its plan depends on."""
     array = source.arrays[name]
-    named = array.dimension_names
+    named = None if dim is None else source.dimension_names(name)
     if source.is_group and dim is not None and axes is None:
         dim, axes = None, [a for a, d in enumerate(named or ()) if d in dim]
     try:

@@ -148,7 +148,7 @@ def _directory(path: object) -> DirectoryTarget:
 
 
 def _create(folder: Path, source: Hierarchy, parameters: journal.Json, plan: ClipPlan) -> None:
-    names = source.arrays[""].dimension_names
+    names = source.dimension_names("")
     kept_names = None if names is None else [names[a] for a in plan.kept]
     # whole chunks belong to one block of the source, so that each has one writer
     chunks = tuple(max(1, plan.block[a]) for a in plan.kept)

@@ -27,6 +27,8 @@ class MadeByRun:
     run: journal.RunRecord
     fingerprint: journal.Json
     """Fingerprint of the target when it was complete."""
+    others: int
+    """Digest of the files that belong to no array."""
     digests: rounds.Digests
     """Digest of the files of each block, by its number."""
 
@@ -65,9 +67,9 @@ def verify_zarr(
 
     Notes
     -----
-    Checks that exactly the files of chunks are there, the digest of the files of each block, and
-    the norm of each slice. Reads the target twice, and with a source three times and the source
-    twice, within the memory of the run that is verified.
+    Checks that exactly the files of chunks are there, the digest of the files of each block and of
+    all other files in a group, and the norm of each slice. Reads the target twice, and with a
+    source three times and the source twice, within the memory of the run that is verified.
 
     References
     ----------
@@ -94,7 +96,7 @@ def verify_zarr(
         limits_by_array = _same_limits(made, written, limits)
         again = None if source is None else open_source(source)
         if again is not None:
-            _check_source(again, written, found)
+            _check_source(again, written, made)
         total = _verify(made, written, again, limits_by_array).total
     return VerifyReport(
         target=str(found),
@@ -153,6 +155,10 @@ def _open_written(made: MadeByRun) -> Hierarchy:
             for key in array.stray_keys():
                 inside = f"{name}/{key}".lstrip("/")
                 raise VerificationError(f"{target}/{inside} is no chunk of the array; remove it")
+        if written.copy_others() != made.others:
+            raise VerificationError(
+                f"files of {target} that belong to no array are not what was written; clip it again"
+            )
     except DaskClipError as error:
         raise VerificationError(str(error)) from error
     return written
@@ -184,12 +190,12 @@ def _read_record(target: Target) -> MadeByRun:
         # the final record is the last line, unless the end of the journal is torn
         if not isinstance(record, journal.FinalRecord) or record.made is None:
             raise VerificationError(f"the record of {target} is damaged; clip it again")
-    return MadeByRun(target, run, record.made, digests)
+    return MadeByRun(target, run, record.made, record.others or 0, digests)
 
 
-def _check_source(source: Hierarchy, written: Hierarchy, target: Target) -> None:
-    """Require arrays of the same names, shapes and dtypes."""
-    both = source.arrays, written.arrays
+def _check_source(source: Hierarchy, written: Hierarchy, made: MadeByRun) -> None:
+    """Require arrays of the same names, shapes and dtypes, and the same files beside them."""
+    both, target = (source.arrays, written.arrays), made.target
     # an array of a group may be missing on either side
     for name in sorted(both[0].keys() | both[1].keys()):
         found = (arrays.get(name) for arrays in both)
@@ -198,3 +204,8 @@ def _check_source(source: Hierarchy, written: Hierarchy, target: Target) -> None
             what = f" array {name}" if name else ""
             kinds = f"source {source}{what} is {one}, target {target} {other}"
             raise VerificationError(f"{kinds}; give the source that it was made from")
+    if source.copy_others() != made.others:
+        raise VerificationError(
+            f"files of source {source} that belong to no array differ from those of {target}; give "
+            "the source that it was made from"
+        )

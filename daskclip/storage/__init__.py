@@ -1,12 +1,13 @@
 """Zarr arrays and groups on local file systems and in object stores.
 
     source ──> hierarchy ──> array ──> codecs ──> files or object_store ──> stores
+                   └─> metadata
 
 Chunks are decoded in the calling thread, one at a time, and every file appears whole. Nothing
 here knows what a norm is.
 """
 
-from daskclip.storage import cf, durable
+from daskclip.storage import durable, metadata
 from daskclip.storage.array import (
     StoredArray,
     is_part,
@@ -20,7 +21,7 @@ from daskclip.storage.source import check_source, open_source, parse_patterns, s
 from daskclip.storage.stores import is_private, parse_location
 
 __all__ = [
-    "Hierarchy", "ObjectPrefix", "StoredArray", "cf", "check_source", "durable", "is_part",
-    "is_private", "is_zarr_array", "open_source", "parse_location", "parse_patterns",
+    "Hierarchy", "ObjectPrefix", "StoredArray", "check_source", "durable", "is_part",
+    "is_private", "is_zarr_array", "metadata", "open_source", "parse_location", "parse_patterns",
     "retrying_block", "select_arrays", "translating_storage_errors",
 ]  # fmt: skip

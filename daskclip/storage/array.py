@@ -268,9 +268,9 @@ class StoredArray:
         return found
 
 
-def is_part(key: str, *, of_array: bool) -> bool:
-    """Whether a key in the folder of an array or a group belongs to metadata or a chunk."""
-    return key in DOCUMENTS or (of_array and CHUNK.fullmatch(key) is not None)
+def is_part(key: str) -> bool:
+    """Whether a key in the folder of an array belongs to metadata or a chunk."""
+    return key in DOCUMENTS or CHUNK.fullmatch(key) is not None
 
 
 def local_folder(store: Store, path: str) -> Path | None:

@@ -85,7 +85,8 @@ def digest_stored(data: Data, before: int = 0) -> int:
 def digest_entry(key: str, size: int, stored: int) -> int:
     """Digest of a key, and of the size and the `digest_stored` of the bytes stored there."""
     # hashed: a sum of plain CRCs would not change if two chunks changed places
-    text = f"{key} {size} {stored:016x}".encode()
+    # a name that is no UTF-8 has surrogates
+    text = f"{key} {size} {stored:016x}".encode(errors="surrogatepass")
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
 
 

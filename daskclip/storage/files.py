@@ -5,7 +5,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -37,6 +37,8 @@ CHUNK = re.compile(r"c|(c[./])?\d+([./]\d+)*")
 DOCUMENTS = (".zmetadata", ".zattrs", "zarr.json", ".zgroup", ".zarray")
 """Keys of metadata. The last one of a folder makes a node of it, so it is written last."""
 NODE_DOCUMENTS = DOCUMENTS[2:]
+OURS = re.compile(r"\.(.*\.)?daskclip")
+"""Names of the record of a run in what it wrote, and of work folders beside targets."""
 DIRECT = 1 << 20  # bytes of a file from which on writing bypasses the page cache
 
 _thread = threading.local()
@@ -97,37 +99,49 @@ class ChunkFiles:
         return max(times, key=lambda key: times[key])
 
     def listed(self, changes: bool) -> Iterator[Stored]:
-        """Everything in the folder except hidden files, in no order.
+        """Everything in the folder except hidden files; see `listed`.
 
-        Links, and folders in the place of chunks, are refused: zarr would read some of them as
-        the fill value. With ``changes``, versions include what no program can set and no copy
-        keeps: ctime and inode.
+        Folders in the place of chunks are refused: zarr would read some as the fill value.
         """
-        # one generator for all folders: a nested one would pass each of a million files upwards
-        folders = [""]
-        while folders:
-            prefix, inside = folders.pop(), []
-            with os.scandir(self.folder / prefix) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    key = f"{prefix}{entry.name}"
-                    if entry.is_symlink():
-                        raise ValueError(f"{key} is a symbolic link")
-                    if entry.is_file():
-                        status = entry.stat()
-                        version, changed = f"{status.st_mtime_ns}", 0
-                        if changes:
-                            changed = status.st_ctime_ns
-                            version += f" {changed} {status.st_ino}"
-                        yield Stored(key, status.st_size, version, changed)
-                    elif not entry.is_dir():
-                        raise ValueError(f"{key} is not a regular file")
-                    elif key.count("/") + 1 >= self.depth and CHUNK.fullmatch(key):
-                        raise ValueError(f"{key} is a folder and not a chunk")
-                    else:
-                        inside.append(f"{key}/")
-            folders += reversed(inside)
+        return listed(self.folder, changes, self._skips)
+
+    def _skips(self, key: str, entry: os.DirEntry[str]) -> bool:
+        deep = entry.is_dir(follow_symlinks=False) and key.count("/") + 1 >= self.depth
+        if deep and CHUNK.fullmatch(key):
+            raise ValueError(f"{key} is a folder and not a chunk")
+        return entry.name.startswith(".")
+
+
+def listed(
+    folder: Path, changes: bool, skips: Callable[[str, os.DirEntry[str]], bool]
+) -> Iterator[Stored]:
+    """Everything in a folder except what ``skips`` says, in no order; links are refused.
+
+    With ``changes``, versions include what no program can set and no copy keeps: ctime and inode.
+    """
+    # one generator for all folders: a nested one would pass each of a million files upwards
+    folders = [""]
+    while folders:
+        prefix, inside = folders.pop(), []
+        with os.scandir(folder / prefix) as entries:
+            for entry in entries:
+                key = f"{prefix}{entry.name}"
+                if skips(key, entry):
+                    continue
+                if entry.is_symlink():
+                    raise ValueError(f"{key} is a symbolic link")
+                if entry.is_file():
+                    status = entry.stat()
+                    version, changed = f"{status.st_mtime_ns}", 0
+                    if changes:
+                        changed = status.st_ctime_ns
+                        version += f" {changed} {status.st_ino}"
+                    yield Stored(key, status.st_size, version, changed)
+                elif not entry.is_dir():
+                    raise ValueError(f"{key} is not a regular file")
+                else:
+                    inside.append(f"{key}/")
+        folders += reversed(inside)
 
 
 def copy_files(source: Path, target: Path | None, keys: Iterable[str]) -> int:
@@ -228,7 +242,11 @@ def _page_buffer(size: int = 2 * PIECE) -> Bytes:
 def _replacing(folder: Path, key: str, token: str) -> Iterator[int]:
     """Open a file that replaces the file of ``key`` when the context ends."""
     path = f"{folder}/{key}"
-    part, flags = f"{path}.{token}.partial", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    # not a longer name than that of the file, which may have the longest that there is
+    part, flags = (
+        f"{path.rpartition('/')[0]}/{token}.partial",
+        os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+    )
     try:
         # the mode that Python's own open gives; the default of os.open makes files executable
         file = os.open(part, flags, 0o666)
@@ -245,14 +263,16 @@ def _replacing(folder: Path, key: str, token: str) -> Iterator[int]:
     os.replace(part, path)
 
 
-def fingerprint(listing: Iterable[Stored]) -> dict[str, Any]:
-    """Number of chunks, a hash of their keys, sizes and versions, and the key changed last."""
-    chunks, total, newest, last = 0, 0, 0, None
-    for key, size, version, changed in listing:
-        text = f"{key} {size} {version}"
-        # a sum does not depend on the order, so that no list of a billion keys is sorted
-        total += int.from_bytes(blake2b(text.encode(), digest_size=16).digest(), "big")
-        chunks += 1
-        if changed > newest:
-            newest, last = changed, key
-    return {"chunks": chunks, "hash": f"{total % 2**128:032x}", "newest": last}
+def fingerprint(chunks: Iterable[Stored], others: Iterable[Stored] = ()) -> dict[str, Any]:
+    """Number of chunks, a hash of all keys, sizes and versions, and the key changed last."""
+    count, total, newest, last = 0, 0, 0, None
+    for one, listing in ((1, chunks), (0, others)):
+        for key, size, version, changed in listing:
+            # a name that is no UTF-8 has surrogates
+            text = f"{key} {size} {version}".encode(errors="surrogatepass")
+            # a sum does not depend on the order, so that no list of a billion keys is sorted
+            total += int.from_bytes(blake2b(text, digest_size=16).digest(), "big")
+            count += one
+            if changed > newest:
+                newest, last = changed, key
+    return {"chunks": count, "hash": f"{total % 2**128:032x}", "newest": last}

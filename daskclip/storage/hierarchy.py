@@ -1,12 +1,14 @@
 """An array, or a group with all arrays in it: opened, fingerprinted, and moved to another place."""
 
-import json
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import zarr
@@ -14,15 +16,15 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, StorePath, ZipStore
 
 from daskclip.errors import SourceError, error_text
-from daskclip.storage import files
+from daskclip.storage import files, metadata
 from daskclip.storage import object_store as objects
 from daskclip.storage.array import StoredArray, local_folder, location
-from daskclip.storage.durable import digest_entries
-from daskclip.storage.files import DOCUMENTS, NODE_DOCUMENTS
+from daskclip.storage.durable import DIGESTS, digest_entries
+from daskclip.storage.metadata import ancestors, is_ours, split
 from daskclip.storage.retry import retrying
+from daskclip.storage.stores import store_version
 
-METADATA_SIZE = 1 << 24  # bytes of JSON: parsing takes many times as much memory
-FETCH_BATCH = 64  # documents fetched together
+COPY_THREADS, COPY_BATCH = 8, 64  # of copying files from or to object stores
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Hierarchy:
         """Read the metadata in a folder or below a key of a store; there may be none."""
         store = _store(place)
         if isinstance(store, LocalStore):
-            return cls(store, path, _read_documents(store.root / path))
-        return cls(store, path, retrying(_fetch_documents, store, path))
+            return cls(store, path, metadata.read_documents(store.root / path))
+        return cls(store, path, retrying(metadata.fetch_documents, store, path))
 
     def __str__(self) -> str:
         return location(self.store, self.path)
@@ -48,7 +50,7 @@ class Hierarchy:
     @property
     def store_path(self) -> StorePath:
         """Where it is stored, for zarr."""
-        return StorePath(self.store, self.path)
+        return _at(self.store, self.path)
 
     @property
     def folder(self) -> Path | None:
@@ -63,46 +65,102 @@ class Hierarchy:
     def record_array(self) -> str:
         """Name of the array to keep the journal in."""
         # zarr warns of foreign files in a group; parsing all arrays of a group may take seconds
-        for key in sorted(self.documents):
-            name, kind = _split(key)
-            if _is_array({kind: self.documents[key]}):
+        for name in sorted(self._nodes):
+            if self._is_array(name):
                 return name
         return ""
 
     @property
     def groups(self) -> list[str]:
         """Names of all groups, outer ones first."""
-        nodes = {_split(key)[0] for key in self.documents if _split(key)[1] in NODE_DOCUMENTS}
-        return sorted(nodes - self.arrays.keys())
+        nodes = {split(key)[0] for key in self.documents if split(key)[1] in files.NODE_DOCUMENTS}
+        return sorted(nodes - self.arrays.keys() - self.unopened.keys())
+
+    @property
+    def arrays(self) -> dict[str, StoredArray]:
+        """All arrays that zarr can open by relative path: '' if the hierarchy is one itself."""
+        return self._opened[0]
+
+    @property
+    def unopened(self) -> dict[str, str]:
+        """Why the other arrays cannot be opened, by relative path."""
+        return self._opened[1]
 
     @cached_property
-    def arrays(self) -> dict[str, StoredArray]:
-        """All arrays by relative path: '' if the hierarchy is an array itself."""
-        found = {}
-        for key, data in self.documents.items():
-            name, kind = _split(key)
-            document = json.loads(data) if kind in ("zarr.json", ".zarray") else {}
-            if kind == ".zarray":
-                document["attributes"] = self.attributes(name)
-            elif not document or document["node_type"] != "array":
-                continue
+    def _nodes(self) -> set[str]:
+        """Names of the folders that have metadata."""
+        return {split(key)[0] for key in self.documents}
+
+    def _is_array(self, name: str) -> bool:
+        kinds = {kind: objects.join(name, kind) for kind in files.DOCUMENTS}
+        own = {kind: self.documents[key] for kind, key in kinds.items() if key in self.documents}
+        return metadata.is_array(own, self._where(name))
+
+    def _where(self, name: str) -> str:
+        return objects.join(str(self), name)
+
+    @cached_property
+    def _opened(self) -> tuple[dict[str, StoredArray], dict[str, str]]:
+        found, failed = {}, {}
+        for name in filter(self._is_array, sorted(self._nodes)):
+            place = _at(self.store, objects.join(self.path, name))
             try:
-                found[name] = StoredArray(zarr.Array.from_dict(self.store_path / name, document))
+                array = StoredArray(zarr.Array.from_dict(place, self.document(name)))
+                # zarr finds some faults here only; those of a single array have own messages
+                if name:
+                    _ = array.dtype, array.unit_nbytes
+                found[name] = array
             except Exception as error:  # broken metadata makes zarr raise anything
                 if not name:
                     raise
-                raise SourceError(
-                    f"array {name} of source {self} cannot be opened ({error_text(error)}); "
-                    "install what it needs, or move it away"
-                ) from error
-        return dict(sorted(found.items()))
+                failed[name] = error_text(error)
+        return found, failed
+
+    def document(self, name: str) -> dict[str, Any]:
+        """Metadata of an array."""
+        where, key = self._where(name), objects.join(name, "zarr.json")
+        if key in self.documents:
+            return metadata.parse(self.documents[key], where)
+        found = metadata.parse(self.documents[objects.join(name, ".zarray")], where)
+        return found | {"attributes": self.attributes(name)}
 
     def attributes(self, name: str) -> dict[str, Any]:
-        """Attributes of an array or a group."""
-        document = self.documents.get(objects.join(name, "zarr.json"))
-        if document is not None:
-            return dict(json.loads(document).get("attributes") or {})
-        return dict(json.loads(self.documents.get(objects.join(name, ".zattrs"), b"{}")))
+        """Attributes of an array or a group; empty where something else is in their place."""
+        data = self.documents.get(objects.join(name, "zarr.json"))
+        if data is not None:
+            found = metadata.parse(data, self._where(name)).get("attributes")
+            return found if isinstance(found, dict) else {}
+        data = self.documents.get(objects.join(name, ".zattrs"), b"{}")
+        return metadata.parse(data, self._where(name))
+
+    def dimension_names(self, name: str) -> list[str | None] | None:
+        """Names of the dimensions of an array: its own, or those of the image it is a level of."""
+        own, ndim = self.arrays[name].dimension_names, self.arrays[name].ndim
+        if own and any(own):
+            return own
+        for attributes, path in self._groups_of(name):
+            axes = metadata.axes_of(attributes, path)
+            if axes and len(axes) == ndim:
+                return axes
+        return own
+
+    def _groups_of(self, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+        """Attributes of the groups that an array is in, inner ones first, and its path in each."""
+        if name:
+            for group in (*ancestors(name), ""):
+                yield self.attributes(group), name[len(group) :].lstrip("/")
+            return
+        # of an array that was opened by itself: paths of levels have one or two names
+        store, path = self.store, self.path
+        if self.folder is not None:
+            store, path = LocalStore("/", read_only=True), str(self.folder)[1:]
+        for group in islice((*ancestors(path), ""), 2 if path else 0):
+            attributes = {}
+            # there may be no group, or none that may be read
+            with suppress(Exception):
+                kinds = metadata.get_documents(store, group, ("zarr.json", ".zattrs"))
+                attributes = type(self)(store, group, kinds).attributes("")
+            yield attributes, path[len(group) :].lstrip("/")
 
     def moved_to(self, place: Store | Path, path: str = "") -> Self:
         """The same metadata at another place, where nothing need be stored."""
@@ -110,23 +168,23 @@ class Hierarchy:
         arrays = {}
         for name, stored in self.arrays.items():
             metadata: Any = stored.array.metadata
-            array = zarr.AsyncArray(metadata, moved.store_path / name)
+            array = zarr.AsyncArray(metadata, _at(moved.store, objects.join(path, name)))
             arrays[name] = StoredArray(zarr.Array(array))
         # the cached property is set: parsing the documents of a large group again takes seconds
-        vars(moved)["arrays"] = arrays
+        vars(moved)["_opened"] = arrays, self.unopened
         return moved
 
     def reread(self) -> Self:
         """The same arrays with the documents as they are stored now."""
         again = self.open(self.store, self.path)
-        vars(again)["arrays"] = self.arrays
+        vars(again)["_opened"] = self._opened
         return again
 
     def write_documents(self, folder: Path) -> None:
         """Create a folder that has the same metadata and no chunks."""
-        # sorted: outer folders first
-        for name in sorted({"", *(_split(key)[0] for key in self.documents)}):
-            os.mkdir(folder / name)
+        # a folder between the root and a node may have no metadata
+        for name in self._nodes:
+            os.makedirs(folder / name, exist_ok=True)
         for key, data in self.documents.items():
             with open(folder / key, "wb") as file:
                 file.write(data)
@@ -143,18 +201,91 @@ class Hierarchy:
         """Digest of the documents."""
         return digest_entries(self.documents.items())
 
-    def fingerprint(self, *, changes: bool) -> dict[str, Any]:
-        """Fingerprint of the documents and of the chunks stored now.
+    def others(self, *, changes: bool = False) -> Iterator[files.Stored]:
+        """Files in a group that are neither metadata nor below an array that can be opened.
 
-        Chunks are read only where the store has no versions of them. With ``changes``, it also
-        covers the times of chunks that a copy does not keep.
+        Hidden ones too, but what runs keep: their records and work folders. Empty folders are no
+        files. A store that cannot list has none.
         """
-        found = {"metadata": self.digest()}
+        if not self.documents or not self.is_group:
+            return
+        if self.folder is not None:
+            listing = files.listed(self.folder, changes, lambda key, _: self._is_known(key))
+            yield from self._regular(listing)
+            return
         try:
-            return found | retrying(lambda: files.fingerprint(self._chunks(changes)))
+            for stored in objects.listed(self.store, self.path):
+                # a key that ends with a slash stands for a folder
+                is_outside = self.arrays.keys().isdisjoint(ancestors(stored.key))
+                if is_outside and not self._is_known(stored.key) and not stored.key.endswith("/"):
+                    yield stored._replace(key=objects.checked(stored.key))
+        except Exception as error:
+            if not objects.cannot_list(error):
+                raise
+
+    def _is_known(self, key: str) -> bool:
+        """Whether a key is a document or an array, or belongs to a run."""
+        return key in self.documents or key in self.arrays or is_ours(key)
+
+    def copy_others(self, target: Self | None = None) -> int:
+        """Copy `others`, each in pieces, and return their digest; without a target, only read.
+
+        Those that are in the folder of a target are removed before.
+        """
+        keys = (stored.key for stored in self.others())
+        here, there = self.folder, None if target is None else target.folder
+        if target is not None and there is not None:
+            # of an earlier attempt that was stopped while it copied
+            for stored in target.others():
+                (there / stored.key).unlink()
+        if here is not None and (target is None or there is not None):
+            return files.copy_files(here, there, keys)
+        total, copy = 0, partial(retrying, self._copy_other, target)
+        # several at a time, since each request waits
+        with ThreadPoolExecutor(COPY_THREADS) as pool:
+            while some := [*islice(keys, COPY_BATCH)]:
+                total += sum(pool.map(copy, some))
+        return total % DIGESTS
+
+    def _copy_other(self, target: Self | None, key: str) -> int:
+        with TemporaryDirectory(prefix="daskclip-") as scratch:
+            folder = self.folder
+            if folder is None:
+                folder = Path(scratch)
+                objects.download(self.store, objects.join(self.path, key), folder / key)
+            there = None if target is None else target.folder
+            digest = files.copy_files(folder, there, [key])
+            if target is not None and there is None:
+                objects.ObjectPrefix(target.store, target.path).upload(key, folder / key)
+        return digest
+
+    def fingerprint(self, *, changes: bool) -> dict[str, Any]:
+        """Fingerprint of the documents, and of the chunks and other files stored now.
+
+        They are read only where the store has no versions of them. With ``changes``, it also covers
+        the times of files that a copy does not keep.
+        """
+
+        def stored_now() -> dict[str, Any]:
+            chunks = self._regular(self._chunks(changes))
+            return files.fingerprint(chunks, self._versioned_others(changes))
+
+        return {"metadata": self.digest()} | retrying(stored_now)
+
+    def _regular(self, listing: Iterator[files.Stored]) -> Iterator[files.Stored]:
+        """Pass a listing on, with errors of what is no regular file translated."""
+        try:
+            yield from listing
         except ValueError as error:
             text = f"{error_text(error)} in {self}; store regular files there"
             raise SourceError(text) from error
+
+    def _versioned_others(self, changes: bool) -> Iterator[files.Stored]:
+        whole = "" if self.folder else store_version(self.store)
+        for stored in self.others(changes=changes):
+            # read where the store has no versions
+            version = stored.version or whole or f"{self._copy_other(None, stored.key):016x}"
+            yield stored._replace(version=version)
 
     def _chunks(self, changes: bool) -> Iterator[files.Stored]:
         for name, array in self.arrays.items():
@@ -175,72 +306,8 @@ def _store(place: Store | Path | str) -> Store:
     return LocalStore(place) if isinstance(place, str | Path) else place
 
 
-def _read_documents(folder: Path, prefix: str = "") -> dict[str, bytes]:
-    """Metadata in a folder and, of a group, below it; symbolic links are refused."""
-    inside: list[os.DirEntry[str]] = []
-    own, found = dict[str, bytes](), dict[str, bytes]()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name in DOCUMENTS:
-                own[entry.name] = _document(entry)
-            elif entry.is_dir() and not entry.name.startswith("."):
-                inside.append(entry)
-    # zarr finds nothing below a folder that is not a node, nor nodes below an array
-    if not own.keys() & set(NODE_DOCUMENTS):
-        return {}
-    for entry in () if _is_array(own) else inside:
-        if entry.is_symlink():
-            raise SourceError(f"{entry.path} is a symbolic link; copy what it leads to")
-        found |= _read_documents(Path(entry.path), f"{prefix}{entry.name}/")
-    # in this order they are written: the last one makes a node of the folder
-    return found | {prefix + name: own[name] for name in DOCUMENTS if name in own}
-
-
-def _document(entry: os.DirEntry[str]) -> bytes:
-    if entry.is_symlink():
-        raise SourceError(f"{entry.path} is a symbolic link; copy what it leads to")
-    if not entry.is_file():
-        raise SourceError(f"{entry.path} is not a regular file; move it away")
-    size = entry.stat().st_size
-    if size > METADATA_SIZE:
-        raise SourceError(
-            f"{entry.path} has {size} bytes, above the {METADATA_SIZE} of metadata that are read; "
-            "move large attributes elsewhere"
-        )
-    return Path(entry.path).read_bytes()
-
-
-def _is_array(documents: dict[str, bytes]) -> bool:
-    """Whether documents of a node, by kind, are those of an array."""
-    node = json.loads(documents.get("zarr.json", b"{}"))
-    return ".zarray" in documents or node.get("node_type") == "array"
-
-
-def _fetch_documents(store: Store, path: str) -> dict[str, bytes]:
-    """Metadata at a key of an object store and, of a group, below it."""
-    names = [""]  # of nodes, inner ones first
-    root = _get(store, path, DOCUMENTS)
-    if root and not _is_array(root):
-        group = zarr.open_group(StorePath(store, path), mode="r")
-        with warnings.catch_warnings():
-            # zarr warns of objects that are no nodes, such as a lock
-            warnings.simplefilter("ignore")
-            names = sorted(["", *dict(group.members(max_depth=None))], reverse=True)
-    # formats are not mixed in a group, and each missing document costs a request
-    kinds = DOCUMENTS if "zarr.json" not in root else ("zarr.json",)
-    keys = [objects.join(name, kind) for name in names for kind in kinds]
-    found: dict[str, bytes] = {}
-    for i in range(0, len(keys), FETCH_BATCH):
-        found |= _get(store, path, keys[i : i + FETCH_BATCH])
-    return found
-
-
-def _get(store: Store, path: str, keys: Sequence[str]) -> dict[str, bytes]:
-    data = objects.get(store, [objects.join(path, key) for key in keys])
-    return {k: d.tobytes() for k, d in zip(keys, data, strict=True) if d is not None}
-
-
-def _split(key: str) -> tuple[str, str]:
-    """Name of a node, and that of its document."""
-    name, _, kind = key.rpartition("/")
-    return name, kind
+def _at(store: Store, path: str) -> StorePath:
+    """Path in a store as it is; zarr would take a backslash in a name for a slash."""
+    place = StorePath(store)
+    place.path = path
+    return place

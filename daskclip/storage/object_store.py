@@ -2,15 +2,20 @@
 
 import asyncio
 import os
+import shutil
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import ZipFile
 
 import numpy as np
 import numpy.typing as npt
-from zarr.abc.store import Store
+from zarr.abc.store import RangeByteRequest, Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, ObjectStore, ZipStore
@@ -23,6 +28,8 @@ from daskclip.storage.stores import READ_ONLY, is_web, linked_files, protocols_o
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
+
+_large = threading.Lock()
 
 PRECONDITION = "PreconditionFailed"
 DELETE_BATCH = 1000  # the limit of S3 for objects removed in one request
@@ -153,6 +160,10 @@ class ObjectPrefix:
         keyed = [(self._key(name), data) for name, data in named]
         self._retrying("writing", put_once, self.store, keyed)
 
+    def upload(self, name: str, path: Path) -> None:
+        """Create or replace an object with the content of a file, which is sent in parts."""
+        self._retrying("writing", upload, self.store, self._key(name), path)
+
     def names(self, below: str = "") -> list[str]:
         """Sorted names of all objects, or of those below a name."""
         top = self._key(below)
@@ -255,6 +266,32 @@ def put_once(store: Store, objects: Sequence[tuple[str, bytes]]) -> None:
             )
 
 
+def download(store: Store, key: str, path: Path) -> None:
+    """Copy an object to a new file, in pieces."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        if isinstance(store, ZipStore) and store.read_only:
+            # from zarr, each piece would be unpacked from the beginning of the object
+            with ZipFile(store.path) as packed, packed.open(key) as stream:
+                shutil.copyfileobj(stream, file, IO_BYTES)
+            return
+        prototype, size = default_buffer_prototype(), sync(store.getsize(key))
+        for start in range(0, size, IO_BYTES):
+            piece = RangeByteRequest(start, min(start + IO_BYTES, size))
+            data = sync(store.get(key, prototype, piece))
+            file.write(b"" if data is None else data.to_bytes())
+
+
+def upload(store: Any, key: str, path: Path) -> None:
+    """Create or replace an object; see `ObjectPrefix.upload`."""
+    # zarr has no such call: that of the library below is used, which holds several parts
+    with _large if path.stat().st_size > IO_BYTES else nullcontext():
+        if isinstance(store, FsspecStore):
+            sync(store.fs._put_file(str(path), join(store.path, key)))
+        else:
+            sync(store.store.put_async(key, path))
+
+
 def delete(store: Store, keys: Iterable[str]) -> None:
     """Delete objects; missing ones are ignored."""
     sync(_gathered(store.delete(key) for key in keys))
@@ -292,6 +329,13 @@ def listed(store: Store, prefix: str) -> Iterator[Stored]:
         # zarr's interface lists keys only
         for key in sync(_collected(store.list_prefix(root))):
             yield Stored(key.removeprefix(root), 0, "")
+
+
+def checked(key: str) -> str:
+    """A key, if a file in a folder can have that name."""
+    if "\0" in key or not {"", ".", ".."}.isdisjoint(key.split("/")):
+        raise errors.SourceError(f"key {key!r} is not a path in a folder; rename or remove it")
+    return key
 
 
 def versioned(store: Store, path: str, found: Iterator[Stored], count: int) -> Iterator[Stored]:

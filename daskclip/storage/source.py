@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,9 +14,9 @@ from daskclip import errors
 from daskclip.errors import DaskClipError, InvalidValueError, SourceError, error_text, short_repr
 from daskclip.grid import grid_shape
 from daskclip.storage.array import V2_NAMES, StoredArray
-from daskclip.storage.cf import require_decoded
 from daskclip.storage.codecs import chain, codec_name
 from daskclip.storage.hierarchy import Hierarchy
+from daskclip.storage.metadata import require_decoded
 from daskclip.storage.retry import is_refused, is_transient
 from daskclip.storage.stores import ensure_open, parse_location
 
@@ -146,13 +148,16 @@ def select_arrays(
                 f"source {source} is an array; include and exclude choose among those of a group"
             )
         return [""]
-    if not source.arrays:
+    names = sorted([*source.arrays, *source.unopened])
+    if not names:
         raise SourceError(f"source {source} is an empty group; give one with arrays")
-    included, excluded = (_matching(source, wanted) for wanted in chosen)
+    included, excluded = (_matching(source, names, wanted) for wanted in chosen)
     # coordinates are excluded even if included by a pattern: clipped, they would misplace data
     excluded |= _coordinates(source)
-    wanted = included if chosen[0] else source.arrays.keys()
-    found = [name for name in source.arrays if name in wanted and name not in excluded]
+    wanted = included if chosen[0] else {*names}
+    found = [name for name in names if name in wanted and name not in excluded]
+    _check_unopened(source, found, chosen[0])
+    found = [name for name in found if name in source.arrays]
     for name in found:
         array = source.arrays[name]
         if array.dtype.kind in "iu":
@@ -161,9 +166,37 @@ def select_arrays(
     if not clipped:
         raise SourceError(
             f"source {source} has no floating point or complex array to clip among "
-            f"{_some(source.arrays)}; check include and exclude"
+            f"{_some(names)}; check include and exclude"
         )
     return clipped
+
+
+def _check_unopened(source: Hierarchy, names: list[str], included: list[str]) -> None:
+    """Refuse arrays that should be clipped and that zarr cannot open; others are only copied."""
+    for name in names:
+        if name not in source.unopened:
+            continue
+        document, where = source.document(name), f"array {name} of source {source}"
+        dtype = _dtype(document.get("data_type", document.get("dtype")))
+        if dtype.kind in "fc" or name in included:
+            raise SourceError(
+                f"{where} cannot be opened ({source.unopened[name]}); exclude it, or install what "
+                "it needs"
+            )
+        require_decoded(dtype, source.attributes(name), where)
+
+
+def _dtype(data_type: object) -> np.dtype[Any]:
+    """Dtype that metadata names: float64 for any floating point one, void if unknown."""
+    found = data_type.get("name") if isinstance(data_type, dict) else data_type
+    if not isinstance(found, str):
+        return np.dtype(np.void)
+    # first, since packages may add bfloat16 to NumPy, with a kind of its own
+    if re.search("float|complex", found):
+        return np.dtype(np.float64)
+    with suppress(TypeError, ValueError, SyntaxError):
+        return np.dtype(found)
+    return np.dtype(np.void)
 
 
 def parse_patterns(given: object, what: str) -> list[str]:
@@ -180,25 +213,27 @@ def parse_patterns(given: object, what: str) -> list[str]:
     return found
 
 
-def _matching(source: Hierarchy, wanted: list[str]) -> set[str]:
+def _matching(source: Hierarchy, names: list[str], wanted: list[str]) -> set[str]:
     """Names that match any of the patterns; each pattern must match something."""
     found = set()
     for pattern in wanted:
-        matching = {name for name in source.arrays if fnmatchcase(name, pattern)}
+        # a name may look like a pattern
+        exact = [name for name in names if name == pattern]
+        matching = exact or [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
             raise InvalidValueError(
-                f"pattern {pattern!r} matches no array of source {source}; it has "
-                f"{_some(source.arrays)}"
+                f"pattern {pattern!r} matches no array of source {source}; it has {_some(names)}"
             )
-        found |= matching
+        found |= {*matching}
     return found
 
 
 def _coordinates(source: Hierarchy) -> set[str]:
     """Arrays named after their only dimension, or listed by another as coordinates or bounds."""
     found = {n for n, a in source.arrays.items() if a.dimension_names == [n.rpartition("/")[2]]}
-    for node in (*source.groups, *source.arrays):
-        group = node.rpartition("/")[0] if node in source.arrays else node
+    groups = {*source.groups}
+    for node in (*groups, *source.arrays, *source.unopened):
+        group = node if node in groups else node.rpartition("/")[0]
         for listed in map(source.attributes(node).get, ("coordinates", "bounds")):
             if isinstance(listed, str):
                 found |= {f"{group}/{name}".lstrip("/") for name in listed.split()}

@@ -197,7 +197,7 @@ class DirectoryTransaction:
         for array in staged.arrays.values():
             for key, *_ in array.listed():
                 # zarr writes to a temporary file first, which a killed process leaves behind
-                if not is_part(key, of_array=True):
+                if not is_part(key):
                     Path(array.location, key).unlink()
         return staged.reread().fingerprint(changes=False)
 

@@ -88,6 +88,8 @@ class FinalRecord:
     """Report of a run."""
     made: Json | None = None
     """Fingerprint of what a run wrote."""
+    others: int | None = None
+    """Digest of the files that belong to no array."""
     total: Sequence[Any] | None = None
     """Counts over all slices whose norms were saved."""
 
@@ -195,10 +197,10 @@ class Journal:
         record = next(self._old, None)
         return record if isinstance(record, WindowRecord) else None
 
-    def end(self, record: FinalRecord) -> None:
-        """Add the final record, unless an earlier attempt has."""
-        if next(self._old, None) is None:
-            self.append(record)
+    def ended(self) -> FinalRecord | None:
+        """Final record of an earlier attempt, if it came so far; after all windows."""
+        record = next(self._old, None)
+        return record if isinstance(record, FinalRecord) else None
 
     def append(self, record: WindowRecord | FinalRecord) -> None:
         """Add a record; it is on disk when this returns."""

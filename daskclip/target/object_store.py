@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from daskclip.errors import TargetError, TargetExistsError
@@ -62,6 +63,16 @@ class ObjectStoreTarget(ObjectPrefix):
             raise TargetError(
                 f"target {there} and source {here} lie in each other; choose another target"
             )
+        # the names in other stores are text; listing them can take long
+        others = source.others() if source.folder else ()
+        for key in chain(source.documents, (stored.key for stored in others)):
+            try:
+                key.encode()
+            except UnicodeEncodeError as error:
+                raise TargetError(
+                    f"name {key!a} in source {source} is not UTF-8, which target {self} needs; "
+                    "rename it"
+                ) from error
         parts = self.path.split("/")
         for i in range(len(parts) if self.path else 0):
             group = ObjectPrefix(self.store, "/".join(parts[:i]))

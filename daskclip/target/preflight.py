@@ -76,17 +76,25 @@ def _document(data: bytes) -> dict[str, Any]:
 
 
 def require_no_foreign_files(source: Hierarchy) -> None:
-    """Refuse a source with files that a target in its place would lose."""
-    nodes = {*source.groups, *source.arrays}
+    """Refuse a source with files that a target in its place would lose.
+
+    In arrays these are all but chunks. Other files in a group are carried over, but not the work
+    folder of another run.
+    """
     folder = source.folder or Path()
-    for name in nodes:
+    for name in source.groups:
         for own in os.listdir(folder / name):
-            inside = f"{name}/{own}".lstrip("/")
-            part = inside in nodes or own == RECORD
-            if not (part or is_part(own, of_array=name in source.arrays)):
-                raise TargetError(
-                    f"{folder}/{inside} is no part of what is stored in {source}; move it away"
-                )
+            if own.startswith(".") and own.endswith(RECORD) and own != RECORD:
+                raise _foreign(folder / name / own, source)
+    for name in source.arrays:
+        for inside, _, names in os.walk(folder / name):
+            for path in (Path(inside, own) for own in names):
+                if not (is_part(str(path.relative_to(folder / name))) or path.name == RECORD):
+                    raise _foreign(path, source)
+
+
+def _foreign(path: Path, source: Hierarchy) -> TargetError:
+    return TargetError(f"{path} is no part of what is stored in {source}; move it away")
 
 
 def require_exchange(work: Path, target: Path) -> None:

@@ -312,10 +312,11 @@ def test_in_place_is_written_only_if_there_is_something_to_clip(tmp_path):
     before = stored(tmp_path / "x")
     assert clip_zarr(tmp_path / "x", None, 1e9, in_place=True).status == "nothing to clip"
     assert stored(tmp_path / "x") == before
-    (tmp_path / "x" / "layers" / "notes.txt").write_text("mine")
-    with pytest.raises(TargetError, match=r"notes.txt is no part"):
-        clip_zarr(tmp_path / "x", None, 1.0, in_place=True)
-    (tmp_path / "x" / "layers" / "notes.txt").unlink()
+    for name in ("bias/notes.txt", "layers/.y.daskclip"):
+        (tmp_path / "x" / name).write_text("mine")
+        with pytest.raises(TargetError, match=f"{name} is no part"):
+            clip_zarr(tmp_path / "x", None, 1.0, in_place=True)
+        (tmp_path / "x" / name).unlink()
     assert clip_zarr(tmp_path / "x", None, 1.0, in_place=True).status == "clipped"
     for name, x in values.items():
         assert bits(read_member(tmp_path / "x", name)) == bits(clip_by_norm(x, 1.0))
@@ -336,8 +337,8 @@ def packed(group):
 
 
 def unknown(group):
-    integers(group)
-    path = group.store.root / "i" / "zarr.json"
+    packed(group)
+    path = group.store.root / "f" / "zarr.json"
     document = json.loads(path.read_text())
     document["codecs"].append({"name": "foo"})
     path.write_text(json.dumps(document))
@@ -351,7 +352,7 @@ REFUSED = {
     "an empty group": (lambda group: None, {}, SourceError, "is an empty group"),
     "no floating array": (integers, {}, SourceError, "no floating point or complex array .* i;"),
     "packed integers": (packed, {}, TypeError, "is packed as int16 with scale_factor"),
-    "a codec nobody knows": (unknown, {}, SourceError, "^array i of source .*foo.*move it away"),
+    "a codec nobody knows": (unknown, {}, SourceError, "^array f of source .*foo.*exclude it"),
     "a pattern for nothing": (
         integers, {"include": "q*"}, InvalidValueError, "'q.' matches no array .* it has i"
     ),

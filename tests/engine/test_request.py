@@ -50,7 +50,7 @@ def test_records_are_stored_in_the_format_of_version_5(tmp_path):
         assert entries.replay() is None
         for record in (window, sums):
             entries.append(record)
-        entries.end(final)
+        entries.append(final)
     lines = [json.loads(line[9:]) for line in path.read_bytes().splitlines()]
     assert lines == [
         {
@@ -77,7 +77,9 @@ def test_a_journal_is_replayed_and_ended_once(tmp_path):
             assert entries.replay() == (window if attempt else None)
             if not attempt:
                 entries.append(window)
-            entries.end(final)
+            assert entries.ended() == (final if attempt else None)
+            if not attempt:
+                entries.append(final)
     assert [*journal.records(path)] == [RunRecord(), window, final]
 
 

@@ -41,8 +41,8 @@ OUTSIDE = {"numpy", "dask"}
 # packages that few modules may import
 FEW = {
     "zarr": {
-        "storage.array", "storage.codecs", "storage.hierarchy", "storage.object_store",
-        "storage.stores",
+        "storage.array", "storage.codecs", "storage.metadata", "storage.hierarchy",
+        "storage.object_store", "storage.stores",
     },
     "fsspec": {"storage.stores"},
     "google_crc32c": {"storage.durable"},

@@ -57,6 +57,39 @@ def arrays(request, tmp_path_factory):
     }
 
 
+@pytest.mark.parametrize("kind", ["url", "obstore"])
+@pytest.mark.parametrize("what", ["array", "file"])
+def test_names_that_are_not_utf_8_are_refused_by_name(place, tmp_path, kind, what):
+    create(tmp_path / "x" / "a", VALUES, (2, 4))
+    zarr.create_group(tmp_path / "x")
+    name = os.fsdecode(b"\xe9")
+    if what == "array":
+        (tmp_path / "x" / "a").rename(tmp_path / "x" / name)
+    else:
+        (tmp_path / "x" / name).write_text("mine")
+    target, options = place.as_(kind)
+    with pytest.raises(DaskClipError) as caught:
+        clip_zarr(tmp_path / "x", target, 1.0, **options)
+    assert str(caught.value).isprintable()
+    assert "udce9" in str(caught.value)
+
+
+def test_large_and_empty_files_of_a_group_are_carried(place, tmp_path):
+    create(tmp_path / "x" / "a", VALUES, (2, 4))
+    zarr.create_group(tmp_path / "x")
+    data = os.urandom(1 << 20) * 110  # in several parts
+    (tmp_path / "x" / "large").write_bytes(data)
+    (tmp_path / "x" / "empty").write_bytes(b"")
+    for kind in ("fsspec", "obstore"):
+        place = Place(place)
+        place.bucket = "bucket"
+        target, options = place.as_(kind)
+        clip_zarr(tmp_path / "x", target, 1.0, **options)
+        assert (place.objects()["large"], place.objects()["empty"]) == (data, b"")
+        clip_zarr(target, tmp_path / kind, 1.0, **options)
+        assert (tmp_path / kind / "large").read_bytes() == data
+
+
 @pytest.mark.parametrize("kind", ["url", "fsspec", "obstore"])
 @pytest.mark.parametrize("axes", [None, 1])
 def test_the_bytes_and_digests_are_those_of_a_folder(arrays, place, tmp_path, kind, axes):
