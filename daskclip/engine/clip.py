@@ -190,12 +190,13 @@ def _clip(request: ClipRequest) -> ClipReport:
         if old is not None:
             run, prepared = old, replace(prepared, planned=replan(old, request.memory_nbytes))
         else:
+            plan = prepared.plan  # raises before anything is staged if it does not fit
             # before the norms are measured, which reads all chunks
             run = stage_run(transaction, prepared.source, run)
             if isinstance(request.limit, Fraction):
                 limit, measured = _measure_quantile(prepared, run, request.limit)
                 run = replace(run, limit=limit)
-            run = start_journal(transaction, run, prepared.plan)
+            run = start_journal(transaction, run, plan)
         doing = "resuming" if old else "beginning"
         log.info("%s run %s, %s to %s", doing, run.id, prepared.source, opened)
         try:

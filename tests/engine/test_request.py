@@ -83,7 +83,7 @@ def test_a_journal_is_replayed_and_ended_once(tmp_path):
     assert [*journal.records(path)] == [RunRecord(), window, final]
 
 
-@pytest.mark.parametrize("kind", ["new", "resumed", "norms", "norms, resumed"])
+@pytest.mark.parametrize("kind", ["new", "overwrite", "resumed", "norms", "norms, resumed"])
 def test_the_memory_that_a_refusal_asks_for_is_the_least_that_works(tmp_path, monkeypatch, kind):
     x = zarr.create_array(tmp_path / "x", shape=(96, 512, 256), chunks=(1, 512, 256), dtype="f4")
     x[:] = 1.0
@@ -94,6 +94,9 @@ def test_the_memory_that_a_refusal_asks_for_is_the_least_that_works(tmp_path, mo
     def clip(mib):
         return clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, 0, memory=f"{mib}MiB", **how)
 
+    if kind == "overwrite":
+        clip_zarr(tmp_path / "x", tmp_path / "y", 2.0, 0)
+        how["overwrite"] = True
     if "resumed" in kind:
         stopping_at(monkeypatch)[0] = 1
         with pytest.raises(KeyboardInterrupt):
@@ -105,5 +108,5 @@ def test_the_memory_that_a_refusal_asks_for_is_the_least_that_works(tmp_path, mo
         assert refusal(clip, less) == least
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert clip(least).status == "clipped"
-    if not how:
+    if "norms" not in kind:
         assert clip(1).status == "up to date"
