@@ -48,6 +48,7 @@ Limits = npt.NDArray[np.float64] | StoredArray
 LimitsByArray = dict[str, Limits]
 """NumPy or Zarr arrays by the name of the array that they limit; empty with one limit for all."""
 Options = dict[str, Any] | None
+Planned = GroupPlan | MemoryBudgetError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +144,7 @@ class Prepared:
 
     request: ClipRequest
     source: Hierarchy
-    planned: GroupPlan | MemoryBudgetError
+    planned: Planned
     """The plan of a new run, or why there is none; an unfinished run has its own plan."""
     limits_by_array: LimitsByArray
     saved_norms: SavedNorms | None
@@ -214,9 +215,7 @@ def prepare(request: ClipRequest) -> Prepared:
     return Prepared(request, source, plan, limits_by_array, saved, parameters)
 
 
-def _plan(
-    request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]
-) -> GroupPlan | MemoryBudgetError:
+def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -> Planned:
     copied = {
         name: Layout(shape=array.shape, unit=array.unit, itemsize=array.dtype.itemsize)
         for name, array in source.arrays.items()
@@ -337,19 +336,18 @@ def open_limits(
                 f"limits are given for {short_repr([*found])} and not for {name or source}; give "
                 "each array that is clipped its own, or one for all"
             )
-    return {
-        name: _open_array(name, found[name], clip_norm, source.arrays[name].shape, axes, options)
+    opened_by_array = {
+        name: _open_array(found[name], clip_norm, source.arrays[name].shape, axes, options)
         for name, axes in axes_by_array.items()
     }
+    for name, values in opened_by_array.items():
+        if isinstance(values, np.ndarray):  # stored ones are checked where they are read
+            require_limits(values, f"limits of {name}" if name else "limits")
+    return opened_by_array
 
 
 def _open_array(
-    name: str,
-    limits: Any,
-    clip_norm: object,
-    shape: tuple[int, ...],
-    axes: tuple[int, ...],
-    options: Options,
+    limits: Any, clip_norm: object, shape: tuple[int, ...], axes: tuple[int, ...], options: Options
 ) -> Limits:
     if isinstance(limits, numbers.Real):
         limits = np.asarray(limits, np.float64)
@@ -364,12 +362,8 @@ def _open_array(
     if isinstance(limits, StoredArray):
         check_source(limits, arguments.check_limits_dtype)
     arguments.check_limits(limits.shape, clip_norm, shape, axes)
-    if isinstance(limits, StoredArray):
-        return limits
-    require_limits(limits, f"limits of {name}" if name else "limits")
     # a copy: the caller may change the array while blocks are clipped
-    copied: npt.NDArray[np.float64] = limits.astype(np.float64, order="C")
-    return copied
+    return limits.astype(np.float64, order="C") if isinstance(limits, np.ndarray) else limits
 
 
 def _open(limits: object, options: Options) -> Hierarchy:
