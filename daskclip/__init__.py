@@ -1,7 +1,34 @@
 """Clip norms of arrays larger than memory, exactly.
 
-The rooms of the package, from the bottom up. An import goes down, never sideways, and into a room
-only through its ``__init__``, whose docstring draws what is inside.
+From Zarr to Zarr, within a memory budget; a call that was killed resumes when it is repeated:
+
+>>> import tempfile, numpy as np, zarr, daskclip
+>>> folder = tempfile.mkdtemp()
+>>> x = zarr.create_array(f"{folder}/x", data=np.float32([[3, 4], [0.3, 0.4]]))
+>>> report = daskclip.clip_zarr(f"{folder}/x", f"{folder}/y", 1.0, axes=1)
+>>> report.clipped
+1
+
+NumPy arrays at once, Dask arrays lazily:
+
+>>> y = daskclip.clip_by_norm(np.float32([[3, 4], [0.3, 0.4]]), 1.0, axes=1)
+>>> bool((daskclip.norm(y, axes=1) <= 1).all())
+True
+
+clip_zarr, plan_zarr, stats_zarr, verify_zarr
+    Zarr arrays and groups: clip them, plan it, look at their norms, check what was written.
+clip_by_norm, norm
+    An array of NumPy, Dask or Zarr, or `IndexedSlices`.
+clip_by_global_norm, global_norm
+    A list of arrays, by one norm.
+
+`daskclip.xarray` adds ``.daskclip`` to labelled arrays, `daskclip.errors` has the errors, and
+``daskclip --help`` explains the command line.
+
+Notes
+-----
+The rooms of the package, from the bottom up. An import goes down, never sideways,
+and into a room only through its ``__init__``, whose docstring draws what is inside.
 
 =========  =========================================================================
 errors     every error, with its exit code
@@ -23,9 +50,20 @@ A block of a run passes through engine, worker, storage, numerics and storage ag
 Dask array through lazy and numerics. `examples/00_one_chunk.py` goes this way by hand.
 """
 
-# xarray and cli are not imported here: xarray is optional, and click is of no use in a program
-from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
-from daskclip.lazy import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
+# not xarray and cli: xarray is optional, and click is of no use in a program
+try:
+    from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
+    from daskclip.lazy import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
+except Exception as error:
+    # Dask and zarr refuse broken settings when they are imported. An error here would keep the
+    # command line from saying so in one line; what is public raises it instead.
+    _error = error
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise ImportError(f"daskclip cannot be used: {_error}") from _error
+
 
 __version__ = "0.3.0"
 
@@ -33,3 +71,7 @@ __all__ = [
     "IndexedSlices", "clip_by_global_norm", "clip_by_norm", "clip_zarr", "global_norm", "norm",
     "plan_zarr", "stats_zarr", "verify_zarr",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

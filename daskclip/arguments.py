@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 import numpy.typing as npt
+from dask import config
+from dask.base import get_scheduler
 from dask.utils import parse_bytes
 
 from daskclip.errors import (
@@ -28,16 +30,26 @@ Dim = Hashable | Iterable[Hashable]
 NonFinite = Literal["propagate", "omit", "raise"]
 Check = Callable[[object], None]
 """Raises if arrays of a dtype cannot be used."""
+LEAST_NBYTES = 2**20
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
-def check_dtype(dtype: object) -> None:
+_CAST = f"cast to one of {', '.join(DTYPES)}, for example with .astype('float32')"
+
+
+def check_dtype(dtype: object, remedy: str = _CAST) -> None:
     """Refuse arrays that are neither floating point nor complex, and long doubles."""
     # bfloat16 is known by its name only: ml_dtypes need not be installed
     name = getattr(dtype, "name", str(dtype))
     if name not in DTYPES:
-        remedy = f"cast to one of {', '.join(DTYPES)}, for example with .astype('float32')"
         raise DTypeError(f"arrays of dtype {name} cannot be clipped; {remedy}")
+
+
+def check_stored_dtype(dtype: object) -> None:
+    """Refuse what `check_dtype` refuses of arrays in storage, which are not cast on the way."""
+    # zarr stores no bfloat16
+    names = ", ".join(name for name in DTYPES if name != "bfloat16")
+    check_dtype(dtype, f"store a copy as one of {names}, and clip that")
 
 
 def parse_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
@@ -68,7 +80,9 @@ def _parse_axis(axis: object, axes: object, ndim: int) -> int:
     if not _is_integer(axis):
         raise InvalidTypeError.about("axes", axes, f"holds a {type(axis).__name__}; {_AXES_REMEDY}")
     if not ndim:
-        raise AxesError(f"axis {axis} is out of bounds for a 0-d array; use None or []")
+        raise AxesError(
+            f"axis {axis} is out of bounds for a 0-d array; leave axes out, or use None or []"
+        )
     if not -ndim <= axis < ndim:
         bounds = f"an array of {ndim} dimensions; use {-ndim} to {ndim - 1}"
         raise AxesError(f"axis {axis} is out of bounds for {bounds}")
@@ -203,7 +217,7 @@ def parse_ord(ord: object, dtype: np.dtype[Any]) -> float:
     if isinstance(ord, bool) or not isinstance(ord, numbers.Real) or ord not in ORDERS:
         raise InvalidValueError.about("ord", ord, "is not supported; use 1, 2 or inf")
     if dtype.kind == "c" and ord != 2:
-        remedy = "since complex magnitudes are rounded; use ord=2, or clip .real and .imag"
+        remedy = "since complex magnitudes are rounded; use ord=2, or clip their parts separately"
         raise DTypeError(f"the norm of ord {ord:g} of dtype {dtype} is not exact, {remedy}")
     return float(ord)
 
@@ -220,7 +234,7 @@ def parse_clip_norm_or_quantile(clip_norm: object) -> float | Fraction:
         return parse_clip_norm(clip_norm)
     # a fraction, not a float: the rank that a percentage means must not be off by one
     if not re.fullmatch(r"p[0-9]{1,3}(\.[0-9]{1,9})?", clip_norm) or Fraction(clip_norm[1:]) > 100:
-        wrong = "is not a real number; give a number, or 'p' and a percentage such as 'p99'"
+        wrong = "is no number or percentile; give a number, or 'p' and a percentage such as 'p99'"
         raise InvalidTypeError.about("clip_norm", clip_norm, wrong)
     return Fraction(clip_norm[1:])
 
@@ -245,3 +259,35 @@ def parse_memory(memory: object) -> int:
     if size <= 0:
         raise InvalidValueError.about("memory", memory, "is not above 0; write it as '512MiB'")
     return size
+
+
+def require_unit(memory: object) -> None:
+    """Refuse a text without a unit that means fewer bytes than any run needs."""
+    if isinstance(memory, str) and memory.strip().isdecimal() and int(memory) < LEAST_NBYTES:
+        wrong = f"has no unit and is taken as bytes; write it as '{memory.strip()}MiB'"
+        raise InvalidValueError.about("memory", memory, wrong)
+
+
+def check_configuration() -> None:
+    """Refuse settings of Dask with which no run could compute."""
+    for name, (is_usable, remedy) in _SETTINGS.items():
+        value = config.get(name, None)
+        if value is not None and not is_usable(value):
+            raise InvalidValueError(f"dask's setting {name} is {short_repr(value)}; give {remedy}")
+    try:
+        get_scheduler()
+    except Exception as error:  # also of distributed, which is imported for it
+        named = short_repr(config.get("scheduler", None))
+        raise InvalidValueError(
+            f"dask's setting scheduler is {named}, which cannot be used ({error_text(error)}); "
+            "give another, or none"
+        ) from error
+
+
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_workers": (lambda n: _is_integer(n) and n > 0, "an integer above 0"),
+    # of concurrent.futures or of multiprocessing
+    "pool": (lambda p: hasattr(p, "submit") or hasattr(p, "apply_async"), "a pool, or none"),
+    "cache": (lambda c: hasattr(c, "__setitem__"), "a mapping, or none"),
+}
+"""Settings of Dask that a run uses: whether a value can be used, and what to give instead."""

@@ -8,19 +8,26 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import dask
 
-from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
-from daskclip.engine import discard as discard_run
-from daskclip.engine import status as status_of
-from daskclip.errors import DaskClipError, InvalidValueError
-from daskclip.report import as_document, as_page, as_text
+try:
+    import dask
+
+    from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
+    from daskclip.engine import discard as discard_run
+    from daskclip.engine import status as status_of
+except Exception as error:  # Dask and zarr read their settings when they are imported
+    why = " ".join(str(error).split())
+    click.echo(f"daskclip: a package cannot be imported ({why}); check its settings", err=True)
+    sys.exit(getattr(error, "exit_code", 3))
+
+from daskclip.errors import DaskClipError, InvalidValueError, error_text, short_repr
+from daskclip.report import as_document, as_page, as_text, output
 
 # \b keeps the lines: click would fill them
 EXIT_CODES = """\b
@@ -29,6 +36,7 @@ Exit codes: 0 done or up to date, 1 storage failure or bug (run again to resume)
 5 the target exists, is being written or has an unfinished run with other
 parameters, 75 interrupted or temporarily failed: run again."""
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h
+SEVERAL = "axes and dimensions are one word, as in --axes 0,1; repeat --include and --exclude"
 OWN = ("scheduler", "workers", "report", "html", "as_json")
 """Options that are not passed on to the engine."""
 CONFIGURED = ("memory", "nonfinite", "missing", "progress")
@@ -49,6 +57,22 @@ class _Command(click.Command):
         super().__init__(name, params=params, epilog=EXIT_CODES, **extra)
         self.groups = groups
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            # before click proposes an option that is only spelled alike
+            name, commands = error.option_name, main.commands.values()
+            having = [str(c.name) for c in commands if any(name in p.opts for p in c.params)]
+            if not having:
+                raise
+            text = f"{self.name} has no option {name}, which is one of {', '.join(having)}"
+            raise click.UsageError(text) from None
+        except click.UsageError as error:
+            if "extra argument" in error.message:
+                raise click.UsageError(f"{error.message}; {SEVERAL}") from None
+            raise
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         help_option = self.get_help_option(ctx)  # the only one that click adds
         rest = {"Other options": [help_option] if help_option else []}
@@ -64,7 +88,13 @@ def _option(names: str, metavar: str | None, text: str, **extra: Any) -> click.O
 
 def _clip_norm(text: str) -> Any:
     # the engine checks quantiles: only arguments that look like numbers are usage errors
-    return text if text.startswith("p") else click.FLOAT(text)
+    if text.startswith("p"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        wrong = f"{text!r} is neither a number nor a percentile; write it as 1.5 or p99"
+        raise click.BadParameter(wrong) from None
 
 
 def _flag(names: str, text: str) -> click.Option:
@@ -79,7 +109,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 SOURCE, TARGET = click.Argument(["source"]), click.Argument(["target"])
 SPREAD = "Spread NaN and infinity to their slice, leave NaN out of the norm, or stop."
 MISSING = "Read chunks that are not stored as the fill value, or stop."
-QUANTILE = "Limit; p99 is the 99th percentile of the norms."
+QUANTILE = "Limit, as 1.5; p99 is the 99th percentile of the norms."
 INCLUDE = "Clip only these arrays of a group: 'layers/*'."
 PROGRESS = "Show progress on stderr; auto is a bar on a terminal, else lines."
 CLIP = [
@@ -92,7 +122,7 @@ CLIP = [
     _choice("--missing", "fill", "fill error", MISSING),
 ]
 LIMIT = [
-    _option("--clip-norm", "FLOAT OR P99", QUANTILE, type=_clip_norm),
+    _option("--clip-norm", "C|pQ", QUANTILE, type=_clip_norm),
     _option("--limits", "PATH", "Zarr array of a limit for each slice (instead of --clip-norm)."),
     _flag("--global global_norm", "Clip all arrays of a group by one global norm."),
     _option("--norms", "PATH", "Reuse norms saved by `stats --save-norms`."),
@@ -147,13 +177,21 @@ class _Group(click.Group):
 def _defaults() -> dict[str, str]:
     """Defaults of options from Dask's configuration: its files and the environment."""
     defaults = dask.config.get("daskclip", None) or {}
-    for name in defaults:
+    where, known = "dask's configuration has daskclip", ", ".join(CONFIGURED)
+    if not isinstance(defaults, dict):
+        wrong = f"{where} {short_repr(defaults)}, which has no names; give it {known}"
+        raise InvalidValueError(wrong)
+    texts = {}
+    for name, value in defaults.items():
         if name not in CONFIGURED:
-            raise InvalidValueError(
-                f"dask's configuration has daskclip.{name}, which is unknown; use one of "
-                f"{', '.join(CONFIGURED)}"
-            )
-    return {name: str(value) for name, value in defaults.items()}
+            raise InvalidValueError(f"{where}.{name}, which is unknown; use one of {known}")
+        # Dask reads the word none as None
+        texts[name] = "none" if value is None else str(value)
+        (option,) = (o for o in (*CLIP, *RESOURCES, *REPORT) if o.name == name)
+        if isinstance(option.type, click.Choice) and texts[name] not in option.type.choices:
+            remedy = f"use one of {', '.join(option.type.choices)}"
+            raise InvalidValueError(f"{where}.{name} {short_repr(value)}; {remedy}")
+    return texts
 
 
 @contextmanager
@@ -161,6 +199,7 @@ def _reporting_errors() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    output.open_standard_files()
     # a scheduler that preempts a job sends SIGTERM first: end it like Ctrl-C
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -170,15 +209,19 @@ def _reporting_errors() -> Iterator[None]:
         _exit(f"{text[:1].lower()}{text[1:].rstrip('.')}; see --help", error.exit_code)
     except DaskClipError as error:
         _exit(str(error), error.exit_code)
+    except OSError as error:  # also of --help, which click prints
+        _exit(f"{error_text(error)}; mend the cause and run the same command again", 1)
     except KeyboardInterrupt:
         # not 130, the usual code of Ctrl-C: a queue that knows 75 submits the command again
         _exit("interrupted; run the same command again to resume", INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, before)
+        output.drop_unwritten()
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    click.echo(f"daskclip: {message}", err=True)
+    with suppress(OSError):  # of stderr: the exit code is still right
+        click.echo(f"daskclip: {message}", err=True)
     sys.exit(code)
 
 
@@ -231,20 +274,21 @@ def verify(target: str, source: str | None, limits: str | None) -> None:
 
     With --source, every bit is compared too.
     """
-    click.echo(as_text(verify_zarr(target, source, limits=limits)))
+    output.print_text(as_text(verify_zarr(target, source, limits=limits)))
 
 
 @main.command(cls=_Command, params=[TARGET], groups={})
 def status(target: str) -> None:
     """Show whether TARGET exists and whether a run is unfinished."""
-    for name, value in status_of(target).items():
-        click.echo(f"{name:<10}  {value}")
+    output.print_text(
+        "\n".join(f"{name:<10}  {value}" for name, value in status_of(target).items())
+    )
 
 
 @main.command(cls=_Command, params=[TARGET], groups={})
 def discard(target: str) -> None:
     """Remove an unfinished run; TARGET stays as it is."""
-    click.echo("discarded" if discard_run(target) else "there is no unfinished run")
+    output.print_text("discarded" if discard_run(target) else "there is no unfinished run")
 
 
 def _call(function: Callable[..., Any], **options: Any) -> None:
@@ -261,11 +305,12 @@ def _call(function: Callable[..., Any], **options: Any) -> None:
             options["pictures"] = True
         options["axes"], options["dim"] = _parse_axes(options["axes"]), _parse_dim(options["dim"])
         result = function(**options | {"ord": float(options["ord"])})
-        if report is not None:
-            report.write_text(as_document(result) + "\n")
-        if html is not None:
-            html.write_text(as_page(result), encoding="utf-8", errors="backslashreplace")
-        click.echo(as_document(result) if as_json else as_text(result))
+        with ExitStack() as outputs:  # each is written, even if another one cannot be
+            outputs.callback(output.print_text, as_document(result) if as_json else as_text(result))
+            if html is not None:
+                outputs.callback(output.write_text, html, as_page(result))
+            if report is not None:
+                outputs.callback(output.write_text, report, as_document(result) + "\n")
 
 
 def _parse_axes(axes: str | None) -> list[int] | None:
@@ -287,22 +332,30 @@ def _cluster(scheduler: str | None, workers: int | None, progress: str) -> Itera
     if scheduler is None and workers is None:
         yield
         return
-    # only here: distributed takes a second to import
-    from distributed import Client
-
+    try:
+        # only here: distributed takes a second to import
+        from distributed import Client
+    except Exception as error:  # of its part of Dask's configuration
+        raise _no_cluster("distributed cannot be imported", error) from error
     # a lost cluster is reported on one line here, and not by the loggers of distributed too
     noisy = [n for n in logging.root.manager.loggerDict if n.startswith("distributed")]
     for name in (*noisy, "asyncio", "tornado.application"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     with ExitStack() as stack:
         if workers is not None:
-            client = stack.enter_context(Client(stack.enter_context(_start_workers(workers))))
+            try:
+                client = stack.enter_context(Client(stack.enter_context(_start_workers(workers))))
+            except Exception as error:  # settings of distributed make it raise anything
+                raise _no_cluster(f"{workers} local workers cannot be started", error) from error
         else:
             client = stack.enter_context(_connect(str(scheduler)))
         link = client.dashboard_link
         if link and progress != "none":
             line = json.dumps({"dashboard": link})
-            click.echo(line if progress == "json" else f"daskclip: dashboard at {link}", err=True)
+            with suppress(OSError):
+                click.echo(
+                    line if progress == "json" else f"daskclip: dashboard at {link}", err=True
+                )
         yield
 
 
@@ -312,10 +365,16 @@ def _connect(scheduler: str) -> Any:
     where = {"scheduler_file" if os.path.isfile(scheduler) else "address": scheduler}
     try:
         return Client(**where, timeout=10)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # protocols, security and files each raise errors of their own
+        named = " ".join(scheduler.split()) or "''"
         raise InvalidValueError(
-            f"no Dask scheduler answers at {scheduler} ({type(error).__name__}); check the address"
+            f"no Dask scheduler answers at {named} ({error_text(error)}); check the address, or "
+            "what the scheduler file holds"
         ) from error
+
+
+def _no_cluster(what: str, error: Exception) -> InvalidValueError:
+    return InvalidValueError(f"{what} ({error_text(error)}); check Dask's configuration")
 
 
 def _start_workers(workers: int) -> Any:

@@ -62,6 +62,8 @@ def make_sources(folder):
     zarr.create_group(folder / "consolidated", zarr_format=2)
     zarr.consolidate_metadata(folder / "consolidated", zarr_format=2)
     (folder / "folder").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "of").touch()
     (folder / "text").write_text("not a zarr array")
     for name, text in {"list": "[]", "torn": '{"zarr_format": 3, "no', "empty": ""}.items():
         (folder / name).mkdir()
@@ -100,9 +102,9 @@ def both_refuse(folder, source, target, kind, code, words, **arguments):
 @pytest.mark.parametrize(
     ("source", "kind", "words"),
     [
-        ("integers", TypeError, ["int32", "astype"]),
-        ("booleans", TypeError, ["bool", "astype"]),
-        ("dates", TypeError, ["datetime64", "astype"]),
+        ("integers", TypeError, ["int32", "store a copy as one of float16, float32"]),
+        ("booleans", TypeError, ["bool", "store a copy"]),
+        ("dates", TypeError, ["datetime64", "store a copy"]),
         ("objects", TypeError, ["O"]),
         ("texts", TypeError, []),
         ("longdoubles", TypeError, ["f16"]),
@@ -125,7 +127,7 @@ def test_sources_that_are_refused(everything, source, kind, words):
     ("target", "kind", "code", "words"),
     [
         ("integers", FileExistsError, 5, ["exists", "remove it or choose another path"]),
-        ("folder", FileExistsError, 5, ["exists", "remove it or choose another path"]),
+        ("full", FileExistsError, 5, ["exists", "remove it or choose another path"]),
         ("text", FileExistsError, 5, ["exists", "remove it or choose another path"]),
         ("dangling", FileExistsError, 5, ["exists", "remove it or choose another path"]),
         ("x", FileExistsError, 5, ["exists", "remove it or choose another path"]),

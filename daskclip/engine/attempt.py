@@ -134,7 +134,9 @@ def _pictures(prepared: Prepared, passes: Passes, peak: int | None) -> Json | No
     plan, norms, states = prepared.plan, passes.total.histogram, passes.progress.states
     if norms is None:
         return None
-    expected = f"{states[0].seconds + states[0].left:.2f} s" if states else ""
+    # the first with a rate: windows that an earlier call has done come before
+    left = ((s.seconds + s.left) for s in states if s.left is not None)
+    expected = next((f"{seconds:.2f} s" for seconds in left), "")
     taken = f"{states[-1].seconds:.2f} s" if states else ""
     read, written = passes.bytes_read, passes.bytes_written
     memory = "unknown" if peak is None else format_size(peak)

@@ -22,11 +22,19 @@ from daskclip.engine.run_record import (
     stage_run,
     start_journal,
 )
-from daskclip.errors import DaskClipError, InvalidValueError, MemoryBudgetError
+from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import ClipReport, Mode
 from daskclip.storage import translating_storage_errors
-from daskclip.target import Journal, RunRecord, Target, open_target, refuse_existing
+from daskclip.target import (
+    OVERWRITE,
+    DirectoryTarget,
+    Journal,
+    RunRecord,
+    Target,
+    open_target,
+    refuse_existing,
+)
 
 log = logging.getLogger("daskclip")
 P = ParamSpec("P")
@@ -218,9 +226,8 @@ def _open(request: ClipRequest) -> tuple[Prepared, Target]:
             overwrite=request.overwrite, in_place=request.in_place,
         )  # fmt: skip
         # before the source is listed; a run that has ended or begun needs no new plan
-        has_run = target.exists() or target.unfinished()
-        if isinstance(prepared.planned, MemoryBudgetError) and not has_run:
-            raise prepared.planned
+        if not (target.exists() or target.unfinished()):
+            _ = prepared.plan
     return prepared, target
 
 
@@ -228,7 +235,8 @@ def _require_free(prepared: Prepared, target: Target) -> None:
     """Refuse a target whose place is taken, and saved norms of another source."""
     # again, under the lock: another run may have made the target since it was checked
     if not prepared.request.replaces:
-        refuse_existing(target)
+        # objects cannot be replaced
+        refuse_existing(target, OVERWRITE if isinstance(target, DirectoryTarget) else "")
     if prepared.saved_norms is not None:
         prepared.saved_norms.require_of(prepared.source)
 

@@ -23,6 +23,7 @@ from dask import config
 from dask.base import get_scheduler
 from dask.system import CPU_COUNT
 
+from daskclip.arguments import check_configuration
 from daskclip.errors import ClusterError, DaskClipError, StorageError, TemporaryError, error_text
 from daskclip.storage import Hierarchy, is_private
 from daskclip.worker import drain
@@ -31,7 +32,7 @@ WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored de
 PACKAGES = (*WRITING, "numpy", "dask", "distributed")
 LOG_WAIT_S = 60.0  # between two lines of the log while no worker is there
 PROBE_S = 60.0  # that a worker has to say what it has
-ComputeKwargs = dict[str, Executor]
+ComputeKwargs = dict[str, Any]
 """Keyword arguments of ``dask.compute``."""
 R = TypeVar("R")
 log = logging.getLogger("daskclip")
@@ -81,6 +82,7 @@ def _require_thread(state: Any) -> None:
 
 def workers() -> tuple[int, int, int]:
     """Number of processes that run blocks, threads of the largest one, and the fewest to use."""
+    check_configuration()
     client = _client()
     if client is not None:
         with translating_cluster_errors(str):

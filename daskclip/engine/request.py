@@ -122,10 +122,13 @@ class ClipRequest:
     def _check_target(self) -> None:
         if self.in_place and (self.overwrite or self.target is not None):
             raise InvalidValueError(
-                "in place there is no target and nothing else to overwrite; leave them out"
+                "in place there is no target and nothing else to overwrite; leave out the target, "
+                "and --overwrite"
             )
         if self.clips and not self.in_place and self.target is None:
-            raise InvalidValueError("there is no target; give its path, or clip in place")
+            raise InvalidValueError(
+                "there is no target; give its path, or clip in place (--in-place)"
+            )
 
     @property
     def destination(self) -> object:
@@ -155,6 +158,7 @@ class Prepared:
     def plan(self) -> GroupPlan:
         """The plan; raises if there is none."""
         if isinstance(self.planned, MemoryBudgetError):
+            arguments.require_unit(self.request.memory)
             raise self.planned
         return self.planned
 
@@ -269,7 +273,7 @@ def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> 
     if source.is_group and dim is not None and axes is None:
         dim, axes = None, [a for a, d in enumerate(named or ()) if d in dim]
     try:
-        check_source(array, arguments.check_dtype)
+        check_source(array, arguments.check_stored_dtype)
         arguments.parse_ord(ord, array.dtype)
         taken = arguments.parse_axes(arguments.axes_named(dim, named, axes), array.ndim)
     except DaskClipError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +16,9 @@ from daskclip.report import MIB, ClipReport, format_size
 from daskclip.storage import Hierarchy, translating_storage_errors
 from daskclip.target import Json, RunRecord, Transaction, find_target, journal, matches_record
 
-DISCARD = "discard it with: daskclip discard TARGET"
+
+def _discarding(target: object) -> str:
+    return f"discard it with: daskclip discard {shlex.quote(str(target))}"
 
 
 def find_finished(transaction: Transaction, run: RunRecord, *, in_place: bool) -> ClipReport | None:
@@ -41,22 +44,22 @@ def find_unfinished(
     old = journal.header(transaction.journal)
     if old is None:
         return None
-    which = f"the unfinished run to {transaction.target}"
+    which, remedy = f"the unfinished run to {transaction.target}", _discarding(transaction.target)
     if not old.is_readable:
         raise TargetExistsError(
             f"{which} has version {old.version} and not {run.version}; "
-            f"finish it with the daskclip that began it, or {DISCARD}"
+            f"finish it with the daskclip that began it, or {remedy}"
         )
     was, now = old.parameters, run.parameters
     differences = [f"{k} {was[k]} and not {now[k]}" for k in was if was[k] != now[k]]
     if differences:
-        raise TargetExistsError(f"{which} has {', '.join(differences)}; finish it, or {DISCARD}")
+        raise TargetExistsError(f"{which} has {', '.join(differences)}; finish it, or {remedy}")
     # blocks of another source must not be mixed with those that are done
     if old.source != run.source:
         chunk = f" (chunk {run.source['newest']})" if run.source.get("newest") else ""
-        raise TargetExistsError(f"source {source}{chunk} changed since {which} began; {DISCARD}")
+        raise TargetExistsError(f"source {source}{chunk} changed since {which} began; {remedy}")
     if not transaction.is_complete(source, old.id, journal.final(transaction.journal)):
-        raise TargetExistsError(f"{which} has lost its files; {DISCARD}")
+        raise TargetExistsError(f"{which} has lost its files; {remedy}")
     return old
 
 
@@ -94,19 +97,21 @@ def replan(
     run: RunRecord,
     memory: int | None = None,
     of: str = "the unfinished run needs with",
-    otherwise: str = DISCARD,
+    otherwise: str = "",
 ) -> GroupPlan:
     """The plan that a run began with, for the workers of today and another ``memory``, if given."""
-    plan = plan_from_json(run)
+    plan, given = plan_from_json(run), memory is not None
     memory = plan.memory if memory is None else memory
     _, most, fewest = workers()
     threads = max(fewest, min(most, plan.threads))
     # blocks stay as they are, so that memory grows with the threads
     need = ceil_div(plan.projected_memory * max(threads, plan.threads), plan.threads)
     if need > memory:
+        otherwise = otherwise or _discarding(run.parameters["target"])
+        remedy = f"give memory='{ceil_div(need, MIB)}MiB', or {otherwise}"
         raise MemoryBudgetError(
             f"memory {format_size(memory)} holds less than the {format_size(need)} that {of} "
-            f"{threads} threads; give memory='{ceil_div(need, MIB)}MiB', or {otherwise}",
+            f"{threads} threads; {remedy if given else 'use workers with fewer threads'}",
             need,
         )
     now: Any = {"threads": threads, "memory": memory, "projected_memory": need}

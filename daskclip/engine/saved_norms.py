@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,12 @@ from daskclip.target import DirectoryTarget, find_target, journal, refuse_existi
 SUMS = ".daskclip-sums"
 """Folder of the journal of the first pass; zarr ignores it."""
 ALIKE = ("axes", "ord", "nonfinite", "missing")
-AGAIN = "save them again with: daskclip stats SOURCE --save-norms NORMS"
+
+
+def _remedy(source: object, path: object) -> str:
+    """Remedy for norms that cannot be used; nothing may exist where norms are saved."""
+    quoted = f"{shlex.quote(str(source))} --save-norms {shlex.quote(str(path))}"
+    return f"save them again with: daskclip stats {quoted} (after removing the old ones)"
 
 
 def _journal_in(folder: Path) -> Path:
@@ -44,12 +50,15 @@ class SavedNorms:
     """Counts over all slices."""
     source: journal.Json
     """Fingerprint of the source."""
+    place: str
+    """Location of the source."""
 
     def require_of(self, source: Hierarchy) -> None:
         """Require a source to be what it was when the norms were saved."""
         if self.source != source.fingerprint(changes=True):
             raise SourceChangedError(
-                f"source {source} is not what it was when norms {self.path} were saved; {AGAIN}"
+                f"source {source} is not what it was when norms {self.path} were saved; "
+                f"{_remedy(source, self.path)}"
             )
 
     def windows(self) -> Iterator[journal.WindowRecord]:
@@ -64,7 +73,9 @@ class SavedNorms:
         try:
             return journal.load(path) if path.exists() else None
         except Exception as error:  # numpy and zipfile raise errors of any kind for a damaged file
-            raise SourceError(f"norms {self.path} are damaged; {AGAIN}") from error
+            raise SourceError(
+                f"norms {self.path} are damaged; {_remedy(self.place, self.path)}"
+            ) from error
 
 
 @contextmanager
@@ -84,6 +95,7 @@ def saving(
             f"norms are saved of one array, and source {source} is a group; give an array in it"
         )
     target = _directory(path)
+    refuse_existing(target)
     target.check(source, overwrite=False, in_place=False)
     with target.locked() as transaction:
         refuse_existing(target)
@@ -116,22 +128,26 @@ def open_norms(
         raise InvalidValueError("norms do not go with limits; leave out one of them")
     target = _directory(path)
     if not target.exists():
-        raise SourceNotFoundError(f"norms {target} do not exist; check the path, or {AGAIN}")
+        raise SourceNotFoundError(
+            f"norms {target} do not exist; check the path, or save them with: daskclip stats "
+            f"{shlex.quote(str(source))} --save-norms {shlex.quote(str(target))}"
+        )
+    remedy = _remedy(source, target)
     record = _journal_in(target.path)
     run = journal.header(record)
     if run is None or not run.is_readable:
-        raise SourceError(f"norms {target} were not saved by this daskclip; {AGAIN}")
+        raise SourceError(f"norms {target} were not saved by this daskclip; {remedy}")
     was = run.parameters
     different = [f"{k} {was[k]} and not {parameters[k]}" for k in ALIKE if was[k] != parameters[k]]
     if different:
-        raise InvalidValueError(f"norms {target} have {', '.join(different)}; {AGAIN}")
+        raise InvalidValueError(f"norms {target} have {', '.join(different)}; {remedy}")
     last = journal.final(record)
     if last is None or last.total is None:
-        raise SourceError(f"norms {target} are damaged; {AGAIN}")
-    plan = replan(run, memory, f"norms {target} need with", AGAIN)
+        raise SourceError(f"norms {target} are damaged; {remedy}")
+    plan = replan(run, memory, f"norms {target} need with", remedy)
     # the saved sums take the place of the first pass
     plans = {name: replace(one, passes=1) for name, one in plan.plans.items()}
-    saved = SavedNorms(target.path, SliceCounts.from_json(last.total), run.source)
+    saved = SavedNorms(target.path, SliceCounts.from_json(last.total), run.source, str(source))
     return saved, replace(plan, plans=plans)
 
 

@@ -90,7 +90,9 @@ def verify_zarr(
     found = find_target(target)
     with translating_storage_errors(f"verifying {found}"):
         if not found.exists():
-            raise SourceNotFoundError(f"target {found} does not exist; check the path")
+            raise SourceNotFoundError(
+                f"target {found} does not exist, or is an empty folder; check the path"
+            )
         made = _read_record(found)
         written = _open_written(made)
         limits_by_array = _same_limits(made, written, limits)
@@ -118,7 +120,7 @@ def _verify(
     # 'raise' would stop at the first NaN; a run that raised has no complete target to verify
     omit = "omit" if made.run.parameters["nonfinite"] == "omit" else "propagate"
     run = replace(made.run, parameters=made.run.parameters | {"nonfinite": omit})
-    plan = replan(run)
+    plan = replan(run, of="verifying needs with")
     # missing="error" is about the source; what the target lacks, its digests show
     filled = replace(run, parameters=run.parameters | {"missing": "fill"})
     arrays = array_tasks(filled, plan, written, None, limits_by_array)
@@ -178,9 +180,15 @@ def _same_limits(made: MadeByRun, written: Hierarchy, limits: object) -> LimitsB
 def _read_record(target: Target) -> MadeByRun:
     with target.journals() as (path, _):
         run = journal.header(path)
-        if run is None or not run.is_readable:
+        if run is None:
             raise VerificationError(
-                f"target {target} has no record of a run that this daskclip can read; clip it again"
+                f"target {target} has no record of a run: it was not clipped, or there was nothing "
+                "to clip in place; verify what daskclip run wrote"
+            )
+        if not run.is_readable:
+            raise VerificationError(
+                f"target {target} has a record of version {run.version}; verify it with the "
+                "daskclip that wrote it"
             )
         digests = np.zeros(plan_from_json(run).blocks, np.uint64)
         for record in journal.records(path):

@@ -7,19 +7,20 @@ from itertools import chain
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import dask
-import dask.array as da
+from dask.delayed import Delayed
+from dask.highlevelgraph import HighLevelGraph
 
 from daskclip.engine.cluster import (
     ComputeKwargs,
     compute_retrying_cancelled,
     translating_cluster_errors,
 )
-from daskclip.lazy import LiteralTask, object_meta, tree_reduce
+from daskclip.lazy import LiteralTask
 from daskclip.numerics import Scale
 from daskclip.plan import sizing
 from daskclip.worker import ArrayTask, tasks
 
+SUMS_PER_TASK = 4  # what a task of a tree combines
 MAX_BLOCKS_PER_TASK = 16  # blocks, at most, that one task does: all threads have something to do
 
 
@@ -72,22 +73,37 @@ def compute(
             graph[(name, i, k)] = (
                 (tasks.sum_batch, *common) if combined else (tasks.run_batch, *common, given)
             )
-    chunks = ((1,) * len(window), (1,) * len(window[0]))
-    results = da.Array(graph, name, chunks, meta=object_meta(2))
+    rows: list[list[Any]] = [
+        [(name, i, k) for k in range(len(row))] for i, row in enumerate(window)
+    ]
     if combined:
-        results = tree_reduce(results, (1,), tasks.add_sums)
+        rows = [_combine(graph, row) for row in rows]
 
     def block_of(key: object) -> str:
         # of a task that combines, the first block stands for all
-        i, k = key[1:] if isinstance(key, tuple) else (0, 0)
+        i, k = key[1:3] if isinstance(key, tuple) else (0, 0)
         block = window[i][k][0]
         array = arrays[block.array]
         return f"block {array.source.describe(array.plan.region(block.slab, block.block))}"
 
-    # there is nothing to fuse, and Dask keeps the names of all tasks that it tried to fuse
-    with translating_cluster_errors(block_of), dask.config.set({"optimization.fuse.active": False}):
-        found = compute_retrying_cancelled(results.to_delayed().ravel(), compute_kwargs)
+    # not a Dask array, which may be an expression; there is nothing to optimize
+    layer = HighLevelGraph.from_collections(name, graph, dependencies=())
+    results = [Delayed(key, layer, layer=name) for key in chain.from_iterable(rows)]
+    with translating_cluster_errors(block_of):
+        options = {**compute_kwargs, "optimize_graph": False}
+        found = compute_retrying_cancelled(results, options)
     return found if combined else list(chain.from_iterable(found))
+
+
+def _combine(graph: dict[Any, Any], row: list[Any]) -> list[Any]:
+    """Add the tasks of a tree that combines the sums of a row; returns its root."""
+    while len(row) > 1:
+        some = [row[i : i + SUMS_PER_TASK] for i in range(0, len(row), SUMS_PER_TASK)]
+        # named after its first block, one level higher
+        level: list[Any] = [(*group[0], "sum") for group in some]
+        graph.update((key, (tasks.add_sums, group)) for key, group in zip(level, some, strict=True))
+        row = level
+    return row
 
 
 def batch_small_blocks(

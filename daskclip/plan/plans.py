@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.grid import Box, Spans, box_at, box_shape, grid_shape
-from daskclip.report import format_axes, format_size, fragment
+from daskclip.report import as_text, format_axes, format_size, fragment
 
 Numbers = Sequence[int] | npt.NDArray[np.intp]
 """Numbers of some slabs, or of some blocks of a slab."""
@@ -34,7 +34,7 @@ Windows = Reversible[Iterable[int]]
 """Numbers of the blocks of each window of a slab, forwards or backwards."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ClipPlan:
     """Blocks, slabs and windows of a run over an array, and the memory it needs."""
 
@@ -122,6 +122,9 @@ class ClipPlan:
             "units": f"{self.unit} written as one object",
             "blocks": f"{self.blocks:,} of {self.block}, {self.slabs:,} slabs",
         } | _shared_rows(self)
+
+    def __repr__(self) -> str:
+        return as_text(self)
 
     def _repr_html_(self) -> str:
         return fragment("daskclip plan", self.rows())
@@ -211,7 +214,7 @@ class _Over:
         return self.combine(getattr(plan, self.name) for plan in group.plans.values())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class GroupPlan:
     """Plans of all arrays of a group, and the memory the run needs."""
 
@@ -276,6 +279,9 @@ class GroupPlan:
             "slices": f"{self.slices:,}",
             "blocks": f"{self.blocks:,}, {self.slabs:,} slabs",
         } | _shared_rows(self)
+
+    def __repr__(self) -> str:
+        return as_text(self)
 
     def _repr_html_(self) -> str:
         return fragment("daskclip plan", self.rows())

@@ -10,6 +10,7 @@ stored are counted by `Passes.count_empty` in engine/passes.py. Journals store t
 position, so raise `VERSION` in target/journal.py with them.
 """
 
+from daskclip.report import output
 from daskclip.report.html import as_page, fragment
 from daskclip.report.progress import Mode, ProgressState, Show, progress_printer
 from daskclip.report.reports import ClipReport, StatsReport, VerifyReport
@@ -17,6 +18,6 @@ from daskclip.report.text import MIB, as_document, as_text, format_axes, format_
 
 __all__ = [
     "MIB", "ClipReport", "Mode", "ProgressState", "Show", "StatsReport", "VerifyReport",
-    "as_document", "as_page", "as_text", "format_axes", "format_size", "fragment",
+    "as_document", "as_page", "as_text", "format_axes", "format_size", "fragment", "output",
     "progress_printer",
 ]  # fmt: skip

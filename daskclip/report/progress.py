@@ -1,17 +1,21 @@
 """Progress of a run on stderr: a bar, a line every ten seconds, or a JSON line a window."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from daskclip.errors import InvalidTypeError, InvalidValueError
+from daskclip.report.output import show_progress
 
 Mode = Literal["auto", "bar", "lines", "json", "none"]
 LINE_INTERVAL_S = 10.0
-BAR_WIDTH = 30
+BAR_WIDTH, SHORT_BAR = 30, 10
+COLUMNS = 80  # of a terminal that does not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +42,11 @@ class ProgressState:
         return (self.done - self.skipped) / max(self.seconds, 1e-9)
 
     @property
-    def left(self) -> float:
-        """Seconds left at this rate."""
-        return (self.total - self.done) / self.rate if self.rate else 0.0
+    def left(self) -> float | None:
+        """Seconds left at this rate; None where there is none yet."""
+        if self.done >= self.total:
+            return 0.0
+        return (self.total - self.done) / self.rate if self.rate else None
 
 
 Show = Callable[[ProgressState], None]
@@ -71,34 +77,52 @@ def progress_printer(progress: object) -> Show:
         known = f"is unknown; use one of {', '.join(get_args(Mode))}"
         raise InvalidValueError.about("progress", progress, known)
     if mode == "auto":
-        mode = "bar" if sys.stderr.isatty() else "lines"
+        # None where the process began without a stderr; ValueError of one that was closed since
+        with suppress(AttributeError, ValueError):
+            mode = "bar" if sys.stderr.isatty() else "lines"
     shows: dict[str, Show] = {"bar": _bar, "lines": _lines(), "json": _json}
     return shows.get(mode, lambda state: None)
 
 
-def _text(state: ProgressState) -> str:
-    done = f"{state.done / 1e9:.2f}/{state.total / 1e9:.2f} GB  pass {state.pass_}/{state.passes}"
-    return f"{done}  {state.rate / 1e6:.0f} MB/s  {state.left:.0f} s left"
-
-
-def _write(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()  # a bar has no end of line, which would flush it
+def _parts(state: ProgressState) -> list[str]:
+    """Figures as text, the most important one first."""
+    parts = [f"{state.done / 1e9:.2f}/{state.total / 1e9:.2f} GB"]
+    # of windows that an earlier call has done there is no rate
+    if state.left is not None:
+        parts.append(f"{state.left:.0f} s left")
+    parts.append(f"pass {state.pass_}/{state.passes}")
+    return [*parts, f"{state.rate / 1e6:.0f} MB/s"] if state.rate else parts
 
 
 def _json(state: ProgressState) -> None:
     fields = {
         "done": state.done, "total": state.total, "pass": state.pass_, "passes": state.passes,
-        "seconds": round(state.seconds, 3), "rate": round(state.rate), "left": round(state.left, 3),
+        "seconds": round(state.seconds, 3), "rate": round(state.rate),
+        "left": None if state.left is None else round(state.left, 3),
     }  # fmt: skip
-    _write(json.dumps(fields) + "\n")
+    show_progress(json.dumps(fields) + "\n")
+
+
+def _columns() -> int:
+    """Columns of the terminal of stderr."""
+    # not shutil.get_terminal_size, which looks at stdout; a terminal may not know its size
+    with suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS
+    return COLUMNS
 
 
 def _bar(state: ProgressState) -> None:
-    # \x1b[K clears what is left of a longer line
-    full = BAR_WIDTH * state.done // max(1, state.total)
+    parts, columns = _parts(state), _columns() - 1  # a full line would wrap
+    # figures that leave no place for a short bar are left out
+    while len(parts) > 1 and len("  ".join(parts)) + SHORT_BAR + 3 > columns:
+        parts.pop()
+    text = "  ".join(parts)
+    width = min(BAR_WIDTH, columns - len(text) - 3)
+    full = width * state.done // max(1, state.total)
+    bar = f"[{'#' * full}{' ' * (width - full)}] " if width > 0 else ""
     end = "\n" if state.done >= state.total else ""
-    _write(f"\r[{'#' * full}{' ' * (BAR_WIDTH - full)}] {_text(state)}\x1b[K{end}")
+    # \x1b[K clears what is left of a longer line
+    show_progress(f"\r{(bar + text)[:columns]}\x1b[K{end}")
 
 
 def _lines() -> Show:
@@ -109,6 +133,6 @@ def _lines() -> Show:
         # the log of a batch job is kept: a line a window could be thousands; the last one always
         if time.monotonic() >= printed + LINE_INTERVAL_S or state.done >= state.total:
             printed = time.monotonic()
-            _write(f"daskclip: {_text(state)}\n")
+            show_progress(f"daskclip: {'  '.join(_parts(state))}\n")
 
     return show

@@ -15,10 +15,10 @@ class Report:
 
     def rows(self) -> dict[str, str]:
         """Figures as text, by their names."""
-        # a figure that is None does not apply to this call
-        return {k: str(v) for k, v in asdict(self).items() if v is not None}
+        raise NotImplementedError
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        # all fields would be thousands of characters: of a histogram, and of pictures
         return as_text(self)
 
     def to_json(self) -> str:
@@ -26,7 +26,7 @@ class Report:
         return as_document(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ClipReport(Report):
     """Result of a run; ``print`` shows it as text, `to_json` gives it to programs."""
 
@@ -107,7 +107,7 @@ class ClipReport(Report):
             "target": self.target,
             # an array by itself has no such row
             **(arrays if self.arrays + self.copied > 1 else {}),
-            "clip_norm": f"{self._limit} over {over}{kind}",
+            "clip_norm": f"{_limit(self.clip_norm)} over {over}{kind}",
             "slices": f"{self.slices:,}",
             "clipped": f"{self.clipped:,} ({share:.1f} %)",
             "non-finite": f"{self.nonfinite:,}",
@@ -120,18 +120,13 @@ class ClipReport(Report):
             "peak memory": f"{peak} of {projected} projected",
         }
 
-    @property
-    def _limit(self) -> str:
-        # limits of each slice may be as large as the array, so that a report does not hold them
-        return "a limit each" if self.clip_norm is None else f"{self.clip_norm:g}"
-
     def _repr_html_(self) -> str:
         # of a quantile, the limit that it came to
-        title = f"{self.source} clipped to {self._limit}"
+        title = f"{self.source} clipped to {_limit(self.clip_norm)}"
         return fragment(title, self.rows(), cast("Pictures", self.pictures), self.clip_norm)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class StatsReport(Report):
     """Norms of an array or group; ``print`` shows them as text, `to_json` gives them to programs.
 
@@ -210,7 +205,7 @@ class StatsReport(Report):
         return fragment(f"Norms of {self.source}", rows, cast("Pictures", asdict(self)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class VerifyReport(Report):
     """Result of a successful verification; a failure raises."""
 
@@ -232,6 +227,30 @@ class VerifyReport(Report):
     """Largest norm of a finite slice; None if there is none."""
     seconds: float
     """Seconds from the start of the call."""
+
+    def rows(self) -> dict[str, str]:
+        """Figures as text, by their names."""
+        source = {} if self.source is None else {"source": f"{self.source}, compared bit for bit"}
+        largest = self.largest_norm
+        return {
+            "target": self.target,
+            **source,
+            "run": self.run,
+            "clip_norm": _limit(self.clip_norm),
+            "blocks": f"{self.blocks:,}, as they were written",
+            "slices": f"{self.slices:,}, none above its limit",
+            "non-finite": f"{self.nonfinite:,}",
+            "largest norm": "none finite" if largest is None else f"{largest:.6g}",
+            "time": f"{self.seconds:.2f} s",
+        }
+
+    def _repr_html_(self) -> str:
+        return fragment(f"{self.target} verified", self.rows())
+
+
+def _limit(clip_norm: float | None) -> str:
+    # limits of each slice may be as large as the array, so that a report does not hold them
+    return "a limit each" if clip_norm is None else f"{clip_norm:g}"
 
 
 def _norms(smallest: float | None, largest: float | None) -> str:

@@ -28,10 +28,10 @@ from daskclip.target import journal
 from daskclip.target.directory import DirectoryTarget, matches_record
 from daskclip.target.journal import Arrays, FinalRecord, Journal, Json, RunRecord, WindowRecord
 from daskclip.target.locate import Target, Transaction, find_target, open_target
-from daskclip.target.preflight import refuse_existing
+from daskclip.target.preflight import OVERWRITE, refuse_existing
 
 __all__ = [
-    "Arrays", "DirectoryTarget", "FinalRecord", "Journal", "Json", "RunRecord", "Target",
-    "Transaction", "WindowRecord", "find_target", "journal", "matches_record", "open_target",
-    "refuse_existing",
+    "OVERWRITE", "Arrays", "DirectoryTarget", "FinalRecord", "Journal", "Json", "RunRecord",
+    "Target", "Transaction", "WindowRecord", "find_target", "journal", "matches_record",
+    "open_target", "refuse_existing",
 ]  # fmt: skip

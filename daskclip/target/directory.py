@@ -48,6 +48,9 @@ class DirectoryTarget:
         return self.path / home / preflight.RECORD
 
     def exists(self) -> bool:
+        # an empty folder holds nothing, and the rename of a target takes its place
+        with suppress(OSError), os.scandir(self.path) as inside:
+            return self.path.is_symlink() or any(inside)
         return os.path.lexists(self.path)
 
     def open(self) -> Hierarchy:
@@ -58,7 +61,10 @@ class DirectoryTarget:
         """Refuse a path where the target of a source cannot be made; changes nothing."""
         path, parent = self.path, self.path.parent
         if not (overwrite or in_place or self.record.exists()):
-            preflight.refuse_existing(self)
+            is_source = self.path == source.folder
+            preflight.refuse_existing(
+                self, preflight.IN_PLACE if is_source else preflight.OVERWRITE
+            )
         # renaming a folder onto a link would replace the link, and a mount point refuses it
         if path.is_symlink() or os.path.ismount(path):
             raise TargetError(
@@ -73,7 +79,7 @@ class DirectoryTarget:
                 preflight.refuse_consolidated(path, folder, *documents)
             kind = "group" if source.is_group else "array"
             # `overwrite` must not remove a folder that holds something else, such as a home
-            if overwrite and path.exists() and not preflight.is_node(path, kind):
+            if overwrite and self.exists() and not preflight.is_node(path, kind):
                 raise TargetError(
                     f"target {path} is no zarr {kind}; remove it or choose another path"
                 )

@@ -13,6 +13,7 @@ from daskclip.errors import TargetError, TargetExistsError
 from daskclip.storage import Hierarchy, durable, is_part
 
 CONSOLIDATED = ("zarr.json", ".zmetadata")
+OVERWRITE, IN_PLACE = "overwrite it (--overwrite)", "clip it in place (--in-place, and no target)"
 RECORD = ".daskclip"
 """Name, in a target, of the journal of the run that made it; zarr ignores it."""
 
@@ -21,11 +22,12 @@ class _Target(Protocol):
     def exists(self) -> bool: ...
 
 
-def refuse_existing(target: _Target) -> None:
-    """Refuse a target whose place is taken."""
+def refuse_existing(target: _Target, otherwise: str = "") -> None:
+    """Refuse a target whose place is taken; ``otherwise`` is one more remedy."""
     if target.exists():
         raise TargetExistsError(
-            f"target {target} exists; remove it or choose another path, or overwrite it"
+            f"target {target} exists; remove it or choose another path{otherwise and ', or '}"
+            f"{otherwise}"
         )
 
 
@@ -34,7 +36,7 @@ def check_nesting(path: Path, source: Path | None) -> None:
     if source is None:
         return
     if path == source:
-        raise TargetError(f"target {path} is the source; clip it in place or choose another path")
+        raise TargetError(f"target {path} is the source; {IN_PLACE} or choose another path")
     if path.is_relative_to(source):
         raise TargetError(f"target {path} lies inside the source {source}; choose another path")
     if source.is_relative_to(path):

@@ -91,6 +91,7 @@ class Package:
         graph: Graph = {module.room: set() for module in self.modules}
         for module in self.modules:
             graph[module.room] |= {name.split(".")[0] for name in self.arrows[module.name]}
+        graph.pop("__main__", None)  # it only starts a room
         return {room: others - {room} for room, others in graph.items()}
 
 

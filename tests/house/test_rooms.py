@@ -35,6 +35,7 @@ ARROWS = {
     "xarray": "storage arguments lazy",
     "cli": "report engine",
     "__init__": "lazy engine",
+    "__main__": "cli",
 }
 FREE = {"errors", "grid"}
 OUTSIDE = {"numpy", "dask"}
@@ -85,7 +86,11 @@ def module(request):
 
 def test_the_map_lists_every_room():
     listed = [line.split()[0] for line in daskclip.__doc__.split("=\n")[1].splitlines()[:-1]]
-    assert sorted([*listed, "__init__"]) == sorted({*map(room_of, FILES)}) == sorted(ARROWS)
+    assert (
+        sorted([*listed, "__init__", "__main__"])
+        == sorted({*map(room_of, FILES)})
+        == sorted(ARROWS)
+    )
     # from the bottom up
     for i, room in enumerate(listed):
         assert {*ARROWS[room].split()} <= {*listed[:i]}

@@ -1,0 +1,5 @@
+"""The command line as ``python -m daskclip``."""
+
+from daskclip.cli import main
+
+main(prog_name="daskclip")
