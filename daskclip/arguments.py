@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeGuard, get_args
 import numpy as np
 import numpy.typing as npt
 from dask import config
-from dask.base import get_scheduler
 from dask.utils import parse_bytes
 
 from daskclip.errors import (
@@ -274,14 +273,6 @@ def check_configuration() -> None:
         value = config.get(name, None)
         if value is not None and not is_usable(value):
             raise InvalidValueError(f"dask's setting {name} is {short_repr(value)}; give {remedy}")
-    try:
-        get_scheduler()
-    except Exception as error:  # also of distributed, which is imported for it
-        named = short_repr(config.get("scheduler", None))
-        raise InvalidValueError(
-            f"dask's setting scheduler is {named}, which cannot be used ({error_text(error)}); "
-            "give another, or none"
-        ) from error
 
 
 _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {

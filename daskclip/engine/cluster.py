@@ -24,7 +24,15 @@ from dask.base import get_scheduler
 from dask.system import CPU_COUNT
 
 from daskclip.arguments import check_configuration
-from daskclip.errors import ClusterError, DaskClipError, StorageError, TemporaryError, error_text
+from daskclip.errors import (
+    ClusterError,
+    DaskClipError,
+    InvalidValueError,
+    StorageError,
+    TemporaryError,
+    error_text,
+    short_repr,
+)
 from daskclip.storage import Hierarchy, is_private
 from daskclip.worker import drain
 
@@ -38,16 +46,26 @@ R = TypeVar("R")
 log = logging.getLogger("daskclip")
 
 
-def _client() -> Any:
-    """The active distributed Client, or None."""
+def _scheduler() -> Any:
+    """Function that Dask computes with; None if nothing is set."""
     try:
-        get = get_scheduler()
+        return get_scheduler()
     except RuntimeError as error:
         raise ClusterError(
             f"Dask has no scheduler for this call ({error_text(error)}); use a synchronous Client, "
             "or another thread: await asyncio.to_thread(clip_zarr, ...)"
         ) from error
-    owner = getattr(get, "__self__", None)
+    except Exception as error:  # also of distributed, which is imported for it
+        named = short_repr(config.get("scheduler", None))
+        raise InvalidValueError(
+            f"dask's setting scheduler is {named}, which cannot be used ({error_text(error)}); "
+            "give another, or none"
+        ) from error
+
+
+def _client() -> Any:
+    """The active distributed Client, or None."""
+    owner = getattr(_scheduler(), "__self__", None)
     return owner if hasattr(owner, "nthreads") else None
 
 
@@ -88,7 +106,7 @@ def workers() -> tuple[int, int, int]:
         with translating_cluster_errors(str):
             threads = _awaited_threads(client).values()
         return len(threads), max(threads), max(threads)
-    get = get_scheduler()
+    get = _scheduler()
     if get is dask.get:
         return 1, 1, 1
     pool, number = config.get("pool", None), config.get("num_workers", None) or CPU_COUNT
@@ -137,7 +155,7 @@ def versions() -> dict[str, str]:
 
 def require_shared(read: Sequence[Hierarchy]) -> None:
     """Refuse what only this process sees, if blocks run in other ones."""
-    if get_scheduler() in (None, dask.threaded.get, dask.get):
+    if _scheduler() in (None, dask.threaded.get, dask.get):
         return
     for where in read:
         if is_private(where.store):
@@ -207,7 +225,7 @@ def _ask_all(client: Any, question: Callable[[], R]) -> dict[str, R]:
 
 def _new_pool(threads: int) -> Executor | None:
     """A pool for one run on Dask's threads or processes; None if blocks run elsewhere."""
-    get = get_scheduler()
+    get = _scheduler()
     if config.get("pool", None) is not None:
         return None
     if get is dask.multiprocessing.get:

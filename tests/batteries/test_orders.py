@@ -117,7 +117,7 @@ def test_complex_arrays_are_refused_by_other_orders(tmp_path, ord, dtype):
         lambda: norm(da.from_zarr(x), ord=ord),
         lambda: clip_zarr(x, tmp_path / "y", 1.0, ord=ord),
     ):
-        with pytest.raises(TypeError, match=r"complex.*; use ord=2, or clip \.real and \.imag$"):
+        with pytest.raises(TypeError, match=r"complex.*; use ord=2, or clip their parts"):
             call()
 
 

@@ -23,7 +23,7 @@ from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr, verify_zarr
 from daskclip.engine.run_record import status
 from daskclip.errors import DaskClipError, SourceError, SourceNotFoundError, TargetError
 from daskclip.storage import object_store as objects
-from daskclip.storage import parse_location
+from daskclip.storage import parse_location, stores
 from daskclip.storage.stores import store_version
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -325,7 +325,8 @@ def test_versions_of_whole_stores(x, tmp_path):
 
 @needs_web
 @pytest.mark.parametrize("listing", ["links", "page", "loop", 404, 405, 501])
-def test_a_group_on_a_web_server_that_its_metadata_describes(group, tmp_path, listing):
+def test_a_group_on_a_web_server_that_its_metadata_describes(group, tmp_path, monkeypatch, listing):
+    monkeypatch.setattr(stores, "WEB_DEPTH", 8)  # or links would be followed for ten seconds
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(group)
