@@ -30,7 +30,7 @@ REFUSALS = {
     "memory": (3, r"memory .* holds less than .*; give memory='.*', or discard it with: "),
     "missing": (3, r"chunk \S+ of .* is missing; restore it, or use missing='fill'"),
     "absent": (3, r"target .* does not exist; check the path"),
-    "not what was written": (4, r"; (clip it again|remove it)$"),
+    "not what was written": (4, r"; (clip it again|remove it|verify what daskclip run wrote)$"),
 }
 
 
