@@ -29,7 +29,7 @@ REFUSALS = {
     "other version": (5, r"has version \d+ and not \d+; finish it .*, or discard it with: "),
     "memory": (3, r"memory .* holds less than .*; give memory='.*', or discard it with: "),
     "missing": (3, r"chunk \S+ of .* is missing; restore it, or use missing='fill'"),
-    "absent": (3, r"target .* does not exist; check the path"),
+    "absent": (3, r"target .* does not exist, or is an empty folder; check the path"),
     "not what was written": (4, r"; (clip it again|remove it|verify what daskclip run wrote)$"),
 }
 
