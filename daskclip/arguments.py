@@ -2,7 +2,7 @@
 
 import numbers
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -169,12 +169,27 @@ def check_limits(
         )
 
 
+def masked_in(value: object) -> object:
+    """First masked array in what may be nested lists: numpy.asarray would drop its mask."""
+    found = (getattr(leaf, "_meta", leaf) for leaf in _leaves(value))
+    return next((leaf for leaf in found if isinstance(leaf, np.ma.MaskedArray)), None)
+
+
+def _leaves(value: object, depth: int = 64) -> Iterator[object]:
+    """Yield what nested lists and tuples hold, down to the most dimensions of an array."""
+    if depth and isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item, depth - 1)
+    else:
+        yield value
+
+
 def check_unit(limit: object, what: str) -> None:
     """Refuse a limit that carries a unit: NumPy would read its number alone."""
     # what has attrs, such as a DataArray, gives out metadata as attributes
     if hasattr(limit, "attrs") or hasattr(limit, "ncattrs"):
         limit = getattr(limit, "data", None)
-    for value in limit if isinstance(limit, list | tuple) else [limit]:
+    for value in _leaves(limit):
         unit = getattr(value, "units", getattr(value, "unit", None))
         if isinstance(value, np.timedelta64):
             unit = np.datetime_data(value.dtype)[0]
@@ -200,6 +215,9 @@ def parse_clip_norm(clip_norm: object, what: str = "clip_norm") -> float:
     if graph and not isinstance(clip_norm, type) and graph() is not None:
         lazy = "is not computed; give a number, or an array of dask.array"
         raise InvalidTypeError.about(what, clip_norm, lazy)
+    if masked_in(clip_norm) is not None:
+        masked = "is masked, or may be; give a number, for example with .filled(numpy.nan)"
+        raise InvalidTypeError.about(what, clip_norm, masked)
     try:
         value = np.asarray(clip_norm)
     except ValueError:

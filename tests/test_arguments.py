@@ -128,6 +128,40 @@ def test_masked_arrays(x):
     assert_refused(TypeError, "MaskedArray", ".filled(numpy.nan)", lambda: clip_by_norm(x, 1.0))
 
 
+MASKED = [
+    np.ma.masked,
+    np.ma.array(3.0, mask=True),
+    np.ma.array(3.0),
+    np.ma.array([3.0, 4.0], mask=[1, 0]),
+]
+
+
+@pytest.mark.parametrize("masked", MASKED, ids=repr)
+@pytest.mark.filterwarnings("error")
+def test_masks_are_refused_wherever_they_are(x, masked, tmp_path):
+    """Also in lists: numpy.asarray would drop them, and make 0 of the masked constant."""
+    zarr.create_array(tmp_path / "x.zarr", data=X)
+    for limit in (masked, [masked], (masked, masked), [[1.0, 2.0], (masked, [masked])]):
+        for call in (
+            lambda limit=limit: clip_by_norm(x, limit),
+            lambda limit=limit: clip_by_norm(x, limits=limit),
+            lambda limit=limit: clip_by_global_norm([x], limit),
+            lambda limit=limit: clip_by_global_norm([x], 1.0, limit),
+            lambda limit=limit: clip_zarr(tmp_path / "x.zarr", tmp_path / "y.zarr", limit),
+            lambda limit=limit: clip_by_norm(limit, 1.0),
+            lambda limit=limit: norm(limit),
+            lambda limit=limit: global_norm([x, limit]),
+        ):
+            assert_refused(TypeError, "asked", ".filled(numpy.nan)", call)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.zarr"]
+
+
+def test_lazy_masks_are_refused_in_lists():
+    lazy = da.ma.masked_array(da.ones(6, chunks=2))
+    for call in (lambda: norm([lazy, lazy]), lambda: clip_by_norm(X, limits=[lazy])):
+        assert_refused(TypeError, "MaskedArray", ".filled(numpy.nan)", call)
+
+
 def test_dask_objects_that_are_no_arrays():
     x = dask.delayed(X)
     for call in (
@@ -196,7 +230,8 @@ def quantities(value):
         np.asarray(value).view(MetresArray),
     ]
     if np.ndim(value) == 0:
-        found += [Metres(value), [Metres(value)], np.timedelta64(1, "s"), np.timedelta64(1, "ns")]
+        found += [Metres(value), [Metres(value)], [[Metres(value)]], [([1.0, Metres(value)],)]]
+        found += [np.timedelta64(1, "s"), [[np.timedelta64(1, "ns")]]]
     try:
         import astropy.units
 

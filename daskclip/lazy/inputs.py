@@ -154,9 +154,9 @@ def _check_limit_block(block: object, meta: arguments.Array, what: str) -> argum
 
 
 def _as_numpy(t: object) -> arguments.Array:
-    # kept for the check of blocks: numpy.asarray would drop the mask, and masked elements count
-    if isinstance(t, np.ma.MaskedArray):
-        return t
+    masked = arguments.masked_in(t)
+    if masked is not None:
+        return _as_ndarray(masked)  # which refuses it
     reason = ""
     try:
         x = None if _is_no_array(t) else np.asarray(t)
