@@ -148,9 +148,20 @@ def _checked_limit(limit: da.Array, what: str) -> da.Array:
     return checked
 
 
-def _check_limit_block(block: object, meta: arguments.Array, what: str) -> arguments.Array:
+def _check_limit_block(
+    block: object, meta: arguments.Array, what: str, block_info: Any = None
+) -> arguments.Array:
     arguments.check_unit(block, what)
-    return check_block(block, meta)
+    x = check_block(block, meta)
+    # Dask fills in block_info; None is the result
+    stated = block_info[None]["chunk-shape"]
+    # an unknown size is NaN; any other size would be broadcast
+    if any(n != m and m == m for n, m in zip(x.shape, stated, strict=True)):
+        raise InvalidValueError(
+            f"a block of shape {x.shape} is in a chunk of shape {stated}; "
+            f"give {what} the shapes of its blocks"
+        )
+    return x
 
 
 def _as_numpy(t: object) -> arguments.Array:

@@ -267,6 +267,38 @@ def test_blocks_of_lazy_limits_are_checked(block):
                 got.compute(scheduler="sync")
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1), (6, 4), (0, 1)], ids=str)
+@pytest.mark.parametrize("stated", [(6, 1), (1, 4), (6, 4)], ids=str)
+@pytest.mark.parametrize("chunks", [-1, 2])
+def test_blocks_of_limits_of_another_shape_are_refused(chunks, shape, stated):
+    axes = [axis for axis in (0, 1) if stated[axis] == 1]
+    lazy = wrong(lambda: np.ones(shape, "f4"), stated)
+    for x in (X, da.from_array(X, chunks)):
+        if shape == stated:
+            got = clip_by_norm(x, axes=axes, limits=lazy)
+            assert bits(got.compute()) == bits(clip_by_norm(X, 1.0, axes))
+            continue
+        # cut in two, each part has a block of its own
+        parts = da.concatenate([lazy[:2], lazy[2:]]) if stated[0] > 2 else lazy
+        for limits, found in ((lazy, f"{shape} is in a chunk of shape {stated};"), (parts, "(")):
+            got = clip_by_norm(x, axes=axes, limits=limits)
+            with pytest.raises(ValueError, match=r"^a block of shape .*; give an") as caught:
+                got.compute(scheduler="sync")
+            assert isinstance(caught.value, DaskClipError)
+            assert f"a block of shape {found}" in str(caught.value)
+
+
+def test_limits_may_have_chunks_of_unknown_sizes():
+    some = np.array([True, False, True, True, False, True])
+    x = da.from_array(X, (2, -1))[da.from_array(some, 2)]
+    want = clip_by_norm(X[some], axes=[], limits=X[some])
+    assert bits(clip_by_norm(x, axes=[], limits=x).compute(scheduler="sync")) == bits(want)
+    one = da.ones((1, 1))
+    assert bits(clip_by_norm(x, axes=1, limits=one).compute()) == bits(
+        clip_by_norm(x, 1.0, 1).compute()
+    )
+
+
 def test_blocks_side_by_side_of_different_shapes_are_refused():
     made = [wrong(lambda n=n: np.ones((n, 4), "f4")) for n in (6, 5)]
     x = da.concatenate(made, axis=1)
