@@ -213,7 +213,7 @@ def parse_clip_norm(clip_norm: object, what: str = "clip_norm") -> float:
     graph = getattr(clip_norm, "__dask_graph__", None)
     # xarray's objects have the method, which gives None for what is in memory
     if graph and not isinstance(clip_norm, type) and graph() is not None:
-        lazy = "is not computed; give a number, or an array of dask.array"
+        lazy = "is not computed; give a number, for example with .compute()"
         raise InvalidTypeError.about(what, clip_norm, lazy)
     if masked_in(clip_norm) is not None:
         masked = "is masked, or may be; give a number, for example with .filled(numpy.nan)"

@@ -7,7 +7,7 @@ import pytest
 import zarr
 from reference import bits
 
-from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, global_norm, norm
+from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, global_norm, norm, verify_zarr
 from daskclip.errors import DaskClipError
 
 X = np.ones((4, 6), np.float32)
@@ -282,6 +282,37 @@ def test_lazy_limits_with_a_unit_are_refused(x):
         ):
             with pytest.raises(DaskClipError):
                 make().compute(scheduler="sync")
+
+
+def test_limits_that_are_not_computed_are_refused_from_storage(tmp_path):
+    zarr.create_array(tmp_path / "x.zarr", data=X)
+    for limit in (da.ones(()), dask.delayed(1.0), da.ones(3)):
+
+        def call(limit=limit):
+            clip_zarr(tmp_path / "x.zarr", tmp_path / "y.zarr", limit)
+
+        remedy = "give a number, for example with .compute()"
+        assert_refused(TypeError, "is not computed", remedy, call)
+
+
+@pytest.mark.parametrize("path", ["c\0d", "c\0d/e", "e/c\0", "file:///tmp/c\0d"], ids=repr)
+def test_paths_with_nul_are_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    zarr.create_array("x.zarr", data=X)
+    for call in (
+        lambda: clip_zarr("x.zarr", path, 1.0),
+        lambda: clip_zarr("x.zarr", zarr.storage.LocalStore(path), 1.0),
+        lambda: clip_zarr("x.zarr", "y.zarr", 1.0, norms=path),
+        lambda: clip_zarr(path, "y.zarr", 1.0),
+        lambda: clip_zarr(zarr.storage.LocalStore(path), "y.zarr", 1.0),
+        lambda: clip_zarr("x.zarr", "y.zarr", limits=path),
+        lambda: verify_zarr(path),
+    ):
+        with pytest.raises(DaskClipError) as caught:
+            call()
+        assert str(caught.value).isprintable()
+        assert "\\x00" in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.zarr"]
 
 
 def test_limits_with_a_unit_are_refused_from_storage(tmp_path):

@@ -197,10 +197,17 @@ def _remedy(t: Any) -> str:
     package, name = type(t).__module__.partition(".")[0], type(t).__qualname__
     if isinstance(t, str | bytes | os.PathLike):
         return "open it with zarr.open_array, or use clip_zarr"
+    if package == "zarr" and name.startswith("Async"):
+        return f"make a zarr.{name.removeprefix('Async')} of it"
     if package == "zarr":
         return "pass one of its arrays, or use clip_zarr"
     if package == "xarray":
-        return "pass its .data, or use daskclip.xarray"
+        remedies = {
+            "DataArray": "pass its .data, or use daskclip.xarray",
+            "DataTree": "use daskclip.xarray, with its .map_over_datasets",
+            "Dataset": "use daskclip.xarray",
+        }
+        return remedies.get(name, "pass its .data")
     if package == "dask_array":
         return "make it with dask.array"
     if type(t).__module__ == "dask.delayed" or name == "Future":

@@ -40,6 +40,8 @@ def open_source(source: object, storage_options: dict[str, Any] | None = None) -
                 "store"
             )
         if isinstance(found, str):
+            if "\0" in found:
+                raise SourceError(f"source {short_repr(found)} is no path: it holds NUL; remove it")
             if not os.path.exists(found):
                 raise errors.SourceNotFoundError(f"source {found} does not exist; check the path")
             # workers may have another working directory

@@ -56,6 +56,8 @@ def find_target(target: object, options: dict[str, Any] | None = None) -> Target
         raise TargetError(
             f"target {short_repr(target)} is not a path; give a path, a URL or a zarr store"
         )
+    if "\0" in found:
+        raise TargetError(f"target {short_repr(found)} is no path: it holds NUL; remove it")
     path = Path(found)
     if path.suffix.lower() == ".zip" and not path.is_dir():
         raise TargetError(

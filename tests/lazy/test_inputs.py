@@ -1,6 +1,7 @@
 """Arguments of the lazy operation: names of stored arrays, blocks, and what is no array."""
 
 import pathlib
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -348,6 +349,8 @@ NO_ARRAYS = [
     (pathlib.Path("x.zarr"), "PosixPath", OPEN),
     (zarr.group({}), "Group", "pass one of its arrays, or use clip_zarr"),
     (zarr.create_group({}).store, "MemoryStore", "pass one of its arrays, or use clip_zarr"),
+    (zarr.create_array({}, data=X).async_array, "AsyncArray", "make a zarr.Array of it"),
+    (zarr.group({})._async_group, "AsyncGroup", "make a zarr.Group of it"),
     (dask.delayed(X), "Delayed", "make an array of it with dask.array.from_delayed"),
     (Tensor(requires_grad=True), "torch.Tensor", "pass its .detach().numpy()"),
     (Tensor(dtype="torch.bfloat16"), "torch.Tensor", "pass its .float().numpy()"),
@@ -390,6 +393,21 @@ def test_what_is_no_array_is_named(t, kind, remedy):
         assert "\n" not in text
 
 
+def test_objects_of_xarray_are_no_arrays():
+    xr = pytest.importorskip("xarray", reason="xarray is not installed")
+    lazy = xr.DataArray(da.from_array(X, 2), dims=["x", "y"])
+    for t, remedy in (
+        (lazy, "; pass its .data, or use daskclip.xarray"),
+        (lazy.variable, "; pass its .data"),
+        (lazy.to_dataset(name="data"), "; use daskclip.xarray"),
+        (lazy.compute().to_dataset(name="data"), "; use daskclip.xarray"),
+        (xr.DataTree(), "; use daskclip.xarray, with its .map_over_datasets"),
+    ):
+        for call in (lambda t=t: clip_by_norm(t, 1.0), lambda t=t: global_norm([t])):
+            with pytest.raises(DaskClipError, match=f"{re.escape(remedy)}$"):
+                call()
+
+
 def test_a_future_is_no_array():
     with local_client(1) as c:
         t = c.scatter(X)
@@ -430,7 +448,7 @@ def test_what_is_lazy_is_not_computed():
         raise AssertionError("computed")
 
     lazy = dask.delayed(fail)()
-    with pytest.raises(DaskClipError, match="is not computed; give a number, or an array of dask"):
+    with pytest.raises(DaskClipError, match=r"is not computed; give a number, .* \.compute\(\)$"):
         clip_by_norm(X, lazy)
     xr = pytest.importorskip("xarray", reason="xarray is not installed")
     with pytest.raises(DaskClipError, match="is not computed"):
