@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xarray as xr
 
 from daskclip.arguments import DTYPES, Axes, Dim, NonFinite, check_dtype, parse_clip_norm, parse_dim
-from daskclip.errors import DTypeError, InvalidTypeError, short_repr
+from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, short_repr
 from daskclip.lazy import clip_by_norm as clip_unlabelled
 from daskclip.storage import metadata
 
@@ -61,8 +61,8 @@ def clip_by_norm(
         If ``obj`` has another type, is or holds packed integers (with the attributes
         ``scale_factor`` or ``add_offset``), or holds nothing that is floating point or complex.
     ValueError
-        If ``dim`` is not a dimension of anything that can be clipped, ``clip_norm`` is not 0-D, or
-        missing values are not decoded to NaN.
+        If ``dim`` is not a dimension of anything that can be clipped, ``clip_norm`` is not 0-D,
+        missing values are not decoded to NaN, or chunks have unknown sizes.
 
     See Also
     --------
@@ -94,6 +94,11 @@ def clip_by_norm(
     largest = math.inf if isinstance(limit, da.Array) else max(parse_clip_norm(limit), 0.0)
     clipped: dict[Hashable, xr.DataArray] = {}
     for name, (x, dims) in _slices(obj, dim).items():
+        # xarray compares shapes, and NaN equals nothing
+        if any(math.isnan(n) for n in x.shape):
+            raise InvalidValueError.about(
+                "array", name, "has unknown sizes; call its .data.compute_chunk_sizes() first"
+            )
         axes = x.get_axis_num(dims)
         data = clip_unlabelled(_plain(x.data), limit, axes, nonfinite=policy)
         # a copy keeps the encoding too, part of which would round the values when they are saved

@@ -275,6 +275,23 @@ def test_arguments_are_checked_for_empty_datasets_too():
         labelled.norm(xr.Dataset({"i": ("x", [1])}))
 
 
+@pytest.mark.parametrize("chunks", [2, 6])
+def test_chunks_of_unknown_sizes_are_to_be_computed_first(chunks):
+    values = np.arange(12, dtype="f4").reshape(6, 2)
+    data = da.from_array(values, (chunks, 2))
+    x = xr.DataArray(data[data[:, 0] > 3], dims=["time", "lat"], name="t")
+    for dim in ("lat", "time"):
+        got = x.daskclip.norm(dim).values
+        assert bits(got) == bits(daskclip.norm(values[2:], x.get_axis_num(dim)))
+    for obj in (x, x.to_dataset()):
+        for dim in (None, "lat", "time", []):
+            call = lambda obj=obj, dim=dim: obj.daskclip.clip_by_norm(1.0, dim)  # noqa: E731
+            one_line(call, InvalidValueError, "array 't' ", "; call its .data.compute_chunk")
+    x.data.compute_chunk_sizes()
+    want = daskclip.clip_by_norm(values[2:], 1.0, 1)
+    assert bits(x.daskclip.clip_by_norm(1.0, "lat").values) == bits(want)
+
+
 def test_a_limit_in_a_unit_is_refused():
     x = cube()
     units = pytest.importorskip("astropy.units", reason="astropy is not installed")
