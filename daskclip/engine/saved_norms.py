@@ -29,10 +29,18 @@ SUMS = ".daskclip-sums"
 ALIKE = ("axes", "ord", "nonfinite", "missing")
 
 
+def _how_to_save(source: object, path: object) -> str:
+    place = str(source)
+    # a store that is an object of this process has no name that a shell could give
+    if not os.path.isabs(place) and ("://" not in place or place.startswith("memory:")):
+        return f"with stats_zarr and save_norms={str(path)!r}"
+    quoted = f"{shlex.quote(place)} --save-norms {shlex.quote(str(path))}"
+    return f"with: daskclip stats {quoted}"
+
+
 def _remedy(source: object, path: object) -> str:
-    """Remedy for norms that cannot be used; nothing may exist where norms are saved."""
-    quoted = f"{shlex.quote(str(source))} --save-norms {shlex.quote(str(path))}"
-    return f"save them again with: daskclip stats {quoted} (after removing the old ones)"
+    """Remedy for saved norms that cannot be used; nothing may exist where norms are saved."""
+    return f"save them again {_how_to_save(source, path)} (after removing the old ones)"
 
 
 def _journal_in(folder: Path) -> Path:
@@ -129,11 +137,14 @@ def open_norms(
     target = _directory(path)
     if not target.exists():
         raise SourceNotFoundError(
-            f"norms {target} do not exist; check the path, or save them with: daskclip stats "
-            f"{shlex.quote(str(source))} --save-norms {shlex.quote(str(target))}"
+            f"norms {target} do not exist; check the path, or save them "
+            f"{_how_to_save(source, target)}"
         )
-    remedy = _remedy(source, target)
     record = _journal_in(target.path)
+    # what holds no norms, or is the source, must not be removed
+    if not record.is_file() or target.path == source.folder:
+        raise SourceError(f"{target} holds no norms of source {source}; check the path")
+    remedy = _remedy(source, target)
     run = journal.header(record)
     if run is None or not run.is_readable:
         raise SourceError(f"norms {target} were not saved by this daskclip; {remedy}")

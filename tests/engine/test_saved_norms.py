@@ -14,6 +14,7 @@ from distributed import Client
 from reference import bits
 from servers import local_cluster
 from stores import create, read, some, stopping_at, stored
+from zarr.storage import MemoryStore
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, stats_zarr, verify_zarr
 from daskclip.engine.saved_norms import SUMS
@@ -220,7 +221,11 @@ def wrong(tmp_path, source):
             "nonfinite propagate and not omit, missing fill and not error; save them again with",
         ),
         ((source, 0, 1.0, {"norms": tmp_path / "no"}), SourceNotFoundError, "no do not exist"),
-        ((source, 0, 1.0, {"norms": source}), SourceError, "x were not saved by this daskclip"),
+        (
+            (source, 0, 1.0, {"norms": source}),
+            SourceError,
+            "x holds no norms of .*; check the path$",
+        ),
         ((source, 0, 1.0, {"norms": damaged}), SourceError, "damaged are damaged; save them"),
         ((source, 0, 1.0, {"norms": "s3://a/b"}), DaskClipError, "a/b"),
         ((source, 0, 1.0, {"norms": 3}), InvalidTypeError, "norms 3 is not a path"),
@@ -250,6 +255,34 @@ def test_norms_that_are_refused(source, tmp_path):
         with pytest.raises(DaskClipError, match=words):
             stats_zarr(source, save_norms=path)
     assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("place", ["x", ".", "file", "other", "clipped", "empty sums", "norms"])
+def test_what_holds_no_norms_is_not_to_be_removed(source, tmp_path, place):
+    (tmp_path / "file").touch()
+    create(tmp_path / "other", some(SHAPE, "f8"), CHUNKS)
+    clip_zarr(source, tmp_path / "clipped", 1.0, 0)
+    (tmp_path / "empty sums" / SUMS).mkdir(parents=True)
+    stats_zarr(source, 0, save_norms=tmp_path / "norms")
+    # norms are an array too, and may be a source
+    of = tmp_path / "norms" if place == "norms" else source
+    for function in (clip_zarr, plan_zarr):
+        with pytest.raises(SourceError, match=r"; check the path$") as caught:
+            function(of, tmp_path / "y", 1.0, 0, norms=tmp_path / place)
+        assert "remov" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("url", [None, "memory://norms/x"])
+def test_no_command_is_given_for_a_store_of_this_process(tmp_path, changed, url):
+    store = url or MemoryStore()
+    array = zarr.create_array(store, data=some(SHAPE, "f8"), chunks=CHUNKS, overwrite=True)
+    if changed:
+        stats_zarr(store, 0, save_norms=tmp_path / "norms")
+        array[0, 0] = 5.0
+    with pytest.raises(DaskClipError, match=r"save them .*with stats_zarr") as caught:
+        clip_zarr(store, tmp_path / "y", 1.0, 0, norms=tmp_path / "norms")
+    assert "daskclip stats" not in str(caught.value)
 
 
 def test_sums_that_are_damaged_are_refused(source, tmp_path):
