@@ -60,6 +60,45 @@ def test_an_existing_target_names_what_replaces_it(source, tmp_path):
     assert run("run", source, *LIMIT, "--in-place").exit_code == 0
 
 
+def make_taken(tmp_path, kind, what):
+    """Put something of a kind in the way of a target, an array or a group."""
+    target = tmp_path / "y"
+    if kind == "same" and what == "array":
+        create(target, some((3,), "f4"), (2,))
+    elif kind in ("same", "other kind"):
+        zarr.create_group(target) if (kind == "same") == (what == "group") else create(
+            target, some((3,), "f4"), (2,), zarr_format=2
+        )
+    elif kind == "clipped":
+        clip_zarr(tmp_path / what, target, 3.0)
+    elif kind == "folder":
+        (target / "holiday").mkdir(parents=True)
+    elif kind == "file":
+        target.write_text("mine")
+    elif kind == "dangling":
+        target.symlink_to("nowhere")
+    elif kind == "link":
+        target.symlink_to(create(tmp_path / "linked", some((3,), "f4"), (2,)))
+    return target
+
+
+KINDS = ["same", "clipped", "other kind", "folder", "file", "dangling", "link"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", ["array", "group"])
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_overwriting_is_proposed_where_it_works(tmp_path, kind, what, command):
+    create(tmp_path / "array", some((5, 6), "f4"), (2, 4))
+    zarr.create_group(tmp_path / "group").create_array("a", data=some((5, 6), "f4"))
+    target = make_taken(tmp_path, kind, what)
+    done = run(command, tmp_path / what, target, *LIMIT)
+    assert_fails(done, 5, "exists; remove it or choose another path")
+    works = run("run", tmp_path / what, target, *LIMIT, "--overwrite").exit_code == 0
+    assert works == (kind in ("same", "clipped"))
+    assert works == ("--overwrite" in done.stderr)
+
+
 def test_norms_where_something_is_are_not_overwritten(source, tmp_path):
     create(tmp_path / "norms", some((5, 6), "f4"), (2, 4))
     done = run("stats", source, "--save-norms", tmp_path / "norms")

@@ -26,15 +26,7 @@ from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import ClipReport, Mode
 from daskclip.storage import translating_storage_errors
-from daskclip.target import (
-    OVERWRITE,
-    DirectoryTarget,
-    Journal,
-    RunRecord,
-    Target,
-    open_target,
-    refuse_existing,
-)
+from daskclip.target import Journal, RunRecord, Target, open_target
 
 log = logging.getLogger("daskclip")
 P = ParamSpec("P")
@@ -235,8 +227,7 @@ def _require_free(prepared: Prepared, target: Target) -> None:
     """Refuse a target whose place is taken, and saved norms of another source."""
     # again, under the lock: another run may have made the target since it was checked
     if not prepared.request.replaces:
-        # objects cannot be replaced
-        refuse_existing(target, OVERWRITE if isinstance(target, DirectoryTarget) else "")
+        target.require_free(prepared.source)
     if prepared.saved_norms is not None:
         prepared.saved_norms.require_of(prepared.source)
 

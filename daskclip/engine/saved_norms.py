@@ -107,6 +107,7 @@ def saving(
     target.check(source, overwrite=False, in_place=False)
     with target.locked() as transaction:
         refuse_existing(target)
+        transaction.require_place()
         # with a new name, since a call that was killed may have left another one
         folder = transaction.folder / uuid4().hex
         _create(folder, source, run.parameters, plan.plans[""])

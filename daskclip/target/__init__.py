@@ -7,6 +7,7 @@ Nothing here knows what a block holds. A new kind of target is a pair of classes
 those in `directory`, and a branch of `find_target`. The engine calls them in this order:
 
     target.check           refuse a place that cannot be written; changes nothing
+    target.require_free    refuse a place that is taken, with what else the caller could do
     target.locked          hold the lock, and give the transaction
     transaction.record     journal of the run that made the target; there may be none
     transaction.files      files that every worker must see
@@ -28,10 +29,10 @@ from daskclip.target import journal
 from daskclip.target.directory import DirectoryTarget, matches_record
 from daskclip.target.journal import Arrays, FinalRecord, Journal, Json, RunRecord, WindowRecord
 from daskclip.target.locate import Target, Transaction, find_target, open_target
-from daskclip.target.preflight import OVERWRITE, refuse_existing
+from daskclip.target.preflight import refuse_existing
 
 __all__ = [
-    "OVERWRITE", "Arrays", "DirectoryTarget", "FinalRecord", "Journal", "Json", "RunRecord",
+    "Arrays", "DirectoryTarget", "FinalRecord", "Journal", "Json", "RunRecord",
     "Target", "Transaction", "WindowRecord", "find_target", "journal", "matches_record",
     "open_target", "refuse_existing",
 ]  # fmt: skip

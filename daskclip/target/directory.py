@@ -14,7 +14,13 @@ try:
 except ImportError:  # not POSIX: importing daskclip must work all the same
     fcntl = None  # type: ignore[assignment]
 
-from daskclip.errors import StorageError, TargetError, TargetExistsError, TargetPermissionError
+from daskclip.errors import (
+    DaskClipError,
+    StorageError,
+    TargetError,
+    TargetExistsError,
+    TargetPermissionError,
+)
 from daskclip.storage import Hierarchy, durable, is_part
 from daskclip.target import preflight
 from daskclip.target.journal import JOURNAL, FinalRecord, Journal, Json, cut_torn_end, header
@@ -60,11 +66,17 @@ class DirectoryTarget:
     def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a path where the target of a source cannot be made; changes nothing."""
         path, parent = self.path, self.path.parent
-        if not (overwrite or in_place or self.record.exists()):
-            is_source = self.path == source.folder
-            preflight.refuse_existing(
-                self, preflight.IN_PLACE if is_source else preflight.OVERWRITE
+        taken = not (overwrite or in_place or self.record.exists())
+        if taken and path == source.folder:
+            raise TargetExistsError(
+                f"target {path} exists and is the source; {preflight.IN_PLACE} or choose another "
+                "path"
             )
+        # first: what holds the source is not to be removed
+        if not in_place:
+            preflight.check_nesting(path, source.folder)
+        if taken:
+            self.require_free(source)
         # renaming a folder onto a link would replace the link, and a mount point refuses it
         if path.is_symlink() or os.path.ismount(path):
             raise TargetError(
@@ -73,7 +85,6 @@ class DirectoryTarget:
         if not parent.is_dir():
             raise TargetError(f"folder {parent} of the target does not exist; create it")
         if not in_place:
-            preflight.check_nesting(path, source.folder)
             for folder in (parent, *parent.parents):
                 documents = (preflight.content(folder / n) for n in preflight.CONSOLIDATED)
                 preflight.refuse_consolidated(path, folder, *documents)
@@ -88,6 +99,14 @@ class DirectoryTarget:
                 f"folder {parent} of the target cannot be written; choose another or change its "
                 "mode"
             )
+
+    def require_free(self, source: Hierarchy) -> None:
+        """Refuse a target whose place is taken; say to overwrite it only if that is possible."""
+        otherwise = ""
+        with suppress(DaskClipError):
+            self.check(source, overwrite=True, in_place=False)
+            otherwise = "overwrite it (--overwrite)"
+        preflight.refuse_existing(self, otherwise)
 
     @contextmanager
     def locked(self) -> Iterator[DirectoryTransaction]:
@@ -171,13 +190,19 @@ class DirectoryTransaction:
         cut_torn_end(self.journal)
         return Journal(self.journal)
 
+    def require_place(self) -> None:
+        """Refuse a target that could not be replaced, or whose empty folder could not."""
+        if self.target.exists():
+            preflight.require_exchange(self.folder, self.target.path)
+        else:
+            preflight.require_removable(self.folder / "lock", self.target.path)
+
     def begin(self, source: Hierarchy, run: str) -> None:
         """Make the metadata of a source in the staging folder of a run."""
         self.clear()  # of a run that was stopped before it had a journal
-        if self.target.exists():
-            preflight.require_exchange(self.folder, self.target.path)
-            if self.target.path == source.folder:
-                preflight.require_no_foreign_files(source)
+        self.require_place()
+        if self.target.path == source.folder:
+            preflight.require_no_foreign_files(source)
         source.write_documents(self.folder / run)
         durable.sync_filesystem(self.folder)
 

@@ -16,7 +16,7 @@ from daskclip.errors import TargetError, TargetExistsError
 from daskclip.storage import Hierarchy, ObjectPrefix
 from daskclip.target.journal import JOURNAL, FinalRecord, Journal, Json, RemoteJournal, cut_torn_end
 from daskclip.target.lease import Lease
-from daskclip.target.preflight import CONSOLIDATED, RECORD, refuse_consolidated
+from daskclip.target.preflight import CONSOLIDATED, RECORD, refuse_consolidated, refuse_existing
 
 PUT_BATCH = 64  # documents that are stored at a time
 NO_JOURNAL = "none"  # a name that no file has
@@ -78,6 +78,10 @@ class ObjectStoreTarget(ObjectPrefix):
             group = ObjectPrefix(self.store, "/".join(parts[:i]))
             found = (b"" if data is None else data.tobytes() for data in group.get(*CONSOLIDATED))
             refuse_consolidated(self, group, *found)
+
+    def require_free(self, source: Hierarchy) -> None:
+        """Refuse a target whose place is taken; objects cannot be replaced."""
+        refuse_existing(self)
 
     @contextmanager
     def locked(self) -> Iterator[ObjectStoreTransaction]:

@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from daskclip.errors import TargetError, TargetExistsError
+from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
 from daskclip.storage import Hierarchy, durable, is_part
 
 CONSOLIDATED = ("zarr.json", ".zmetadata")
-OVERWRITE, IN_PLACE = "overwrite it (--overwrite)", "clip it in place (--in-place, and no target)"
+IN_PLACE = "clip it in place (--in-place, and no target)"
 RECORD = ".daskclip"
 """Name, in a target, of the journal of the run that made it; zarr ignores it."""
 
@@ -121,3 +121,18 @@ def require_exchange(work: Path, target: Path) -> None:
     finally:
         for path in pair:
             shutil.rmtree(path)
+
+
+def require_removable(file: Path, target: Path) -> None:
+    """Refuse a target that is an empty folder which no rename could replace."""
+    try:
+        # no folder takes the place of a file, so that this changes nothing; nor, by the slash,
+        # does anything else that was put there meanwhile
+        os.rename(f"{target}/", file)
+    except PermissionError as error:  # of another user, where only owners may remove
+        raise TargetPermissionError(
+            f"target {target} is an empty folder that cannot be replaced ({error.strerror}); "
+            "choose another path"
+        ) from error
+    except OSError:
+        return

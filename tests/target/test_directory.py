@@ -2,6 +2,8 @@
 
 import os
 import stat
+import tempfile
+from pathlib import Path
 
 import pytest
 import zarr
@@ -120,3 +122,47 @@ def test_folders_of_the_upper_layer_are_exchanged(tmp_path, way):
         assert clip_zarr(source, target, 1.0, **way).status == "clipped"
         verify_zarr(point / "y")
         assert sorted(path.name for path in point.iterdir()) == ["x", "y"]
+
+
+@pytest.fixture
+def nobody():
+    """A user who is not root, from here to the end of the test, and a folder for all users."""
+    if os.geteuid():
+        pytest.skip("another user's folder takes root to make")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("limit", [1.0, 1e9, "p50"])
+@pytest.mark.parametrize("mode", [0o1777, 0o777], ids=["sticky", "open"])
+@pytest.mark.parametrize("folder_mode", [0o755, 0o555], ids=oct)
+def test_an_empty_folder_that_cannot_be_replaced_is_told_before_a_chunk_is_read(
+    nobody, monkeypatch, limit, mode, folder_mode
+):
+    """As in ``/tmp``, where only owners may remove; elsewhere a folder's own mode is no matter."""
+    source = make_group(nobody / "x")
+    place = nobody / "place"
+    for path in (place, place / "empty", place / "norms"):
+        path.mkdir()
+        path.chmod(folder_mode)
+    place.chmod(mode)
+    os.seteuid(65534)
+    if mode == 0o777:
+        assert clip_zarr(source, place / "empty", limit).arrays == 2
+        stats_zarr(source / "a", save_norms=place / "norms")
+        return
+    reads = []
+    monkeypatch.setattr(StoredArray, "read", lambda *_: reads.append(1))
+    for call in (
+        lambda: clip_zarr(source, place / "empty", limit),
+        lambda: stats_zarr(source / "a", save_norms=place / "norms"),
+    ):
+        with pytest.raises(TargetPermissionError, match="empty folder that cannot be replaced"):
+            call()
+    assert not reads
+    assert sorted(path.name for path in place.iterdir()) == ["empty", "norms"]
+    (place / "mine").mkdir()
+    monkeypatch.undo()
+    assert clip_zarr(source, place / "mine", limit).arrays == 2
