@@ -22,7 +22,9 @@ try:
     from daskclip.engine import discard as discard_run
     from daskclip.engine import status as status_of
 except Exception as error:  # Dask and zarr read their settings when they are imported
-    why = " ".join(str(error).split())
+    # what comes after the first error says less: zarr is left half imported
+    first = getattr(sys.modules["daskclip"], "_error", error)
+    why = " ".join(str(first).split())
     click.echo(f"daskclip: a package cannot be imported ({why}); check its settings", err=True)
     sys.exit(getattr(error, "exit_code", 3))
 

@@ -19,6 +19,7 @@ import zarr
 from command_line import DASKCLIP, assert_fails, run, shell
 from reference import bits
 from stores import create, read, some, stored
+from zarr.codecs import GzipCodec
 
 import daskclip
 from daskclip import clip_by_norm, clip_zarr, stats_zarr
@@ -212,6 +213,25 @@ def test_a_setting_that_is_read_at_import_is_one_line(source, tmp_path, name, va
     assert not (tmp_path / "y").exists()
 
 
+ZARR = [
+    ("array", "x"), ("array.order", "Q"), ("codecs", 5), ("codecs.bytes", "x"),
+    ("codecs.gzip", 5), ("codec_pipeline", 5), ("codec_pipeline.path", "nope.x"), ("buffer", "x"),
+    ("ndbuffer", "x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["array", "group"])
+@pytest.mark.parametrize(("name", "value"), ZARR)
+def test_a_setting_of_zarr_is_not_blamed_on_the_source(tmp_path, kind, name, value):
+    group = zarr.create_group(tmp_path / "group")
+    group.create_array("array", data=some((5, 6), "f4"), compressors=GzipCodec())
+    source = tmp_path / ("group" if kind == "group" else "group/array")
+    with zarr.config.set({name: value}):
+        done = run("plan", source, tmp_path / "y", "--clip-norm", 1)
+    assert_fails(done, 3, "zarr cannot open any array", "check its settings: variables ZARR_*")
+    assert "group" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "settings", [USED, {"DASK_OPTIMIZATION__FUSE__DELAYED": "True"}], ids=["all", "fuse"]
 )
@@ -232,7 +252,7 @@ def test_a_broken_file_of_settings_is_one_line(source, tmp_path, name, text):
     (tmp_path / "settings.yaml").write_text(text)
     command = ["plan", source, tmp_path / "y", "--clip-norm", 1]
     environment = {**os.environ, name: str(tmp_path / "settings.yaml")}
-    assert_fails(shell(*command, env=environment), 3)
+    assert_fails(shell(*command, env=environment), 3, "settings.yaml", "check its settings")
     code = "import daskclip; daskclip.clip_zarr"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert b"ImportError: daskclip cannot be used" in done.stderr
