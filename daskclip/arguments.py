@@ -280,8 +280,13 @@ def parse_memory(memory: object) -> int:
 
 def require_unit(memory: object) -> None:
     """Refuse a text without a unit that means fewer bytes than any run needs."""
-    if isinstance(memory, str) and memory.strip().isdecimal() and int(memory) < LEAST_NBYTES:
-        wrong = f"has no unit and is taken as bytes; write it as '{memory.strip()}MiB'"
+    try:
+        # Dask also takes spaces within a number
+        number = float("".join(memory.split()) if isinstance(memory, str) else "")
+    except ValueError:  # a unit, or no text
+        return
+    if number < LEAST_NBYTES:
+        wrong = f"has no unit and is taken as bytes; write it as '{number:.7g}MiB'"
         raise InvalidValueError.about("memory", memory, wrong)
 
 

@@ -38,7 +38,11 @@ Exit codes: 0 done or up to date, 1 storage failure or bug (run again to resume)
 5 the target exists, is being written or has an unfinished run with other
 parameters, 75 interrupted or temporarily failed: run again."""
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h
-SEVERAL = "axes and dimensions are one word, as in --axes 0,1; repeat --include and --exclude"
+EXTRA = {
+    "--axes": "axes and dimensions are one word, as in --axes 0,1; repeat --include and --exclude",
+    "--source": "give the source as --source SOURCE",
+}
+"""What an argument too many may have been meant for, by the options that a command has."""
 OWN = ("scheduler", "workers", "report", "html", "as_json")
 """Options that are not passed on to the engine."""
 CONFIGURED = ("memory", "nonfinite", "missing", "progress")
@@ -72,7 +76,11 @@ class _Command(click.Command):
             raise click.UsageError(text) from None
         except click.UsageError as error:
             if "extra argument" in error.message:
-                raise click.UsageError(f"{error.message}; {SEVERAL}") from None
+                taken = " ".join(self.collect_usage_pieces(ctx)[1:])
+                names = {name for p in self.params for name in p.opts}
+                hints = (hint for name, hint in EXTRA.items() if name in names)
+                text = "; ".join([error.message, f"{self.name} takes {taken}", *hints])
+                raise click.UsageError(text) from None
             raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -27,6 +27,29 @@ def remedy_of(done):
     return shlex.split(done.stderr.split("with: daskclip ")[1].split(" (after")[0].strip())
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("verify", "verify takes TARGET; give the source as --source SOURCE"),
+        ("status", "status takes TARGET"),
+        ("discard", "discard takes TARGET"),
+    ],
+)
+def test_commands_without_axes_say_what_they_take(source, tmp_path, command, words):
+    for extra in ([source], [source, "third"]):
+        done = run(command, tmp_path / "y", *extra)
+        assert_fails(done, 2, "extra argument", extra[-1], words)
+        for word in ("--axes", "dimensions", "--include"):
+            assert word not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "stats"])
+def test_commands_with_axes_say_what_they_take_too(source, tmp_path, command):
+    taken = "SOURCE" if command == "stats" else "SOURCE [TARGET]"
+    done = run(command, source, tmp_path / "y", tmp_path / "z")
+    assert_fails(done, 2, f"{command} takes {taken}; axes", tmp_path / "z")
+
+
 @pytest.mark.parametrize("option", ["--axes", "--dim"])
 @pytest.mark.parametrize("command", ["run", "plan", "stats"])
 def test_several_axes_are_one_word(source, tmp_path, command, option):
@@ -138,13 +161,20 @@ def test_a_folder_that_holds_anything_is_none(source, tmp_path, inside):
     assert finished(tmp_path) == before
 
 
-@pytest.mark.parametrize("memory", ["512", "1", " 64 ", "1048575"])
-def test_memory_without_a_unit(source, tmp_path, memory):
+@pytest.mark.parametrize(
+    ("memory", "number"),
+    [
+        ("512", "512"), ("1", "1"), (" 64 ", "64"), ("1048575", "1048575"), ("512.0", "512"),
+        ("1e2", "100"), ("4 096", "4096"), ("2_048", "2048"), ("1.5", "1.5"), ("5.12E+2\t", "512"),
+    ],
+)  # fmt: skip
+def test_memory_without_a_unit(source, tmp_path, memory, number):
     done = run("run", source, tmp_path / "y", *LIMIT, "--memory", memory)
-    assert_fails(done, 3, "no unit", "taken as bytes", f"'{memory.strip()}MiB'")
-    # a number is bytes
-    with pytest.raises(ValueError, match="too small"):
-        clip_zarr(source, tmp_path / "y", 1.0, memory=int(memory))
+    assert_fails(done, 3, "no unit", "taken as bytes", f"'{number}MiB'")
+    # a number is bytes, and so is what has a unit
+    for small in (int(float(number)), f"{number}B"):
+        with pytest.raises(ValueError, match="too small"):
+            clip_zarr(source, tmp_path / "y", 1.0, memory=small)
     assert run("run", source, tmp_path / "y", *LIMIT, "--memory", 2**28).exit_code == 0
 
 
