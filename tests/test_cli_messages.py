@@ -2,13 +2,14 @@
 
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 import zarr
 from command_line import assert_fails, run
 from reference import bits
-from stores import create, finished, read, some
+from stores import create, finished, mounted, read, some
 
 from daskclip import clip_by_norm, clip_zarr, norm, stats_zarr, verify_zarr
 from daskclip.cli import main
@@ -120,6 +121,23 @@ def test_overwriting_is_proposed_where_it_works(tmp_path, kind, what, command):
     works = run("run", tmp_path / what, target, *LIMIT, "--overwrite").exit_code == 0
     assert works == (kind in ("same", "clipped"))
     assert works == ("--overwrite" in done.stderr)
+
+
+def test_overwriting_a_mount_point_is_not_proposed(source, tmp_path):
+    with mounted(tmp_path, "size=64k") as point:
+        assert_fails(run("run", source, point, *LIMIT), 3, "mount point")
+        shutil.copytree(source, point, dirs_exist_ok=True)
+        done = run("run", source, point, *LIMIT)
+        assert_fails(done, 5, "exists; remove it or choose another path")
+        assert "--overwrite" not in done.stderr
+
+
+def test_what_a_run_made_is_not_overwritten_by_another_kind(source, tmp_path):
+    zarr.create_group(tmp_path / "group").create_array("a", data=some((5, 6), "f4"))
+    clip_zarr(tmp_path / "group", tmp_path / "y", 1.0)
+    done = run("run", source, tmp_path / "y", *LIMIT)
+    assert_fails(done, 5, "exists; remove it or choose another path")
+    assert "--overwrite" not in done.stderr
 
 
 def test_norms_where_something_is_are_not_overwritten(source, tmp_path):
