@@ -23,8 +23,7 @@ try:
     from daskclip.engine import status as status_of
 except Exception as error:  # Dask and zarr read their settings when they are imported
     # what comes after the first error says less: zarr is left half imported
-    first = getattr(sys.modules["daskclip"], "_error", error)
-    why = " ".join(str(first).split())
+    why = " ".join(str(getattr(sys.modules["daskclip"], "_error", error)).split())
     click.echo(f"daskclip: a package cannot be imported ({why}); check its settings", err=True)
     sys.exit(getattr(error, "exit_code", 3))
 
@@ -77,8 +76,7 @@ class _Command(click.Command):
         except click.UsageError as error:
             if "extra argument" in error.message:
                 taken = " ".join(self.collect_usage_pieces(ctx)[1:])
-                names = {name for p in self.params for name in p.opts}
-                hints = (hint for name, hint in EXTRA.items() if name in names)
+                hints = (EXTRA[o] for p in self.params for o in p.opts if o in EXTRA)
                 text = "; ".join([error.message, f"{self.name} takes {taken}", *hints])
                 raise click.UsageError(text) from None
             raise

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-import zarr
 
 from daskclip import errors
 from daskclip.errors import DaskClipError, InvalidValueError, SourceError, error_text, short_repr
@@ -19,7 +18,7 @@ from daskclip.storage.codecs import chain, codec_name
 from daskclip.storage.hierarchy import Hierarchy
 from daskclip.storage.metadata import require_decoded
 from daskclip.storage.retry import is_refused, is_transient
-from daskclip.storage.stores import ensure_open, parse_location
+from daskclip.storage.stores import ensure_open, parse_location, require_settings
 
 # codecs that keep every bit; a lossy one could lift a clipped slice above its limit again
 LOSSLESS = {
@@ -60,24 +59,9 @@ def open_source(source: object, storage_options: dict[str, Any] | None = None) -
     return opened
 
 
-def _require_settings() -> None:
-    """Refuse settings of zarr with which it cannot open any array, once one cannot be opened."""
-    codecs: Any = [{"name": n, "configuration": {}} for n in ("bytes", "blosc", "gzip", "zstd")]
-    try:
-        zarr.create_array(
-            {}, shape=1, dtype="float32", zarr_format=3, serializer=codecs[0],
-            compressors=codecs[1:],
-        )  # fmt: skip
-    except Exception as error:  # of whatever a setting is taken for
-        raise InvalidValueError(
-            f"zarr cannot open any array ({error_text(error)}); check its settings: variables "
-            "ZARR_* and files of its configuration"
-        ) from error
-
-
 def _open_error(where: str, error: Exception) -> DaskClipError:
     """The error to raise for an error of zarr or of a store."""
-    _require_settings()
+    require_settings()
     # the words of zarr for a dtype that it does not know
     why = error_text(error)
     if isinstance(error, ImportError):
@@ -198,7 +182,7 @@ def _check_unopened(source: Hierarchy, names: list[str], included: list[str]) ->
         document, where = source.document(name), f"array {name} of source {source}"
         dtype = _dtype(document.get("data_type", document.get("dtype")))
         if dtype.kind in "fc" or name in included:
-            _require_settings()
+            require_settings()
             raise SourceError(
                 f"{where} cannot be opened ({source.unopened[name]}); exclude it, or install what "
                 "it needs"

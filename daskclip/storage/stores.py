@@ -16,12 +16,29 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, ObjectStore, StorePath, ZipStore
 
+from daskclip.errors import InvalidValueError, error_text
+
 WEB_DEPTH, WEB_FOLDERS = 64, 10_000  # levels and folders of links that are followed
 LINK = re.compile(r"(\./)?(?!\.\.?/?$)[^/?#:]+/?")
 """Link to what is in the same folder."""
 # in these nothing can be created that all processes see; fsspec finds that out late, or never
 READ_ONLY = {"http", "https", "memory", "reference", "zip", "tar", "libarchive"}
 READ_ONLY |= {"simplecache", "filecache", "blockcache"}
+
+
+def require_settings() -> None:
+    """Refuse settings of zarr with which it cannot open any array, once one cannot be opened."""
+    codecs: Any = [{"name": n, "configuration": {}} for n in ("bytes", "blosc", "gzip", "zstd")]
+    try:
+        zarr.create_array(
+            {}, shape=1, dtype="float32", zarr_format=3, serializer=codecs[0],
+            compressors=codecs[1:],
+        )  # fmt: skip
+    except Exception as error:  # of whatever a setting is taken for
+        raise InvalidValueError(
+            f"zarr cannot open any array ({error_text(error)}); check its settings: variables "
+            "ZARR_* and files of its configuration"
+        ) from error
 
 
 def parse_location(

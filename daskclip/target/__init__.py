@@ -7,8 +7,8 @@ Nothing here knows what a block holds. A new kind of target is a pair of classes
 those in `directory`, and a branch of `find_target`. The engine calls them in this order:
 
     target.check           refuse a place that cannot be written; changes nothing
-    target.require_free    refuse a place that is taken, with what else the caller could do
     target.locked          hold the lock, and give the transaction
+    target.require_free    refuse a place that is taken, with what else the caller could do
     transaction.record     journal of the run that made the target; there may be none
     transaction.files      files that every worker must see
     .is_complete           whether staging is what the journal of an unfinished run says
