@@ -194,7 +194,7 @@ class DirectoryTransaction:
         """Refuse a target that could not be replaced, or whose empty folder could not."""
         if self.target.exists():
             preflight.require_exchange(self.folder, self.target.path)
-        else:
+        elif self.target.path.is_dir():
             preflight.require_removable(self.folder / "lock", self.target.path)
 
     def begin(self, source: Hierarchy, run: str) -> None:
