@@ -22,7 +22,7 @@ from daskclip.storage.array import StoredArray, local_folder, location
 from daskclip.storage.durable import DIGESTS, digest_entries
 from daskclip.storage.metadata import ancestors, is_ours, split
 from daskclip.storage.retry import retrying
-from daskclip.storage.stores import store_version
+from daskclip.storage.stores import is_web, store_version
 
 COPY_THREADS, COPY_BATCH = 8, 64  # of copying files from or to object stores
 
@@ -213,8 +213,12 @@ class Hierarchy:
             listing = files.listed(self.folder, changes, lambda key, _: self._is_known(key))
             yield from self._regular(listing)
             return
+        # a web server may link to folders as if they were files
+        folders = {f for n in self._nodes for f in (n, *ancestors(n))} if is_web(self.store) else ()
         try:
             for stored in objects.listed(self.store, self.path):
+                if stored.key in folders:
+                    continue
                 # a key that ends with a slash stands for a folder
                 is_outside = self.arrays.keys().isdisjoint(ancestors(stored.key))
                 if is_outside and not self._is_known(stored.key) and not stored.key.endswith("/"):

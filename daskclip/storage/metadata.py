@@ -17,6 +17,7 @@ from zarr.abc.store import Store
 from daskclip.errors import DTypeError, SourceError, error_text, short_repr
 from daskclip.storage import object_store as objects
 from daskclip.storage.files import DOCUMENTS, NODE_DOCUMENTS, OURS
+from daskclip.storage.stores import is_web
 
 SCALES = ("scale_factor", "add_offset")
 LEVEL_KEYS = ("datasets", "axes")  # of an image: its arrays, one for each resolution
@@ -77,11 +78,18 @@ def fetch_documents(store: Store, path: str) -> Documents:
     root = get_documents(store, path, DOCUMENTS)
     if not root.keys() & set(NODE_DOCUMENTS) or is_array(root, objects.url(store, path)):
         return _in_order(root)
-    keys, nodes = _keys(store, path, root), dict[str, Documents]()
+    keys, rest, named = _keys(store, path, root)
+    nodes = dict[str, Documents]()
     for i in range(0, len(keys), FETCH_BATCH):
         for key, data in get_documents(store, path, keys[i : i + FETCH_BATCH]).items():
             name, kind = split(key)
             nodes.setdefault(name, {})[kind] = data
+            named.discard(key)
+    for key in sorted(named):
+        raise SourceError(
+            f"{objects.url(store, objects.join(path, key))} is missing, which consolidated "
+            "metadata names; restore it, or consolidate again"
+        )
     found: Documents = {}
     arrays = set[str]()
     for name in sorted(nodes):  # outer ones first, since below an array are its chunks
@@ -89,24 +97,34 @@ def fetch_documents(store: Store, path: str) -> Documents:
             found |= {objects.join(name, kind): data for kind, data in nodes[name].items()}
             if is_array(nodes[name], objects.url(store, objects.join(path, name))):
                 arrays.add(name)
+    _require_files(store, path, [k for k in rest if arrays.isdisjoint(ancestors(k))], nodes)
     return _in_order(found)
 
 
-def _keys(store: Store, path: str, root: Documents) -> list[str]:
-    """Keys of all documents below a group, by its listing; by what it says if it has none."""
-    keys: list[str] = []
+def _keys(store: Store, path: str, root: Documents) -> tuple[list[str], list[str], set[str]]:
+    """Keys of all documents below a group, other links of a web server, and documents that must be.
+
+    A listing names them; where it need not be complete, the metadata of the group does too.
+    """
+    keys, rest, named, web = list[str](), list[str](), set[str](), is_web(store)
     try:
-        keys += (s.key for s in objects.listed(store, path) if split(s.key)[1] in DOCUMENTS)
+        for key in (stored.key for stored in objects.listed(store, path)):
+            if split(key)[1] in DOCUMENTS:
+                keys.append(key)
+            elif web:
+                rest.append(key)
     except Exception as error:
         if not objects.cannot_list(error):
             raise
     # consolidated metadata may be older than the store; a listing may be empty, as of a web server
-    if not root.keys() <= {*keys}:
-        keys = [*root, *_consolidated(root, objects.url(store, path))]
-    return [key for key in dict.fromkeys(keys) if not is_ours(key)]
+    is_listed = root.keys() <= {*keys}
+    if web or not is_listed:
+        named = _consolidated(root, objects.url(store, path), is_listed)
+        keys += [*root, *sorted(named)]
+    return [key for key in dict.fromkeys(keys) if not is_ours(key)], rest, named
 
 
-def _consolidated(root: Documents, where: str) -> Iterator[str]:
+def _consolidated(root: Documents, where: str, is_listed: bool) -> set[str]:
     """Keys of documents that the metadata of a group names."""
     if ".zmetadata" not in root:
         inside = parse(root.get("zarr.json", b"{}"), where).get("consolidated_metadata")
@@ -114,12 +132,28 @@ def _consolidated(root: Documents, where: str) -> Iterator[str]:
     else:
         inside, suffix = parse(root[".zmetadata"], where), ""
     names = inside.get("metadata") if isinstance(inside, dict) else None
-    if not isinstance(names, dict):
-        raise SourceError(
-            f"{where} is a group that cannot be listed, and has no consolidated metadata; "
-            "consolidate it, or give one array"
-        )
-    return (f"{name}{suffix}" for name in names)
+    if isinstance(names, dict):
+        keys = {f"{name}{suffix}": document for name, document in names.items()}
+        # empty attributes need not be stored
+        return {k for k, v in keys.items() if (v or split(k)[1] != ".zattrs") and not is_ours(k)}
+    if is_listed:
+        return set()
+    raise SourceError(
+        f"{where} is a group that cannot be listed, and has no consolidated metadata; "
+        "consolidate it, or give one array"
+    )
+
+
+def _require_files(store: Store, path: str, links: list[str], nodes: Mapping[str, object]) -> None:
+    """Refuse links without a slash to folders of arrays or groups that are not known."""
+    links = [key for key in links if key not in nodes]
+    for i in range(0, len(links), FETCH_BATCH):
+        keys = (f"{key}/{kind}" for key in links[i : i + FETCH_BATCH] for kind in NODE_DOCUMENTS)
+        for key in get_documents(store, path, [*keys]):
+            raise SourceError(
+                f"{objects.url(store, objects.join(path, split(key)[0]))} is a folder, which the "
+                "web server does not say; consolidate the metadata of the group"
+            )
 
 
 def get_documents(store: Store, path: str, keys: Sequence[str]) -> Documents:

@@ -24,7 +24,14 @@ from daskclip import errors
 from daskclip.storage.durable import DIGESTS, Data, digest_entries
 from daskclip.storage.files import CHUNK, NODE_DOCUMENTS, Stored
 from daskclip.storage.retry import http_status, is_refused, kind_and_remedy, retrying
-from daskclip.storage.stores import READ_ONLY, is_web, linked_files, protocols_of, store_version
+from daskclip.storage.stores import (
+    READ_ONLY,
+    is_web,
+    linked_files,
+    protocols_of,
+    quoted,
+    store_version,
+)
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -226,7 +233,7 @@ def cannot_list(error: BaseException) -> bool:
 def get(store: Store, keys: Iterable[str]) -> list[Bytes | None]:
     """Bytes of each object, or None; fetched concurrently."""
     prototype = default_buffer_prototype()
-    found = sync(_gathered(store.get(key, prototype) for key in keys))
+    found = sync(_gathered(store.get(quoted(store, key), prototype) for key in keys))
     return [None if b is None else b.as_numpy_array() for b in found]
 
 
@@ -275,6 +282,7 @@ def download(store: Store, key: str, path: Path) -> None:
             with ZipFile(store.path) as packed, packed.open(key) as stream:
                 shutil.copyfileobj(stream, file, IO_BYTES)
             return
+        key = quoted(store, key)
         prototype, size = default_buffer_prototype(), sync(store.getsize(key))
         for start in range(0, size, IO_BYTES):
             piece = RangeByteRequest(start, min(start + IO_BYTES, size))

@@ -4,8 +4,9 @@ import asyncio
 import os
 import pickle
 import re
+from html import unescape
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import zarr
 from fsspec import url_to_fs
@@ -18,9 +19,10 @@ from zarr.storage import FsspecStore, LocalStore, ObjectStore, StorePath, ZipSto
 
 from daskclip.errors import InvalidValueError, error_text
 
+UNQUOTED = "/:@!$&'()*+,;=~"  # in paths of URLs as yarl, which requests them, writes them
 WEB_DEPTH, WEB_FOLDERS = 64, 10_000  # levels and folders of links that are followed
-LINK = re.compile(r"(\./)?(?!\.\.?/?$)[^/?#:]+/?")
-"""Link to what is in the same folder."""
+LINK = re.compile(r"(\./)?(?!\.\.?/?$|(javascript|mailto|tel):|data:[,;])[^/?#]+/?")
+"""Link, quoted, to what is in the same folder."""
 # in these nothing can be created that all processes see; fsspec finds that out late, or never
 READ_ONLY = {"http", "https", "memory", "reference", "zip", "tar", "libarchive"}
 READ_ONLY |= {"simplecache", "filecache", "blockcache"}
@@ -148,22 +150,34 @@ def protocols_of(store: Any) -> list[set[str]]:
     return found
 
 
+def quoted(store: Any, key: str) -> str:
+    """A key as a store takes it; file systems of web servers take it for a part of a URL."""
+    while isinstance(inner := getattr(store, "_store", None), Store):
+        store = inner
+    is_url = isinstance(store, FsspecStore) and store.path.startswith(("http:", "https:"))
+    return quote(key, UNQUOTED, errors="surrogateescape") if is_url else key
+
+
 async def linked_files(store: Store, prefix: str) -> list[str]:
     """Names of the files below a folder that the pages of a web server link to."""
     if not isinstance(store, FsspecStore):
         raise NotImplementedError("this store has no listing of web servers")
-    top = f"{store.path.rstrip('/')}/{prefix}".rstrip("/")
+    top = f"{store.path.rstrip('/')}/{quoted(store, prefix)}".rstrip("/")
     files, folders, count = list[str](), [""], 0
     # pages may link in circles, or deeper and deeper
     for _ in range(WEB_DEPTH):
         count += len(folders)
         if not folders or count > WEB_FOLDERS:
             break
-        pages = await asyncio.gather(*(store.fs._ls(f"{top}/{folder}") for folder in folders))
+        urls = [f"{top}/{quoted(store, folder)}" for folder in folders]
+        pages = await asyncio.gather(*map(store.fs._ls, urls))
+        # fsspec drops links that do not begin as the URL of their page does
+        if not all(pages):
+            raise NotImplementedError("a page of this web server links to nothing")
         links = [
-            folder + name.removeprefix("./")
-            for folder, page in zip(folders, pages, strict=True)
-            for name in (unquote(link["name"][len(f"{top}/{folder}") :]) for link in page)
+            folder + unquote(name.removeprefix("./"), errors="surrogateescape")
+            for folder, url, page in zip(folders, urls, pages, strict=True)
+            for name in (unescape(link["name"][len(url) :]) for link in page)
             if LINK.fullmatch(name)
         ]
         files += (link for link in links if not link.endswith("/"))

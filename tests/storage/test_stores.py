@@ -345,3 +345,56 @@ def test_a_group_on_a_web_server_is_whole_or_refused(group, tmp_path, listing):
             assert clip_zarr(f"{url}/g", tmp_path / "y", 1.0).arrays == 2
         else:
             refusal(SourceError, f"{url}/g", tmp_path / "y")
+
+
+LISTINGS = ["links", "escaped", "absolute", "some", "no slash", "page", 403]
+NAMES = [
+    "kernel:0",
+    "h#sh",
+    "q?m",
+    "per%cent",
+    "per%25",
+    "a b",
+    "r&d",
+    "é",
+    "data:0",
+    "x+y",
+    "in/b",
+]
+
+
+@needs_web
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("consolidated", [True, False])
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_members_of_any_name_on_a_web_server(tmp_path, listing, consolidated):
+    group = zarr.create_group(tmp_path / "g", zarr_format=2 if listing == "escaped" else 3)
+    values = {name: some((4, 4), "f4", i) * 9 for i, name in enumerate(["a", *NAMES])}
+    for name, x in values.items():
+        group.create_array(name, data=x, chunks=(2, 2))
+    if consolidated:
+        zarr.consolidate_metadata(tmp_path / "g")
+    with web(tmp_path, listing) as url:
+        if not consolidated and listing not in LISTINGS[:3]:
+            if listing != "some":  # nothing says that there is more
+                refusal(SourceError, f"{url}/g", tmp_path / "y")
+            return
+        assert clip_zarr(f"{url}/g", tmp_path / "y", 1.0).arrays == len(values)
+    for name, x in values.items():
+        assert bits(read(tmp_path / "y" / name)) == bits(clip_by_norm(x, 1.0))
+
+
+@needs_web
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("listing", ["links", "some", 403])
+def test_an_array_that_is_named_and_missing_is_refused(tmp_path, listing, zarr_format):
+    group = zarr.create_group(tmp_path / "g", zarr_format=zarr_format)
+    for name in "ab":
+        group.create_array(name, shape=(4, 4), chunks=(2, 2), dtype="f4")
+    zarr.consolidate_metadata(tmp_path / "g")
+    key = "b/zarr.json" if zarr_format == 3 else "b/.zarray"
+    (tmp_path / "g" / key).unlink()
+    with web(tmp_path, listing) as url:
+        text = refusal(SourceError, f"{url}/g", tmp_path / "y")
+    assert f"/g/{key} is missing" in text

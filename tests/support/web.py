@@ -4,9 +4,11 @@ import threading
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
+from html import escape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import quote
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -31,15 +33,22 @@ class _Handler(SimpleHTTPRequestHandler):
         if isinstance(self.listing, int):
             self.send_error(self.listing)
             return None
-        if self.listing == "page":
+        inside = sorted(Path(path or "/nowhere").glob("*"))
+        if self.listing == "some":
+            links = [p.name + "/" * p.is_dir() for p in inside if p.name in ("zarr.json", "a")]
+        elif self.listing == "no slash":
+            links = [quote(p.name) for p in inside]
+        elif self.listing == "escaped":
+            links = [f"./{escape(quote(p.name, safe=':&'))}{'/' * p.is_dir()}" for p in inside]
+        elif self.listing == "absolute":
+            top = self.path.rstrip("/")
+            links = [f"{top}/{quote(p.name)}{'/' * p.is_dir()}" for p in inside]
+        elif self.listing == "page":
             links = ["https://example.invalid/help", "/imprint", "?C=M;O=D"]
         elif self.listing == "loop":
             top = self.path.rstrip("/")
             links = [f"{top}/", "./", "../", "../../", f"http://{self.headers['Host']}{top}/"]
-            links += [
-                "again/",
-                *(p.name + "/" * p.is_dir() for p in Path(path or "/nowhere").glob("*")),
-            ]
+            links += ["again/", *(p.name + "/" * p.is_dir() for p in inside)]
         else:
             return super().list_directory(path)
         page = "".join(f'<a href="{link}">{link}</a>' for link in links).encode()
@@ -60,7 +69,8 @@ class _Handler(SimpleHTTPRequestHandler):
 def web(folder, listing="links", etags=False):
     """URL of a server that shows a folder.
 
-    Its listings are links to what is there, a page without any ("page"), links that lead in
+    Its listings are links to what is there ("links", "escaped", "absolute"), to folders as to
+    files ("no slash"), to "a" only ("some"), a page without any ("page"), links that lead in
     circles and ever deeper ("loop"), or an error of a status.
     """
     handler = partial(_Handler, directory=str(folder), listing=listing, etags=etags)
