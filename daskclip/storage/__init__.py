@@ -18,10 +18,10 @@ from daskclip.storage.hierarchy import Hierarchy
 from daskclip.storage.object_store import ObjectPrefix
 from daskclip.storage.retry import translating_storage_errors
 from daskclip.storage.source import check_source, open_source, parse_patterns, select_arrays
-from daskclip.storage.stores import is_private, parse_location
+from daskclip.storage.stores import is_private, parse_location, read_only_protocol
 
 __all__ = [
     "Hierarchy", "ObjectPrefix", "StoredArray", "check_source", "durable", "is_part",
     "is_private", "is_zarr_array", "metadata", "open_source", "parse_location", "parse_patterns",
-    "retrying_block", "select_arrays", "translating_storage_errors",
+    "read_only_protocol", "retrying_block", "select_arrays", "translating_storage_errors",
 ]  # fmt: skip

@@ -66,6 +66,9 @@ def _open_error(where: str, error: Exception) -> DaskClipError:
     why = error_text(error)
     if isinstance(error, ImportError):
         return SourceError(f"{where} needs what is not installed ({why}); install it")
+    # the words of fsspec
+    if "Protocol not known" in str(error):
+        return SourceError(f"{where} has an unknown protocol ({why}); check the URL")
     if "data type" in str(error):
         return errors.DTypeError(
             f"{where} has a dtype that cannot be clipped ({why}); store it as floating point or "

@@ -23,6 +23,7 @@ UNQUOTED = "/:@!$&'()*+,;=~"  # in paths of URLs as yarl, which requests them, w
 WEB_DEPTH, WEB_FOLDERS = 64, 10_000  # levels and folders of links that are followed
 LINK = re.compile(r"(\./)?(?!\.\.?/?$|(javascript|mailto|tel):|data:[,;])[^/?#]+/?")
 """Link, quoted, to what is in the same folder."""
+PROTOCOL = re.compile(r"(?:^|::)([^:/]+)(?=::|://)")
 # in these nothing can be created that all processes see; fsspec finds that out late, or never
 READ_ONLY = {"http", "https", "memory", "reference", "zip", "tar", "libarchive"}
 READ_ONLY |= {"simplecache", "filecache", "blockcache"}
@@ -75,6 +76,13 @@ def parse_location(
         return f"{store.path}/{path}".rstrip("/")
     # zarr has opened its own store for a local path; only the path is kept
     return str(store.root / path) if isinstance(store, LocalStore) else (store, path)
+
+
+def read_only_protocol(location: object) -> str:
+    """Protocol of a URL by which nothing can be created, or ''; decided without opening it."""
+    name = os.fspath(location) if isinstance(location, str | os.PathLike) else ""
+    found = [] if os.path.lexists(name) else PROTOCOL.findall(name)
+    return next((one.lower() for one in found if one.lower() in READ_ONLY), "")
 
 
 def _opened(path: str | os.PathLike[str]) -> ZipStore:

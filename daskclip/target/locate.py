@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from daskclip.errors import TargetError, TargetPermissionError, error_text, short_repr
-from daskclip.storage import Hierarchy, parse_location
+from daskclip.storage import Hierarchy, parse_location, read_only_protocol
 from daskclip.target.directory import DirectoryTarget, DirectoryTransaction
-from daskclip.target.object_store import ObjectStoreTarget, ObjectStoreTransaction
+from daskclip.target.object_store import (
+    ObjectStoreTarget,
+    ObjectStoreTransaction,
+    cannot_be_written,
+)
 
 Target = DirectoryTarget | ObjectStoreTarget
 """Where an array or group is written; both have the same methods, and `locked` begins a run."""
@@ -29,6 +33,9 @@ def open_target(
 
     In place, ``target`` is what the caller named as the source: it may be open read-only.
     """
+    # first: fsspec would look for the zip file to be made
+    if not in_place and (protocol := read_only_protocol(target)):
+        raise cannot_be_written(protocol)
     found = find_target(source.store_path if in_place else target, options)
     if getattr(target, "read_only", False):
         raise TargetPermissionError(f"target {found} is open read-only; open it to write")

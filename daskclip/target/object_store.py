@@ -23,6 +23,13 @@ NO_JOURNAL = "none"  # a name that no file has
 LOCK, DISCARDED = f"{RECORD}/lock", f"{RECORD}/discarded"
 
 
+def cannot_be_written(protocol: str) -> TargetError:
+    """Return the refusal of a target whose store is only read."""
+    return TargetError(
+        f"{protocol}:// cannot be written; give a path, or a URL of an object store such as s3://"
+    )
+
+
 class ObjectStoreTarget(ObjectPrefix):
     """A target in an object store; a run keeps its state under ``.daskclip/`` below it."""
 
@@ -42,10 +49,7 @@ class ObjectStoreTarget(ObjectPrefix):
     def check(self, source: Hierarchy, *, overwrite: bool, in_place: bool) -> None:
         """Refuse a prefix where the target of a source cannot be made; changes nothing."""
         if self.is_read_only:
-            raise TargetError(
-                f"{str(self).partition('://')[0]}:// cannot be written; give a path, or a URL of "
-                "an object store such as s3://"
-            )
+            raise cannot_be_written(str(self).partition("://")[0])
         if not self.can_create:
             raise TargetError(
                 f"target {self} is in a {type(self.store).__name__}, which cannot be locked; give "

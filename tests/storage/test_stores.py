@@ -141,6 +141,23 @@ def test_what_cannot_be_written_is_named(x, tmp_path, url):
         plan_zarr(x, url.format(f"file://{tmp_path}/y", path), 1.0)
 
 
+@pytest.mark.parametrize(
+    "url", ["zip::file:///{0}/new.zip", "ZIP://y::file:///{0}/new.zip", "tar://::s3://no/new.tar"]
+)
+def test_what_cannot_be_written_is_told_before_it_is_opened(x, tmp_path, url):
+    scheme = url.split(":")[0].lower()
+    text = refusal(TargetError, x, url.format(tmp_path))
+    assert text.startswith(f"{scheme}:// cannot be written; ")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("url", ["foo://b", "foo://b/y", "simplecache::foo://b"])
+def test_a_protocol_that_nobody_knows_is_named(x, tmp_path, url):
+    text = refusal(SourceError, url, tmp_path / "y")
+    assert f"source {url} has an unknown protocol (" in text
+    assert "foo" in refusal(TargetError, x, url.removeprefix("simplecache::"))
+
+
 @needs_web
 @needs_obstore
 def test_a_store_of_a_web_server_cannot_be_written(x, server):
