@@ -166,7 +166,8 @@ class Prepared:
         """Record of a run to a target, up to what is known before it begins."""
         between = {} if target is None else {"source": str(self.source), "target": str(target)}
         # listed once, before anything is read: `require_unchanged` compares with this
-        fingerprint = self.source.fingerprint(changes=True)
+        whole = self.request.clips and not self.request.in_place
+        fingerprint = self.source.fingerprint(changes=True, whole=whole)
         return RunRecord(parameters=between | self.parameters, source=fingerprint)
 
     def require_alike_workers(self, *paths: str) -> None:

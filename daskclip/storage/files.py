@@ -34,6 +34,8 @@ Bytes = npt.NDArray[np.uint8]
 
 CHUNK = re.compile(r"c|(c[./])?\d+([./]\d+)*")
 """Key of a chunk in any of zarr's encodings."""
+LEFT = re.compile(r".*\.(partial|[0-9a-f-]{32,36})", re.DOTALL)
+"""Key of what a write of zarr that was interrupted leaves behind."""
 DOCUMENTS = (".zmetadata", ".zattrs", "zarr.json", ".zgroup", ".zarray")
 """Keys of metadata. The last one of a folder makes a node of it, so it is written last."""
 NODE_DOCUMENTS = DOCUMENTS[2:]
@@ -99,7 +101,7 @@ class ChunkFiles:
         return max(times, key=lambda key: times[key])
 
     def listed(self, changes: bool) -> Iterator[Stored]:
-        """Everything in the folder except hidden files; see `listed`.
+        """Everything in the folder except what `is_hidden`; see `listed`.
 
         Folders in the place of chunks are refused: zarr would read some as the fill value.
         """
@@ -109,7 +111,14 @@ class ChunkFiles:
         deep = entry.is_dir(follow_symlinks=False) and key.count("/") + 1 >= self.depth
         if deep and CHUNK.fullmatch(key):
             raise ValueError(f"{key} is a folder and not a chunk")
-        return entry.name.startswith(".")
+        return entry.name.startswith(".") and is_hidden(key)
+
+
+def is_hidden(key: str) -> bool:
+    """Whether a key in the folder of an array is hidden; metadata of an array in it is not."""
+    *folders, name = key.split("/")
+    own = name if not folders or name not in DOCUMENTS else ""
+    return any(part.startswith(".") for part in (*folders, own))
 
 
 def listed(

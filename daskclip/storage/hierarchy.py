@@ -263,15 +263,16 @@ class Hierarchy:
                 objects.ObjectPrefix(target.store, target.path).upload(key, folder / key)
         return digest
 
-    def fingerprint(self, *, changes: bool) -> dict[str, Any]:
+    def fingerprint(self, *, changes: bool, whole: bool = False) -> dict[str, Any]:
         """Fingerprint of the documents, and of the chunks and other files stored now.
 
         They are read only where the store has no versions of them. With ``changes``, it also covers
-        the times of files that a copy does not keep.
+        the times of files that a copy does not keep; with ``whole``, what a copy would leave
+        behind is refused.
         """
 
         def stored_now() -> dict[str, Any]:
-            chunks = self._regular(self._chunks(changes))
+            chunks = self._regular(self._chunks(changes, whole))
             return files.fingerprint(chunks, self._versioned_others(changes))
 
         return {"metadata": self.digest()} | retrying(stored_now)
@@ -291,16 +292,21 @@ class Hierarchy:
             version = stored.version or whole or f"{self._copy_other(None, stored.key):016x}"
             yield stored._replace(version=version)
 
-    def _chunks(self, changes: bool) -> Iterator[files.Stored]:
+    def _chunks(self, changes: bool, whole: bool) -> Iterator[files.Stored]:
         for name, array in self.arrays.items():
             # codecs add little to data that they cannot compress; a larger file, which is no
             # chunk, would be read into memory
             largest = 2 * array.unit_nbytes + (1 << 24)
             prefix = f"{name}/" if name else ""
             for stored in array.versioned(changes=changes):
-                if not files.CHUNK.fullmatch(stored.key):
-                    continue
                 key = prefix + stored.key
+                if not files.CHUNK.fullmatch(stored.key):
+                    if whole and not (key in self.documents or files.LEFT.fullmatch(key)):
+                        where = self._where(key)
+                        raise SourceError(
+                            f"{where} is no part of what is stored in {self}; move it away"
+                        )
+                    continue
                 if stored.size > largest:
                     raise ValueError(f"{key} has {stored.size} bytes, which no chunk there takes")
                 yield stored._replace(key=key)

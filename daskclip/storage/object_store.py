@@ -22,7 +22,7 @@ from zarr.storage import FsspecStore, ObjectStore, ZipStore
 
 from daskclip import errors
 from daskclip.storage.durable import DIGESTS, Data, digest_entries
-from daskclip.storage.files import CHUNK, NODE_DOCUMENTS, Stored
+from daskclip.storage.files import CHUNK, NODE_DOCUMENTS, Stored, is_hidden
 from daskclip.storage.retry import http_status, is_refused, kind_and_remedy, retrying
 from daskclip.storage.stores import (
     READ_ONLY,
@@ -99,15 +99,16 @@ class ChunkObjects:
         return keys[0]
 
     def listed(self, changes: bool) -> Iterator[Stored]:
-        """Everything stored for the array except hidden objects."""
+        """Everything stored for the array except hidden objects and folders."""
         if is_web(self.store):
             # a page need not link to all that is there, and what is missing would count as zeros
             raise NotImplementedError("a web server does not list what is stored")
         # ``changes`` makes no difference: an ETag changes with the content
-        return (stored for stored in listed(self.store, self.path) if "/." not in f"/{stored.key}")
+        found = listed(self.store, self.path)
+        return (one for one in found if not (is_hidden(one.key) or one.key.endswith("/")))
 
     def versioned(self, grid: Iterable[str]) -> Iterator[Stored]:
-        """Chunks that are stored; see `versioned`.
+        """Everything in `listed`, chunks with a version; see `versioned`.
 
         The keys of ``grid`` are those of all chunks that there may be, for a store that cannot be
         listed.
@@ -115,9 +116,9 @@ class ChunkObjects:
         return versioned(self.store, self.path, self._found(grid), self._count)
 
     def _found(self, grid: Iterable[str]) -> Iterator[Stored]:
-        """Chunks of the listing, or all chunks of ``grid`` if there is no listing."""
+        """What is listed, or all chunks of ``grid`` if there is no listing."""
         try:
-            found = (stored for stored in self.listed(False) if CHUNK.fullmatch(stored.key))
+            found = self.listed(False)
             return chain([*islice(found, 1)], found)
         except Exception as error:
             if not cannot_list(error):
@@ -350,11 +351,11 @@ def versioned(store: Store, path: str, found: Iterator[Stored], count: int) -> I
     """Objects below a path that exist, each with a version that differs when its bytes do.
 
     That is the version of the whole store or of the listing, if they have one. Else the objects are
-    read, ``count`` at a time, and the version is a digest.
+    read, ``count`` at a time, and the version is a digest. What is no chunk is not read.
     """
     version = store_version(store)
     while batch := [*islice(found, count)]:
-        keys = [stored.key for stored in batch if not (version or stored.version)]
+        keys = [s.key for s in batch if not (version or s.version) and CHUNK.fullmatch(s.key)]
         read = dict(zip(keys, _read(store, path, keys), strict=True))
         for stored in batch:
             if stored.key not in read:

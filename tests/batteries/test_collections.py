@@ -1,7 +1,7 @@
 """Random trees of groups, arrays and other files, from every kind of store.
 
 The target holds every array of the source, clipped ones with NumPy's bits, and every other byte
-as it was, or the run is refused.
+as it was, or the run is refused, as where something lies in an array that is no chunk.
 """
 
 import json
@@ -26,6 +26,7 @@ from daskclip.errors import DaskClipError
 TAME = ["a", "b", "layer[0]", "a b", "é", "0", "c"]
 ODD = [*TAME, "['w']", "a*", "*", "x\\y", ".hidden", ".DS_Store", "zarr", "c.0", "e\u0301", "$(x)"]
 LATIN = "n\udcff"  # of a file system: the byte 255, which is not UTF-8
+STRAYS = ["note", "c/note", "in/zarr.json", "0/.zarray", "x.bak", "in/deep/er"]
 FLOATS = ["f4", ">f8", "f2", "c8"]
 # arrays that zarr cannot open, and whether their metadata says that they could be clipped
 UNOPENED = {"codec of int": False, "codec of float": True, "bfloat16": True, "object": False}
@@ -80,7 +81,7 @@ class Tree:
     """Files of a group by key, and what is known of its arrays."""
 
     def __init__(self):
-        self.files, self.kinds, self.values = {}, {}, {}
+        self.files, self.kinds, self.values, self.strays = {}, {}, {}, []
 
     @property
     def unopened_floats(self):
@@ -122,6 +123,12 @@ def trees(draw, names=ODD):
             if draw(st.booleans()):
                 own = {f"{path[:end]}/{k}": v for k, v in group_files(zarr_format).items()}
                 tree.files = own | tree.files
+    for path in draw(st.lists(st.sampled_from([*tree.kinds]), max_size=1)) if tree.kinds else ():
+        if draw(st.booleans()):
+            key = f"{path}/{draw(st.sampled_from(STRAYS))}"
+            tree.files[key] = b"{}"
+            # one that cannot be opened is carried as it is
+            tree.strays += [key] if tree.below_arrays(key) else []
     return tree
 
 
@@ -185,7 +192,7 @@ def check(tree, source, target, excluded, read, **options):
     def clip():
         return clip_zarr(source, target, 1.0, exclude=excluded or None, **options)
 
-    if not clipped or {*tree.unopened_floats} - {*excluded}:
+    if not clipped or tree.strays or {*tree.unopened_floats} - {*excluded}:
         with pytest.raises(DaskClipError) as caught:
             clip()
         assert "\n" not in str(caught.value)

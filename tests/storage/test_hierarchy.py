@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import zarr
 from command_line import run
+from kinds import opened
 from reference import bits
 from stores import create, read, some, stopping_at, stored
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, ZipStore
@@ -267,6 +268,41 @@ def test_files_in_an_array_are_refused_in_place_at_any_depth(tmp_path):
         (tmp_path / "x" / name).unlink()
 
 
+INSIDE = ["notes.txt", "c/stray", "c/0/x.bak", "0.bak", "b/zarr.json", "0/.zarray", "0/zarr.json"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory", "zip", "fsspec memory"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_lies_in_an_array_is_refused_and_named(tmp_path, kind, alone):
+    make(tmp_path / "x", "ab")
+    x = tmp_path / "x" / ("a" if alone else "")
+    for name in INSIDE:
+        path = tmp_path / "x" / "a" / name
+        is_new = not path.parent.exists()
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+        words = {} if alone else {"exclude": "a"}  # one that is only copied
+        with pytest.raises(SourceError, match=f"{name} is no part of what is stored in") as caught:
+            clip_zarr(opened(kind, x), tmp_path / "y", 1.0, **words)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "y").exists()
+        path.unlink()
+        if is_new:
+            path.parent.rmdir()
+        for extra in tmp_path.rglob("x.zip"):
+            extra.unlink()
+    assert clip_zarr(opened(kind, x), tmp_path / "y", 1.0).arrays == 2 - alone
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_what_interrupted_writes_leave_is_no_fault(tmp_path, kind):
+    make(tmp_path / "x", "ab")
+    token = "0123456789abcdef" * 2
+    for name in (f"zarr.{token}.partial", f"c/0/0.{token}.partial", f"c/0/1.{token}", "c/.nfs01"):
+        (tmp_path / "x" / "a" / name).write_text("part")
+    assert clip_zarr(opened(kind, tmp_path / "x"), tmp_path / "y", 1.0).arrays == 2
+
+
 def test_the_work_of_another_run_is_not_carried(tmp_path, monkeypatch):
     make(tmp_path / "x", "a")
     create(tmp_path / "source", some((4, 6), "f4"), (2, 6))
@@ -351,7 +387,7 @@ def test_names_that_are_not_utf_8(tmp_path, where, in_place):
     if where == "file":
         (folder / "x" / LATIN).write_text("mine")
     if where == "chunk":
-        (folder / "x" / "a" / "c" / LATIN).write_text("stray")
+        (folder / "x" / "a" / "c" / (LATIN + ".partial")).write_text("stray")
         in_place = False
     target = folder / ("x" if in_place else "y")
     words = ["--in-place"] if in_place else [target]
