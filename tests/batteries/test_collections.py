@@ -123,12 +123,6 @@ def trees(draw, names=ODD):
             if draw(st.booleans()):
                 own = {f"{path[:end]}/{k}": v for k, v in group_files(zarr_format).items()}
                 tree.files = own | tree.files
-    for path in draw(st.lists(st.sampled_from([*tree.kinds]), max_size=1)) if tree.kinds else ():
-        if draw(st.booleans()):
-            key = f"{path}/{draw(st.sampled_from(STRAYS))}"
-            tree.files[key] = b"{}"
-            # one that cannot be opened is carried as it is
-            tree.strays += [key] if tree.below_arrays(key) else []
     return tree
 
 
@@ -203,9 +197,19 @@ def check(tree, source, target, excluded, read, **options):
     return True
 
 
+def add_stray(draw, tree):
+    """Put something into the folder of an array."""
+    key = f"{draw(st.sampled_from([*tree.kinds]))}/{draw(st.sampled_from(STRAYS))}"
+    tree.files[key] = b"{}"
+    # in an array that cannot be opened it is carried
+    tree.strays += [key] if tree.below_arrays(key) else []
+
+
 @st.composite
 def cases(draw, names=ODD):
     tree = draw(trees(names))
+    if tree.kinds and not draw(st.integers(0, 3)):
+        add_stray(draw, tree)
     some_of = [n for n in tree.kinds if draw(st.booleans())] if draw(st.booleans()) else []
     # mostly without what would be refused
     out = tree.unopened_floats if draw(st.integers(0, 4)) else []
