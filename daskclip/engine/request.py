@@ -41,7 +41,7 @@ from daskclip.storage import (
     parse_patterns,
     select_arrays,
 )
-from daskclip.target import Json, RunRecord, Target
+from daskclip.target import DirectoryTarget, Json, RunRecord, Target
 from daskclip.worker import ArrayTask
 
 Limits = npt.NDArray[np.float64] | StoredArray
@@ -167,7 +167,8 @@ class Prepared:
         between = {} if target is None else {"source": str(self.source), "target": str(target)}
         # listed once, before anything is read: `require_unchanged` compares with this
         whole = self.request.clips and not self.request.in_place
-        fingerprint = self.source.fingerprint(changes=True, whole=whole)
+        as_files = isinstance(target, DirectoryTarget)
+        fingerprint = self.source.fingerprint(changes=True, whole=whole, as_files=as_files)
         return RunRecord(parameters=between | self.parameters, source=fingerprint)
 
     def require_alike_workers(self, *paths: str) -> None:

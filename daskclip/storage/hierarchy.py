@@ -1,7 +1,7 @@
 """An array, or a group with all arrays in it: opened, fingerprinted, and moved to another place."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -221,7 +221,8 @@ class Hierarchy:
                     continue
                 # a key that ends with a slash stands for a folder
                 is_outside = self.arrays.keys().isdisjoint(ancestors(stored.key))
-                if is_outside and not self._is_known(stored.key) and not stored.key.endswith("/"):
+                is_known = stored.key in self.documents or is_ours(stored.key)
+                if is_outside and not is_known and not stored.key.endswith("/"):
                     yield stored._replace(key=objects.checked(stored.key))
         except Exception as error:
             if not objects.cannot_list(error):
@@ -263,17 +264,19 @@ class Hierarchy:
                 objects.ObjectPrefix(target.store, target.path).upload(key, folder / key)
         return digest
 
-    def fingerprint(self, *, changes: bool, whole: bool = False) -> dict[str, Any]:
+    def fingerprint(
+        self, *, changes: bool, whole: bool = False, as_files: bool = False
+    ) -> dict[str, Any]:
         """Fingerprint of the documents, and of the chunks and other files stored now.
 
         They are read only where the store has no versions of them. With ``changes``, it also covers
         the times of files that a copy does not keep; with ``whole``, what a copy would leave
-        behind is refused.
+        behind is refused; with ``as_files``, what no folder can hold.
         """
 
         def stored_now() -> dict[str, Any]:
             chunks = self._regular(self._chunks(changes, whole))
-            return files.fingerprint(chunks, self._versioned_others(changes))
+            return files.fingerprint(chunks, self._versioned_others(changes, as_files))
 
         return {"metadata": self.digest()} | retrying(stored_now)
 
@@ -285,12 +288,26 @@ class Hierarchy:
             text = f"{error_text(error)} in {self}; store regular files there"
             raise SourceError(text) from error
 
-    def _versioned_others(self, changes: bool) -> Iterator[files.Stored]:
+    def _versioned_others(self, changes: bool, as_files: bool) -> Iterator[files.Stored]:
         whole = "" if self.folder else store_version(self.store)
-        for stored in self.others(changes=changes):
+        others = self.others(changes=changes)
+        for stored in self._as_files(others) if as_files and not self.folder else others:
             # read where the store has no versions
             version = stored.version or whole or f"{self._copy_other(None, stored.key):016x}"
             yield stored._replace(version=version)
+
+    def _as_files(self, others: Iterable[files.Stored]) -> list[files.Stored]:
+        """Other objects; refuse one that others are below, since no file can be a folder."""
+        others, names, folders = [*others], set[str](), set[str]()
+        for key in (*self.documents, *(stored.key for stored in others)):
+            names.add(key)
+            folders |= {*ancestors(key)}
+        for key in sorted(names & folders):
+            raise SourceError(
+                f"{self._where(key)} is an object with others below it, which no folder can hold; "
+                "rename it, or clip to an object store"
+            )
+        return others
 
     def _chunks(self, changes: bool, whole: bool) -> Iterator[files.Stored]:
         for name, array in self.arrays.items():

@@ -162,7 +162,7 @@ def quoted(store: Any, key: str) -> str:
     """A key as a store takes it; file systems of web servers take it for a part of a URL."""
     while isinstance(inner := getattr(store, "_store", None), Store):
         store = inner
-    is_url = isinstance(store, FsspecStore) and store.path.startswith(("http:", "https:"))
+    is_url = isinstance(store, FsspecStore) and store.path.lower().startswith(("http:", "https:"))
     return quote(key, UNQUOTED, errors="surrogateescape") if is_url else key
 
 

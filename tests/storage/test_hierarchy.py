@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 from command_line import run
-from kinds import opened
+from kinds import opened, zipped
 from reference import bits
 from stores import create, read, some, stopping_at, stored
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, ZipStore
@@ -292,6 +292,33 @@ def test_what_lies_in_an_array_is_refused_and_named(tmp_path, kind, alone):
         for extra in tmp_path.rglob("x.zip"):
             extra.unlink()
     assert clip_zarr(opened(kind, x), tmp_path / "y", 1.0).arrays == 2 - alone
+
+
+BOTH = ["n.txt", "s", "a", "zarr.json", "in", "s/zarr.json"]
+
+
+@pytest.mark.parametrize("kind", ["memory", "zip"])
+@pytest.mark.parametrize("name", BOTH)
+def test_an_object_that_would_be_a_file_and_a_folder_is_refused(tmp_path, name, kind):
+    make(tmp_path / "x", ["a", "s/b", "in/deep/c"])
+    (tmp_path / "x" / "in" / "zarr.json").unlink()
+    path = zipped(tmp_path / "x", tmp_path / "x.zip")
+    with zipfile.ZipFile(path, "a") as file:
+        if name not in ("a", "s", "in"):
+            file.writestr(f"{name}/x", b"below")
+        if not name.endswith("json"):
+            file.writestr(name, b"above")
+    store = ZipStore(path, mode="r")
+    if kind == "memory":
+        from zarr.core.buffer import cpu
+
+        with zipfile.ZipFile(path) as file:
+            found = {n: cpu.Buffer.from_bytes(file.read(n)) for n in file.namelist()}
+        store = MemoryStore(found)
+    with pytest.raises(SourceError, match=f"/{name} is an object with others below it") as caught:
+        clip_zarr(store, tmp_path / "y", 1.0)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*y*"))
 
 
 @pytest.mark.parametrize("kind", ["folder", "memory"])
