@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 from command_line import run
-from kinds import opened, zipped
+from kinds import Forbidden, Unlisted, opened, zipped
 from reference import bits
 from stores import create, read, some, stopping_at, stored
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, ZipStore
@@ -115,14 +115,6 @@ def test_keys_that_lead_out_of_a_folder_are_refused(tmp_path, name):
 
 
 def test_consolidated_metadata_names_arrays_only_where_a_store_cannot_be_listed(tmp_path):
-    class Unlisted(MemoryStore):
-        supports_listing = False
-
-        def list_prefix(self, prefix):
-            raise NotImplementedError
-
-        list = list_dir = list_prefix
-
     store = MemoryStore()
     make(store, "a")
     zarr.consolidate_metadata(store)
@@ -133,6 +125,24 @@ def test_consolidated_metadata_names_arrays_only_where_a_store_cannot_be_listed(
     make(alone := MemoryStore(), "a")
     with pytest.raises(SourceError, match="cannot be listed, and has no consolidated metadata"):
         clip_zarr(Unlisted(alone._store_dict), tmp_path / "z", 1.0)
+
+
+@pytest.mark.parametrize("kind", [Unlisted, Forbidden])
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_a_document_that_an_unlisted_store_lacks_is_named(tmp_path, kind, zarr_format):
+    store = MemoryStore()
+    make(store, ["a", "s/b"], zarr_format, attributes={"n": 1})
+    zarr.consolidate_metadata(store)
+    assert clip_zarr(kind(store._store_dict), tmp_path / "y", 1.0).arrays == 2
+    # the empty attributes of a group need not be stored
+    keys = [k for k in store._store_dict if k.startswith("s/") and "z" in k and k != "s/.zattrs"]
+    assert len(keys) == (2 if zarr_format == 3 else 3)
+    for key in keys:
+        data = store._store_dict.pop(key)
+        with pytest.raises(SourceError, match=f"{key} is missing, which consolidated") as caught:
+            clip_zarr(kind(store._store_dict), tmp_path / "z", 1.0)
+        assert "\n" not in str(caught.value)
+        store._store_dict[key] = data
 
 
 # other files -------------------------------------------------------------------------------------
