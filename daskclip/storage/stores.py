@@ -31,11 +31,12 @@ READ_ONLY |= {"simplecache", "filecache", "blockcache"}
 
 def require_settings() -> None:
     """Refuse settings of zarr with which it cannot open any array, once one cannot be opened."""
-    codecs: Any = [{"name": n, "configuration": {}} for n in ("bytes", "blosc", "gzip", "zstd")]
+    serializer: Any = {"name": "bytes", "configuration": {"endian": "little"}}
+    compressors: Any = [{"name": n, "configuration": {}} for n in ("blosc", "gzip", "zstd")]
     try:
         zarr.create_array(
-            {}, shape=1, dtype="float32", zarr_format=3, serializer=codecs[0],
-            compressors=codecs[1:],
+            {}, shape=1, dtype="float32", zarr_format=3, serializer=serializer,
+            compressors=compressors,
         )  # fmt: skip
     except Exception as error:  # of whatever a setting is taken for
         raise InvalidValueError(
