@@ -1,5 +1,6 @@
 """The arguments of the operation as NumPy arrays, Dask arrays and floats."""
 
+import io
 import os
 import pickle
 from collections.abc import Iterable, Sequence
@@ -233,12 +234,26 @@ def _from_zarr(array: Any) -> da.Array:
     return lazy
 
 
+class _EqualPickler(pickle.Pickler):
+    """Pickler that gives equal bytes for equal stores in every process, if it is ``fast``.
+
+    Else they depend on which of equal texts are one object.
+    """
+
+    def reducer_override(self, obj: object) -> Any:
+        # the pickle of a path has the parts that it was made of
+        return (str, (os.fspath(obj),)) if isinstance(obj, os.PathLike) else NotImplemented
+
+
 def _identity(store: object) -> object:
     """What tells a store from those of the same text; unique if that is not known."""
     buffers: list[pickle.PickleBuffer] = []
+    pickled = io.BytesIO()
+    pickler = _EqualPickler(pickled, 5, buffer_callback=buffers.append)
+    pickler.fast = True
     try:
         # not left to Dask, which unpickles it too: that would empty a zip file opened for writing
-        pickled = pickle.dumps(store, 5, buffer_callback=buffers.append)
-        return pickled, [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+        pickler.dump(store)
+        return pickled.getvalue(), [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
     except Exception:
         return uuid4().hex

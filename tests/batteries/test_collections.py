@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import bits
 from servers import Place, missing
@@ -216,7 +216,9 @@ def cases(draw, names=ODD):
     return tree, [n for n in tree.kinds if n in {*some_of, *out}]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(case=cases([*ODD, LATIN]), in_place=st.booleans())
 def test_a_folder_is_carried_whole(case, in_place):
     tree, excluded = case
@@ -233,7 +235,9 @@ def test_a_folder_is_carried_whole(case, in_place):
             assert report.status == "up to date"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(
+    max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(case=cases(), kind=st.sampled_from(["memory", "zip"]))
 def test_a_store_is_carried_whole(case, kind):
     tree, excluded = case
@@ -251,7 +255,12 @@ WITHOUT = missing("weed", "s3fs", "obstore")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_object_store_is_carried_whole(weed):
-    @settings(max_examples=25, deadline=None)
+    @settings(
+        max_examples=25,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     @given(
         case=cases(TAME), kind=st.sampled_from(["url", "fsspec", "obstore"]), there=st.booleans()
     )
