@@ -28,6 +28,7 @@ from daskclip.storage.stores import (
     READ_ONLY,
     is_web,
     linked_files,
+    path_in,
     protocols_of,
     quoted,
     store_version,
@@ -208,7 +209,7 @@ class ObjectPrefix:
 def url(store: Store, path: str) -> str:
     """URL or path of an object, for messages and to know a store again in another process."""
     if isinstance(store, FsspecStore):
-        return str(store.fs.unstrip_protocol(store.fs._strip_protocol(join(store.path, path))))
+        return str(store.fs.unstrip_protocol(store.fs._strip_protocol(path_in(store, path))))
     if isinstance(store, ZipStore):
         return join(os.path.realpath(store.path), path)
     inner = store.store if isinstance(store, ObjectStore) else store
@@ -250,7 +251,7 @@ def create(store: Any, objects: Iterable[tuple[str, bytes]]) -> list[bool]:
         try:
             # zarr has no such call: that of the library below is used
             if isinstance(store, FsspecStore):
-                await store.fs._pipe_file(join(store.path, key), data, mode="create")
+                await store.fs._pipe_file(path_in(store, key), data, mode="create")
             else:
                 await store.store.put_async(key, data, mode="create")
         except Exception as error:
@@ -296,7 +297,7 @@ def upload(store: Any, key: str, path: Path) -> None:
     # zarr has no such call: that of the library below is used, which holds several parts
     with _large if path.stat().st_size > IO_BYTES else nullcontext():
         if isinstance(store, FsspecStore):
-            sync(store.fs._put_file(str(path), join(store.path, key)))
+            sync(store.fs._put_file(str(path), path_in(store, key)))
         else:
             sync(store.store.put_async(key, path))
 
@@ -318,7 +319,7 @@ def listed(store: Store, prefix: str) -> Iterator[Stored]:
             yield Stored(key, 0, "")
     elif isinstance(store, FsspecStore):
         fs = store.fs
-        top = fs._strip_protocol(join(store.path, prefix))
+        top = fs._strip_protocol(path_in(store, prefix))
         # fsspec's cache of listings does not know what other programs write
         fs.invalidate_cache()
         found = sync(fs._find(top, detail=True))

@@ -109,6 +109,12 @@ def open_url(url: str, options: dict[str, Any] | None) -> tuple[Store, str]:
     return FsspecStore(found.fs, path=path[:cut]), path[cut:].strip("/")
 
 
+def path_in(store: FsspecStore, key: str) -> str:
+    """Path of a key in the file system of a store; as for zarr, the root of all adds nothing."""
+    root = store.path.rstrip("/")
+    return f"{root}/{key}".rstrip("/") if root else key.rstrip("/")
+
+
 def ensure_open(store: Store) -> None:
     """Open a store that is not open yet."""
     sync(StorePath.open(store, ""))

@@ -68,12 +68,12 @@ def references(folder, inline):
     }
 
 
-def in_references(folder, inline):
+def in_references(folder, inline, path=""):
     fs = ReferenceFileSystem(
         references(folder, inline), asynchronous=True, skip_instance_cache=True,
         remote_protocol="file",
     )  # fmt: skip
-    return FsspecStore(fs, path="")
+    return FsspecStore(fs, path=path)
 
 
 def zipped(folder, path):
