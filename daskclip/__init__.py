@@ -36,7 +36,7 @@ grid       boxes of array elements, and grids of boxes
 numerics   exact norms, factors and rescaling of NumPy blocks: a C kernel and its callers
 storage    Zarr arrays and groups in folders and object stores; knows no norms
 report     reports as text, JSON and HTML, and progress
-plan       what a run will do, in integers: blocks, slabs, windows, passes, memory
+plan       what a run will do, in integers: blocks, slabs, passes, memory
 target     where a run writes: lock, staging, journal and commit
 arguments  the arguments of the operation, checked once
 worker     one block in, one block out: the tasks of a run

@@ -7,7 +7,6 @@ the shape.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -75,24 +74,3 @@ def boxes(shape: Sequence[int], size: Sequence[int]) -> Iterator[Box]:
     # the product of the slices of each axis: no slice is made twice
     edges = zip(shape, size, strict=True)
     return product(*([slice(i, min(i + k, n)) for i in range(0, n, k)] for n, k in edges))
-
-
-@dataclass(frozen=True, slots=True)
-class Spans:
-    """``range(n)`` cut into ranges of ``step``, made one at a time: there may be 10**9."""
-
-    n: int
-    step: int
-
-    def __len__(self) -> int:
-        return ceil_div(self.n, self.step)
-
-    def __iter__(self) -> Iterator[range]:
-        return map(self._range, range(0, self.n, self.step))
-
-    # the second pass goes backwards, since what was read last may still be in the page cache
-    def __reversed__(self) -> Iterator[range]:
-        return map(self._range, reversed(range(0, self.n, self.step)))
-
-    def _range(self, start: int) -> range:
-        return range(start, min(start + self.step, self.n))

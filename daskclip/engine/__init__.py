@@ -1,6 +1,6 @@
-"""The client's side of a run: check the arguments, plan, compute window after window, publish.
+"""The client's side of a run: check the arguments, plan, keep all threads busy, publish.
 
-    clip ──> request ──> run_record ──> attempt ──> rounds ──> passes ──> window_graph ──> worker
+    clip ──> request ──> run_record ──> attempt ──> stages ──> passes ──> front ──> worker
                               │            │                     │
                            target       report                journal
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TypeVar
 
-from daskclip.engine import rounds
+from daskclip.engine import stages
 from daskclip.engine.cluster import memory_growth, memory_used, versions
-from daskclip.engine.passes import Passes, Progress, find_stored
+from daskclip.engine.passes import HasStored, Passes, Progress
 from daskclip.engine.request import ClipRequest, Prepared, array_tasks
 from daskclip.errors import MemoryBudgetError
+from daskclip.grid import grid_shape
 from daskclip.report import ClipReport, format_size
-from daskclip.storage import Hierarchy
+from daskclip.storage import Hierarchy, StoredArray
 from daskclip.target import FinalRecord, Journal, Json, RunRecord, Transaction
+from daskclip.worker import ArrayTask
 
 R = TypeVar("R")
 REPORTED = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")
@@ -43,12 +46,12 @@ def run_attempt(
     )  # fmt: skip
     before = memory_used(reset=True)
     progress = Progress(request.show, plan.bytes_read, plan.passes)
-    has_stored = find_stored(arrays, run)
+    has_stored = _find_stored(arrays, run)
     with (
         transaction.open_journal() as journal,
         Passes.open(arrays, plan, journal, has_stored, progress, prepared.saved_norms) as passes,
     ):
-        rounds.clip(passes)
+        stages.clip(passes)
         peak = memory_growth(before, memory_used())
         # in place, a source without a slice above its limit stays as it is
         is_written = not request.in_place or passes.blocks_written > 0
@@ -69,7 +72,7 @@ def run_attempt(
 
 
 def measure(
-    prepared: Prepared, run: RunRecord, journal: Journal, norms: Hierarchy | None = None
+    prepared: Prepared, run: RunRecord, journal: Journal | None, norms: Hierarchy | None = None
 ) -> Passes:
     """Count all slices of a source by their norms, and write those to ``norms``, if given.
 
@@ -78,10 +81,32 @@ def measure(
     plan, staged = prepared.plan, None if norms is None else str(norms)
     arrays = array_tasks(run, plan, prepared.source, norms, {}, staged=staged, collect=True)
     progress = Progress(prepared.request.show, plan.nbytes, passes=1)
-    with Passes.open(arrays, plan, journal, find_stored(arrays, run), progress) as passes:
-        rounds.measure(passes)
-        journal.append(FinalRecord(total=passes.total))
+    with Passes.open(
+        arrays, plan, journal, _find_stored(arrays, run), progress, keeps_sums=norms is not None
+    ) as passes:
+        stages.measure(passes)
+        if journal:
+            journal.append(FinalRecord(total=passes.total))
     return passes
+
+
+def _find_stored(arrays: Sequence[ArrayTask], run: RunRecord) -> list[HasStored]:
+    """For each block of each array, whether anything of it is stored; None if all blocks count."""
+    units = sum(math.prod(grid_shape(a.plan.shape, a.plan.unit)) for a in arrays)
+    # the fingerprint has counted chunks: if none is missing, nothing needs to be listed again
+    if run.source.get("chunks", units) >= units:
+        return [None] * len(arrays)
+    return [
+        None
+        if (_needs_all(a) and a.plan.passes) or not a.plan.blocks
+        else a.source.stored_blocks(a.plan.block, a.plan.block_strides, a.plan.blocks)
+        for a in arrays
+    ]
+
+
+def _needs_all(array: ArrayTask) -> bool:
+    """Whether blocks of which nothing is stored matter: each, or its stored limits, may be bad."""
+    return array.missing == "error" or isinstance(array.limits, StoredArray)
 
 
 def _report(
@@ -134,7 +159,7 @@ def _pictures(prepared: Prepared, passes: Passes, peak: int | None) -> Json | No
     plan, norms, states = prepared.plan, passes.total.histogram, passes.progress.states
     if norms is None:
         return None
-    # the first with a rate: windows that an earlier call has done come before
+    # the first with a rate: what an earlier call has done comes before
     left = ((s.seconds + s.left) for s in states if s.left is not None)
     expected = next((f"{seconds:.2f} s" for seconds in left), "")
     taken = f"{states[-1].seconds:.2f} s" if states else ""

@@ -1,4 +1,4 @@
-"""From storage to storage: plan, then window by window, then publish."""
+"""From storage to storage: plan, then block by block, then publish."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from daskclip.errors import DaskClipError, InvalidValueError
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import ClipReport, Mode
 from daskclip.storage import translating_storage_errors
-from daskclip.target import Journal, RunRecord, Target, open_target
+from daskclip.target import RunRecord, Target, open_target
 
 log = logging.getLogger("daskclip")
 P = ParamSpec("P")
@@ -138,11 +138,12 @@ def clip_zarr(
     by one task only. The target appears by one rename when it is complete and on disk.
 
     A run can be killed anywhere. The same call resumes it from the journal in the hidden folder
-    ``.NAME.daskclip`` beside the target, and repeats one window of blocks at most. A call whose
-    run is complete reads nothing, if the store of the source has versions of what it holds: times
-    of files, ETags, snapshots. From another store, such as memory or a web server, the source is
-    read once more before and once after a run. The client needs 5 bytes a block for the journal
-    beside the budget. The budget has room for limits: one more chunk, or the whole NumPy array.
+    ``.NAME.daskclip`` beside the target, and repeats the blocks that were under way: at most two
+    windows of the plan. A call whose run is complete reads nothing, if the store of the source has
+    versions of what it holds: times of files, ETags, snapshots. From another store, such as memory
+    or a web server, the source is read once more before and once after a run. The client needs 5
+    bytes a block for the journal beside the budget. The budget has room for limits: one more chunk,
+    or the whole NumPy array.
 
     References
     ----------
@@ -238,8 +239,7 @@ def _measure_quantile(prepared: Prepared, run: RunRecord, percent: Fraction) -> 
     if prepared.saved_norms is not None:
         total, read = prepared.saved_norms.total, 0
     else:
-        with Journal.scratch(run) as journal:
-            passes = measure(prepared, run, journal)
+        passes = measure(prepared, run, None)
         total, read = passes.total, passes.bytes_read
     if total.histogram is None or total.slices == total.nonfinite:
         raise InvalidValueError(
@@ -286,7 +286,7 @@ def plan_zarr(
     Returns
     -------
     ClipPlan or GroupPlan
-        Blocks, windows, passes, bytes and projected memory; for a group of all its arrays.
+        Blocks, passes, bytes and projected memory; for a group of all its arrays.
 
     Raises
     ------

@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import time
-import traceback
 from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from multiprocessing.pool import Pool as BasePool
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import dask
 from dask import config
 from dask.base import get_scheduler
+from dask.local import MultiprocessingPoolExecutor, SynchronousExecutor
 from dask.system import CPU_COUNT
 
 from daskclip.arguments import check_configuration
@@ -34,14 +35,20 @@ from daskclip.errors import (
     short_repr,
 )
 from daskclip.storage import Hierarchy, is_private
-from daskclip.worker import drain
+from daskclip.worker import (
+    ClusterPool,
+    LocalPool,
+    Pool,
+    SchedulerExecutor,
+    drain,
+    wait_was_cancelled,
+)
 
 WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored depend on
 PACKAGES = (*WRITING, "numpy", "dask", "distributed")
 LOG_WAIT_S = 60.0  # between two lines of the log while no worker is there
 PROBE_S = 60.0  # that a worker has to say what it has
-ComputeKwargs = dict[str, Any]
-"""Keyword arguments of ``dask.compute``."""
+SILENT_S = 3.0  # after the last sign of life of another worker
 R = TypeVar("R")
 log = logging.getLogger("daskclip")
 
@@ -223,43 +230,49 @@ def _ask_all(client: Any, question: Callable[[], R]) -> dict[str, R]:
     return answers
 
 
-def _new_pool(threads: int) -> Executor | None:
-    """A pool for one run on Dask's threads or processes; None if blocks run elsewhere."""
-    get = _scheduler()
-    if config.get("pool", None) is not None:
-        return None
-    if get is dask.multiprocessing.get:
-        # Dask would make one for each window
-        setup = config.get("multiprocessing.initializer", None)
-        start = partial(dask.multiprocessing.initialize_worker_process, setup)
-        return ProcessPoolExecutor(workers()[0], dask.multiprocessing.get_context(), start)
-    return ThreadPoolExecutor(threads) if get in (None, dask.threaded.get) else None
-
-
 @contextmanager
-def running(threads: int, attempt_id: str) -> Iterator[ComputeKwargs]:
-    """Yield arguments for computing the blocks of an attempt; none is running afterwards.
+def running(threads: int, attempt_id: str) -> Iterator[Pool]:
+    """Yield the pool that runs the blocks of an attempt; none is running afterwards.
 
     A pool of threads that is made here has ``threads``.
     """
     client = _client()
     try:
-        with ExitStack() as stack:
-            if client is not None:
-                stack.enter_context(_logging_absence(client))
-            pool = _new_pool(threads)
-            if pool is None:
-                yield {}
-                return
-            stack.callback(pool.shutdown, cancel_futures=True)
-            # of a pool that it is given, Dask warns that it does not initialize its processes
-            with config.set({"multiprocessing.initializer": None}):
-                yield {"pool": pool}
+        if client is not None:
+            with _logging_absence(client):
+                yield ClusterPool(client)
+        else:
+            with _executor(threads) as executor:
+                yield LocalPool(executor, getattr(executor, "_max_workers", threads))
     finally:
-        # when one block fails, Dask goes on with those that it began before; and an error here
-        # must not hide the one that ended the run
+        # when one block fails, others may be running; and an error here must not hide the one that
+        # ended the run
         with suppress(Exception):
             _everywhere(partial(drain, attempt_id), PROBE_S)
+
+
+@contextmanager
+def _executor(threads: int) -> Iterator[Executor]:
+    """Executor that Dask's configuration asks for: it is made here, unless it is a given one."""
+    given, get = config.get("pool", None), _scheduler()
+    if get is dask.get:
+        yield SynchronousExecutor()
+    elif given is not None:
+        yield MultiprocessingPoolExecutor(given) if isinstance(given, BasePool) else given
+    else:
+        made: Executor = ThreadPoolExecutor(threads)
+        if get is dask.multiprocessing.get:
+            setup = config.get("multiprocessing.initializer", None)
+            start = partial(dask.multiprocessing.initialize_worker_process, setup)
+            context = dask.multiprocessing.get_context()
+            made = ProcessPoolExecutor(workers()[0], context, start)
+        elif get not in (None, dask.threaded.get):
+            made = SchedulerExecutor(get, workers()[0])
+        with made:
+            try:
+                yield made
+            finally:
+                made.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -275,11 +288,11 @@ def translating_cluster_errors(block_of: Callable[[object], str]) -> Iterator[No
             # Dask blames all tasks that a worker had, not only the one that it was running
             raise StorageError(
                 f"workers repeatedly died while {block_of(getattr(error, 'task', None))} or one "
-                "of its window was running; look into their logs and run the same command again "
-                "to resume"
+                "that they had too was running; look into their logs and run the same command "
+                "again to resume"
             ) from error
         lost = isinstance(error, OSError | CancelledError | TimeoutError | BrokenExecutor)
-        if lost or _wait_was_cancelled(error) or kind.__module__.startswith("distributed"):
+        if lost or wait_was_cancelled(error) or kind.__module__.startswith("distributed"):
             # by distributed.scheduler.no-workers-timeout, which is infinite by default
             late = kind.__name__ in ("NoWorkerError", "NoValidWorkerError")
             what = "no worker came in time" if late else "the cluster was lost"
@@ -288,26 +301,6 @@ def translating_cluster_errors(block_of: Callable[[object], str]) -> Iterator[No
                 "resume"
             ) from error
         raise
-
-
-def compute_retrying_cancelled(tasks: Sequence[Any], compute_kwargs: ComputeKwargs) -> list[Any]:
-    """Compute tasks; again if distributed has cancelled its own wait for their results."""
-    try:
-        return list(dask.compute(*tasks, **compute_kwargs))
-    except UnboundLocalError as error:
-        # the wait is cancelled now and then, though no task was
-        if not _wait_was_cancelled(error):
-            raise
-    return list(dask.compute(*tasks, **compute_kwargs))
-
-
-def _wait_was_cancelled(error: BaseException) -> bool:
-    """Whether distributed cancelled its wait for results, which it reports as a bug of its own."""
-    if not isinstance(error, UnboundLocalError):
-        return False
-    # dask/distributed#8514; a task may raise the same, but elsewhere
-    *_, (last, _) = traceback.walk_tb(error.__traceback__)
-    return bool(last.f_globals["__name__"] == "distributed.utils")
 
 
 Memory = tuple[int, int] | None
@@ -342,14 +335,15 @@ def _everywhere(
 ) -> dict[str, R]:
     """Result of ``function`` from this process, or from every worker that answers in time.
 
-    ``failed`` gets the errors of those that have not answered and not left.
+    ``failed`` gets the errors of those that have not answered and not left; without it, workers of
+    which the scheduler does not hear any more are not waited for.
     """
     client = _client()
     if client is None:
         return {str(os.getpid()): function()}
     from distributed.protocol import pickle
 
-    until = time.monotonic() + seconds
+    until, look = time.monotonic() + seconds, time.monotonic() + 1
     # the priority puts it before the tasks that workers have
     options = {"pure": False, "priority": 1000}
     # loaded inside a task, since a worker that cannot load a task closes and does not say why
@@ -364,12 +358,25 @@ def _everywhere(
                     others = len({*client.processing([worker])[worker]} - {call.key})
                     tasks = "1 other task" if others == 1 else f"{others} other tasks"
                     raise TimeoutError(f"no answer in {seconds:g} s, and {tasks} there")
+                if failed is None and time.monotonic() > look:
+                    look += 1
+                    if _is_silent(client, worker):
+                        break
                 time.sleep(0.01)
             results[worker] = call.result(timeout=10 if call.done() else 0.01)
         except (Exception, CancelledError) as error:
             if failed is not None and worker in client.nthreads():
                 failed[worker] = error
     return results
+
+
+def _is_silent(client: Any, worker: str) -> bool:
+    """Whether the scheduler has not heard of a worker for long, as if it were frozen."""
+    workers = client.scheduler_info()["workers"]
+    seen = {address: about["last_seen"] for address, about in workers.items()}
+    # the more workers there are, the less often each sends a sign of life
+    longest = SILENT_S + len(seen) / 50
+    return worker in seen and max(seen.values()) - seen[worker] > longest
 
 
 def _own_memory(reset: bool) -> Memory:

@@ -1,41 +1,42 @@
-"""Windows of blocks: each is replayed from the journal or computed, then counted and shown.
+"""The state of a run: which blocks are done, by its journal and since; totals and progress.
 
-`rounds` says in which order windows come. It is the same in every attempt at a run, since a
-journal is replayed by position.
+`stages` says what is done in which order. A journal may have its records in any order: they say
+what is done, and what is left is run again.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.engine.cluster import ComputeKwargs, running
+from daskclip.engine.cluster import running
+from daskclip.engine.front import BlockId, Blocks, Front
 from daskclip.engine.saved_norms import SavedNorms
-from daskclip.engine.window_graph import BlockId, Window, batch_small_blocks, compute
-from daskclip.grid import grid_shape
-from daskclip.numerics import NormHistogram, Partial, SliceCounts
-from daskclip.plan import GroupPlan
+from daskclip.numerics import NormHistogram, SliceCounts
+from daskclip.plan import GroupPlan, sizing
 from daskclip.report import ProgressState, Show, progress_printer
-from daskclip.storage import StoredArray, durable
-from daskclip.target import Arrays, Journal, RunRecord, WindowRecord
-from daskclip.worker import ArrayTask
+from daskclip.storage import durable
+from daskclip.target import BlocksRecord, Journal
+from daskclip.worker import ArrayTask, Sums, kept_sums, tasks
 
 STATES = 200  # points of the curve of progress that are kept
+RECORD_S = 1.0  # seconds after which what is done is journalled
+PIECE = 1 << 16  # blocks whose state is looked at together
+DONE, WRITTEN, SUMMED = 1, 2, 4
+"""State of a block: done by the last pass over it, written, read by the first of two."""
 HasStored = npt.NDArray[np.bool_] | None
 """For each block of an array, whether anything of it is stored; None if all blocks count."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """Progress of the passes over the arrays, shown after each window."""
+    """Progress of the passes over the arrays, shown after each record."""
 
     show: Show = field(default_factory=lambda: progress_printer(False))
     total: int = 0
@@ -47,7 +48,7 @@ class Progress:
     """States that were shown, thinned out, from the first to the last."""
 
     def report(self, done: int, skipped: int, pass_: int) -> None:
-        """Show the bytes done and skipped, and the pass of the last window."""
+        """Show the bytes done and skipped, and the pass of the last blocks."""
         state = ProgressState(
             done=min(done, self.total), skipped=skipped, total=self.total, pass_=pass_,
             passes=self.passes, seconds=time.monotonic() - self.began,
@@ -60,18 +61,32 @@ class Progress:
 
 
 @dataclass(slots=True)
+class SlabState:
+    """What the journal says of a slab."""
+
+    sums: str = ""
+    """Name of its sums so far."""
+    is_counted: bool = False
+    """Whether its norms are known and its slices are in the totals."""
+    has_nan: bool = False
+    """Whether a slice becomes NaN."""
+
+
+@dataclass(slots=True)
 class Passes:
-    """The windows of a run, and the totals of those that are done."""
+    """The blocks of a run and their state, and the totals of those that are done."""
 
     arrays: Sequence[ArrayTask]
     """Tasks of all arrays; an array whose plan has no passes is only copied."""
-    compute_kwargs: ComputeKwargs
-    journal: Journal
-    tasks_per_window: int
+    front: Front
+    journal: Journal | None
+    """None if nothing can be resumed."""
     has_stored: Sequence[HasStored]
     progress: Progress
     saved_norms: SavedNorms | None
     """Norms whose sums take the place of the first of two passes."""
+    keeps_sums: bool
+    """Whether the sums of every slab are kept, for other runs."""
     total: SliceCounts = field(default_factory=SliceCounts.empty)
     """Counts over all slices."""
     bytes_done: int = 0
@@ -86,10 +101,24 @@ class Passes:
     """Number of blocks written, over all attempts."""
     digest: int = 0
     """Sum of digests of all that is stored for the target, over all attempts."""
-    saved_windows: Iterator[WindowRecord] = field(init=False)
-    """Records of the pass that took the saved norms, from the next one on."""
+    slabs: dict[str, SlabState] = field(default_factory=dict)
+    """Slabs of two passes that the journal names."""
+    state: npt.NDArray[np.uint8] = field(init=False)
+    """State of each block, by its number."""
+    source_digests: npt.NDArray[np.uint32] = field(init=False)
+    """Digest of the values that the first of two passes read, by the number of the block."""
+    shared: list[object] = field(init=False)
+    """The tasks of all arrays, as arguments for many calls."""
     _first: list[int] = field(init=False)
     """Number of the first block of each array among all, then of all blocks."""
+    _results: list[tuple[int, tasks.BlockResult]] = field(default_factory=list)
+    """Numbers and results of blocks that are done and not journalled yet."""
+    _counts: list[SliceCounts] = field(default_factory=list)
+    """Counts that are not journalled yet."""
+    _counted: dict[str, bool] = field(default_factory=dict)
+    """Slabs of two passes among these, and whether a slice becomes NaN."""
+    _recorded: float = field(default_factory=time.monotonic)
+    """When the last record was made."""
 
     @classmethod
     @contextmanager
@@ -97,28 +126,43 @@ class Passes:
         cls,
         arrays: Sequence[ArrayTask],
         plan: GroupPlan,
-        journal: Journal,
+        journal: Journal | None = None,
         has_stored: Sequence[HasStored] = (),
         progress: Progress | None = None,
         saved_norms: SavedNorms | None = None,
+        keeps_sums: bool = False,
     ) -> Iterator[Passes]:
         """Prepare to run blocks, by default all and silently; none is running afterwards."""
         # arrays of one attempt share its id, by which processes refuse tasks that come too late
-        with running(plan.threads, arrays[0].attempt_id) as kwargs:
+        with running(plan.threads, arrays[0].attempt_id) as pool:
+            front = Front(pool, arrays, plan.window, sizing.DEFAULT.task_nbytes)
             stored, shown = has_stored or [None] * len(arrays), progress or Progress()
-            yield cls(arrays, kwargs, journal, plan.window, stored, shown, saved_norms)
+            passes = cls(arrays, front, journal, stored, shown, saved_norms, keeps_sums)
+            try:
+                yield passes
+            finally:
+                front.cancel()
+                # what is done need not be done again; an error must not hide the one before
+                with suppress(Exception):
+                    passes.flush()
 
     def __post_init__(self) -> None:
-        self.saved_windows = iter(()) if self.saved_norms is None else self.saved_norms.windows()
         self._first = [0]
         for array in self.arrays:
             self._first.append(self._first[-1] + array.plan.blocks)
+        self.state = np.zeros(self.blocks, np.uint8)
+        self.source_digests = np.zeros(self.blocks, np.uint32)
+        self.shared = [self.front.pool.share(array) for array in self.arrays]
         # what is not stored is done from the beginning
         self.bytes_done = sum(map(self._absent_nbytes, self.arrays, self.has_stored))
+        for record in self.journal.replay() if self.journal else ():
+            self._take(record)
         self.bytes_skipped = self.bytes_done
+        if self.bytes_done and self.journal:
+            self._report(1)
 
     def _absent_nbytes(self, array: ArrayTask, has_stored: HasStored) -> int:
-        """Bytes of blocks that no window will have, over all passes."""
+        """Bytes of blocks that no pass will have, over all passes."""
         if has_stored is None:
             return 0
         plan = array.plan
@@ -150,49 +194,195 @@ class Passes:
         """Number of a block among those of all arrays."""
         return self._first[block.array] + self.arrays[block.array].plan.number(*block[1:])
 
-    def windows(self, blocks: Iterable[BlockId]) -> Iterator[list[list[BlockId]]]:
-        """Batches of blocks of any arrays, as many as a window has tasks."""
-        batches = batch_small_blocks(self.arrays, blocks)
-        while window := list(islice(batches, self.tasks_per_window)):
-            yield window
+    def block(self, number: int) -> BlockId:
+        """The block of a number."""
+        array = int(np.searchsorted(self._first, number, side="right")) - 1
+        plan = self.arrays[array].plan
+        return BlockId(array, *divmod(number - self._first[array], plan.blocks // plan.slabs))
 
-    def compute(self, function: Callable[..., Any], window: Window, **options: Any) -> list[Any]:
-        """Compute ``function`` of all blocks of a window."""
-        return compute(function, self.arrays, window, self.compute_kwargs, **options)
+    def left(
+        self,
+        array: int,
+        done: int,
+        slab: int | None = None,
+        *,
+        everything: bool = False,
+        backwards: bool = False,
+    ) -> Blocks:
+        """Blocks of an array, or of a slab of it, that are stored and lack a state.
 
-    def run(
-        self, pass_: int, window: Window, make: Callable[[Window], WindowRecord]
-    ) -> WindowRecord:
-        """Take the next record of the journal, or make and append it; pass 0 reads nothing."""
-        # a window counts by its blocks, whether it is replayed or made
-        blocks = {self.number(block): block for block in blocks_of(window)}
-        nbytes = {n: self.arrays[k].plan.nbytes_of(*at) for n, (k, *at) in blocks.items()}
-        read = sum(nbytes.values()) if pass_ else 0
-        self.bytes_done += read
-        record = self.journal.replay()
-        if record is not None:
-            self.bytes_skipped += read
-        else:
-            record = make(window)
+        Parameters
+        ----------
+        array : int
+            Number of the array.
+        done : int
+            State of the blocks to leave out.
+        slab : int, optional
+            Number of the slab; all by default.
+        everything : bool
+            Whether blocks of which nothing is stored are taken too.
+        backwards : bool
+            Whether the last block comes first.
+        """
+        plan, first = self.arrays[array].plan, self._first[array]
+        each = plan.blocks // plan.slabs if plan.blocks else 0
+        start, stop = (0, plan.blocks) if slab is None else (slab * each, slab * each + each)
+        stored = None if everything else self.has_stored[array]
+        state = self.state[first:]
+
+        def some(begin: int) -> npt.NDArray[np.intp]:
+            end = min(begin + PIECE, stop)
+            wanted = state[begin:end] & done == 0
+            if stored is not None:
+                wanted &= stored[begin:end]
+            return np.flatnonzero(wanted) + begin
+
+        def found() -> Iterator[BlockId]:
+            begins = range(start, stop, PIECE)
+            for begin in reversed(begins) if backwards else begins:
+                numbers = some(begin).tolist()
+                for number in reversed(numbers) if backwards else numbers:
+                    yield BlockId(array, *divmod(number, each))
+
+        return Blocks(found(), sum(some(begin).size for begin in range(start, stop, PIECE)))
+
+    def nbytes_of(self, blocks: Iterable[BlockId]) -> int:
+        """Bytes of blocks, decoded."""
+        return sum(self.arrays[k].plan.nbytes_of(*at) for k, *at in blocks)
+
+    # --- sums of slabs ---------------------------------------------------------------------------
+
+    def slab_blocks(self, array: int, slab: int | None) -> int:
+        """Number of blocks of a slab of an array, or of all."""
+        plan = self.arrays[array].plan
+        return plan.blocks if slab is None else plan.blocks // plan.slabs
+
+    def kept_sums(self, slab: str, state: int) -> Sums | None:
+        """Sums of a slab that an earlier attempt, or another run, has kept."""
+        if self.saved_norms is not None:
+            saved = self.saved_norms.sums(slab, state)
+            if saved is None:
+                return None
+            sums, digests = saved
+            for number, digest in digests.items():
+                self.source_digests[number] = digest
+                self.state[number] |= SUMMED
+            return sums
+        known = self.slabs.get(slab)
+        if known and known.sums and self.journal:
+            # what was lost is summed again; numpy and zipfile raise errors of any kind
+            with suppress(Exception):
+                return kept_sums(self.journal.arrays, known.sums, state)
+        return None
+
+    def clear_summed(self, array: int, slab: int | None) -> None:
+        """Let the blocks of a slab be summed again."""
+        each = self.slab_blocks(array, slab)
+        start = self._first[array] + each * (slab or 0)
+        self.state[start : start + each] &= 0xFF ^ SUMMED
+
+    def forget(self, slab: str) -> None:
+        """Remove the sums of a slab that has ended, unless they are kept for other runs."""
+        known = self.slabs.pop(slab, None)
+        if known and known.sums and self.journal and not self.keeps_sums:
+            # the record of its last blocks has to be on disk
+            self.flush()
+            self.journal.arrays.forget(known.sums)
+
+    # --- records ---------------------------------------------------------------------------------
+
+    def sum(self, slab: str, digests: dict[tuple[int, int, int], int], sums: str | None) -> None:
+        """Take the digests of blocks whose sums were added; journalled if the sums are kept."""
+        blocks = [BlockId(*block) for block in digests]
+        source = {
+            self.number(b): digest for b, digest in zip(blocks, digests.values(), strict=True)
+        }
+        old = self.slabs.get(slab, SlabState()).sums
+        record = BlocksRecord(slab=slab, sums=sums, source=source)
+        if self.journal and sums:
             self.journal.append(record)
-            self.bytes_read += read
-            self.bytes_written += sum(nbytes[n] for n in record.target or ())
-        # an earlier attempt wrote to the same staging, so that its blocks count too
-        for number, digest in (record.target or {}).items():
-            self.digest += digest * _name_factor(self.arrays[blocks[number].array].name)
-        self.blocks_written += len(record.target or ())
+            # the new sums include the old ones, and the record that names them is on disk
+            if old:
+                self.journal.arrays.forget(old)
+        self.bytes_read += self.nbytes_of(blocks)
+        self._take(record)
+        self._report(1)
+
+    def count(self, slab: str, counts: SliceCounts, has_nan: bool) -> None:
+        """Take the counts of the slices of a slab, once."""
+        if not self.slabs.setdefault(slab, SlabState()).is_counted:
+            self._counts.append(counts)
+            self._counted[slab] = has_nan
+            self._flush_in_time()
+
+    def done(
+        self, blocks: Sequence[BlockId], results: Sequence[tasks.BlockResult], reads: bool
+    ) -> None:
+        """Take the results of the last pass over some blocks, and journal them soon."""
+        self._results += zip(map(self.number, blocks), results, strict=True)
+        self._counts += [result.counts for result in results if result.counts is not None]
+        self.bytes_read += self.nbytes_of(blocks) if reads else 0
+        self._flush_in_time()
+
+    def _flush_in_time(self) -> None:
+        late = time.monotonic() - self._recorded > RECORD_S
+        if late or 2 * len(self._results) >= self.front.window:
+            self.flush()
+
+    def flush(self) -> None:
+        """Journal the blocks that are done, and the counts of slices."""
+        if not (self._results or self._counted):
+            return
+        results, counts, counted = self._results, self._counts, self._counted
+        self._results, self._counts, self._counted = [], [], {}
+        written = {n: r.digest for n, r in results if r.digest is not None}
+        self.bytes_written += self.nbytes_of(map(self.block, written))
+        record = BlocksRecord(
+            tally=reduce(SliceCounts.add, counts) if counts else None,
+            target=written or None,
+            kept=[n for n, r in results if r.digest is None] or None,
+            counted=counted or None,
+        )
+        if self.journal:
+            self.journal.append(record)
+        self._recorded = time.monotonic()
+        self._take(record)
+        self._report(self.progress.passes)
+
+    def _report(self, pass_: int) -> None:
+        self.progress.report(self.bytes_done, self.bytes_skipped, min(pass_, self.progress.passes))
+
+    def _take(self, record: BlocksRecord) -> None:
+        """Take a record of this attempt or of an earlier one."""
+        written = record.target or {}
+        for number in (*written, *(record.kept or ())):
+            array = self.arrays[self.block(number).array]
+            # a block that is copied in the end, after it was kept in place, has been counted
+            if array.plan.passes and not self.state[number] & DONE:
+                self.bytes_done += self.nbytes_of([self.block(number)])
+            if number in written and not self.state[number] & WRITTEN:
+                self.digest += written[number] * _name_factor(array.name)
+                self.blocks_written += 1
+            self.state[number] |= DONE | (WRITTEN if number in written else 0)
+        for number, digest in (record.source or {}).items():
+            self.source_digests[number] = digest
+            self.state[number] |= SUMMED
+            self.bytes_done += self.nbytes_of([self.block(number)])
+        if record.slab is not None:
+            slab = self.slabs.setdefault(record.slab, SlabState())
+            slab.sums = record.sums or slab.sums
+        for name, has_nan in (record.counted or {}).items():
+            slab = self.slabs.setdefault(name, SlabState())
+            slab.is_counted, slab.has_nan = True, has_nan
         if record.tally is not None:
             self.total = self.total.add(SliceCounts.from_json(record.tally))
-        most = self.progress.passes
-        self.progress.report(self.bytes_done, self.bytes_skipped, min(pass_ or most, most))
-        return record
 
     def digest_with(self, metadata: int) -> str:
         """Digest of all that is stored for the target and of its metadata, in hexadecimal."""
         return f"{(self.digest + metadata) % durable.DIGESTS:016x}"
 
     def count_empty(self) -> None:
-        """Count the slices of slabs that no window had: nothing is stored, or they are empty."""
+        """Count the slices of slabs that no pass had: nothing is stored, or they are empty."""
         plans = [array.plan for array in self.arrays if array.plan.passes]
         # their norm is 0, which no limit clips
         rest = (1 if self.is_shared else sum(p.slices for p in plans)) - self.total.slices
@@ -203,51 +393,7 @@ class Passes:
             self.total = self.total.add(SliceCounts(rest, 0, 0, 0.0, 0.0, norms))
 
 
-def find_stored(arrays: Sequence[ArrayTask], run: RunRecord) -> list[HasStored]:
-    """For each block of each array, whether anything of it is stored; None if all blocks count."""
-    units = sum(math.prod(grid_shape(a.plan.shape, a.plan.unit)) for a in arrays)
-    # the fingerprint has counted chunks: if none is missing, nothing needs to be listed again
-    if run.source.get("chunks", units) >= units:
-        return [None] * len(arrays)
-    return [
-        None
-        if (_needs_all(a) and a.plan.passes) or not a.plan.blocks
-        else a.source.stored_blocks(a.plan.block, a.plan.block_strides, a.plan.blocks)
-        for a in arrays
-    ]
-
-
-def _needs_all(array: ArrayTask) -> bool:
-    """Whether blocks of which nothing is stored matter: each, or its stored limits, may be bad."""
-    return array.missing == "error" or isinstance(array.limits, StoredArray)
-
-
 def _name_factor(name: str) -> int:
     """Factor for the digests of an array, without which two arrays could trade places unseen."""
     # odd, and so invertible modulo a power of two: no bit of a digest is lost
     return durable.digest_entry(name, 0, 0) | 1 if name else 1
-
-
-def save_sums(journal: Journal, name: str, sums: Iterable[Partial]) -> None:
-    """Keep sums with a journal, as four arrays each."""
-    arrays: Arrays = {}
-    for i, p in enumerate(sums):
-        arrays |= {f"limbs{i}": p.limbs, f"flags{i}": p.flags}
-        arrays |= {f"rest{i}": np.array([p.low, p.terms]), f"ord{i}": np.array(p.ord)}
-    journal.save(name, arrays)
-
-
-def load_sums(journal: Journal, name: str) -> list[Partial]:
-    """Load the sums that `save_sums` has kept."""
-    arrays, sums = journal.load(name), []
-    # limbs, flags, rest and ord of each
-    for i in range(len(arrays) // 4):
-        low, terms = arrays[f"rest{i}"].tolist()
-        ord = arrays[f"ord{i}"].item()
-        sums.append(Partial(arrays[f"limbs{i}"], low, arrays[f"flags{i}"], terms, ord))
-    return sums
-
-
-def blocks_of(window: Window) -> Iterator[BlockId]:
-    """Blocks of a window, row by row."""
-    return (block for row in window for batch in row for block in batch)

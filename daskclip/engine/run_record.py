@@ -130,9 +130,9 @@ def status(target: object) -> dict[str, str]:
                 rows |= {k: str(v) for k, v in run.parameters.items() if k != "target"}
         # a run may be writing: a line that is not complete yet does not count
         if unfinished.exists():
-            windows = max(0, sum(1 for _ in journal.entries(unfinished)) - 1)
+            records = max(0, sum(1 for _ in journal.entries(unfinished)) - 1)
             running = "running" if found.busy() else "not running"
-            rows["journal"] = f"{windows} windows done, {running}"
+            rows["journal"] = f"{records} records, {running}"
     return rows
 
 

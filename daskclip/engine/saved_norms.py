@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
@@ -22,7 +23,8 @@ from daskclip.errors import (
 from daskclip.numerics import SliceCounts
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.storage import Hierarchy, StoredArray, durable
-from daskclip.target import DirectoryTarget, find_target, journal, refuse_existing
+from daskclip.target import ArrayFiles, DirectoryTarget, find_target, journal, refuse_existing
+from daskclip.worker import Sums, kept_sums
 
 SUMS = ".daskclip-sums"
 """Folder of the journal of the first pass; zarr ignores it."""
@@ -69,34 +71,40 @@ class SavedNorms:
                 f"{_remedy(source, self.path)}"
             )
 
-    def windows(self) -> Iterator[journal.WindowRecord]:
-        """Records of the pass that took the norms, which can replace the first of two passes."""
+    @cached_property
+    def _slabs(self) -> dict[str, list[journal.BlocksRecord]]:
+        """Records of the first pass of each slab."""
+        found: dict[str, list[journal.BlocksRecord]] = {}
         for record in journal.records(_journal_in(self.path)):
-            if isinstance(record, journal.WindowRecord) and record.sums:
-                yield record
+            if isinstance(record, journal.BlocksRecord) and record.slab is not None:
+                found.setdefault(record.slab, []).append(record)
+        return found
 
-    def sums(self, name: str) -> journal.Arrays | None:
-        """Sums that a record names; None of all windows of a slab but the last."""
-        path = self.path / SUMS / name
+    def sums(self, slab: str, state: int) -> tuple[Sums, dict[int, int]] | None:
+        """Sums of a slab and the digests of its blocks; None if nothing of it is stored."""
+        records = self._slabs.get(slab)
+        if records is None:
+            return None
+        digests = {n: d for record in records for n, d in (record.source or {}).items()}
         try:
-            return journal.load(path) if path.exists() else None
+            kept = kept_sums(ArrayFiles(self.path / SUMS), records[-1].sums or "", state)
         except Exception as error:  # numpy and zipfile raise errors of any kind for a damaged file
             raise SourceError(
                 f"norms {self.path} are damaged; {_remedy(self.place, self.path)}"
             ) from error
+        return kept, digests
 
 
 @contextmanager
 def saving(
     path: object, source: Hierarchy, run: journal.RunRecord, plan: GroupPlan
-) -> Iterator[tuple[journal.Journal, Hierarchy | None]]:
+) -> Iterator[tuple[journal.Journal | None, Hierarchy | None]]:
     """Open a journal for taking norms, and make an array for them if a path is given.
 
     The array appears complete or not at all.
     """
     if path is None:
-        with journal.Journal.scratch(run) as entries:
-            yield entries, None
+        yield None, None
         return
     if source.is_group:
         raise InvalidValueError(

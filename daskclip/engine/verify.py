@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from daskclip.engine import rounds
+from daskclip.engine import stages
 from daskclip.engine.cluster import leaving_worker_pool
 from daskclip.engine.passes import Passes
 from daskclip.engine.request import LimitsByArray, array_tasks, limits_identity, open_limits
@@ -29,7 +29,7 @@ class MadeByRun:
     """Fingerprint of the target when it was complete."""
     others: int
     """Digest of the files that belong to no array."""
-    digests: rounds.Digests
+    digests: stages.Digests
     """Digest of the files of each block, by its number."""
 
 
@@ -124,10 +124,10 @@ def _verify(
     # missing="error" is about the source; what the target lacks, its digests show
     filled = replace(run, parameters=run.parameters | {"missing": "fill"})
     arrays = array_tasks(filled, plan, written, None, limits_by_array)
-    with journal.Journal.scratch(run) as entries, Passes.open(arrays, plan, entries) as norms:
+    with Passes.open(arrays, plan) as norms:
         # files first: a digest names the block, while a norm may be wrong for many reasons
-        rounds.check(norms, made.digests, range(len(arrays)))
-        rounds.measure(norms)
+        stages.check(norms, made.digests, range(len(arrays)))
+        stages.measure(norms)
     total = norms.total
     if total.clipped:
         above = "its limit" if run.clip_norm is None else f"{run.clip_norm:g}"
@@ -137,10 +137,10 @@ def _verify(
         )
     if source is not None:
         arrays = array_tasks(run, plan, source, written, limits_by_array)
-        with journal.Journal.scratch(run) as entries, Passes.open(arrays, plan, entries) as both:
-            rounds.compare(both)
+        with Passes.open(arrays, plan) as both:
+            stages.compare(both)
             # arrays that were only copied have the same files as the source
-            rounds.check(both, made.digests, both.copied)
+            stages.check(both, made.digests, both.copied)
     return norms
 
 
@@ -192,7 +192,7 @@ def _read_record(target: Target) -> MadeByRun:
             )
         digests = np.zeros(plan_from_json(run).blocks, np.uint64)
         for record in journal.records(path):
-            if isinstance(record, journal.WindowRecord):
+            if isinstance(record, journal.BlocksRecord):
                 for number, digest in (record.target or {}).items():
                     digests[number] = digest
         # the final record is the last line, unless the end of the journal is torn

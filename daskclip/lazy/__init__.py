@@ -8,8 +8,5 @@ Nothing here computes a Dask graph or knows a run from storage to storage.
 
 from daskclip.lazy.clip import clip_by_global_norm, clip_by_norm, global_norm, norm
 from daskclip.lazy.indexed_slices import IndexedSlices
-from daskclip.lazy.recipes import LiteralTask
 
-__all__ = [
-    "IndexedSlices", "LiteralTask", "clip_by_global_norm", "clip_by_norm", "global_norm", "norm",
-]  # fmt: skip
+__all__ = ["IndexedSlices", "clip_by_global_norm", "clip_by_norm", "global_norm", "norm"]

@@ -30,7 +30,6 @@ from daskclip.numerics.histogram import (
     count_with_histogram,
 )
 from daskclip.numerics.partial import (
-    NAN,
     ORDERS,
     Partial,
     combine,
@@ -44,7 +43,7 @@ from daskclip.numerics.partial import (
 from daskclip.numerics.scale import Scale, finalize
 
 __all__ = [
-    "NAN", "ORDERS", "RELATIVE_ERROR", "Array", "NormHistogram", "Partial", "Scale", "SliceCounts",
+    "ORDERS", "RELATIVE_ERROR", "Array", "NormHistogram", "Partial", "Scale", "SliceCounts",
     "clip_array", "clip_block", "combine", "combine_all", "count_slices", "count_with_histogram",
     "finalize", "kept_shape", "nan_if_infinite", "partial_norm", "require_finite", "require_limits",
     "require_subnormals", "rescale", "state_nbytes", "term_count",

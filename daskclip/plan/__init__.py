@@ -1,4 +1,4 @@
-"""Plans of a run, in integers: blocks, slabs, windows, passes and memory.
+"""Plans of a run, in integers: blocks, slabs, passes and memory.
 
 Pure functions of shapes and sizes: nothing here opens a store or holds a value of an array.
 """

@@ -1,4 +1,4 @@
-"""Choose blocks and windows: the largest that keep within the memory."""
+"""Choose blocks: the largest that keep within the memory."""
 
 import math
 from bisect import bisect_left

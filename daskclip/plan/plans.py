@@ -12,31 +12,24 @@ blocks that share their slices are a *slab*:
     | 1     | 1     |
     +-------+-------+
 
-A *window* is one Dask graph: all blocks of a few slabs, or a few blocks of one slab.
+A *window* is the number of blocks that may be under way at a time: others begin as some end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Reversible, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
-from daskclip.grid import Box, Spans, box_at, box_shape, grid_shape
+from daskclip.grid import Box, box_at, box_shape, grid_shape
 from daskclip.report import as_text, format_axes, format_size, fragment
-
-Numbers = Sequence[int] | npt.NDArray[np.intp]
-"""Numbers of some slabs, or of some blocks of a slab."""
-Windows = Reversible[Iterable[int]]
-"""Numbers of the blocks of each window of a slab, forwards or backwards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ClipPlan:
-    """Blocks, slabs and windows of a run over an array, and the memory it needs."""
+    """Blocks and slabs of a run over an array, and the memory it needs."""
 
     shape: tuple[int, ...]
     """Shape of the array."""
@@ -49,7 +42,7 @@ class ClipPlan:
     block: tuple[int, ...]
     """Shape of a block."""
     window: int
-    """Blocks of a window, at most."""
+    """Blocks under way at a time, at most."""
     passes: int
     """Times the array is read: 0 copied as it is, 1 if norms are saved or a block holds its slices
     whole, else 2."""
@@ -72,7 +65,7 @@ class ClipPlan:
     @property
     def grid(self) -> tuple[int, ...]:
         """Number of blocks along each axis."""
-        return grid_shape(self.shape, self.block)
+        return _grid(self.shape, self.block, self.axes)[0]
 
     @property
     def is_whole(self) -> bool:
@@ -147,57 +140,21 @@ class ClipPlan:
     @property
     def block_strides(self) -> tuple[int, ...]:
         """Strides of the number of a block along each axis."""
-        # reduced axes first: the numbers of the blocks of a slab then follow one another, and a
-        # number can be split into those of the slab and of the block in it
-        grid, strides, stride = self.grid, [0] * len(self.shape), 1
-        for a in sorted(range(len(grid)), key=lambda a: (a not in self.axes, -a)):
-            strides[a] = stride
-            stride *= grid[a]
-        return tuple(strides)
+        return _grid(self.shape, self.block, self.axes)[1]
 
-    @property
-    def spans(self) -> Spans:
-        """Ranges of all blocks of a slab, a window each."""
-        # a slab smaller than a window is one span, which may share its window with other slabs
-        length = self.blocks // self.slabs
-        return Spans(length, min(length, max(1, self.window)))
 
-    def windows(
-        self, stored: npt.NDArray[np.bool_] | None = None
-    ) -> Iterator[tuple[Numbers, Windows]]:
-        """Yield slabs that are finished together, with the blocks of each of their windows.
-
-        Parameters
-        ----------
-        stored : ndarray of bool of shape (blocks,), optional
-            Which blocks to yield; slabs without any are left out. All by default.
-
-        Yields
-        ------
-        slabs : sequence of int
-            Several only if all their blocks are one window.
-        windows : Spans or sequence of ndarray
-            Numbers of blocks in a slab, a window each.
-        """
-        # the grid of an empty array has no slabs, or slabs without blocks: spans would divide by 0
-        if not self.blocks:
-            return
-        spans = self.spans
-        # small slabs share a window, since a graph for each would cost more than its tasks; a large
-        # slab takes several windows, one after the other, so that few sums are held
-        step = max(1, self.window // spans.n)
-        slabs: Numbers = range(self.slabs)
-        if stored is not None:
-            stored = stored.reshape(self.slabs, spans.n)
-            slabs = np.flatnonzero(stored.any(axis=1))
-        for i in range(0, len(slabs), step):
-            some = slabs[i : i + step]
-            windows: Windows = spans
-            # slabs that share a window must have the same blocks, stored or not
-            if stored is not None and step == 1:
-                blocks = np.flatnonzero(stored[some[0]])
-                windows = [blocks[j : j + spans.step] for j in range(0, len(blocks), spans.step)]
-            yield some, windows
+@cache
+def _grid(
+    shape: tuple[int, ...], block: tuple[int, ...], axes: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Number of blocks along each axis, and strides of their numbers."""
+    # reduced axes first: the numbers of the blocks of a slab then follow one another, and a number
+    # can be split into those of the slab and of the block in it
+    grid, strides, stride = grid_shape(shape, block), [0] * len(shape), 1
+    for a in sorted(range(len(grid)), key=lambda a: (a not in axes, -a)):
+        strides[a] = stride
+        stride *= grid[a]
+    return grid, tuple(strides)
 
 
 class _Over:
@@ -234,7 +191,7 @@ class GroupPlan:
     passes = _Over(max)
     """Times an array is read, at most."""
     window = _Over(min)
-    """Blocks of a window, at most."""
+    """Blocks under way at a time, at most."""
     # all arrays run on the same processes and threads, so that min only picks one of equal numbers
     processes = _Over(min)
     """Processes that run blocks."""
@@ -293,7 +250,7 @@ def _shared_rows(plan: ClipPlan | GroupPlan) -> dict[str, str]:
         "passes": str(plan.passes),
         "read": format_size(plan.bytes_read),
         "written": format_size(plan.nbytes),
-        "tasks": f"{plan.tasks:,} in windows of {plan.window}",
+        "tasks": f"{plan.tasks:,} {plan.window} at a time",
         "threads": f"{plan.threads} a process, {plan.threads * plan.processes} in all",
         "memory": f"{format_size(plan.projected_memory)} of {format_size(plan.memory)} a process",
     }

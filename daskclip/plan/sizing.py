@@ -2,7 +2,7 @@
 
 A thread holds one block, and one chunk in several stages of decoding or encoding:
 
-    process = fixed + threads * (block + 4 chunks + scratch) + sums of the slices of a window
+    process = fixed + threads * (block + 4 chunks + scratch) + sums that wait to be combined
 """
 
 import math
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizing:
-    """Constants of the memory model, and limits of blocks and windows.
+    """Constants of the memory model, and limits of blocks.
 
     They do not depend on the array or on the machine; tests reduce them.
     """
@@ -31,7 +31,7 @@ class Sizing:
     slice_nbytes: int = 36
     """Bytes of the limit, norm, factor, flags and counters of a slice."""
     window_blocks: int = 16
-    """Blocks of a window for each thread."""
+    """Blocks under way at a time for each thread."""
     usual_sum_nbytes: int = 80
     """Bytes that hold the exact sum of a slice unless its values span 10**80."""
     sum_nbytes: int | None = None
@@ -94,7 +94,7 @@ class Machine:
     memory: int
     """Budget of each process, in bytes above its imports."""
     sizing: Sizing = DEFAULT
-    """Sizes of blocks and windows."""
+    """Sizes of blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class MemoryModel:
         return self.layout.sum_nbytes * self.slices(block)
 
     def base(self, block: Shape, threads: int) -> int:
-        """Bytes without the sums that a window keeps."""
+        """Bytes without the sums that wait to be combined."""
         layout, sizing = self.layout, self.machine.sizing
         size = math.prod(block) * layout.itemsize
         # a chunk in transit exists as read, as decoded, as encoded, and once more in the allocator,
@@ -133,16 +133,16 @@ class MemoryModel:
         return sizing.process_nbytes + threads * size
 
     def window(self, block: Shape, threads: int) -> int:
-        """Blocks of a window in one process: fewer where their sums leave little memory."""
+        """Blocks under way in one process: fewer where their sums leave little memory."""
         most = self.machine.sizing.window_blocks * threads
         if self.is_whole(block):
             return most
         left = self.machine.memory - self.base(block, threads)
-        # a window of fewer blocks than threads would leave threads idle: then the plan does not fit
+        # fewer blocks than threads would leave threads idle: then the plan does not fit
         return max(threads, min(most, left // max(1, self.sums(block)) - 1))
 
     def peak(self, block: Shape, threads: int) -> int:
-        """Bytes at most, with the sums of a window and the one they are added to."""
+        """Bytes at most, with the sums that wait and the one they are added to."""
         kept = 0 if self.is_whole(block) else self.window(block, threads) + 1
         return self.base(block, threads) + kept * self.sums(block)
 

@@ -59,7 +59,7 @@ class Pictures(TypedDict, total=False):
     along: Sequence[PerAxis]
     worst: Sequence[LargestSlice]
     throughput: Sequence[tuple[float, int]]
-    """Seconds and bytes done after each window."""
+    """Seconds and bytes done after each record."""
     plan: Sequence[tuple[str, str, str]]
     """Name, planned value and actual value of a figure."""
 
@@ -159,10 +159,10 @@ def _per_axis(figures: PerAxis, slices: int) -> str:
 
 
 def _throughput(states: Sequence[tuple[float, int]]) -> str:
-    """Chart of the bytes a second of each window."""
+    """Chart of the bytes a second between records."""
     points = []
     for (before, start), (now, end) in pairwise(states):
-        # a window may end within the resolution of the clock
+        # two records may lie within the resolution of the clock
         rate = (end - start) / max(now - before, 1e-9) / 1e6
         points += [(before, rate), (now, rate)]
     x_range, most = (states[0][0], states[-1][0]), max(y for _, y in points) or 1.0

@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: a bar, a line every ten seconds, or a JSON line a window."""
+"""Progress of a run on stderr: a bar, a line every ten seconds, or a JSON line a record."""
 
 import json
 import os
@@ -20,7 +20,7 @@ COLUMNS = 80  # of a terminal that does not say
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressState:
-    """Bytes and seconds of a run after one of its windows."""
+    """Bytes and seconds of a run after one of its records."""
 
     done: int
     """Bytes done, over all passes."""
@@ -29,7 +29,7 @@ class ProgressState:
     total: int
     """Bytes to do, over all passes."""
     pass_: int
-    """Number of the pass of that window, from 1."""
+    """Number of the pass of its blocks, from 1."""
     passes: int
     """Number of passes."""
     seconds: float
@@ -38,7 +38,7 @@ class ProgressState:
     @property
     def rate(self) -> float:
         """Bytes a second in this call."""
-        # seconds may be 0 where all windows were done before
+        # seconds may be 0 where all blocks were done before
         return (self.done - self.skipped) / max(self.seconds, 1e-9)
 
     @property
@@ -87,7 +87,7 @@ def progress_printer(progress: object) -> Show:
 def _parts(state: ProgressState) -> list[str]:
     """Figures as text, the most important one first."""
     parts = [f"{state.done / 1e9:.2f}/{state.total / 1e9:.2f} GB"]
-    # of windows that an earlier call has done there is no rate
+    # of what an earlier call has done there is no rate
     if state.left is not None:
         parts.append(f"{state.left:.0f} s left")
     parts.append(f"pass {state.pass_}/{state.passes}")
@@ -130,7 +130,7 @@ def _lines() -> Show:
 
     def show(state: ProgressState) -> None:
         nonlocal printed
-        # the log of a batch job is kept: a line a window could be thousands; the last one always
+        # the log of a batch job is kept: a line a record could be thousands; the last one always
         if time.monotonic() >= printed + LINE_INTERVAL_S or state.done >= state.total:
             printed = time.monotonic()
             show_progress(f"daskclip: {'  '.join(_parts(state))}\n")

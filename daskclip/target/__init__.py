@@ -27,12 +27,19 @@ target. Outside this room, `parse_location` in storage/stores.py takes what a ca
 
 from daskclip.target import journal
 from daskclip.target.directory import DirectoryTarget, matches_record
-from daskclip.target.journal import Arrays, FinalRecord, Journal, Json, RunRecord, WindowRecord
+from daskclip.target.journal import (
+    ArrayFiles,
+    BlocksRecord,
+    FinalRecord,
+    Journal,
+    Json,
+    RunRecord,
+)
 from daskclip.target.locate import Target, Transaction, find_target, open_target
 from daskclip.target.preflight import refuse_existing
 
 __all__ = [
-    "Arrays", "DirectoryTarget", "FinalRecord", "Journal", "Json", "RunRecord",
-    "Target", "Transaction", "WindowRecord", "find_target", "journal", "matches_record",
+    "ArrayFiles", "BlocksRecord", "DirectoryTarget", "FinalRecord", "Journal", "Json",
+    "RunRecord", "Target", "Transaction", "find_target", "journal", "matches_record",
     "open_target", "refuse_existing",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Journals: a record of the run, then one of each window that is done, each with a checksum.
+"""Journals: a record of the run, then records of blocks that are done, each with a checksum.
 
 A journal is a file of lines: eight hexadecimal digits, a space and a JSON object. Arrays that a
 record names are files beside it.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from daskclip.storage import ObjectPrefix, durable
 from daskclip.target.preflight import RECORD
 
 JOURNAL = "journal"
-LINES = 64  # of a journal, in one object: each window stores its object again
-VERSION = 5
+LINES = 64  # of a journal, in one object: each new line stores its object again
+VERSION = 6
 """Version of the records below, with the fields of `SliceCounts`, which are stored by position.
 A run of another version can neither be resumed nor verified."""
 
 Json = dict[str, Any]
-Arrays = dict[str, npt.NDArray[Any]]
+Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,19 +64,23 @@ class RunRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WindowRecord:
-    """What a window has done; fields that are None are not stored."""
+class BlocksRecord:
+    """What some blocks have done since the record before; fields that are None are not stored."""
 
     tally: Sequence[Any] | None = None
     """Counts over slices, for `SliceCounts.from_json`."""
     target: dict[int, int] | None = None
     """Digest of the files of each block that was written, by its number."""
+    kept: Sequence[int] | None = None
+    """Numbers of the blocks that are done and were not written."""
+    counted: dict[str, bool] | None = None
+    """Names of slabs of two passes whose slices are in ``tally``; whether one becomes NaN."""
+    slab: str | None = None
+    """Name of the slab that ``sums`` and ``source`` are about."""
     sums: str | None = None
-    """Name of the arrays with the sums of all windows of these slabs so far."""
-    nan: bool | None = None
-    """Whether a sum is NaN, or infinite where several arrays share it."""
+    """Name of the arrays with the sums of all its blocks so far."""
     source: dict[int, int] | None = None
-    """Digest of the values of each block that was read, by its number."""
+    """Digest of the values of each block whose sums were added, by its number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,7 @@ class FinalRecord:
     """Counts over all slices whose norms were saved."""
 
 
-Record = RunRecord | WindowRecord | FinalRecord
+Record = RunRecord | BlocksRecord | FinalRecord
 _JSON = {"id": "run"}  # names of fields that have other ones in JSON
 
 
@@ -108,13 +111,13 @@ def _from_json(line: Json, *, first: bool) -> Record:
         # another version, which is refused later, may have other fields
         names = {f.name: _JSON.get(f.name, f.name) for f in fields(RunRecord)}
         found = {name: line[key] for name, key in names.items() if key in line}
-        # a first line without a version is of a window: the record of the run was lost
+        # a first line without a version is of blocks: the record of the run was lost
         return RunRecord(**{"version": 0} | found)
     if "made" in line or "total" in line:
         return FinalRecord(**line)
     for name in {"target", "source"} & line.keys():
         line[name] = {int(number): digest for number, digest in line[name].items()}
-    return WindowRecord(**line)
+    return BlocksRecord(**line)
 
 
 def begin(path: Path, run: RunRecord) -> None:
@@ -153,38 +156,58 @@ def final(path: Path) -> FinalRecord | None:
 
 
 def cut_torn_end(path: Path) -> None:
-    """Cut a journal off after its last line that is whole and whose arrays can be read."""
-    ends = [(end, line.get("sums")) for line, end in entries(path)]
-    while ends[-1][1]:
-        # numpy and zipfile raise errors of any kind for a torn file
-        with suppress(Exception):
-            load(path.parent / ends[-1][1])
-            break
-        ends.pop()
-    os.truncate(path, ends[-1][0])
+    """Cut a journal off after its last line that is whole."""
+    *_, (_, end) = entries(path)
+    os.truncate(path, end)
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayFiles:
+    """Where arrays are kept, for every process that sees the place."""
+
+    place: Path | ObjectPrefix
+    below: str = ""
+    """Name below a prefix of a store."""
+
+    def save(self, name: str, arrays: Arrays) -> None:
+        """Keep arrays under a name; they are there for good when this returns."""
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        if isinstance(self.place, Path):
+            durable.write_durably(self.place / name, buffer.getvalue())
+        else:
+            self.place.put(f"{self.below}/{name}", buffer.getvalue())
+
+    def load(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of that name; raises an error of any kind if they are not whole."""
+        if isinstance(self.place, Path):
+            data = (self.place / name).read_bytes()
+        else:
+            (found,) = self.place.get(f"{self.below}/{name}")
+            data = b"" if found is None else found.tobytes()
+        with np.load(io.BytesIO(data)) as stored:
+            return {key: stored[key] for key in stored.files}
+
+    def forget(self, name: str) -> None:
+        """Remove the arrays of that name, if there are any."""
+        if isinstance(self.place, Path):
+            (self.place / name).unlink(missing_ok=True)
+        else:
+            self.place.delete([f"{self.below}/{name}"])
 
 
 class Journal:
-    """An open journal: records of earlier attempts, one after the other, then new ones."""
+    """An open journal: records of earlier attempts, then new ones, and the arrays they name."""
 
     def __init__(self, path: Path, remote: RemoteJournal | None = None) -> None:
-        self._folder = path.parent
+        self.arrays = ArrayFiles(path.parent) if remote is None else remote.arrays
+        """Arrays that records name."""
         self._remote = remote
-        self._last: tuple[str, Arrays] = "", {}
+        self._last: FinalRecord | None = None
         self._old = records(path)
         next(self._old)  # the record of the run
         # read line by line, up to the end before the first append: new lines are not replayed
         self._file = path.open("ab")
-
-    @classmethod
-    @contextmanager
-    def scratch(cls, run: RunRecord) -> Iterator[Journal]:
-        """Open a journal that is not kept."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, JOURNAL)
-            begin(path, run)
-            with cls(path) as journal:
-                yield journal
 
     def __enter__(self) -> Journal:
         return self
@@ -192,17 +215,19 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def replay(self) -> WindowRecord | None:
-        """Next window of earlier attempts, or None from where new work begins."""
-        record = next(self._old, None)
-        return record if isinstance(record, WindowRecord) else None
+    def replay(self) -> Iterator[BlocksRecord]:
+        """Records of earlier attempts."""
+        for record in self._old:
+            if isinstance(record, FinalRecord):
+                self._last = record
+            elif isinstance(record, BlocksRecord):
+                yield record
 
     def ended(self) -> FinalRecord | None:
-        """Final record of an earlier attempt, if it came so far; after all windows."""
-        record = next(self._old, None)
-        return record if isinstance(record, FinalRecord) else None
+        """Final record of an earlier attempt, if it came so far; known after `replay`."""
+        return self._last
 
-    def append(self, record: WindowRecord | FinalRecord) -> None:
+    def append(self, record: BlocksRecord | FinalRecord) -> None:
         """Add a record; it is on disk when this returns."""
         line = _line(record)
         self._file.write(line)
@@ -210,28 +235,6 @@ class Journal:
         os.fsync(self._file.fileno())
         if self._remote is not None:
             self._remote.append(line)
-
-    def save(self, name: str, arrays: Arrays) -> None:
-        """Keep arrays in a file of that name."""
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)
-        durable.write_durably(self._folder / name, buffer.getvalue())
-        if self._remote is not None:
-            self._remote.save(name, buffer.getvalue())
-        self._last = name, arrays
-
-    def load(self, name: str) -> Arrays:
-        """Load the arrays of that name."""
-        if self._last[0] != name:
-            self._last = name, load(self._folder / name)
-        return self._last[1]
-
-    def forget(self, name: str) -> None:
-        """Remove the arrays of that name, if there are any."""
-        if name:
-            (self._folder / name).unlink(missing_ok=True)
-            if self._remote is not None:
-                self._remote.forget(name)
 
 
 class RemoteJournal:
@@ -262,13 +265,10 @@ class RemoteJournal:
         self._add(line)
         self._store()
 
-    def save(self, name: str, data: bytes) -> None:
-        """Keep a file of arrays."""
-        self._prefix.put(f"{RECORD}/{name}", data)
-
-    def forget(self, name: str) -> None:
-        """Remove a file of arrays."""
-        self._prefix.delete([f"{RECORD}/{name}"])
+    @property
+    def arrays(self) -> ArrayFiles:
+        """Arrays that records name."""
+        return ArrayFiles(self._prefix, RECORD)
 
     def _add(self, line: bytes) -> None:
         if len(self._lines) == LINES:
@@ -279,13 +279,6 @@ class RemoteJournal:
         # another run that has taken over the lock writes to the same objects
         self._require()
         self._prefix.put(self._name, b"".join(self._lines))
-
-
-def load(path: Path) -> Arrays:
-    """Load the arrays in a file."""
-    # numpy leaves a torn file open if it opened it itself
-    with path.open("rb") as file, np.load(file) as stored:
-        return {name: stored[name] for name in stored.files}
 
 
 def _line(record: Record) -> bytes:

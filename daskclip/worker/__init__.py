@@ -1,9 +1,24 @@
-"""One block in, one block out: what a process does that runs blocks.
+"""One block in, one block out: what a process does that runs blocks, and the pools that call it.
 
-Every function can run twice and does the same again. Nothing here knows which block comes next.
+    tasks ──> sums          pool ──> context
+        └─> context
+
+Every function of `tasks` can run twice and does the same again. Nothing here knows which block
+comes next.
 """
 
 from daskclip.worker import tasks
 from daskclip.worker.context import ArrayTask, drain
+from daskclip.worker.pool import (
+    ClusterPool,
+    LocalPool,
+    Pool,
+    SchedulerExecutor,
+    wait_was_cancelled,
+)
+from daskclip.worker.sums import Sums, add_sums, keep_sums, kept_sums
 
-__all__ = ["ArrayTask", "drain", "tasks"]
+__all__ = [
+    "ArrayTask", "ClusterPool", "LocalPool", "Pool", "SchedulerExecutor", "Sums", "add_sums",
+    "drain", "keep_sums", "kept_sums", "tasks", "wait_was_cancelled",
+]  # fmt: skip

@@ -1,9 +1,11 @@
 """What the tasks of an array share, and the state of a process that runs blocks."""
 
+import pickle
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from threading import Condition, get_ident
 from typing import Any
 
@@ -51,6 +53,11 @@ class ArrayTask:
     """A limit for each slice."""
     collect: bool = False
     """Whether norms are also counted in a histogram, and the largest ones kept."""
+
+    @property
+    def only_measures(self) -> bool:
+        """Whether nothing is clipped: the target, if there is one, is for norms."""
+        return self.clip_norm is None and self.limits is None
 
     @property
     def written(self) -> StoredArray:
@@ -117,3 +124,10 @@ PROCESS = ProcessState()
 def drain(attempt_id: str) -> None:
     """Drain an attempt in this process; see `ProcessState.drain`."""
     PROCESS.drain(attempt_id)
+    unpacked.cache_clear()
+
+
+@lru_cache(maxsize=64)
+def unpacked(data: bytes) -> Any:
+    """Value of a pickle, which the tasks of an attempt have in common."""
+    return pickle.loads(data)

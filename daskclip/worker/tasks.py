@@ -18,11 +18,11 @@ from daskclip.numerics import (
     Scale,
     SliceCounts,
     clip_block,
-    combine,
     count_slices,
     count_with_histogram,
     finalize,
     kept_shape,
+    nan_if_infinite,
     partial_norm,
     require_finite,
     require_limits,
@@ -31,6 +31,7 @@ from daskclip.numerics import (
 )
 from daskclip.storage import durable, retrying_block, translating_storage_errors
 from daskclip.worker.context import PROCESS, ArrayTask, Limits
+from daskclip.worker.sums import Sums, add_sums
 
 Array = npt.NDArray[Any]
 
@@ -46,22 +47,23 @@ class BlockResult(NamedTuple):
     """Counts over the slices of the block, if it holds them whole."""
 
 
-class Sums(NamedTuple):
-    """Result of the first pass for some blocks of a slab."""
+def scale_of(task: ArrayTask, slab: int, sums: Sums, terms: int) -> Scale:
+    """Scale of the slices of a slab, which have so many terms, by their whole sums."""
+    # the sums lack blocks that are not stored, whose zeros are terms all the same
+    partial = sums.partial._replace(terms=terms)
+    # tf.clip_by_global_norm makes everything NaN if the norm is infinite
+    if task.shared:
+        partial = nan_if_infinite(partial)
+    return finalize(partial, block_limit(task, task.plan.region(slab, 0)), task.source.dtype)
 
-    partial: Partial
-    """Their exact sums."""
-    digests: dict[tuple[int, int, int], int]
-    """Digests of the values read, by number of the array, slab, and block in the slab."""
-    state: int
-    """Planned bytes of the sum of a slice; 0 for any number."""
 
-
-def add_sums(parts: Sequence[Sums]) -> Sums:
-    """Combine sums of different blocks of a slab."""
-    digests = {block: d for p in parts for block, d in p.digests.items()}
-    state = parts[0].state
-    return Sums(combine([p.partial for p in parts], max_nbytes=state), digests, state)
+def count_scale(task: ArrayTask, slab: int, scale: Scale) -> tuple[SliceCounts, bool]:
+    """Count the slices of a slab, and tell whether one becomes NaN; writes norms where wanted."""
+    # the first block of a slab meets all its slices
+    region = task.plan.region(slab, 0)
+    if task.only_measures:
+        save_norms(task, scale, region)
+    return count_region(task, scale, region), bool(np.isnan(scale.factor).any())
 
 
 def run_batch(
@@ -332,8 +334,10 @@ def _read_first(task: ArrayTask, region: Box) -> Array:
     x, unit = _read(task, region), task.plan.unit
     if task.nonfinite == "raise":
         # an infinite limit exempts slices, but not if they are only measured
-        measured = task.clip_norm is None and task.limits is None
-        limit, start = 0.0 if measured else block_limit(task, region), [s.start for s in region]
+        limit, start = (
+            0.0 if task.only_measures else block_limit(task, region),
+            [s.start for s in region],
+        )
 
         def chunk_at(element: Sequence[int]) -> list[int]:
             return [i // u for i, u in zip(element, unit, strict=True)]

@@ -73,6 +73,17 @@ StoredArray.write = freezing
 """
 
 
+# reads each block slowly, so that a run has several records
+SLOW = """
+import time
+from daskclip.storage import StoredArray
+def slow(*args, original=StoredArray.read):
+    time.sleep(0.05)
+    return original(*args)
+StoredArray.read = slow
+"""
+
+
 class Cluster:
     """A scheduler and its workers, each a child process."""
 
@@ -451,3 +462,33 @@ def test_workers_that_do_not_see_the_files_are_refused(tmp_path):
         pytest.skip("mounting is refused here")
     with cluster_in(tmp_path / "logs") as cluster, worker(cluster, *hidden, str(tmp_path / "data")):
         assert " does not see " in refusal(cluster, tmp_path / "data")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("axes", [0, 1])
+def test_a_worker_that_is_frozen_in_a_run_holds_nobody_up(tmp_path, axes):
+    """The others take over its blocks; when it wakes up, it can change nothing."""
+    x = create(tmp_path / "x", some(SHAPE, "f4"), CHUNKS)
+    with cluster_in(tmp_path / "cluster") as cluster:
+        preload = tmp_path / "preload.py"
+        preload.write_text(SLOW)
+        cluster.start_workers(3, "--preload", str(preload))
+        frozen = cluster.workers[0]
+        append, lines = Journal.append, []
+
+        def freezing(self, entry):
+            append(self, entry)
+            lines.append(entry)
+            if len(lines) == 3:
+                os.kill(frozen.pid, signal.SIGSTOP)
+
+        with Client(cluster.address) as client, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "append", freezing)
+            clip_zarr(x, tmp_path / "y", CLIP_NORM, axes, memory=MEMORY[axes])
+            assert len(lines) > 3
+            before = stored(tmp_path / "y")
+            os.kill(frozen.pid, signal.SIGCONT)
+            assert len(client.run(os.getpid)) == 3
+        assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), CLIP_NORM, axes))
+        assert stored(tmp_path / "y") == before

@@ -139,7 +139,7 @@ def between_the_passes(source, key, data, n):
         seen.update(getattr(entry, "source", None) or ())
         if (
             not changed
-            and len(seen) == plan_from_json(journal.header(self._folder / "journal")).blocks
+            and len(seen) == plan_from_json(journal.header(self.arrays.place / "journal")).blocks
         ):
             changed.append(None)
             before = (source / key).stat()

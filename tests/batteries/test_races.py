@@ -198,13 +198,14 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
     # of the dozens left in the window, at most the one that each thread had taken already
     assert size(told) - begun <= 2
     journal = folder / ".y.daskclip" / "journal"
-    assert len(list(entries(journal))) == 1 + len(states)
+    # the last record may have been made and not shown
+    assert len(list(entries(journal))) - len(states) in (1, 2)
     assert names(folder) == [".y.daskclip", "x"]
     with start("", *command) as child:
         _, err = child.communicate(timeout=120)
     assert child.returncode == 0
     again = [json.loads(line) for line in err.splitlines()][1 if workers else 0 :]
-    assert [state["done"] for state in again[: len(states)]] == [state["done"] for state in states]
+    assert again[0]["done"] >= states[-1]["done"]
     assert bits(read(folder / "y")) == bits(clip_by_norm(read(x), 1.0, 0))
     assert names(folder) == ["x", "y"]
 
@@ -448,7 +449,7 @@ def test_status_discard_and_verify_of_an_unfinished_run(unfinished, tmp_path):
     found = rows(run("status", target))
     assert found["target"] == f"{target} does not exist"
     assert re.fullmatch("run [0-9a-f]{32}", found["unfinished"])
-    assert found["journal"] == "6 windows done, not running"
+    assert found["journal"] == "6 records, not running"
     assert (found["source"], found["clip_norm"], found["axes"]) == (
         str(tmp_path / "x"),
         "1.0",
@@ -476,7 +477,7 @@ def test_status_discard_and_verify_during_a_run(small, sequential, monkeypatch, 
 
     monkeypatch.setattr(Journal, "append", looking)
     clip_zarr(x, target, 1.0, 0, memory=TIGHT)
-    assert seen == [f"{n} windows done, running" for n in (1, 2, 3)]
+    assert seen == [f"{n} records, running" for n in (1, 2, 3)]
     assert bits(read(target)) == bits(clip_by_norm(read(x), 1.0, 0))
     assert names(tmp_path) == ["x", "y"]
 

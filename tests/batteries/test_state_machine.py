@@ -366,7 +366,7 @@ class Machine(RuleBasedStateMachine):
                 assert outcome(other.start, self.folder) in refusals
                 assert outcome(discard, path) == "locked"
                 if "journal" in (rows := status(path)):
-                    assert rows["journal"].endswith(" windows done, running")
+                    assert rows["journal"].endswith(" records, running")
                 assert tree(self.folder) == before
                 if goes_on:
                     child.go_on()
@@ -400,7 +400,7 @@ class Machine(RuleBasedStateMachine):
             assert "unfinished" in rows
             assert rows["clip_norm"] == str(run.call.clip_norm)
         if run:
-            assert re.fullmatch(r"\d+ windows done, not running", rows["journal"])
+            assert re.fullmatch(r"\d+ records, not running", rows["journal"])
         assert tree(self.folder) == before
 
     def verify(self, place, again):

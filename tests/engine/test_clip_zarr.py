@@ -20,12 +20,10 @@ from sizes import resize
 from stores import FORMATS, clipped, create, finished, least_memory, memory_of, read, some, stored
 
 from daskclip import clip_by_norm, clip_zarr, norm, plan_zarr, verify_zarr
-from daskclip.engine import cluster as workers
 from daskclip.errors import (
     NonFiniteError,
     SourceError,
     StorageError,
-    TemporaryError,
 )
 from daskclip.storage import StoredArray, files
 from daskclip.target.journal import Journal
@@ -71,7 +69,7 @@ def test_results_are_those_of_numpy_with_little_memory(tmp_path, layout, axes):
     memory = least_memory(x, axes)
     planned = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert planned.passes == (1 if axes == () else 2)
-    assert len([blocks for _, windows in planned.windows() for blocks in windows]) > 1
+    assert planned.blocks > planned.window
     report = clipped(x, tmp_path / "y", axes, memory=memory)
     assert (report.passes, report.blocks) == (planned.passes, planned.blocks)
 
@@ -100,7 +98,7 @@ def test_both_passes_take_several_slabs_and_windows(tmp_path):
     planned = plan_zarr(x, tmp_path / "z", 1.0, 0, memory=least_memory(x, 0))
     assert report.passes == 2
     assert planned.slabs > 1
-    assert all(len(list(windows)) > 1 for _, windows in planned.windows())
+    assert planned.blocks // planned.slabs > planned.window
 
 
 SCHEDULERS = {
@@ -159,33 +157,15 @@ def test_results_lost_on_their_way_are_fetched_again(tmp_path, client, monkeypat
     gather, calls = client._gather_remote, []
 
     async def cancelled(*args):
-        if "rescale_block" in str(client._gather_keys):
+        if "run_batch" in str(client._gather_keys):
             calls.append(None)
             if len(calls) <= times:
                 asyncio.current_task().cancel()
         return await gather(*args)
 
     monkeypatch.setattr(client, "_gather_remote", cancelled)
-    if times == 2:
-        with pytest.raises(TemporaryError, match="the cluster was lost"):
-            clip_zarr(x, tmp_path / "y", 1.0, 0, memory=least_memory(x, 0))
     clipped(x, tmp_path / "y", 0, memory=least_memory(x, 0))
     assert len(calls) > times
-
-
-@pytest.mark.distributed
-@pytest.mark.usefixtures("client")
-def test_a_task_that_raises_the_same_is_not_done_again(tmp_path):
-    def wrong():
-        with (tmp_path / "done").open("a") as file:
-            file.write("once")
-        if tmp_path is None:
-            value = 1
-        return value
-
-    with pytest.raises(UnboundLocalError, match="value"), workers.translating_cluster_errors(str):
-        workers.compute_retrying_cancelled([dask.delayed(wrong)()], {})
-    assert (tmp_path / "done").read_text() == "once"
 
 
 @pytest.mark.slow

@@ -22,8 +22,6 @@ from stores import files_of, some, stopping_at, stored
 from zarr.storage import MemoryStore
 
 from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, plan_zarr, verify_zarr
-from daskclip.engine import passes
-from daskclip.engine import window_graph as graphs
 from daskclip.errors import (
     DaskClipError,
     InvalidValueError,
@@ -33,6 +31,7 @@ from daskclip.errors import (
     VerificationError,
 )
 from daskclip.worker.context import PROCESS
+from daskclip.worker.pool import LocalPool
 
 SIZES = SMALL | {"block_nbytes": 128}
 SHAPES = {
@@ -232,21 +231,22 @@ def test_a_run_of_a_group_that_is_stopped_anywhere(tmp_path, small, monkeypatch,
     assert lines > 10
 
 
-def test_a_thousand_arrays_take_as_few_windows_as_one(tmp_path, monkeypatch):
+def test_blocks_of_a_thousand_small_arrays_share_tasks_and_records(tmp_path, monkeypatch):
     group = zarr.create_group(tmp_path / "x")
     group.create_array("0000", shape=(4,), chunks=(4,), dtype="f4")[:] = 1
     for i in range(1, 1000):
         shutil.copytree(tmp_path / "x" / "0000", tmp_path / "x" / f"{i:04}")
-    graph, made = graphs.compute, []
+    submit, made = LocalPool.submit, []
 
-    def compute(function, *args, **kwargs):
+    def counting(self, function, *args, **kwargs):
         made.append(function.__name__)
-        return graph(function, *args, **kwargs)
+        return submit(self, function, *args, **kwargs)
 
-    monkeypatch.setattr(passes, "compute", compute)
+    monkeypatch.setattr(LocalPool, "submit", counting)
     report = clip_zarr(tmp_path / "x", tmp_path / "y", 1.0)
-    window = plan_zarr(tmp_path / "x", tmp_path / "z", 1.0).window
-    assert len(made) == -(-1000 // (window * graphs.MAX_BLOCKS_PER_TASK))
+    assert 60 < made.count("run_batch") < 250
+    lines = (tmp_path / "y" / "0000" / ".daskclip").read_bytes().splitlines()
+    assert len(lines) < 150
     assert (report.arrays, report.clipped) == (1000, 1000)
 
 

@@ -31,7 +31,7 @@ ARROWS = {
     "arguments": "numerics",
     "worker": "numerics storage plan",
     "lazy": "numerics storage arguments",
-    "engine": "numerics storage report plan target arguments worker lazy",
+    "engine": "numerics storage report plan target arguments worker",
     "xarray": "storage arguments lazy",
     "cli": "report engine",
     "__init__": "lazy engine",

@@ -70,10 +70,9 @@ def plans(draw):
 
 
 def pieces(plan):
-    """Every (slab, block) in the order of a pass."""
-    for slabs, windows in plan.windows():
-        for blocks in windows:
-            yield from ((slab, block) for slab in slabs for block in blocks)
+    """Every (slab, block)."""
+    each = plan.blocks // plan.slabs if plan.blocks else 0
+    return [(slab, block) for slab in range(plan.slabs) for block in range(each)]
 
 
 @many
@@ -87,19 +86,9 @@ def test_blocks_tile_the_array(plan):
 
 @many
 @given(plans())
-def test_windows_cover_every_block_of_every_slab_once(plan):
-    seen = sorted(pieces(plan))
-    each = plan.blocks // plan.slabs if plan.blocks else 0
-    assert seen == [(slab, block) for slab in range(plan.slabs) for block in range(each)]
-    assert plan.tasks == plan.passes * len(seen)
-
-
-@many
-@given(plans())
-def test_a_window_holds_no_more_blocks_than_planned(plan):
-    for slabs, windows in plan.windows():
-        assert all(0 < len(slabs) * len(blocks) <= plan.window for blocks in windows)
-        assert len(slabs) == 1 or len(list(windows)) == 1
+def test_blocks_are_numbered_slab_by_slab(plan):
+    assert [plan.number(*piece) for piece in pieces(plan)] == [*range(plan.blocks)]
+    assert plan.tasks == plan.passes * plan.blocks
 
 
 @many
@@ -257,14 +246,11 @@ def test_a_petabyte_is_planned_in_the_memory_of_a_gigabyte(axes):
     tracemalloc.start()
     try:
         plan = make(axes=axes, **TALL, **HOST)
-        slabs, windows = next(plan.windows())
-        blocks = next(iter(windows))
         last = plan.region(plan.slabs - 1, plan.blocks // plan.slabs - 1)
         highest = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert plan.nbytes == 10**9 * 2**20
-    assert len(slabs) * len(blocks) <= plan.window
     assert [s.stop for s in last] == [10**9, 256, 1024]
     assert highest < MIB
 

@@ -1,0 +1,350 @@
+"""What is done in which order: which blocks, in which pass.
+
+An array whose blocks hold their slices takes one pass over its blocks. Else each slab takes two: a
+first pass sums its blocks, and a second one, backwards, rescales them by the norms of the sums, so
+that few sums are held and blocks may still be in memory. While the last blocks of a slab are under
+way, the first ones of the next begin. Arrays that share one slice are one slab.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+from daskclip.engine.front import BlockId, Blocks, Task
+from daskclip.engine.passes import DONE, SUMMED, WRITTEN, Passes, SlabState
+from daskclip.numerics import SliceCounts, term_count
+from daskclip.worker import ArrayTask, add_sums, keep_sums, tasks
+
+SMALL_NBYTES = 1 << 16  # bytes of sums up to which they are sent to this process
+SUM_NBYTES = 80  # of a slice, usually
+ACTIVE = 1000  # slabs that are begun and not ended, at most
+Digests = npt.NDArray[np.unsignedinteger[Any]]
+BlockFunction = Callable[..., tasks.BlockResult]
+"""Function of `tasks` for one block."""
+
+
+def clip(passes: Passes) -> None:
+    """Write what is clipped, then copy the rest; in place only if anything is clipped."""
+    in_place = passes.arrays[0].in_place
+    _all(passes, tasks.clip_slab, tasks.rescale_block)
+    passes.count_empty()
+    if in_place and not passes.blocks_written:
+        return
+    # in place, unchanged blocks are copied only now that some block is known to change
+    arrays = range(len(passes.arrays)) if in_place else passes.copied
+    _each(passes, tasks.copy_block, arrays, done=WRITTEN, reads=False)
+
+
+def measure(passes: Passes) -> None:
+    """Count all slices by their norms."""
+    _all(passes, tasks.count_slab, None)
+    passes.count_empty()
+
+
+def compare(passes: Passes) -> None:
+    """Clip once more, and compare with the target."""
+    _two_passes(passes, tasks.compare_block, passes.clipped)
+
+
+def check(passes: Passes, digests: Digests, arrays: Sequence[int]) -> None:
+    """Compare the files of all blocks of some arrays with their digests."""
+    left = [passes.left(k, 0, everything=True) for k in arrays]
+    queue = _chained(left)
+
+    def next_task() -> Task | None:
+        blocks = passes.front.take(queue)
+        extra = [(int(digests[passes.number(block)]),) for block in blocks]
+        return _task(passes, tasks.check_block, blocks, lambda _: None, extra) if blocks else None
+
+    passes.front.run(next_task)
+
+
+def _all(passes: Passes, one_pass: BlockFunction, second: BlockFunction | None) -> None:
+    """Run ``one_pass`` where that is enough, else two passes, of which the second may be none."""
+    # no block holds a whole slice that several arrays share
+    whole = [k for k in passes.clipped if passes.arrays[k].plan.is_whole and not passes.is_shared]
+    _each(passes, one_pass, whole, done=DONE, reads=True)
+    _two_passes(passes, second, [k for k in passes.clipped if k not in whole])
+
+
+def _each(
+    passes: Passes, function: BlockFunction, arrays: Sequence[int], *, done: int, reads: bool
+) -> None:
+    """Run a function of all blocks of some arrays that lack a state."""
+    queue = _chained([passes.left(k, done) for k in arrays])
+
+    def next_task() -> Task | None:
+        blocks = passes.front.take(queue)
+        if not blocks:
+            return None
+        return _task(passes, function, blocks, lambda found: passes.done(blocks, found, reads))
+
+    passes.front.run(next_task)
+    passes.flush()
+
+
+def _chained(queues: Sequence[Blocks]) -> Blocks:
+    """Blocks of several queues, one after the other."""
+    return Blocks(chain.from_iterable(one.blocks for one in queues), sum(q.left for q in queues))
+
+
+def _task(
+    passes: Passes,
+    function: BlockFunction,
+    blocks: Sequence[BlockId],
+    then: Callable[[list[tasks.BlockResult]], None],
+    extra: Sequence[tuple[int, ...]] = (),
+    scales: Sequence[object] = (),
+) -> Task:
+    """Task of a function of some blocks; ``extra`` has more arguments of each."""
+    more = extra or [()] * len(blocks)
+    given = [(b.slab, b.block, *own) for b, own in zip(blocks, more, strict=True)]
+    args = function, [passes.shared[b.array] for b in blocks], given, list(scales)
+    return Task(tasks.run_batch, args, then, blocks, passes.nbytes_of(blocks))
+
+
+# --- two passes ----------------------------------------------------------------------------------
+
+
+def _two_passes(passes: Passes, function: BlockFunction | None, arrays: Sequence[int]) -> None:
+    """Sum the blocks of each slab, then run ``function`` of them; without it, count the slices."""
+    upcoming = _slabs(passes, function, arrays)
+    active: list[Slab] = []
+
+    def next_task() -> Task | None:
+        while True:
+            for slab in active:
+                if (task := slab.next_task()) is not None:
+                    return task
+            active[:] = [slab for slab in active if not slab.is_done]
+            # sums of many slices are held for one slab only
+            if not all(slab.is_small or slab.second for slab in active):
+                return None
+            following = next(upcoming, None) if len(active) < ACTIVE else None
+            if following is None:
+                return None
+            active.append(following)
+            following.advance()
+
+    passes.front.run(next_task)
+    passes.flush()
+
+
+def _slabs(passes: Passes, function: BlockFunction | None, arrays: Sequence[int]) -> Iterator[Slab]:
+    """Slabs of which anything is stored, up to those that are done."""
+    some = [k for k in arrays if passes.arrays[k].plan.blocks]
+    if passes.is_shared:
+        every: Iterator[Slab] = iter([Slab(passes, "all", some, None, function)] if some else [])
+    else:
+        every = (
+            Slab(passes, f"{k}-{slab}", [k], slab, function)
+            for k in some
+            for slab in range(passes.arrays[k].plan.slabs)
+        )
+    return (slab for slab in every if not slab.is_done)
+
+
+@dataclass(slots=True)
+class Slab:
+    """A slab whose blocks are summed in a first pass, and rescaled by their norms in a second.
+
+    Sums of few slices are sent to this process. Others stay where they are, on the workers of a
+    cluster, and are combined and saved there.
+    """
+
+    passes: Passes
+    name: str
+    arrays: Sequence[int]
+    """The array of the slab, or all that share one slice."""
+    number: int | None
+    """Number of the slab in its array; None for all blocks of arrays that share a slice."""
+    function: BlockFunction | None
+    """Second pass of a block; None if slices are only counted."""
+    is_done: bool = False
+    first: Blocks = field(init=False)
+    """Blocks that the first pass has left."""
+    second: Blocks | None = None
+    """Blocks that the second pass has left, once the norms are known."""
+    _under_way: int = 0
+    """Blocks of tasks."""
+    _parts: list[Any] = field(default_factory=list)
+    """Sums: those of all blocks that were combined, then those of some more."""
+    _added: int = 0
+    """Blocks whose sums are not combined yet."""
+    _has_total: bool = False
+    """Whether the first of the sums is that of all blocks before."""
+    _is_waiting: bool = False
+    """Whether sums are being combined, or the norms computed from them."""
+    _scales: dict[str, Any] = field(default_factory=dict)
+    """Scales by dtype, as arguments of tasks."""
+
+    def __post_init__(self) -> None:
+        passes, state = self.passes, self.passes.slabs.get(self.name, SlabState())
+        if state.is_counted and not (self.function and self._second_left(state.has_nan).left):
+            self.is_done = True
+            return
+        kept = passes.kept_sums(self.name, self.task.plan.state)
+        self._has_total = kept is not None
+        if kept is None:
+            for k in self.arrays:
+                passes.clear_summed(k, self.number)
+        else:
+            self._parts = [kept if self.is_small else passes.front.pool.share(kept)]
+        self.first = _chained([passes.left(k, SUMMED, self.number) for k in self.arrays])
+        self.is_done = not self.first.left and kept is None
+
+    @property
+    def task(self) -> ArrayTask:
+        """The first array."""
+        return self.passes.arrays[self.arrays[0]]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether sums are sent to this process."""
+        plan = self.task.plan
+        slices = math.prod(n for a, n in enumerate(plan.block) if a not in plan.axes)
+        return self.task.shared or slices * SUM_NBYTES <= SMALL_NBYTES
+
+    @property
+    def slab(self) -> int:
+        """Number of a slab that meets the slices."""
+        return self.number or 0
+
+    def next_task(self) -> Task | None:
+        """Task of some blocks, of the pass that it is in."""
+        front = self.passes.front
+        if self.second is not None:
+            blocks = front.take(self.second)
+            return self._rescaling(blocks) if blocks else None
+        if not self.is_small and self._under_way + self._added >= front.window:
+            return None
+        blocks = front.take(self.first)
+        return self._summing(blocks) if blocks else None
+
+    def _summing(self, blocks: Sequence[BlockId]) -> Task:
+        def then(part: Any) -> None:
+            self._under_way -= len(blocks)
+            self._added += len(blocks)
+            self._parts.append(part)
+            self.advance()
+
+        self._under_way += len(blocks)
+        given = [(block.slab, block.block) for block in blocks]
+        args = tasks.sum_block, [self.passes.shared[block.array] for block in blocks], given
+        nbytes = self.passes.nbytes_of(blocks)
+        return Task(tasks.sum_batch, args, then, blocks, nbytes, keeps=not self.is_small)
+
+    def _rescaling(self, blocks: Sequence[BlockId]) -> Task:
+        passes = self.passes
+
+        def then(found: list[tasks.BlockResult]) -> None:
+            self._under_way -= len(blocks)
+            passes.done(blocks, found, True)
+            if not self._under_way and not (self.second and self.second.left):
+                self._end()
+
+        self._under_way += len(blocks)
+        extra = [(int(passes.source_digests[passes.number(block)]),) for block in blocks]
+        scales = [self._scales[passes.arrays[b.array].source.dtype.str] for b in blocks]
+        assert self.function is not None
+        return _task(passes, self.function, blocks, then, extra, scales)
+
+    def advance(self) -> None:
+        """Combine sums where it is time; after the last ones, compute the norms."""
+        if self._is_waiting or self.second is not None or self.is_done:
+            return
+        is_last = not self.first.left and not self._under_way
+        if self._added and (is_last or 2 * self._added >= self.passes.front.window):
+            self._is_waiting = True
+            parts, self._parts, self._added = self._parts, [], 0
+            self._call(add_sums, parts, int(self._has_total), then=self._keep, keeps=True)
+        elif is_last:
+            self._is_waiting = True
+            self._scale()
+
+    def _call(
+        self, function: Callable[..., Any], *args: Any, then: Callable[[Any], None], keeps: bool
+    ) -> None:
+        """Call a function here if sums are small, else in a task."""
+        if self.is_small:
+            then(function(*args))
+        else:
+            self.passes.front.submit(Task(function, args, then, keeps=keeps))
+
+    def _keep(self, sums: Any) -> None:
+        """Save the sums of all blocks so far, if doing them again would take long."""
+        passes, name = self.passes, f"sums-{self.name}-{uuid4().hex[:8]}.npz"
+        blocks = sum(passes.slab_blocks(k, self.number) for k in self.arrays)
+        is_long = passes.keeps_sums or 2 * blocks >= passes.front.window
+        store = passes.journal.arrays if passes.journal and is_long else None
+
+        def then(digests: dict[tuple[int, int, int], int]) -> None:
+            passes.sum(self.name, digests, name if store else None)
+            self._is_waiting = False
+            self.advance()
+
+        self._parts.insert(0, sums)
+        self._has_total = True
+        self._call(keep_sums, sums, store, name, then=then, keeps=False)
+
+    def _scale(self) -> None:
+        """Compute the norms of the slices, count these, and begin the second pass."""
+        passes, (total,) = self.passes, self._parts
+        every = [passes.arrays[k] for k in self.arrays]
+        terms = sum(term_count(a.plan.shape, a.plan.axes, a.source.dtype) for a in every)
+        by_dtype = {passes.arrays[k].source.dtype.str: k for k in self.arrays}
+        made: dict[str, Any] = {}
+
+        def scaled(dtype: str, scale: Any) -> None:
+            made[dtype] = scale
+            if len(made) == len(by_dtype):
+                one = made[self.task.source.dtype.str]
+                self._call(
+                    tasks.count_scale, self._argument(self.arrays[0]), self.slab, one,
+                    then=partial(self._begin_second, made), keeps=False,
+                )  # fmt: skip
+
+        for dtype, k in by_dtype.items():
+            self._call(
+                tasks.scale_of, self._argument(k), self.slab, total, terms,
+                then=partial(scaled, dtype), keeps=True,
+            )  # fmt: skip
+
+    def _argument(self, array: int) -> Any:
+        """An array, as an argument of `_call`."""
+        return self.passes.arrays[array] if self.is_small else self.passes.shared[array]
+
+    def _begin_second(self, scales: dict[str, Any], found: tuple[SliceCounts, bool]) -> None:
+        counts, has_nan = found
+        self.passes.count(self.name, counts, has_nan)
+        self._is_waiting = False
+        self._parts = []
+        if self.function is not None:
+            share = self.passes.front.pool.share
+            self._scales = {k: share(s) for k, s in scales.items()} if self.is_small else scales
+            # NaN spreads to blocks of which nothing is stored
+            self.second = self._second_left(has_nan)
+        if self.second is None or not self.second.left:
+            self._end()
+
+    def _second_left(self, everything: bool) -> Blocks:
+        passes, order = self.passes, reversed(self.arrays)
+        return _chained(
+            [
+                passes.left(k, DONE, self.number, everything=everything, backwards=True)
+                for k in order
+            ]
+        )
+
+    def _end(self) -> None:
+        self.is_done = True
+        self.passes.forget(self.name)

@@ -1,0 +1,57 @@
+"""Exact sums of the blocks of a slab: combined, saved and loaded."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from daskclip.numerics import Partial, combine
+
+Array = npt.NDArray[Any]
+
+
+class ArrayFiles(Protocol):
+    """Where arrays are kept by name, for every process."""
+
+    def save(self, name: str, arrays: dict[str, Array]) -> None:
+        """Keep arrays."""
+
+    def load(self, name: str) -> dict[str, Array]:
+        """Arrays that were kept."""
+
+
+class Sums(NamedTuple):
+    """Result of the first pass for some blocks of a slab."""
+
+    partial: Partial
+    """Their exact sums."""
+    digests: dict[tuple[int, int, int], int]
+    """Digests of the values read, by number of the array, slab, and block in the slab."""
+    state: int
+    """Planned bytes of the sum of a slice; 0 for any number."""
+
+
+def add_sums(parts: Sequence[Sums], known: int = 0) -> Sums:
+    """Combine sums of different blocks of a slab; digests of the first ``known`` are left out."""
+    digests = {block: d for p in parts[known:] for block, d in p.digests.items()}
+    state = parts[0].state
+    return Sums(combine([p.partial for p in parts], max_nbytes=state), digests, state)
+
+
+def keep_sums(sums: Sums, arrays: ArrayFiles | None, name: str) -> dict[tuple[int, int, int], int]:
+    """Save sums, if there is a place for them, and return the digests of their blocks."""
+    if arrays is not None:
+        p = sums.partial
+        rest = np.array([p.low, p.terms])
+        arrays.save(
+            name, {"limbs": p.limbs, "flags": p.flags, "rest": rest, "ord": np.array(p.ord)}
+        )
+    return sums.digests
+
+
+def kept_sums(arrays: ArrayFiles, name: str, state: int) -> Sums:
+    """Sums that `keep_sums` has saved, without digests."""
+    kept = arrays.load(name)
+    (low, terms), ord = kept["rest"].tolist(), kept["ord"].item()
+    return Sums(Partial(kept["limbs"], low, kept["flags"], terms, ord), {}, state)

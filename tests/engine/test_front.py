@@ -1,0 +1,134 @@
+"""The rolling front: how many blocks are under way, and runs that other threads resume."""
+
+from threading import Lock
+
+import dask
+import numpy as np
+import pytest
+from reference import bits
+from sizes import resize
+from stores import create, least_memory, read, some, stored
+
+from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr, verify_zarr
+from daskclip.target.journal import Journal
+from daskclip.worker import LocalPool
+
+SHAPE, CHUNKS = (32, 48), (2, 8)
+
+
+@pytest.fixture
+def x(tmp_path, monkeypatch):
+    resize(
+        monkeypatch, block_nbytes=64, process_nbytes=0, thread_nbytes=0, slice_nbytes=0,
+        window_blocks=4, sum_nbytes=1,
+    )  # fmt: skip
+    return create(tmp_path / "x", some(SHAPE, "f4"), CHUNKS)
+
+
+@pytest.fixture
+def under_way(monkeypatch):
+    """Blocks under way at each submission, this one included."""
+    now, seen, lock, submit = [0], [], Lock(), LocalPool.submit
+
+    def counting(self, function, *args, **kwargs):
+        blocks = len(args[2]) if function.__name__.endswith("_batch") else 0
+        with lock:
+            now[0] += blocks
+            seen.append(now[0])
+        future = submit(self, function, *args, **kwargs)
+
+        def ended(_):
+            with lock:
+                now[0] -= blocks
+
+        future.add_done_callback(ended)
+        return future
+
+    monkeypatch.setattr(LocalPool, "submit", counting)
+    return seen
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("axes", [None, 0, 1, ()])
+def test_no_more_blocks_are_under_way_than_planned(x, tmp_path, under_way, threads, axes):
+    with dask.config.set(scheduler="threads", num_workers=threads):
+        memory = least_memory(x, axes)
+        plan = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+        report = clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0, axes))
+    # a task may have several blocks, and one is begun when there is any room
+    assert max(under_way) <= 2 * plan.window
+    assert report.bytes_read == plan.bytes_read
+
+
+def test_another_scheduler_of_dask_computes_the_blocks(x, tmp_path):
+    calls = []
+
+    def get(graph, keys, **kwargs):
+        calls.append(keys)
+        return dask.get(graph, keys, **kwargs)
+
+    with dask.config.set(scheduler=get, num_workers=2):
+        clip_zarr(x, tmp_path / "y", 1.0, 0, memory=least_memory(x, 0))
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0, 0))
+    assert len(calls) > 4
+
+
+@pytest.mark.parametrize("after", [1, 6])
+@pytest.mark.parametrize("axes", [None, 0, 1])
+def test_a_run_is_resumed_by_more_threads(x, tmp_path, monkeypatch, axes, after):
+    append, lines = Journal.append, []
+    with dask.config.set(scheduler="threads", num_workers=4):
+        memory = least_memory(x, axes)
+    clip_zarr(x, tmp_path / "wanted", 1.0, axes, memory=memory)
+
+    def stopping(self, entry):
+        append(self, entry)
+        lines.append(entry)
+        if len(lines) == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, dask.config.set(scheduler="threads", num_workers=1):
+        patch.setattr(Journal, "append", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+    done = {n for line in lines for n in getattr(line, "target", None) or ()}
+    with dask.config.set(scheduler="threads", num_workers=4):
+        report = clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+    assert stored(tmp_path / "y") == stored(tmp_path / "wanted")
+    verify_zarr(tmp_path / "y", x)
+    # what was journalled is not written again
+    block = read(x).nbytes // report.blocks
+    assert report.bytes_written <= read(x).nbytes - len(done) * block
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_records_in_any_order_are_one_run(x, tmp_path, monkeypatch, seed):
+    """Threads end in any order; stopped anywhere, again and again, the run is the same."""
+    generator = np.random.default_rng(seed)
+    axes = (None, 0, 1)[seed % 3]
+    wanted = bits(clip_by_norm(read(x), 1.0, axes))
+    with dask.config.set(scheduler="threads", num_workers=4):
+        memory = least_memory(x, axes)
+    append, left = Journal.append, [0]
+
+    def stopping(self, entry):
+        append(self, entry)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "append", stopping)
+    for _ in range(50):
+        left[0] = int(generator.integers(1, 60))
+        with dask.config.set(scheduler="threads", num_workers=int(generator.integers(1, 5))):
+            try:
+                report = clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+            except KeyboardInterrupt:
+                continue
+            break
+    monkeypatch.setattr(Journal, "append", append)
+    assert bits(read(tmp_path / "y")) == wanted
+    assert report.slices == stats_zarr(x, axes).slices
+    assert report.largest_norm == stats_zarr(x, axes).largest_norm
+    verify_zarr(tmp_path / "y", x)
