@@ -180,7 +180,6 @@ AT_IMPORT = {
     "DASK_NUM_WORKERS": "abc",
     "DASK_LOGGING": "5",
     "DASK_ARRAY": "5",
-    "DASK_ARRAY__QUERY_PLANNING": "abc",
     "ZARR_BUFFER__FOO": "1",
 }
 USED = {
