@@ -1,6 +1,11 @@
-"""Preload of workers: blocks that take a given time and do nothing."""
+"""Blocks that take a given time and do nothing: a preload of workers, which also notes the times.
 
+With NUMBER in the environment a process has so many workers in place of one.
+"""
+
+import asyncio
 import os
+import sys
 import time
 
 import numpy as np
@@ -10,9 +15,12 @@ from daskclip.worker import tasks
 
 SECONDS = float(os.environ.get("BLOCK_SECONDS", "0"))
 SUMS = partial_norm(np.ones((1, 1), "float32"), (0, 1))
+TIMES = []
+"""When each block of this process began."""
 
 
-def wait() -> None:
+def wait():
+    TIMES.append(time.time())
     if SECONDS:
         time.sleep(SECONDS)
 
@@ -32,6 +40,35 @@ def clip_nothing(task, slab, block):
     return tasks.BlockResult(0, SliceCounts.empty())
 
 
-def dask_setup(worker):
-    """Replace the functions of blocks in a worker, which preloads this."""
+def do_nothing():
+    """Replace the functions of blocks in this process."""
     tasks.sum_block, tasks.rescale_block, tasks.clip_slab = sum_nothing, write_nothing, clip_nothing
+
+
+def times():
+    """When the first block of this process began and when the last one ended."""
+    return (min(TIMES), max(TIMES) + SECONDS) if TIMES else None
+
+
+def dask_setup(worker):
+    do_nothing()
+
+
+async def run_workers(address, number, threads):
+    """Run workers of this process until the scheduler ends."""
+    from distributed import Worker
+
+    workers = [
+        Worker(address, nthreads=threads, memory_limit=0, dashboard=False) for _ in range(number)
+    ]
+    for some in range(0, number, 50):
+        await asyncio.gather(*workers[some : some + 50])
+    await asyncio.gather(*(worker.finished() for worker in workers))
+
+
+if __name__ == "__main__":
+    # under the name by which its functions are found
+    from tests.benchmarks import scale_blocks
+
+    scale_blocks.do_nothing()
+    asyncio.run(run_workers(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,211 @@
+"""How far clusters scale: `python -m tests.benchmarks.scale [--write] [--only "no-op"]`.
+
+A real scheduler, workers and a client, each a process, run blocks that do nothing or sleep, over an
+empty array; the operating system says what CPU each process takes. Then many workers in few
+processes, which only answer, and a run of a million blocks on threads.
+"""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Timer
+
+import dask
+import psutil
+import zarr
+from dask.distributed import Client
+
+from daskclip import clip_zarr, plan_zarr
+
+from . import scale_blocks
+from .contenders import THREADS
+from .tables import machine, options, write
+
+CHUNK = 2**22  # elements of a block of one chunk: 16 MiB
+FROZEN_S = 45
+PER_PROCESS = 250  # workers that one process simulates
+
+
+@dataclass(frozen=True)
+class Case:
+    """Workers and blocks of a run."""
+
+    workers: int
+    threads: int
+    blocks: int
+    seconds: float = 0
+    """Of a block."""
+    slow: int = 1
+    """How many times slower the last worker is."""
+    freezes: bool = False
+    """Whether the last worker is stopped in mid run."""
+    simulated: bool = False
+    """Whether many workers share a process."""
+
+    @property
+    def ideal(self):
+        """Seconds of both passes if all threads always had a block."""
+        threads = self.threads * (self.workers - 1 + 1 / self.slow)
+        return 2 * self.blocks * self.seconds / threads
+
+
+CASES = {
+    "no-op": Case(2, 16, 6400),
+    "80 ms": Case(2, 16, 3200, 0.08),
+    "one worker 5 times slower": Case(4, 4, 1536, 0.08, slow=5),
+    "none frozen": Case(4, 4, 1536, 0.08),
+    "one worker frozen for 45 s": Case(4, 4, 1536, 0.08, freezes=True),
+    "1 x 2 threads": Case(1, 2, 2000),
+    "10 workers": Case(10, 2, 10_000, simulated=True),
+    "100 workers": Case(100, 2, 20_000, simulated=True),
+    "1,000 workers": Case(1000, 2, 100_000, simulated=True),
+}
+
+
+@contextmanager
+def started(*command, **environment):
+    """Run a module of Python in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)], env=os.environ | environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def cluster(case, folder):
+    """Address of a scheduler, its process, and those of its workers."""
+    file = f"{folder}/scheduler.json"
+    with ExitStack() as stack:
+        scheduler = stack.enter_context(
+            started("distributed.cli.dask_scheduler", "--port", 0, "--no-dashboard",
+                    "--scheduler-file", file)
+        )  # fmt: skip
+        while not os.path.exists(file):
+            time.sleep(0.05)
+        address = json.loads(Path(file).read_text())["address"]
+        workers = []
+        if case.simulated:
+            left = case.workers
+            while left > 0:
+                number = min(left, PER_PROCESS)
+                command = "tests.benchmarks.scale_blocks", address, number, case.threads
+                workers.append(stack.enter_context(started(*command)))
+                left -= number
+        else:
+            for number in range(case.workers):
+                slow = case.slow if number == case.workers - 1 else 1
+                command = (
+                    "distributed.cli.dask_worker", address, "--nthreads", case.threads,
+                    "--no-nanny", "--no-dashboard", "--memory-limit", 0,
+                    "--preload", "tests.benchmarks.scale_blocks",
+                )  # fmt: skip
+                seconds = str(case.seconds * slow)
+                workers.append(stack.enter_context(started(*command, BLOCK_SECONDS=seconds)))
+        yield address, scheduler, workers
+
+
+def cpu(process):
+    """CPU seconds of a process so far."""
+    times = psutil.Process(process.pid).cpu_times()
+    return times.user + times.system
+
+
+def empty(path, blocks):
+    zarr.create_array(path, shape=(blocks, CHUNK), chunks=(1, CHUNK), dtype="float32", fill_value=1)
+    return path
+
+
+def run_client(address, blocks):
+    """Clip in this process; prints a line before, and one with the figures after."""
+    with tempfile.TemporaryDirectory() as folder, Client(address) as client:
+        source = empty(f"{folder}/x", blocks)
+        print("ready", flush=True)
+        before, began = time.process_time(), time.perf_counter()
+        clip_zarr(source, f"{folder}/y", 1.0, memory="4GiB")
+        took, used = time.perf_counter() - began, time.process_time() - before
+        print(json.dumps({"seconds": took, "client": used}), flush=True)
+        sys.stdin.readline()
+        # of workers that answer
+        found = client.run(scale_blocks.times, on_error="ignore").values()
+        ends = [pair for pair in found if isinstance(pair, list | tuple)]
+        print(json.dumps(max(last for _, last in ends) - min(first for first, _ in ends)))
+
+
+def run(case):
+    """Figures of one run of a case."""
+    with tempfile.TemporaryDirectory() as folder, cluster(case, folder) as (address, *processes):
+        scheduler, workers = processes
+        with Client(address) as client:
+            client.wait_for_workers(case.workers, timeout=300)
+        command = [sys.executable, "-m", "tests.benchmarks.scale", "client", address]
+        with subprocess.Popen(
+            [*command, str(case.blocks)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as child:
+            child.stdout.readline()
+            before = cpu(scheduler)
+            if case.freezes:
+                stop = Timer(case.ideal / 2, os.kill, (workers[-1].pid, signal.SIGSTOP))
+                wake = Timer(case.ideal / 2 + FROZEN_S, os.kill, (workers[-1].pid, signal.SIGCONT))
+                stop.start()
+                wake.start()
+            figures = json.loads(child.stdout.readline())
+            figures["scheduler"] = cpu(scheduler) - before
+            figures["memory"] = psutil.Process(scheduler.pid).memory_info().rss
+            if case.freezes:
+                stop.join()
+                wake.join()
+            child.stdin.write("\n")
+            child.stdin.flush()
+            if not case.simulated:
+                figures["span"] = json.loads(child.stdout.readline())
+            child.kill()
+    return figures
+
+
+def run_threads(blocks):
+    """Seconds, CPU seconds and memory of blocks that do nothing on threads of this process."""
+    scale_blocks.do_nothing()
+    with tempfile.TemporaryDirectory() as folder:
+        source = empty(f"{folder}/x", blocks)
+        clip = 1.0, None
+        plan_zarr(source, f"{folder}/y", *clip)
+        process = psutil.Process()
+        before, began = process.memory_info().rss, time.perf_counter()
+        with dask.config.set(scheduler="threads", num_workers=THREADS):
+            clip_zarr(source, f"{folder}/y", *clip)
+        took = time.perf_counter() - began
+        highest = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    print(json.dumps({"seconds": took, "memory": highest - before}))
+
+
+def main(arguments):
+    if arguments[:1] == ["client"]:
+        run_client(arguments[1], int(arguments[2]))
+        return
+    if arguments[:1] == ["threads"]:
+        run_threads(int(arguments[1]))
+        return
+    chosen = options(__doc__, arguments)
+    names = [n for n in CASES if not chosen.only or any(part in n for part in chosen.only)]
+    found = {name: [] for name in names}
+    for repetition in range(chosen.repeat):
+        for name in names:
+            found[name].append(run(CASES[name]))
+            print(repetition, name, found[name][-1], file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
