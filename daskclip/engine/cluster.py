@@ -48,6 +48,7 @@ WRITING = ("daskclip", "zarr", "numcodecs")  # what the bytes that are stored de
 PACKAGES = (*WRITING, "numpy", "dask", "distributed")
 LOG_WAIT_S = 60.0  # between two lines of the log while no worker is there
 PROBE_S = 60.0  # that a worker has to say what it has
+LOOK_S = 0.2  # that workers have before it is asked which ones are silent
 SILENT_S = 3.0  # after the last sign of life of another worker
 R = TypeVar("R")
 log = logging.getLogger("daskclip")
@@ -343,12 +344,13 @@ def _everywhere(
         return {str(os.getpid()): function()}
     from distributed.protocol import pickle
 
-    until, look = time.monotonic() + seconds, time.monotonic() + 1
+    until, look = time.monotonic() + seconds, time.monotonic() + LOOK_S
     # the priority puts it before the tasks that workers have
     options = {"pure": False, "priority": 1000}
     # loaded inside a task, since a worker that cannot load a task closes and does not say why
     load = pickle.loads, pickle.dumps(_Calling(function))
-    calls = {w: client.submit(*load, workers=[w], **options) for w in client.nthreads()}
+    with dask.annotate(resources={}):  # those that blocks need are none of its business
+        calls = {w: client.submit(*load, workers=[w], **options) for w in client.nthreads()}
     results = {}
     for worker, call in calls.items():
         try:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from daskclip.engine.cluster import translating_cluster_errors
@@ -21,10 +22,11 @@ from daskclip.worker import ArrayTask, Pool
 
 TASKS = 2  # tasks under way for each thread: the next one is there when one ends
 MAX_BLOCKS_PER_TASK = 16  # small blocks that one task does although none has been timed yet
-TASK_S = 1.0  # seconds that a task on a cluster should take
 SCHEDULER_S = 0.0015  # seconds that the scheduler and the client have for each task
-LATE, VERY_LATE = 2, 10  # times the usual seconds: where threads are idle, and where none is
-LATE_S = 0.5  # and so many seconds more
+SHARE = 0.05  # of their time that tasks should take, unless these would take longer than
+TASK_S = 1.0  # seconds
+LATE, VERY_LATE = 1.25, 10  # times the usual seconds: where threads are idle, and where none is
+LATE_S = 0.25  # and so many seconds more
 COPIES = 3  # workers that a late task is given to, at most
 
 
@@ -85,48 +87,64 @@ class Front:
         self.window = window
         """Blocks under way, at most."""
         self._task_nbytes = task_nbytes
+        self._new: list[Task] = []
         self._tasks: dict[Any, Task] = {}
         self._blocks = 0
-        self._is_idle = False
         self._done_nbytes = 0
         self._began = self._ended = time.monotonic()
 
     def run(self, next_task: Callable[[], Task | None]) -> None:
         """Run tasks until there are none: neither given by ``next_task`` nor under way."""
         while True:
-            self._is_idle = False
-            while self._has_room():
-                task = next_task()
-                if task is None:
-                    self._is_idle = True
-                    break
-                self.submit(task)
+            is_idle = not self._fill(next_task)
+            new, self._new = self._new, []
+            for _, some in groupby(new, key=attrgetter("function")):
+                self._begin([*some])
             if not self._tasks:
                 return
-            self._wait()
+            ended = self._wait()
+            # until some have ended nobody knows what is late
+            if self.pool.is_cluster and self._done_nbytes and (is_idle or not ended):
+                self._repeat_late(LATE if is_idle else VERY_LATE)
+
+    def _fill(self, next_task: Callable[[], Task | None]) -> bool:
+        """Take tasks until no more may be under way; False if there are not as many."""
+        while self._has_room():
+            task = next_task()
+            if task is None:
+                return False
+            self.submit(task)
+        return True
 
     def take(self, blocks: Blocks) -> list[BlockId]:
         """Blocks for one task."""
-        tasks = TASKS * self._threads
+        threads = self._threads
         # fewer and fewer towards the end, so that all threads end together
-        most = min(ceil_div(blocks.left, tasks), self.window // tasks)
+        most = min(ceil_div(blocks.left, threads), self.window // (TASKS * threads))
         nbytes = float(self._task_nbytes)
         if not self.pool.is_cluster:
             most = min(most, MAX_BLOCKS_PER_TASK)
         elif self._done_nbytes:
-            seconds = max(TASK_S, self._threads * SCHEDULER_S)
+            # longer where there are many threads, so that the scheduler keeps up with them
+            every = threads * SCHEDULER_S
+            seconds = max(min(TASK_S, every / SHARE), every)
             nbytes = max(nbytes, seconds / self._seconds(1))
         return blocks.take(self._arrays, nbytes, max(1, most))
 
     def submit(self, task: Task) -> None:
-        """Begin a task, or repeat it on other workers."""
-        task.began = time.monotonic()
-        if not task.futures:
-            self._blocks += len(task.blocks)
+        """Let a task begin."""
+        self._new.append(task)
+        self._blocks += len(task.blocks)
+
+    def _begin(self, tasks: Sequence[Task], avoid: Sequence[Any] = ()) -> None:
+        """Begin tasks of one function, on other workers than those of the futures in ``avoid``."""
         with translating_cluster_errors(self._block_of):
-            future = self.pool.submit(task.function, *task.args, avoid=task.futures)
-        task.futures.append(future)
-        self._tasks[future] = task
+            calls = [task.args for task in tasks]
+            futures = self.pool.submit(tasks[0].function, calls, avoid)
+        for task, future in zip(tasks, futures, strict=True):
+            task.began = time.monotonic()
+            task.futures.append(future)
+            self._tasks[future] = task
 
     def cancel(self) -> None:
         """Let go of all tasks."""
@@ -140,7 +158,7 @@ class Front:
 
     def _has_room(self) -> bool:
         """Whether another task keeps within the limits."""
-        tasks, most = len(self._tasks), TASKS * self._threads
+        tasks, most = len(self._tasks) + len(self._new), TASKS * self._threads
         return not tasks or (self._blocks < self.window and tasks < most)
 
     def _seconds(self, nbytes: float) -> float:
@@ -149,25 +167,17 @@ class Front:
         taken = (self._ended - self._began) * self._threads
         return nbytes * taken / max(1, self._done_nbytes)
 
-    def _wait(self) -> None:
-        """Wait until tasks end, and go on from their results."""
+    def _wait(self) -> bool:
+        """Wait until tasks end, and go on from their results; False if none has ended in time."""
         with translating_cluster_errors(self._block_of):
-            ended = self.pool.finished(self._tasks, LATE_S)
-            # of a repeated task, one future is enough
-            first = {self._tasks[future]: future for future in reversed(ended)}
-            for task, future in first.items():
-                if task.keeps:
-                    self.pool.require(future)
-            values = self.pool.results([f for task, f in first.items() if not task.keeps])
-        for task, future in reversed(first.items()):
-            if task.keeps or future in values:
+            pending = {future: task.keeps for future, task in self._tasks.items()}
+            ended = self.pool.ended(pending, LATE_S)
+        for future, value in ended.items():
+            # of a repeated task, one result is enough
+            if (task := self._tasks.get(future)) is not None:
                 self._forget(task, future)
-                task.then(values.get(future, future))
-            else:  # its worker does not answer
-                del self._tasks[future]
-                self.submit(task)
-        if self.pool.is_cluster and (self._is_idle or not ended):
-            self._repeat_late()
+                task.then(value)
+        return bool(ended)
 
     def _block_of(self, key: object) -> str:
         """Name of the first block of a task, given the key of its future."""
@@ -186,10 +196,12 @@ class Front:
             self._tasks.pop(future, None)
         self.pool.cancel(f for f in task.futures if f is not ended)
 
-    def _repeat_late(self) -> None:
-        """Give tasks that take far longer than others to other workers too."""
-        times = LATE if self._is_idle else VERY_LATE
-        for task in list(dict.fromkeys(self._tasks.values())):
-            limit = LATE_S + times * TASKS * self._seconds(task.nbytes)
+    def _repeat_late(self, times: float) -> None:
+        """Give tasks that take so many times as long as others to other workers too."""
+        under_way = list(dict.fromkeys(self._tasks.values()))
+        # what a thread has, on average, may come before a task
+        before = sum(task.nbytes for task in under_way) / self._threads
+        for task in under_way:
+            limit = LATE_S + times * self._seconds(before + task.nbytes)
             if time.monotonic() - task.began > limit and len(task.futures) < COPIES:
-                self.submit(task)
+                self._begin([task], task.futures)

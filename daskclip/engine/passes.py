@@ -7,6 +7,7 @@ what is done, and what is left is run again.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -166,8 +167,8 @@ class Passes:
         if has_stored is None:
             return 0
         plan = array.plan
-        each = plan.blocks // plan.slabs
-        present = (plan.nbytes_of(*divmod(int(n), each)) for n in np.flatnonzero(has_stored))
+        numbers = np.flatnonzero(has_stored)
+        present = (plan.nbytes_of(*divmod(int(n), plan.slab_blocks)) for n in numbers)
         return (plan.nbytes - sum(present)) * min(plan.passes, self.progress.passes)
 
     @property
@@ -196,9 +197,9 @@ class Passes:
 
     def block(self, number: int) -> BlockId:
         """The block of a number."""
-        array = int(np.searchsorted(self._first, number, side="right")) - 1
+        array = bisect_right(self._first, number) - 1
         plan = self.arrays[array].plan
-        return BlockId(array, *divmod(number - self._first[array], plan.blocks // plan.slabs))
+        return BlockId(array, *divmod(number - self._first[array], plan.slab_blocks))
 
     def left(
         self,
@@ -225,7 +226,7 @@ class Passes:
             Whether the last block comes first.
         """
         plan, first = self.arrays[array].plan, self._first[array]
-        each = plan.blocks // plan.slabs if plan.blocks else 0
+        each = plan.slab_blocks
         start, stop = (0, plan.blocks) if slab is None else (slab * each, slab * each + each)
         stored = None if everything else self.has_stored[array]
         state = self.state[first:]
@@ -255,7 +256,7 @@ class Passes:
     def slab_blocks(self, array: int, slab: int | None) -> int:
         """Number of blocks of a slab of an array, or of all."""
         plan = self.arrays[array].plan
-        return plan.blocks if slab is None else plan.blocks // plan.slabs
+        return plan.blocks if slab is None else plan.slab_blocks
 
     def kept_sums(self, slab: str, state: int) -> Sums | None:
         """Sums of a slab that an earlier attempt, or another run, has kept."""

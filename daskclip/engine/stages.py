@@ -24,7 +24,7 @@ from daskclip.engine.passes import DONE, SUMMED, WRITTEN, Passes, SlabState
 from daskclip.numerics import SliceCounts, term_count
 from daskclip.worker import ArrayTask, add_sums, keep_sums, tasks
 
-SMALL_NBYTES = 1 << 16  # bytes of sums up to which they are sent to this process
+SUMS_NBYTES = 32 << 20  # of a window that are sent to this process, at most
 SUM_NBYTES = 80  # of a slice, usually
 ACTIVE = 1000  # slabs that are begun and not ended, at most
 Digests = npt.NDArray[np.unsignedinteger[Any]]
@@ -212,7 +212,8 @@ class Slab:
         """Whether sums are sent to this process."""
         plan = self.task.plan
         slices = math.prod(n for a, n in enumerate(plan.block) if a not in plan.axes)
-        return self.task.shared or slices * SUM_NBYTES <= SMALL_NBYTES
+        nbytes = slices * SUM_NBYTES * self.passes.front.window
+        return self.task.shared or nbytes <= SUMS_NBYTES
 
     @property
     def slab(self) -> int:

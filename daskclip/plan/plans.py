@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
-from daskclip.grid import Box, box_at, box_shape, grid_shape
+from daskclip.grid import Box, box_at, grid_shape
 from daskclip.report import as_text, format_axes, format_size, fragment
 
 
@@ -83,6 +83,11 @@ class ClipPlan:
         return math.prod(self.grid)
 
     @property
+    def slab_blocks(self) -> int:
+        """Number of blocks of a slab."""
+        return _grid(self.shape, self.block, self.axes)[2]
+
+    @property
     def slices(self) -> int:
         """Number of slices."""
         return math.prod(self.kept.values())
@@ -131,11 +136,15 @@ class ClipPlan:
 
     def number(self, slab: int, block: int) -> int:
         """Number of a block of a slab among all blocks of the array."""
-        return slab * (self.blocks // self.slabs) + block
+        return slab * self.slab_blocks + block
 
     def nbytes_of(self, slab: int, block: int) -> int:
         """Bytes of a block, decoded."""
-        return math.prod(box_shape(self.region(slab, block))) * self.itemsize
+        grid, strides, slab_blocks = _grid(self.shape, self.block, self.axes)
+        number, size = slab * slab_blocks + block, self.itemsize
+        for stride, n, side, end in zip(strides, grid, self.block, self.shape, strict=True):
+            size *= min(side, end - number // stride % n * side)
+        return size
 
     @property
     def block_strides(self) -> tuple[int, ...]:
@@ -146,15 +155,15 @@ class ClipPlan:
 @cache
 def _grid(
     shape: tuple[int, ...], block: tuple[int, ...], axes: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Number of blocks along each axis, and strides of their numbers."""
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Number of blocks along each axis, strides of their numbers, and blocks of a slab."""
     # reduced axes first: the numbers of the blocks of a slab then follow one another, and a number
     # can be split into those of the slab and of the block in it
     grid, strides, stride = grid_shape(shape, block), [0] * len(shape), 1
     for a in sorted(range(len(grid)), key=lambda a: (a not in axes, -a)):
         strides[a] = stride
         stride *= grid[a]
-    return grid, tuple(strides)
+    return grid, tuple(strides), math.prod(grid[a] for a in axes)
 
 
 class _Over:

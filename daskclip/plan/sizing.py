@@ -30,8 +30,10 @@ class Sizing:
     """Bytes a thread needs beside its block: arithmetic, pages to write from, the allocator."""
     slice_nbytes: int = 36
     """Bytes of the limit, norm, factor, flags and counters of a slice."""
-    window_blocks: int = 16
-    """Blocks under way at a time for each thread."""
+    window_blocks: int = 64
+    """Blocks under way at a time for each thread, if their sums are small."""
+    window_sums: int = 16
+    """Blocks under way at a time for each thread, if the sums of more would be large."""
     usual_sum_nbytes: int = 80
     """Bytes that hold the exact sum of a slice unless its values span 10**80."""
     sum_nbytes: int | None = None
@@ -134,9 +136,13 @@ class MemoryModel:
 
     def window(self, block: Shape, threads: int) -> int:
         """Blocks under way in one process: fewer where their sums leave little memory."""
-        most = self.machine.sizing.window_blocks * threads
+        sizing = self.machine.sizing
+        most = sizing.window_blocks * threads
         if self.is_whole(block):
             return most
+        # more than a few for each thread only if all take no more than a block
+        few = max(sizing.window_sums * threads, sizing.block_nbytes // max(1, self.sums(block)))
+        most = min(most, few)
         left = self.machine.memory - self.base(block, threads)
         # fewer blocks than threads would leave threads idle: then the plan does not fit
         return max(threads, min(most, left // max(1, self.sums(block)) - 1))

@@ -6,12 +6,14 @@ its result: on a cluster that stays on the workers.
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
@@ -20,9 +22,13 @@ from uuid import uuid4
 from daskclip.worker.context import unpacked
 
 SHORTEST, LONGEST = 0.001, 0.05  # seconds between two looks at the futures of a cluster
+TOGETHER = 16  # parts of the calls under way whose results are fetched together
 COUNT_INTERVAL_S = 1.0  # between two questions for the number of threads
 PACKED_NBYTES = 1 << 15  # of a value that is sent with each call
-ANSWER_S = 3.0  # within which a worker has to answer that has a result
+ANSWER_S = 1.0  # after which results are fetched one by one
+Function = Callable[..., Any]
+Calls = Sequence[tuple[Any, ...]]
+"""Arguments of calls."""
 
 
 class Pool(Protocol):
@@ -38,17 +44,18 @@ class Pool(Protocol):
     def share(self, value: object) -> Any:
         """Argument for many calls that is sent to each process once."""
 
-    def submit(self, function: Callable[..., Any], *args: Any, avoid: Collection[Any] = ()) -> Any:
-        """Future of a call; on other workers than the futures of the same call in ``avoid``."""
+    def submit(self, function: Function, calls: Calls, avoid: Collection[Any] = ()) -> list[Any]:
+        """Futures of calls of a function, given the arguments of each.
 
-    def finished(self, pending: Iterable[Any], seconds: float) -> list[Any]:
-        """Futures that have ended, waited for so long at most."""
+        They run on other workers than the futures of the same calls in ``avoid``.
+        """
 
-    def results(self, futures: Sequence[Any]) -> dict[Any, Any]:
-        """Results of futures that have ended, where they answer; raises what one has raised."""
+    def ended(self, pending: Mapping[Any, bool], seconds: float) -> dict[Any, Any]:
+        """Results of futures that have ended, waited for so long at most.
 
-    def require(self, future: Any) -> None:
-        """Raise what a future that has ended has raised; its result stays where it is."""
+        Of futures with True, the result stays where it is, and the future stands for it. Raises
+        what a call has raised.
+        """
 
     def cancel(self, futures: Iterable[Any]) -> None:
         """Let go of futures; calls that have not begun need not run."""
@@ -69,29 +76,24 @@ class LocalPool:
         return value
 
     def submit(
-        self, function: Callable[..., Any], *args: Any, avoid: Collection[Any] = ()
-    ) -> Future[Any]:
-        """Future of a call, whose arguments may be futures that have ended, or lists of them."""
-        future = self._executor.submit(function, *map(_resolved, args))
-        future.add_done_callback(self._ended.put)
-        return future
+        self, function: Function, calls: Calls, avoid: Collection[Any] = ()
+    ) -> list[Future[Any]]:
+        """Futures of calls, whose arguments may be futures that have ended, or lists of them."""
+        futures = [self._executor.submit(function, *map(_resolved, args)) for args in calls]
+        for future in futures:
+            future.add_done_callback(self._ended.put)
+        return futures
 
-    def finished(self, pending: Iterable[Any], seconds: float) -> list[Future[Any]]:
-        """Futures that have ended since the last call."""
+    def ended(self, pending: Mapping[Future[Any], bool], seconds: float) -> dict[Future[Any], Any]:
+        """Results of futures that have ended since the last call."""
         found = []
         with suppress(Empty):
             found.append(self._ended.get(timeout=seconds))
             while True:
                 found.append(self._ended.get_nowait())
-        return found
-
-    def results(self, futures: Sequence[Future[Any]]) -> dict[Any, Any]:
-        """Results; raises what one of the calls has raised."""
-        return {future: future.result() for future in futures}
-
-    def require(self, future: Future[Any]) -> None:
-        """Raise what a call has raised."""
-        future.result()
+        # all are looked at: one may have raised
+        results = {future: future.result() for future in found}
+        return {future: future if pending[future] else value for future, value in results.items()}
 
     def cancel(self, futures: Iterable[Future[Any]]) -> None:
         """Cancel calls that have not begun."""
@@ -111,6 +113,15 @@ class SchedulerExecutor(ThreadPoolExecutor):
         return super().submit(self._get, {"call": (partial(fn, *args, **kwargs),)}, "call")
 
 
+@dataclass(slots=True)
+class Fetch:
+    """Results that are on their way to this process."""
+
+    futures: list[Any]
+    results: Future[list[Any]]
+    began: float = field(default_factory=time.monotonic)
+
+
 class ClusterPool:
     """The workers of a Dask cluster, by a distributed Client."""
 
@@ -121,6 +132,8 @@ class ClusterPool:
         self._name = uuid4().hex
         self._number = 0
         self._threads, self._counted = 1, 0.0
+        self._fetches: list[Fetch] = []
+        self._fetched = 0.0
 
     @property
     def threads(self) -> int:
@@ -133,18 +146,24 @@ class ClusterPool:
     def share(self, value: object) -> Any:
         """Argument that has the value on a worker: its pickle, or a future if that is large."""
         data = pickle.dumps(value)
-        # not always a future: workers would fetch it from the one that has it for each call
-        return Packed(data) if len(data) <= PACKED_NBYTES else self.submit(Shared(value))
+        if len(data) <= PACKED_NBYTES:
+            # not a future: workers would fetch it from the one that has it for each call
+            return Packed(data)
+        return self._client.submit(Shared(value), key=self._key("share"), pure=False)
 
-    def submit(self, function: Callable[..., Any], *args: Any, avoid: Collection[Any] = ()) -> Any:
-        """Future of a call; earlier calls come first."""
-        self._number += 1
-        name = getattr(function, "__name__", "share")
-        others = self._others(avoid) if avoid else None
-        return self._client.submit(
-            function, *args, key=f"{name}-{self._name}-{self._number}", pure=False,
-            priority=-self._number, workers=others,
+    def submit(self, function: Function, calls: Calls, avoid: Collection[Any] = ()) -> list[Any]:
+        """Futures of calls; those submitted before come first."""
+        keys = [self._key(function.__name__) for _ in calls]
+        # one message, since each costs as much as several calls
+        futures: list[Any] = self._client.map(
+            function, *zip(*calls, strict=True), key=keys, pure=False, priority=-self._number,
+            workers=self._others(avoid) if avoid else None,
         )  # fmt: skip
+        return futures
+
+    def _key(self, name: str) -> str:
+        self._number += 1
+        return f"{name}-{self._name}-{self._number}"
 
     def _others(self, futures: Collection[Any]) -> list[str] | None:
         """Addresses of the workers that do not have one of the futures; None if all do."""
@@ -153,40 +172,58 @@ class ClusterPool:
         busy = {worker for worker, calls in running.items() if keys & {*calls}}
         return [worker for worker in self._client.nthreads() if worker not in busy] or None
 
-    def finished(self, pending: Iterable[Any], seconds: float) -> list[Any]:
-        """Futures that have ended."""
+    def ended(self, pending: Mapping[Any, bool], seconds: float) -> dict[Any, Any]:
+        """Results that have arrived; what has ended is fetched."""
         until, delay = time.monotonic() + seconds, SHORTEST
-        while not (found := [f for f in pending if f.status not in ("pending", "lost")]):
-            if time.monotonic() >= until:
-                break
+        while not (found := self._arrived(pending)) and time.monotonic() < until:
             time.sleep(delay)
             delay = min(2 * delay, LONGEST)
         return found
 
-    def results(self, futures: Sequence[Any]) -> dict[Any, Any]:
-        """Results, fetched together; without those of workers that do not answer."""
-        found = self._gathered(futures)
-        if found is None:  # one that does not answer holds up all: the others by themselves
-            each = ((f, self._gathered([f])) for f in futures) if len(futures) > 1 else ()
-            return {f: values[0] for f, values in each if values is not None}
-        return dict(zip(futures, found, strict=True))
+    def _arrived(self, pending: Mapping[Any, bool]) -> dict[Any, Any]:
+        asked = {future for fetch in self._fetches for future in fetch.futures}
+        ready = [f for f in pending if f.status not in ("pending", "lost") and f not in asked]
+        for future in ready:
+            if future.status != "finished":
+                future.result()
+        wanted = [future for future in ready if not pending[future]]
+        # some at a time where many are under way: each time costs as much as a task
+        waited = time.monotonic() - self._fetched > LONGEST
+        if wanted and (waited or len(wanted) > len(pending) // TOGETHER):
+            self._fetch(wanted)
+        found = {future: future for future in ready if pending[future]}
+        fetches, self._fetches = self._fetches, []
+        for fetch in fetches:
+            found |= self._result(fetch, pending)
+        return found
 
-    def _gathered(self, futures: Sequence[Any]) -> list[Any] | None:
-        gather = partial(self._client.gather, list(futures), asynchronous=True)
-        try:
-            return list(self._client.sync(gather, callback_timeout=ANSWER_S))
-        except TimeoutError:
-            return None
-        except UnboundLocalError as error:
-            # the wait is cancelled now and then, though no task was
-            if not wait_was_cancelled(error):
-                raise
-            return None
+    def _fetch(self, futures: list[Any]) -> None:
+        """Begin to fetch results together; the loop of the client goes on with it."""
+        results = asyncio.run_coroutine_threadsafe(
+            self._client.gather(futures, asynchronous=True), self._client.loop.asyncio_loop
+        )
+        self._fetches.append(Fetch(futures, results))
+        self._fetched = time.monotonic()
 
-    def require(self, future: Any) -> None:
-        """Raise what a call has raised."""
-        if future.status != "finished":
-            future.result()
+    def _result(self, fetch: Fetch, pending: Mapping[Any, bool]) -> dict[Any, Any]:
+        """Results of a fetch that has ended; else it goes on, with what is still wanted."""
+        wanted = [future for future in fetch.futures if future in pending]
+        if fetch.results.done():
+            error = fetch.results.exception()
+            if error is None:
+                values = dict(zip(fetch.futures, fetch.results.result(), strict=True))
+                return {future: values[future] for future in wanted}
+            # the wait is cancelled now and then, and where one of the futures was let go of
+            if len(wanted) == len(fetch.futures) and not wait_was_cancelled(error):
+                raise error
+        elif wanted and (len(wanted) == 1 or time.monotonic() - fetch.began < ANSWER_S):
+            self._fetches.append(fetch)
+            return {}
+        # a worker that does not answer holds up the results of others
+        fetch.results.cancel()
+        for future in wanted:
+            self._fetch([future])
+        return {}
 
     def cancel(self, futures: Iterable[Any]) -> None:
         """Let go of futures: a call whose future nobody holds is forgotten by the scheduler."""

@@ -92,27 +92,31 @@ def run_batch(
     -------
     list of BlockResult
     """
-    first = tasks[0]
+    first, results = tasks[0], []
     # functions of one pass take no scale
     extra: Sequence[tuple[Scale, ...]] = [(scale,) for scale in scales] or [()] * len(tasks)
-    with PROCESS.running_block(first.attempt_id):
-        results = [
-            function(task, slab, block, *scale, *expected)
-            for task, (slab, block, *expected), scale in zip(tasks, blocks, extra, strict=True)
-        ]
-        # once for the batch: each call waits for what all threads have written until then
-        if first.staged and any(result.digest is not None for result in results):
-            with translating_storage_errors(f"writing {first.target}"):
-                durable.sync_filesystem(Path(first.staged))
-        return results
+    for task, (slab, block, *expected), scale in zip(tasks, blocks, extra, strict=True):
+        with PROCESS.running_block(first.attempt_id):
+            results.append(function(task, slab, block, *scale, *expected))
+    # once for the batch: each call waits for what all threads have written until then
+    if first.staged and any(result.digest is not None for result in results):
+        with (
+            PROCESS.running_block(first.attempt_id),
+            translating_storage_errors(f"writing {first.target}"),
+        ):
+            durable.sync_filesystem(Path(first.staged))
+    return results
 
 
 def sum_batch(
     function: Callable[..., Sums], tasks: Sequence[ArrayTask], blocks: Sequence[tuple[int, ...]]
 ) -> Sums:
     """Run `sum_block` on some blocks of a slab, and combine their sums; see `run_batch`."""
-    with PROCESS.running_block(tasks[0].attempt_id):
-        return add_sums([function(task, *at) for task, at in zip(tasks, blocks, strict=True)])
+    parts = []
+    for task, at in zip(tasks, blocks, strict=True):
+        with PROCESS.running_block(task.attempt_id):
+            parts.append(function(task, *at))
+    return add_sums(parts)
 
 
 def sum_block(task: ArrayTask, slab: int, block: int) -> Sums:

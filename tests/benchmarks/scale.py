@@ -31,6 +31,7 @@ from .tables import machine, options, write
 
 CHUNK = 2**22  # elements of a block of one chunk: 16 MiB
 FROZEN_S = 45
+MEMORY = "4GiB"
 PER_PROCESS = 250  # workers that one process simulates
 
 
@@ -131,10 +132,12 @@ def empty(path, blocks):
 def run_client(address, blocks):
     """Clip in this process; prints a line before, and one with the figures after."""
     with tempfile.TemporaryDirectory() as folder, Client(address) as client:
+        # the scheduler imports the package when it has the first task
+        clip_zarr(empty(f"{folder}/one", 1), f"{folder}/made", 1.0, memory=MEMORY)
         source = empty(f"{folder}/x", blocks)
         print("ready", flush=True)
         before, began = time.process_time(), time.perf_counter()
-        clip_zarr(source, f"{folder}/y", 1.0, memory="4GiB")
+        clip_zarr(source, f"{folder}/y", 1.0, memory=MEMORY)
         took, used = time.perf_counter() - began, time.process_time() - before
         print(json.dumps({"seconds": took, "client": used}), flush=True)
         sys.stdin.readline()

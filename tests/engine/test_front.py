@@ -30,19 +30,20 @@ def under_way(monkeypatch):
     """Blocks under way at each submission, this one included."""
     now, seen, lock, submit = [0], [], Lock(), LocalPool.submit
 
-    def counting(self, function, *args, **kwargs):
-        blocks = len(args[2]) if function.__name__.endswith("_batch") else 0
+    def counting(self, function, calls, avoid=()):
+        taken = [len(args[2]) if function.__name__.endswith("_batch") else 0 for args in calls]
         with lock:
-            now[0] += blocks
+            now[0] += sum(taken)
             seen.append(now[0])
-        future = submit(self, function, *args, **kwargs)
 
-        def ended(_):
+        def ended(blocks):
             with lock:
                 now[0] -= blocks
 
-        future.add_done_callback(ended)
-        return future
+        futures = submit(self, function, calls, avoid)
+        for future, blocks in zip(futures, taken, strict=True):
+            future.add_done_callback(lambda _, blocks=blocks: ended(blocks))
+        return futures
 
     monkeypatch.setattr(LocalPool, "submit", counting)
     return seen
