@@ -98,6 +98,14 @@ def _is_integer(axis: object) -> TypeGuard[int]:
     return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
 
 
+def axes_from_text(axes: str | None) -> list[int] | None:
+    """Axes as the command line has them."""
+    try:
+        return None if axes is None else [int(a) for a in axes.split(",") if a.strip()]
+    except ValueError:
+        raise InvalidValueError(f"axes {axes!r} is not a list of integers; write 0,2") from None
+
+
 def parse_dim(dim: Dim, known: Sequence[Hashable]) -> list[Any]:
     """Names in ``dim``, which must be in ``known``; None and ``...`` mean all names.
 
@@ -119,6 +127,11 @@ def parse_dim(dim: Dim, known: Sequence[Hashable]) -> list[Any]:
             twice = f"names {short_repr(name)} twice; give it once"
             raise InvalidValueError.about("dim", dim, twice)
     return names
+
+
+def dim_from_text(dim: str | None) -> list[str] | None:
+    """Names of dimensions as the command line has them."""
+    return None if dim is None else [name.strip() for name in dim.split(",") if name.strip()]
 
 
 def axes_named(dim: Dim, names: Sequence[Hashable] | None, axes: Axes) -> Axes:

@@ -27,6 +27,7 @@ except Exception as error:  # Dask and zarr read their settings when they are im
     click.echo(f"daskclip: a package cannot be imported ({why}); check its settings", err=True)
     sys.exit(getattr(error, "exit_code", 3))
 
+from daskclip.arguments import axes_from_text, dim_from_text
 from daskclip.errors import DaskClipError, InvalidValueError, error_text, short_repr
 from daskclip.report import as_document, as_page, as_text, output
 
@@ -311,7 +312,8 @@ def _call(function: Callable[..., Any], **options: Any) -> None:
                 raise InvalidValueError(f"folder {folder} of the report does not exist; create it")
         if html is not None and function is not stats_zarr:
             options["pictures"] = True
-        options["axes"], options["dim"] = _parse_axes(options["axes"]), _parse_dim(options["dim"])
+        options["axes"] = axes_from_text(options["axes"])
+        options["dim"] = dim_from_text(options["dim"])
         result = function(**options | {"ord": float(options["ord"])})
         with ExitStack() as outputs:  # each is written, even if another one cannot be
             outputs.callback(output.print_text, as_document(result) if as_json else as_text(result))
@@ -319,17 +321,6 @@ def _call(function: Callable[..., Any], **options: Any) -> None:
                 outputs.callback(output.write_text, html, as_page(result))
             if report is not None:
                 outputs.callback(output.write_text, report, as_document(result) + "\n")
-
-
-def _parse_axes(axes: str | None) -> list[int] | None:
-    try:
-        return None if axes is None else [int(a) for a in axes.split(",") if a.strip()]
-    except ValueError:
-        raise InvalidValueError(f"axes {axes!r} is not a list of integers; write 0,2") from None
-
-
-def _parse_dim(dim: str | None) -> list[str] | None:
-    return None if dim is None else [name.strip() for name in dim.split(",") if name.strip()]
 
 
 @contextmanager

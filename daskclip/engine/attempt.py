@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TypeVar
+from uuid import uuid4
 
 from daskclip.engine import stages
 from daskclip.engine.cluster import memory_growth, memory_used, versions
 from daskclip.engine.passes import HasStored, Passes, Progress
-from daskclip.engine.request import ClipRequest, Prepared, array_tasks
+from daskclip.engine.request import ClipRequest, LimitsByArray, Prepared
 from daskclip.errors import MemoryBudgetError
 from daskclip.grid import grid_shape
+from daskclip.plan import GroupPlan
 from daskclip.report import ClipReport, format_size
 from daskclip.storage import Hierarchy, StoredArray
 from daskclip.target import FinalRecord, Journal, Json, RunRecord, Transaction
@@ -32,6 +34,31 @@ def with_room_for_sums(do: Callable[[ClipRequest], R], request: ClipRequest) -> 
         if error.need:
             raise
     return do(replace(request, wide=True))
+
+
+def array_tasks(
+    run: RunRecord,
+    plan: GroupPlan,
+    source: Hierarchy,
+    target: Hierarchy | None,
+    limits_by_array: LimitsByArray,
+    *,
+    staged: str | None = None,
+    in_place: bool = False,
+    collect: bool = False,
+) -> list[ArrayTask]:
+    """Return the fields that the tasks of each array share, in a new attempt at a run."""
+    attempt_id = f"{run.id}-{uuid4().hex}"
+    policies = {name: run.parameters[name] for name in ("ord", "nonfinite", "missing")}
+    return [
+        ArrayTask(
+            attempt_id=attempt_id, number=i, name=name, plan=one, source=source.arrays[name],
+            target=None if target is None else target.arrays[name], staged=staged,
+            shared=plan.global_norm, in_place=in_place, clip_norm=run.clip_norm,
+            limits=limits_by_array.get(name), collect=collect, **policies,
+        )
+        for i, (name, one) in enumerate(plan.plans.items())
+    ]  # fmt: skip
 
 
 def run_attempt(

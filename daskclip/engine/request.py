@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +41,6 @@ from daskclip.storage import (
     select_arrays,
 )
 from daskclip.target import DirectoryTarget, Json, RunRecord, Target
-from daskclip.worker import ArrayTask
 
 Limits = npt.NDArray[np.float64] | StoredArray
 LimitsByArray = dict[str, Limits]
@@ -286,31 +284,6 @@ def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> 
     shape, unit, dtype = array.shape, array.unit, array.dtype
     most = sizing.DEFAULT.sum_nbytes or state_nbytes(dtype)
     return Layout(shape=shape, axes=taken, unit=unit, itemsize=dtype.itemsize, sum_nbytes=most)
-
-
-def array_tasks(
-    run: RunRecord,
-    plan: GroupPlan,
-    source: Hierarchy,
-    target: Hierarchy | None,
-    limits_by_array: LimitsByArray,
-    *,
-    staged: str | None = None,
-    in_place: bool = False,
-    collect: bool = False,
-) -> list[ArrayTask]:
-    """Return the fields that the tasks of each array share, in a new attempt at a run."""
-    attempt_id = f"{run.id}-{uuid4().hex}"
-    policies = {name: run.parameters[name] for name in ("ord", "nonfinite", "missing")}
-    return [
-        ArrayTask(
-            attempt_id=attempt_id, number=i, name=name, plan=one, source=source.arrays[name],
-            target=None if target is None else target.arrays[name], staged=staged,
-            shared=plan.global_norm, in_place=in_place, clip_norm=run.clip_norm,
-            limits=limits_by_array.get(name), collect=collect, **policies,
-        )
-        for i, (name, one) in enumerate(plan.plans.items())
-    ]  # fmt: skip
 
 
 # --- limits of each slice ------------------------------------------------------------------------

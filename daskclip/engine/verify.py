@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from daskclip.engine import stages
+from daskclip.engine.attempt import array_tasks
 from daskclip.engine.cluster import leaving_worker_pool
 from daskclip.engine.passes import Passes
-from daskclip.engine.request import LimitsByArray, array_tasks, limits_identity, open_limits
+from daskclip.engine.request import LimitsByArray, limits_identity, open_limits
 from daskclip.engine.run_record import plan_from_json, replan
 from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
 from daskclip.report import VerifyReport

@@ -33,7 +33,7 @@ ARROWS = {
     "lazy": "numerics storage arguments",
     "engine": "numerics storage report plan target arguments worker",
     "xarray": "storage arguments lazy",
-    "cli": "report engine",
+    "cli": "report engine arguments",
     "__init__": "lazy engine",
     "__main__": "cli",
 }
