@@ -10,7 +10,7 @@ from typing import TypeVar
 from uuid import uuid4
 
 from daskclip.engine import stages
-from daskclip.engine.cluster import memory_growth, memory_used, versions
+from daskclip.engine.cluster import memory_used, versions
 from daskclip.engine.passes import HasStored, Passes, Progress
 from daskclip.engine.request import ClipRequest, LimitsByArray, Prepared
 from daskclip.errors import MemoryBudgetError
@@ -19,7 +19,7 @@ from daskclip.plan import GroupPlan
 from daskclip.report import ClipReport, format_size
 from daskclip.storage import Hierarchy, StoredArray
 from daskclip.target import FinalRecord, Journal, Json, RunRecord, Transaction
-from daskclip.worker import ArrayTask
+from daskclip.worker import ArrayTask, memory_growth
 
 R = TypeVar("R")
 REPORTED = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")

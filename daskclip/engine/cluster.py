@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from multiprocessing.pool import Pool as BasePool
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TypeVar
 
@@ -38,9 +37,11 @@ from daskclip.storage import Hierarchy, is_private
 from daskclip.worker import (
     ClusterPool,
     LocalPool,
+    Memory,
     Pool,
     SchedulerExecutor,
     drain,
+    own_memory,
     wait_was_cancelled,
 )
 
@@ -138,22 +139,46 @@ def _awaited_threads(client: Any) -> dict[str, int]:
 
 @contextmanager
 def _logging_absence(client: Any) -> Iterator[None]:
-    """Log each minute that there is no worker, as long as there is none."""
-    ended = Event()
+    """Log each minute that there is no worker that can run tasks, as long as there is none."""
+    ended, resources = Event(), dask.get_annotations().get("resources", {})
 
     def watch() -> None:
         while not ended.wait(LOG_WAIT_S):
             # a cluster that is lost is reported by who waits for it
             with suppress(Exception, CancelledError):
-                if not client.nthreads():
+                workers = client.scheduler_info()["workers"].values()
+                if not any(_has(about["resources"], resources) for about in workers):
+                    what = "".join(f" with {k}={n:g}" for k, n in resources.items())
                     where = client.scheduler.address
-                    log.warning("the cluster at %s has no worker; waiting until one comes", where)
+                    log.warning(
+                        "the cluster at %s has no worker%s; waiting until one comes", where, what
+                    )
 
     Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
+
+
+def _has(resources: dict[str, float], wanted: dict[str, float]) -> bool:
+    """Whether a worker of these resources has those that tasks want."""
+    return all(resources.get(name, 0) >= number for name, number in wanted.items())
+
+
+def memory_of_workers() -> tuple[str, int] | None:
+    """The worker that has least memory before Dask pauses it, and its bytes; None if unlimited."""
+    client, pause = _client(), config.get("distributed.worker.memory.pause", False)
+    if client is None or not pause:
+        return None
+    with translating_cluster_errors(str):
+        workers = client.scheduler_info()["workers"]
+    left = {
+        address: int(about["memory_limit"] * pause - about["metrics"]["memory"])
+        for address, about in workers.items()
+        if about["memory_limit"]
+    }
+    return min(left.items(), key=lambda item: item[1], default=None)
 
 
 def versions() -> dict[str, str]:
@@ -304,21 +329,10 @@ def translating_cluster_errors(block_of: Callable[[object], str]) -> Iterator[No
         raise
 
 
-Memory = tuple[int, int] | None
-"""Resident bytes of a process, now and at the highest; None where the system does not say."""
-
-
 def memory_used(*, reset: bool = False) -> dict[str, Memory]:
     """Memory of every process that runs blocks; with ``reset``, the highest is counted from now."""
     with translating_cluster_errors(str):
-        return _everywhere(partial(_own_memory, reset), 10)
-
-
-def memory_growth(before: dict[str, Memory], after: dict[str, Memory]) -> int | None:
-    """Bytes by which the process grew that grew most, of those that were there before."""
-    pairs = [(before[k], now) for k, now in after.items() if k in before]
-    known = [now[1] - then[0] for then, now in pairs if then and now]
-    return max(known) if known and len(known) == len(pairs) else None
+        return _everywhere(partial(own_memory, reset), 10)
 
 
 @dataclass(frozen=True)
@@ -379,15 +393,3 @@ def _is_silent(client: Any, worker: str) -> bool:
     # the more workers there are, the less often each sends a sign of life
     longest = SILENT_S + len(seen) / 50
     return worker in seen and max(seen.values()) - seen[worker] > longest
-
-
-def _own_memory(reset: bool) -> Memory:
-    try:
-        if reset:
-            # the highest is that of the whole life of the process, or since this
-            Path("/proc/self/clear_refs").write_text("5")
-        with open("/proc/self/status") as status:
-            fields = dict(line.split(":", 1) for line in status)
-        return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None

@@ -80,18 +80,22 @@ class Front:
     """The tasks that are under way in a pool."""
 
     def __init__(
-        self, pool: Pool, arrays: Sequence[ArrayTask], window: int, task_nbytes: int
+        self, pool: Pool, arrays: Sequence[ArrayTask], blocks: int, task_nbytes: int
     ) -> None:
         self.pool = pool
         self._arrays = arrays
-        self.window = window
-        """Blocks under way, at most."""
+        self._thread_blocks = blocks
         self._task_nbytes = task_nbytes
         self._new: list[Task] = []
         self._tasks: dict[Any, Task] = {}
         self._blocks = 0
         self._done_nbytes = 0
         self._began = self._ended = time.monotonic()
+
+    @property
+    def window(self) -> int:
+        """Blocks under way, at most: for each thread that there is now, as many as planned."""
+        return self._thread_blocks * self._threads
 
     def run(self, next_task: Callable[[], Task | None]) -> None:
         """Run tasks until there are none: neither given by ``next_task`` nor under way."""
@@ -120,7 +124,7 @@ class Front:
         """Blocks for one task."""
         threads = self._threads
         # fewer and fewer towards the end, so that all threads end together
-        most = min(ceil_div(blocks.left, threads), self.window // (TASKS * threads))
+        most = min(ceil_div(blocks.left, threads), self._thread_blocks // TASKS)
         nbytes = float(self._task_nbytes)
         if not self.pool.is_cluster:
             most = min(most, MAX_BLOCKS_PER_TASK)

@@ -136,7 +136,7 @@ class Passes:
         """Prepare to run blocks, by default all and silently; none is running afterwards."""
         # arrays of one attempt share its id, by which processes refuse tasks that come too late
         with running(plan.threads, arrays[0].attempt_id) as pool:
-            front = Front(pool, arrays, plan.window, sizing.DEFAULT.task_nbytes)
+            front = Front(pool, arrays, plan.thread_window, sizing.DEFAULT.task_nbytes)
             stored, shown = has_stored or [None] * len(arrays), progress or Progress()
             passes = cls(arrays, front, journal, stored, shown, saved_norms, keeps_sums)
             try:
@@ -167,8 +167,8 @@ class Passes:
         if has_stored is None:
             return 0
         plan = array.plan
-        numbers = np.flatnonzero(has_stored)
-        present = (plan.nbytes_of(*divmod(int(n), plan.slab_blocks)) for n in numbers)
+        numbers = np.flatnonzero(has_stored).tolist()
+        present = (plan.nbytes_of(*divmod(n, plan.slab_blocks)) for n in numbers)
         return (plan.nbytes - sum(present)) * min(plan.passes, self.progress.passes)
 
     @property
@@ -227,7 +227,7 @@ class Passes:
         """
         plan, first = self.arrays[array].plan, self._first[array]
         each = plan.slab_blocks
-        start, stop = (0, plan.blocks) if slab is None else (slab * each, slab * each + each)
+        start, stop = (0, plan.blocks) if slab is None else (each * slab, each * (slab + 1))
         stored = None if everything else self.has_stored[array]
         state = self.state[first:]
 
@@ -284,8 +284,8 @@ class Passes:
 
     def forget(self, slab: str) -> None:
         """Remove the sums of a slab that has ended, unless they are kept for other runs."""
-        known = self.slabs.pop(slab, None)
-        if known and known.sums and self.journal and not self.keeps_sums:
+        known = self.slabs.pop(slab, SlabState())
+        if known.sums and self.journal and not self.keeps_sums:
             # the record of its last blocks has to be on disk
             self.flush()
             self.journal.arrays.forget(known.sums)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from daskclip import arguments
 from daskclip.arguments import Axes, Dim, NonFinite
-from daskclip.engine.cluster import require_alike, require_shared, workers
+from daskclip.engine.cluster import memory_of_workers, require_alike, require_shared, workers
 from daskclip.engine.saved_norms import SavedNorms, open_norms
 from daskclip.errors import (
     DaskClipError,
@@ -29,7 +29,7 @@ from daskclip.errors import (
 )
 from daskclip.numerics import require_limits, require_subnormals, state_nbytes
 from daskclip.plan import GroupPlan, Layout, Machine, plan_group, sizing
-from daskclip.report import Mode, Show, progress_printer
+from daskclip.report import Mode, Show, format_size, progress_printer
 from daskclip.storage import (
     Hierarchy,
     StoredArray,
@@ -227,15 +227,23 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
     }
     # sizes are looked up here and not imported by name, since tests replace them
     processes, threads, fewest = workers()
+    smallest = memory_of_workers()
+    memory = min(request.memory_nbytes, smallest[1] if smallest else request.memory_nbytes)
     machine = Machine(
-        processes=processes, threads=threads, fewest=fewest, memory=request.memory_nbytes,
+        processes=processes, threads=threads, fewest=fewest, memory=memory,
         sizing=replace(sizing.DEFAULT, usual_sum_nbytes=sys.maxsize) if request.wide
         else sizing.DEFAULT,
     )  # fmt: skip
     try:
         return plan_group(clipped, copied, machine, request.global_norm)
     except MemoryBudgetError as error:
-        return error
+        if smallest is None or error.need > request.memory_nbytes:
+            return error
+        return MemoryBudgetError(
+            f"worker {smallest[0]} has {format_size(max(0, memory))} left of its memory, and "
+            f"{format_size(error.need)} are needed; start workers with more memory",
+            error.need,
+        )
 
 
 def _parameters(

@@ -103,8 +103,9 @@ def replan(
     plan, given = plan_from_json(run), memory is not None
     memory = plan.memory if memory is None else memory
     _, most, fewest = workers()
-    threads = max(fewest, min(most, plan.threads))
     # blocks stay as they are, so that memory grows with the threads
+    fit = max(plan.threads, memory * plan.threads // max(1, plan.projected_memory))
+    threads = max(fewest, min(most, fit))
     need = ceil_div(plan.projected_memory * max(threads, plan.threads), plan.threads)
     if need > memory:
         otherwise = otherwise or _discarding(run.parameters["target"])
@@ -115,6 +116,7 @@ def replan(
             need,
         )
     now: Any = {"threads": threads, "memory": memory, "projected_memory": need}
+    now["window"] = max(threads, plan.window * threads // plan.threads)
     return replace(plan, plans={name: replace(p, **now) for name, p in plan.plans.items()})
 
 

@@ -170,6 +170,8 @@ class Slab:
     function: BlockFunction | None
     """Second pass of a block; None if slices are only counted."""
     is_done: bool = False
+    is_small: bool = field(init=False)
+    """Whether sums are sent to this process."""
     first: Blocks = field(init=False)
     """Blocks that the first pass has left."""
     second: Blocks | None = None
@@ -189,10 +191,14 @@ class Slab:
 
     def __post_init__(self) -> None:
         passes, state = self.passes, self.passes.slabs.get(self.name, SlabState())
+        plan = self.task.plan
+        slices = math.prod(n for a, n in enumerate(plan.block) if a not in plan.axes)
+        nbytes = slices * SUM_NBYTES * passes.front.window
+        self.is_small = self.task.shared or nbytes <= SUMS_NBYTES
         if state.is_counted and not (self.function and self._second_left(state.has_nan).left):
             self.is_done = True
             return
-        kept = passes.kept_sums(self.name, self.task.plan.state)
+        kept = passes.kept_sums(self.name, plan.state)
         self._has_total = kept is not None
         if kept is None:
             for k in self.arrays:
@@ -206,14 +212,6 @@ class Slab:
     def task(self) -> ArrayTask:
         """The first array."""
         return self.passes.arrays[self.arrays[0]]
-
-    @property
-    def is_small(self) -> bool:
-        """Whether sums are sent to this process."""
-        plan = self.task.plan
-        slices = math.prod(n for a, n in enumerate(plan.block) if a not in plan.axes)
-        nbytes = slices * SUM_NBYTES * self.passes.front.window
-        return self.task.shared or nbytes <= SUMS_NBYTES
 
     @property
     def slab(self) -> int:

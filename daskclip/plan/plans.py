@@ -212,6 +212,11 @@ class GroupPlan:
     """Peak memory of each process, in bytes above its imports."""
 
     @property
+    def thread_window(self) -> int:
+        """Blocks under way at a time for each thread, at most."""
+        return max(1, self.window // (self.processes * self.threads))
+
+    @property
     def clipped(self) -> dict[str, ClipPlan]:
         """Plans of the arrays that are clipped."""
         return {name: plan for name, plan in self.plans.items() if plan.passes}

@@ -1,6 +1,6 @@
 """One block in, one block out: what a process does that runs blocks, and the pools that call it.
 
-    tasks ──> sums          pool ──> context
+    tasks ──> sums          pool ──> context          memory
         └─> context
 
 Every function of `tasks` can run twice and does the same again. Nothing here knows which block
@@ -9,6 +9,7 @@ comes next.
 
 from daskclip.worker import tasks
 from daskclip.worker.context import ArrayTask, drain
+from daskclip.worker.memory import Memory, memory_growth, own_memory
 from daskclip.worker.pool import (
     ClusterPool,
     LocalPool,
@@ -19,6 +20,7 @@ from daskclip.worker.pool import (
 from daskclip.worker.sums import Sums, add_sums, keep_sums, kept_sums
 
 __all__ = [
-    "ArrayTask", "ClusterPool", "LocalPool", "Pool", "SchedulerExecutor", "Sums", "add_sums",
-    "drain", "keep_sums", "kept_sums", "tasks", "wait_was_cancelled",
+    "ArrayTask", "ClusterPool", "LocalPool", "Memory", "Pool", "SchedulerExecutor", "Sums",
+    "add_sums", "drain", "keep_sums", "kept_sums", "memory_growth", "own_memory", "tasks",
+    "wait_was_cancelled",
 ]  # fmt: skip

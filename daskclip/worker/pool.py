@@ -209,12 +209,14 @@ class ClusterPool:
         """Results of a fetch that has ended; else it goes on, with what is still wanted."""
         wanted = [future for future in fetch.futures if future in pending]
         if fetch.results.done():
-            error = fetch.results.exception()
-            if error is None:
+            # the wait is cancelled now and then, though no task was
+            lost = fetch.results.cancelled()
+            error = None if lost else fetch.results.exception()
+            if error is None and not lost:
                 values = dict(zip(fetch.futures, fetch.results.result(), strict=True))
                 return {future: values[future] for future in wanted}
-            # the wait is cancelled now and then, and where one of the futures was let go of
-            if len(wanted) == len(fetch.futures) and not wait_was_cancelled(error):
+            # where a future was let go of, that is the error
+            if error and len(wanted) == len(fetch.futures) and not wait_was_cancelled(error):
                 raise error
         elif wanted and (len(wanted) == 1 or time.monotonic() - fetch.began < ANSWER_S):
             self._fetches.append(fetch)

@@ -17,7 +17,7 @@ from servers import local_cluster
 from zarr.codecs import BloscCodec, ZstdCodec
 
 from daskclip import clip_zarr
-from daskclip.engine.cluster import memory_growth
+from daskclip.worker import memory_growth
 
 MIB = 2**20
 # started from a small process: a child inherits the peak of the process that forks it

@@ -15,6 +15,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Timer
 
@@ -23,10 +24,11 @@ import psutil
 import zarr
 from dask.distributed import Client
 
-from daskclip import clip_zarr, plan_zarr
+from daskclip import clip_zarr
 
 from . import scale_blocks
-from .contenders import THREADS
+from .contenders import THREADS, measured
+from .storage import say
 from .tables import machine, options, write
 
 CHUNK = 2**22  # elements of a block of one chunk: 16 MiB
@@ -58,11 +60,12 @@ class Case:
         return 2 * self.blocks * self.seconds / threads
 
 
+BUSY = "80 ms"
 CASES = {
     "no-op": Case(2, 16, 6400),
-    "80 ms": Case(2, 16, 3200, 0.08),
+    BUSY: Case(2, 16, 3200, 0.08),
     "one worker 5 times slower": Case(4, 4, 1536, 0.08, slow=5),
-    "none frozen": Case(4, 4, 1536, 0.08),
+    "none slower": Case(4, 4, 1536, 0.08),
     "one worker frozen for 45 s": Case(4, 4, 1536, 0.08, freezes=True),
     "1 x 2 threads": Case(1, 2, 2000),
     "10 workers": Case(10, 2, 10_000, simulated=True),
@@ -179,19 +182,54 @@ def run(case):
 
 
 def run_threads(blocks):
-    """Seconds, CPU seconds and memory of blocks that do nothing on threads of this process."""
+    """Clip on threads of this process, with blocks that do nothing; prints what it took."""
     scale_blocks.do_nothing()
     with tempfile.TemporaryDirectory() as folder:
-        source = empty(f"{folder}/x", blocks)
-        clip = 1.0, None
-        plan_zarr(source, f"{folder}/y", *clip)
-        process = psutil.Process()
-        before, began = process.memory_info().rss, time.perf_counter()
+        clip = partial(clip_zarr, empty(f"{folder}/x", blocks), f"{folder}/y", 1.0)
         with dask.config.set(scheduler="threads", num_workers=THREADS):
-            clip_zarr(source, f"{folder}/y", *clip)
-        took = time.perf_counter() - began
-        highest = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    print(json.dumps({"seconds": took, "memory": highest - before}))
+            print(json.dumps(measured(clip)))
+
+
+def on_threads(blocks):
+    """Figures of a run on threads of a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.scale", "threads", str(blocks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def middle(results, key):
+    return statistics.median(result[key] for result in results)
+
+
+def cluster_rows(found):
+    """Rows of the table of clusters, and the scheduler's milliseconds by case."""
+    yield (
+        "| | threads | blocks | s | work / time | scheduler, ms | client, ms | scheduler, MB |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    for name, results in found.items():
+        case, each = CASES[name], 2 * CASES[name].blocks / 1e3
+        seconds = middle(results, "seconds" if case.simulated or case.freezes else "span")
+        work = f"{case.ideal / seconds:.2f}" if case.seconds and not case.freezes else ""
+        yield (
+            f"| {name} | {case.workers * case.threads:,} | {case.blocks:,} | {seconds:.1f} "
+            f"| {work} "
+            f"| {middle(results, 'scheduler') / each:.3f} | {middle(results, 'client') / each:.3f} "
+            f"| {middle(results, 'memory') / 1e6:.0f} |"
+        )
+
+
+def ends(found):
+    """Where the scheduler and the client end, computed from their milliseconds of a block."""
+    each = 2 * CASES[BUSY].blocks
+    parts = {part: middle(found[BUSY], part) / each for part in ("scheduler", "client")}
+    workers = {part: CASES[BUSY].seconds / 2 / seconds for part, seconds in parts.items()}
+    return (
+        f"Extrapolated: with blocks of 80 ms, the scheduler of that case has no time left at "
+        f"{workers['scheduler']:,.0f} workers of two threads, and the client at "
+        f"{workers['client']:,.0f}; tasks get longer with the number of threads, so that both "
+        "last longer."
+    )
 
 
 def main(arguments):
@@ -201,13 +239,36 @@ def main(arguments):
     if arguments[:1] == ["threads"]:
         run_threads(int(arguments[1]))
         return
-    chosen = options(__doc__, arguments)
+    chosen = options(__doc__, arguments, blocks=[1e5, 1e6])
+    load = os.getloadavg()[0]
     names = [n for n in CASES if not chosen.only or any(part in n for part in chosen.only)]
     found = {name: [] for name in names}
     for repetition in range(chosen.repeat):
         for name in names:
-            found[name].append(run(CASES[name]))
-            print(repetition, name, found[name][-1], file=sys.stderr, flush=True)
+            # many workers of one process take long to start
+            if repetition < (1 if CASES[name].simulated else chosen.repeat):
+                found[name].append(run(CASES[name]))
+                say(f"{repetition} {name} {found[name][-1]}")
+    threads = {int(n): on_threads(int(n)) for n in ([] if chosen.only else chosen.blocks)}
+    rows = "\n".join(
+        f"| {n:,} | {r['seconds']:.1f} | {500 * r['seconds'] / n:.3f} | {r['memory'] / 1e6:.0f} |"
+        for n, r in threads.items()
+    )
+    text = (
+        "\n".join(cluster_rows(found)) + "\n\nTwo passes over blocks of 16 MiB that do nothing, or "
+        "sleep for 80 ms, of an empty array; scheduler, workers and client are a process each, on "
+        f"one machine. Medians of {chosen.repeat} interleaved runs, from the first block to the "
+        "last; milliseconds are of CPU, for each block and pass. The frozen worker is stopped for "
+        f"{FROZEN_S} s in mid run. Workers of many threads or of one: a process for all of "
+        f"{PER_PROCESS}, which answer and do nothing, once.\n\n"
+        + (f"{ends(found)}\n\n" if BUSY in found else "")
+        + "| blocks on threads | s | ms a block and pass | MB |\n|---:|---:|---:|---:|\n"
+        f"{rows}\n\nOne run each on {THREADS} threads; memory is the peak above the imports.\n\n"
+        f"{machine('numpy', 'zarr', 'dask')}; load average {load:.1f} before the run.\n"
+    )
+    print(text)
+    if chosen.write:
+        write("scale", text)
 
 
 if __name__ == "__main__":

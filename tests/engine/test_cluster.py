@@ -14,8 +14,17 @@ from contextlib import contextmanager
 from functools import partial
 
 import dask
+import psutil
 import pytest
-from distributed import Client, LocalCluster, get_worker, worker_client
+from distributed import (
+    Client,
+    LocalCluster,
+    Scheduler,
+    SpecCluster,
+    Worker,
+    get_worker,
+    worker_client,
+)
 from reference import bits
 from servers import local_cluster
 from stores import create, files_of, read, some
@@ -23,7 +32,7 @@ from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr, verify_zarr
 from daskclip.engine import cluster as module
-from daskclip.errors import ClusterError, TemporaryError
+from daskclip.errors import ClusterError, MemoryBudgetError, TemporaryError
 from daskclip.target.journal import Journal
 from daskclip.worker import tasks
 
@@ -188,6 +197,77 @@ def test_a_cluster_that_lets_tasks_wait_for_a_time_only_is_not_lost(x, tmp_path)
     ):
         clip_zarr(x, tmp_path / "y", LIMIT)
     assert "\n" not in str(caught.value)
+
+
+# --- workers that differ -------------------------------------------------------------------------
+
+
+def workers_of(*options):
+    """A cluster in this process with a worker of each of the options."""
+    spec = {i: {"cls": Worker, "options": {"nthreads": 1} | own} for i, own in enumerate(options)}
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"},
+    }
+    return SpecCluster(scheduler=scheduler, workers=spec)
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("small")
+def test_blocks_run_where_the_resources_are_that_they_need(x, tmp_path, monkeypatch):
+    ran, read_first = set(), tasks._read_first
+
+    def recording(*args):
+        ran.add(get_worker().name)
+        return read_first(*args)
+
+    monkeypatch.setattr(tasks, "_read_first", recording)
+    with workers_of({}, {"resources": {"GPU": 2}}) as cluster, Client(cluster) as client:
+        client.wait_for_workers(2)
+        with dask.annotate(resources={"GPU": 1}):
+            check(x, clip_zarr(x, tmp_path / "y", LIMIT, 0, memory=MEMORY))
+    assert ran == {1}
+
+
+@pytest.mark.distributed
+def test_resources_that_no_worker_has_are_awaited(x, tmp_path, awaited):
+    with workers_of({"resources": {"GPU": 1}}) as cluster, Client(cluster) as client:
+        client.wait_for_workers(1)
+
+        def come():
+            until(awaited)
+            cluster.worker_spec["late"] = {
+                "cls": Worker, "options": {"nthreads": 1, "resources": {"GPU": 2}}
+            }  # fmt: skip
+            cluster.sync(cluster._correct_state)
+
+        thread = threading.Thread(target=come)
+        thread.start()
+        with dask.annotate(resources={"GPU": 2}):
+            report = clip_zarr(x, tmp_path / "y", LIMIT)
+        thread.join()
+    assert report.status == "clipped"
+    assert "has no worker with GPU=2; waiting until one comes" in awaited()[0]
+
+
+@pytest.mark.distributed
+def test_the_worker_with_least_memory_counts(tmp_path):
+    x = create(tmp_path / "x", some((64, 2**18), "f4"), (2, 2**18))
+    large = create(tmp_path / "z", some((2, 2**24), "f4"), (1, 2**24))
+    used = psutil.Process().memory_info().rss
+    pause = dask.config.get("distributed.worker.memory.pause")
+    least = int((used + 200 * 2**20) / pause)
+    with workers_of({"memory_limit": 0}, {"memory_limit": 100 * used}) as cluster, Client(cluster):
+        wide = plan_zarr(x, tmp_path / "y", LIMIT, 0, memory="1GiB")
+    limits = {"memory_limit": 0}, {"memory_limit": least}
+    with workers_of(*limits) as cluster, Client(cluster) as client:
+        client.wait_for_workers(2)
+        narrow = plan_zarr(x, tmp_path / "y", LIMIT, 0, memory="1GiB")
+        with pytest.raises(MemoryBudgetError, match=r"worker tcp://.* left of its memory, and"):
+            plan_zarr(large, tmp_path / "y", LIMIT, memory="4GiB")
+    assert wide.memory == 2**30
+    assert narrow.memory < 2**29
+    assert narrow.projected_memory <= narrow.memory
 
 
 # --- in a task -----------------------------------------------------------------------------------
