@@ -37,12 +37,14 @@ def tree_reduce(
     dask Array
         One block along each of ``axes``.
     """
-    # da.reduction would add two tasks for each block, with nothing to combine
-    if all(partials.numblocks[a] == 1 for a in axes):
+    # da.reduction would add two tasks for each block, with nothing to combine, and counts every
+    # axis when it shares split_every out among them
+    split = tuple(a for a in axes if partials.numblocks[a] > 1)
+    if not split:
         return partials
     step = partial(_combine_blocks, function)
     combined: da.Array = da.reduction(
-        partials, chunk=_as_is, combine=step, aggregate=step, axis=axes, keepdims=True,
+        partials, chunk=_as_is, combine=step, aggregate=step, axis=split, keepdims=True,
         concatenate=False, dtype=object, meta=object_meta(partials.ndim),
     )  # fmt: skip
     return combined
