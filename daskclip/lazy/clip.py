@@ -93,6 +93,8 @@ def clip_by_norm(
         If an axis is out of bounds.
     FloatingPointError
         When computing, if ``nonfinite='raise'`` and NaN or infinity is met.
+    OSError
+        When computing, if a chunk of a Zarr array in a local folder cannot be read.
 
     See Also
     --------
@@ -117,10 +119,14 @@ def clip_by_norm(
 
     Arrays in memory and persisted chunks are used as they are.
 
-    **Memory.** Dask holds a chunk, its result and 2 MB of scratch for each thread. For each slice
-    it holds the partial sums of the chunks that it combines at a time (about 20 bytes each; at most
-    80 for float32 and 550 for float64) and, with ``limits``, 8 bytes. NumPy holds the result and
-    the scratch.
+    **Zarr.** The chunks of a Dask array made of a Zarr array are its shards, else its chunks. From
+    a local folder, each thread decodes them by itself, without zarr's codec pipeline; other stores
+    and codecs that may not be lossless are left to zarr.
+
+    **Memory.** Dask holds a chunk, its result and 2 MB of scratch for each thread, and a chunk of a
+    Zarr array as it is stored. For each slice it holds the partial sums of the chunks that it
+    combines at a time (about 20 bytes each; at most 80 for float32 and 550 for float64) and, with
+    ``limits``, 8 bytes. NumPy holds the result and the scratch.
 
     **Threads.** A NumPy array of 8 MiB or more is clipped by as many threads as Dask's setting
     ``num_workers``, or by one for each CPU.

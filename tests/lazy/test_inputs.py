@@ -1,6 +1,7 @@
 """Arguments of the lazy operation: names of stored arrays, blocks, and what is no array."""
 
 import pathlib
+import pickle
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 
 import dask
 import dask.array as da
+import numcodecs
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,11 +17,14 @@ import zarr
 from fsspec.implementations.reference import ReferenceFileSystem
 from reference import bits
 from servers import local_client
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 from zarr.storage import FsspecStore, LoggingStore, MemoryStore, ZipStore
 
 import daskclip.lazy.graph
 from daskclip import clip_by_global_norm, clip_by_norm, global_norm, norm
-from daskclip.errors import DaskClipError, DTypeError
+from daskclip.errors import DaskClipError, DTypeError, StorageError
+from daskclip.lazy import inputs
+from daskclip.storage import StoredArray
 
 X = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 
@@ -137,6 +142,84 @@ def test_equal_arrays_have_equal_names_in_every_process(tmp_path):
 
 if __name__ == "__main__":
     print(names(pathlib.Path(sys.argv[1])))
+
+
+# ---- what is read of stored arrays
+
+CODECS = {
+    "none": {"compressors": None},
+    "blosc": {"compressors": BloscCodec(cname="lz4", shuffle="bitshuffle")},
+    "zstd": {"compressors": ZstdCodec(checksum=True)},
+    "gzip": {"compressors": [GzipCodec(), Crc32cCodec()]},
+    "transposed": {"filters": TransposeCodec(order=(1, 0)), "compressors": BloscCodec()},
+    "shards": {"chunks": (3, 2), "shards": (6, 4), "compressors": BloscCodec()},
+    "format 2": {"zarr_format": 2, "compressors": numcodecs.Blosc(), "order": "F"},
+    "format 2 with filters": {"zarr_format": 2, "filters": [numcodecs.Shuffle(4)]},
+    "lossy": {"dtype": "<f4", "zarr_format": 2, "filters": [numcodecs.BitRound(9)]},
+}
+
+
+def random_stored(folder, seed, codecs):
+    """Array of random shape and bits, some chunks of which are not stored."""
+    rng = np.random.default_rng(seed)
+    shape, chunks = rng.integers(1, 15, 2).tolist(), rng.integers(1, 9, 2).tolist()
+    usual = {"dtype": rng.choice(["<f4", ">f4", "<f8"]), "chunks": chunks}
+    fill = rng.choice([0.0, -0.0, np.nan, 2.5])
+    z = zarr.create_array(folder, shape=shape, fill_value=fill, **(usual | CODECS[codecs]))
+    values = rng.standard_normal(shape).astype(z.dtype)
+    values[rng.random(shape) < 0.1] = rng.choice([np.nan, -0.0, np.inf])
+    part = slice(int(rng.integers(shape[0])), None), slice(int(rng.integers(1, shape[1] + 1)))
+    z[part] = values[part]
+    return z
+
+
+def read_by_us(z):
+    source = inputs.as_array(z).dask.layers[f"original-{inputs.as_array(z).name}"]
+    return isinstance(next(iter(source.values())), StoredArray)
+
+
+@pytest.mark.parametrize("codecs", CODECS)
+@pytest.mark.parametrize("seed", range(8))
+def test_stored_arrays_are_read_with_zarrs_bits(tmp_path, codecs, seed):
+    z = random_stored(tmp_path / "x.zarr", seed, codecs)
+    assert read_by_us(z) == (codecs != "lossy")
+    x = inputs.as_array(z)
+    assert (x.dtype, x._meta.dtype, x.shape) == (z.dtype, z.dtype, z.shape)
+    lazy, again = dask.compute(x, pickle.loads(pickle.dumps(x)))
+    assert bits(lazy) == bits(again) == bits(z[...])
+    assert (lazy.dtype, bits(lazy)) == (z.dtype, bits(da.from_zarr(z).compute()))
+    for axes in (None, 0):
+        assert bits(clip_by_norm(z, 0.5, axes).compute()) == bits(clip_by_norm(z[...], 0.5, axes))
+
+
+@pytest.mark.parametrize("axes", [0, 1])
+def test_stored_limits_are_cut_to_the_chunks_of_the_array(tmp_path, axes):
+    """Dask fuses cuts with the functions that it knows to read."""
+    limits = np.abs(X).max(axis=axes, keepdims=True).astype(float)
+    z = zarr.create_array(tmp_path / "limits.zarr", data=limits, chunks=(4, 3))
+    for x in (da.from_array(X, (5, 1)), da.from_array(X, (1, 3))):
+        y = clip_by_norm(x, axes=axes, limits=z)
+        assert bits(y.compute()) == bits(clip_by_norm(X, axes=axes, limits=limits))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3)])
+def test_stored_arrays_of_one_or_no_element_are_read(tmp_path, shape):
+    z = zarr.create_array(tmp_path / "x.zarr", data=np.full(shape, 3.0))
+    assert read_by_us(z)
+    assert bits(clip_by_norm(z, 1.0).compute()) == bits(clip_by_norm(np.full(shape, 3.0), 1.0))
+
+
+def test_other_stores_are_read_by_zarr(tmp_path):
+    assert read_by_us(stored(tmp_path / "a.zarr"))
+    assert not read_by_us(stored(MemoryStore()))
+    assert not read_by_us(reference_array(tmp_path / "b", X)[0])
+
+
+def test_a_damaged_chunk_is_named(tmp_path):
+    z = zarr.create_array(tmp_path / "x.zarr", data=X, chunks=(2, 4), compressors=BloscCodec())
+    (tmp_path / "x.zarr/c/1/0").write_bytes(b"short")
+    with pytest.raises(StorageError, match=r"^reading block \[2:4, 0:4\] of .*x.zarr failed at ch"):
+        clip_by_norm(z, 1.0).compute()
 
 
 # ---- blocks that are not what their array says

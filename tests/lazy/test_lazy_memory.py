@@ -13,7 +13,7 @@ import zarr
 
 SCRIPT = Path(__file__).parents[1] / "support" / "lazy_memory.py"
 # everything: sliced, concatenated and rechunked; split: each stored chunk feeds 18 of the source
-SOURCES = ["zarr", "rechunked", "split", "sliced", "concatenated", "chain", "centred"]
+SOURCES = ["zarr", "stored", "rechunked", "split", "sliced", "concatenated", "chain", "centred"]
 
 
 def make(folder, bands):

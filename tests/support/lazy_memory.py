@@ -11,6 +11,7 @@ from pathlib import Path
 import dask
 import dask.array as da
 import numpy as np
+import zarr
 from distributed import Client, LocalCluster
 
 import daskclip
@@ -41,6 +42,7 @@ def chain(store):
 
 SOURCES = {
     "zarr": array,
+    "stored": zarr.open_array,
     "rechunked": lambda store: array(store).rechunk((512, 2048)),
     "split": lambda store: array(store).rechunk((1024, 60)),
     "sliced": lambda store: array(store)[::-1, 1024:],
