@@ -1,7 +1,7 @@
 """The operation on arrays in memory and on Dask arrays, which stay lazy.
 
-    inputs ──> clip ──> numerics                   NumPy: at once
-                   └──> graph ──> tree, recipes    Dask: partial norms, their tree, a second pass
+    inputs ──> clip ──> numerics                           NumPy: at once
+                   └──> graph ──> tree, fusion, recipes    Dask: partial norms, a second pass
 
 Nothing here computes a Dask graph or knows a run from storage to storage.
 """

@@ -10,10 +10,17 @@ Otherwise there are two passes, and no chunk is held between them::
     chunk ── partial-norm ──┐
     chunk ── partial-norm ──┼── combine ── scale ──┬── norms
     chunk ── partial-norm ──┘                      │
-    recipe of a chunk ─────────────────────────────┴── clipped chunk
+    chunk made again ──────────────────────────────┴── clipped chunk
 
-The second pass makes each chunk again from its recipe (see `recipes`). A list of arrays has one
-sum for all of them, and a scale for each dtype.
+The second pass makes each chunk again, in one of two ways:
+
+- Where every layer of the source is Blockwise and needs one chunk of others for each of its own,
+  all of them are one layer with the second pass (see `fusion`): stored arrays, and what is computed
+  from them or from data in memory by elementwise functions, transpositions and `map_blocks`.
+- Otherwise each chunk has a recipe (see `recipes`): arrays that are sliced, rechunked, concatenated
+  or random, and those of which many chunks need the same one, as all do that subtract a mean.
+
+A list of arrays has one sum for all of them, and a scale for each dtype.
 """
 
 import math
@@ -29,6 +36,7 @@ from dask.delayed import Delayed, delayed
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from daskclip.errors import InvalidValueError, SourceChangedError
+from daskclip.lazy.fusion import fuse_source
 from daskclip.lazy.inputs import Limit, Operation, check_block
 from daskclip.lazy.recipes import Recipe, chunk_recipes
 from daskclip.lazy.tree import map_object_blocks, object_meta, tree_reduce
@@ -150,8 +158,11 @@ def _partials(x: da.Array, operation: Operation, token: str) -> da.Array:
 
 def _scales(x: da.Array, limit: Number, operation: Operation, token: str) -> da.Array:
     """`Scale` blocks, one along each reduced axis."""
-    parts = _partials(x, operation, token)
-    return map_object_blocks(partial(finalize, dtype=x.dtype), parts, limit, name=f"scale-{token}")
+    parts, name = _partials(x, operation, token), f"scale-{token}"
+    scales = map_object_blocks(partial(finalize, dtype=x.dtype), parts, limit, name=name)
+    # unlike the second pass: Dask would fuse the two, and make a scale once for each chunk
+    scales.dask.layers[name].concatenate = False
+    return scales
 
 
 def _norms(blocks: da.Array, axes: tuple[int, ...], name: str) -> da.Array:
@@ -191,9 +202,23 @@ def _slab_nbytes(x: da.Array, axes: tuple[int, ...]) -> float:
 
 
 def _rescaled(x: da.Array, scales: da.Array, name: str, *, keep: bool) -> da.Array:
-    """Second pass: each chunk is made again from its recipe once its scale is known."""
-    recipes, layers = chunk_recipes(x, keep)
+    """Second pass: each chunk is made again once its scale is known, or is held with ``keep``."""
     rescale_chunk = partial(_rescale_chunk, meta=x._meta)
+    rescaled = _map_blocks(rescale_chunk, x, scales, name=name, like=x)
+    if keep:
+        return rescaled
+    second = fuse_source(x, name, rescaled.dask.layers[name]) or _made(x, scales, name)
+    graph = HighLevelGraph(
+        {**scales.dask.layers, **second.layers},
+        {**scales.dask.dependencies, **second.dependencies},
+    )
+    return da.Array(graph, name, x.chunks, meta=x._meta)
+
+
+def _made(x: da.Array, scales: da.Array, name: str) -> HighLevelGraph:
+    """Layer that makes each chunk from its recipe, and the layers that it needs of ``x``."""
+    recipes, held = chunk_recipes(x)
+    rescale_made = partial(_rescale_made, meta=x._meta)
     tasks: dict[Any, Any] = {}
     annotations: dict[str, dict[Any, Any]] = {}
     for coords in np.ndindex(*x.numblocks):
@@ -201,15 +226,13 @@ def _rescaled(x: da.Array, scales: da.Array, name: str, *, keep: bool) -> da.Arr
         # chunks along a reduced axis share one scale
         own = (0 if n == 1 else i for i, n in zip(coords, scales.numblocks, strict=True))
         scale_key = (scales.name, *own)
-        tasks[(name, *coords)] = (rescale_chunk, recipe, recipe.references, scale_key)
+        tasks[(name, *coords)] = (rescale_made, recipe, recipe.references, scale_key)
         for kind, value in recipe.annotations.items():
             annotations.setdefault(kind, {})[(name, *coords)] = value
     layer = MaterializedLayer(tasks, {k: _by_key(v, len(tasks)) for k, v in annotations.items()})
-    graph = HighLevelGraph(
-        {**x.dask.layers, **scales.dask.layers, name: layer},
-        {**x.dask.dependencies, **scales.dask.dependencies, name: {*layers, scales.name}},
+    return HighLevelGraph(
+        {**x.dask.layers, name: layer}, {**x.dask.dependencies, name: {*held, scales.name}}
     )
-    return da.Array(graph, name, x.chunks, meta=x._meta)
 
 
 def _by_key(values: dict[Any, Any], tasks: int) -> Any:
@@ -258,9 +281,9 @@ def _require_finite(
     return chunk
 
 
-def _rescale_chunk(recipe: Recipe, inputs: list[Any], scale: Scale, meta: Array) -> Array:
-    """Make a chunk again and rescale it, in one task so that it is held by no other."""
-    chunk = check_block(recipe.make(inputs), meta)
+def _rescale_chunk(x: object, scale: Scale, meta: Array) -> Array:
+    """Rescale a chunk."""
+    chunk = check_block(x, meta)
     # the kernel would read factors beyond the last one
     if any(n not in (1, m) for n, m in zip(scale.factor.shape, chunk.shape, strict=False)):
         raise SourceChangedError(
@@ -268,3 +291,8 @@ def _rescale_chunk(recipe: Recipe, inputs: list[Any], scale: Scale, meta: Array)
             "source does not give the same twice; persist it or store it"
         )
     return rescale(chunk, scale)
+
+
+def _rescale_made(recipe: Recipe, inputs: list[Any], scale: Scale, meta: Array) -> Array:
+    """Make a chunk again and rescale it, in one task so that it is held by no other."""
+    return _rescale_chunk(recipe.make(inputs), scale, meta)

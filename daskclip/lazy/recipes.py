@@ -1,9 +1,9 @@
 """Chunks that are made again instead of held.
 
 The second pass needs every chunk of the source once more. Referring to it by its key would keep
-all chunks in memory from the first pass on (dask/dask#874); cloning its graph works only for some
-layers. A recipe is one chunk's own small graph as an opaque value: a task that is given one makes
-the chunk when it runs.
+all chunks in memory from the first pass on (dask/dask#874); fusing its layers works only for some
+(see `fusion`). A recipe is one chunk's own small graph as an opaque value: a task that is given one
+makes the chunk when it runs.
 """
 
 import math
@@ -65,12 +65,12 @@ class LiteralTask:
         return self.value
 
 
-def chunk_recipes(x: da.Array, keep: bool) -> tuple[dict[Key, Recipe], set[str]]:
+def chunk_recipes(x: da.Array) -> tuple[dict[Key, Recipe], set[str]]:
     """Recipes of all chunks, by key, and the layers of ``x`` that hold their inputs.
 
     Data in memory (arrays, persisted chunks, futures) and results worth holding are inputs, not
-    part of the recipes; with ``keep``, so are the chunks themselves. So is a chunk whose layers
-    are annotated with different places: no worker may be able to run all of its tasks.
+    part of the recipes. So is a chunk whose layers are annotated with different places: no worker
+    may be able to run all of its tasks.
     """
     graph: Graph = {}
     layer_of: dict[Key, str] = {}
@@ -81,13 +81,10 @@ def chunk_recipes(x: da.Array, keep: bool) -> tuple[dict[Key, Recipe], set[str]]
         if SMALLER * _nbytes(layer.collection_annotations or {}) <= x.nbytes:
             small.add(name)
     outputs = list(flatten(x.__dask_keys__()))
-    if keep:
-        recipes = {k: Recipe({}, k, [k]) for k in outputs}
-    else:
-        recipes = _split(graph, outputs, lambda key: 1 if layer_of[key] in small else USERS)
-        known = {name: layer.annotations for name, layer in x.dask.layers.items()}
-        if any(known.values()):
-            recipes = {k: _annotated(r, known, layer_of) for k, r in recipes.items()}
+    recipes = _split(graph, outputs, lambda key: 1 if layer_of[key] in small else USERS)
+    known = {name: layer.annotations for name, layer in x.dask.layers.items()}
+    if any(known.values()):
+        recipes = {k: _annotated(r, known, layer_of) for k, r in recipes.items()}
     # the key of a future may be in no layer
     inputs = {k for recipe in recipes.values() for k in recipe.inputs}
     return recipes, {layer_of[k] for k in inputs if k in layer_of}
@@ -128,14 +125,22 @@ def _annotated(
         {kind: v(key) if callable(v) else v for kind, v in (annotations or {}).items()}
         for key, annotations in (active, *((k, known[layer_of[k]]) for k in recipe.graph))
     ]
+    merged = merge_annotations(found)
+    if merged is None:
+        return Recipe({}, recipe.key, [recipe.key], found[0])
+    return Recipe(recipe.graph, recipe.key, recipe.inputs, merged)
+
+
+def merge_annotations(found: Sequence[Annotations]) -> Annotations | None:
+    """Annotations of a task that does what several would do; None if their places contradict."""
     places = [p for own in found if (p := {k: own[k] for k in PLACES if own.get(k)})]
     if any(place != places[0] for place in places):
-        recipe, found = Recipe({}, recipe.key, [recipe.key]), found[:1]
+        return None
     merged = {kind: v for own in found for kind, v in own.items()}
     # the largest, as where Dask fuses layers
     for kind in {"retries", "priority"} & {*merged}:
         merged[kind] = max(own[kind] for own in found if kind in own)
-    return Recipe(recipe.graph, recipe.key, recipe.inputs, merged)
+    return merged
 
 
 def _nbytes(known: Mapping[str, Any]) -> float:

@@ -334,7 +334,7 @@ def halves(x):
 )
 def test_the_second_pass_holds_no_chunk_of_the_source(source):
     x = source(da.random.default_rng(0).random((40, 20), chunks=(4, 4)))
-    made, held = chunk_recipes(x, keep=False)
+    made, held = chunk_recipes(x)
     assert not held
     assert all(not recipe.inputs for recipe in made.values())
 
@@ -342,7 +342,7 @@ def test_the_second_pass_holds_no_chunk_of_the_source(source):
 def test_the_second_pass_holds_a_mean():
     x = da.random.default_rng(0).random((40, 20), chunks=(2, 4))
     centred = x - x.mean(axis=0)
-    made, held = chunk_recipes(centred, keep=False)
+    made, held = chunk_recipes(centred)
     assert all(len(recipe.inputs) == 1 for recipe in made.values())
     assert len(held) == 1
     assert {k[0] for k in made} == {centred.name}

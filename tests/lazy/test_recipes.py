@@ -122,9 +122,9 @@ def test_labelled_arrays_of_futures_are_clipped(client, two_passes):
 def test_futures_are_inputs_and_their_chunks_are_not_held(client):
     """What is made of a small scattered array may be large: it is made again."""
     found = sources(client)
-    for recipe in chunk_recipes(found["persisted"], keep=False)[0].values():
+    for recipe in chunk_recipes(found["persisted"])[0].values():
         assert (recipe.graph, recipe.inputs) == ({}, [recipe.key])
-    for recipe in chunk_recipes(found["scattered"], keep=False)[0].values():
+    for recipe in chunk_recipes(found["scattered"])[0].values():
         assert recipe.key in recipe.graph
         assert len(recipe.inputs) == 1
 
@@ -256,7 +256,7 @@ def test_places_that_contradict_keep_the_chunks(annotations):
         y = x[::-1]
     for z, active in ((y, {}), (x, annotations)):
         with dask.annotate(**active):
-            recipes, held = chunk_recipes(z, keep=False)
+            recipes, held = chunk_recipes(z)
         assert held == {z.name}
         for recipe in recipes.values():
             assert (recipe.graph, recipe.inputs) == ({}, [recipe.key])
@@ -327,6 +327,11 @@ def check_examples(number):
     settings(max_examples=number, **STEADY)(given(st.data())(check_random_array))()
 
 
+# threads of the cluster draw random numbers of their own
+other_threads = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
+
+
+@other_threads
 @pytest.mark.parametrize("held", [-1, 200])
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
 def test_any_graph_gives_numpys_bits(monkeypatch, scheduler, held):
@@ -335,6 +340,7 @@ def test_any_graph_gives_numpys_bits(monkeypatch, scheduler, held):
         check_examples(20)
 
 
+@other_threads
 @pytest.mark.filterwarnings("ignore:Sending large graph")
 def test_any_graph_with_futures_gives_numpys_bits(client, two_passes):
     check_examples(8)
