@@ -23,8 +23,8 @@ from daskclip.worker import ArrayTask, Pool
 TASKS = 2  # tasks under way for each thread: the next one is there when one ends
 MAX_BLOCKS_PER_TASK = 16  # small blocks that one task does although none has been timed yet
 SCHEDULER_S = 0.0015  # seconds that the scheduler and the client have for each task
-SHARE = 0.05  # of their time that tasks should take, unless these would take longer than
-TASK_S = 1.0  # seconds
+SHARE = 0.04  # of their time that tasks should take, unless these would take longer than
+TASK_S = 1.2  # seconds
 LATE, VERY_LATE = 1.25, 10  # times the usual seconds: where threads are idle, and where none is
 LATE_S = 0.25  # and so many seconds more
 COPIES = 3  # workers that a late task is given to, at most

@@ -22,7 +22,8 @@ from uuid import uuid4
 from daskclip.worker.context import unpacked
 
 SHORTEST, LONGEST = 0.001, 0.05  # seconds between two looks at the futures of a cluster
-TOGETHER = 16  # parts of the calls under way whose results are fetched together
+TOGETHER = 8  # parts of the calls under way whose results are fetched together
+FETCH_INTERVAL_S = 0.2  # after which fewer are fetched too
 COUNT_INTERVAL_S = 1.0  # between two questions for the number of threads
 PACKED_NBYTES = 1 << 15  # of a value that is sent with each call
 ANSWER_S = 1.0  # after which results are fetched one by one
@@ -174,10 +175,15 @@ class ClusterPool:
 
     def ended(self, pending: Mapping[Any, bool], seconds: float) -> dict[Any, Any]:
         """Results that have arrived; what has ended is fetched."""
-        until, delay = time.monotonic() + seconds, SHORTEST
+        # each look takes longer with more futures
+        longest = min(LONGEST, SHORTEST * len(pending))
+        until, delay, fetched = time.monotonic() + seconds, SHORTEST, self._fetched
         while not (found := self._arrived(pending)) and time.monotonic() < until:
+            # results are there soon after they are asked for
+            if fetched != self._fetched:
+                delay, fetched = SHORTEST, self._fetched
             time.sleep(delay)
-            delay = min(2 * delay, LONGEST)
+            delay = min(2 * delay, longest)
         return found
 
     def _arrived(self, pending: Mapping[Any, bool]) -> dict[Any, Any]:
@@ -188,7 +194,7 @@ class ClusterPool:
                 future.result()
         wanted = [future for future in ready if not pending[future]]
         # some at a time where many are under way: each time costs as much as a task
-        waited = time.monotonic() - self._fetched > LONGEST
+        waited = time.monotonic() - self._fetched > FETCH_INTERVAL_S
         if wanted and (waited or len(wanted) > len(pending) // TOGETHER):
             self._fetch(wanted)
         found = {future: future for future in ready if pending[future]}
