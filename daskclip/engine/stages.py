@@ -22,7 +22,7 @@ import numpy.typing as npt
 from daskclip.engine.front import BlockId, Blocks, Task
 from daskclip.engine.passes import DONE, SUMMED, WRITTEN, Passes, SlabState
 from daskclip.numerics import SliceCounts, term_count
-from daskclip.worker import ArrayTask, add_sums, keep_sums, tasks
+from daskclip.worker import ArrayTask, SavedSums, add_sums, keep_sums, tasks
 
 SUMS_NBYTES = 32 << 20  # of a window that are sent to this process, at most
 SUM_NBYTES = 80  # of a slice, usually
@@ -204,7 +204,8 @@ class Slab:
             for k in self.arrays:
                 passes.clear_summed(k, self.number)
         else:
-            self._parts = [kept if self.is_small else passes.front.pool.share(kept)]
+            share = passes.front.pool.share
+            self._parts = [kept if self.is_small else self._saved() or share(kept)]
         self.first = _chained([passes.left(k, SUMMED, self.number) for k in self.arrays])
         self.is_done = not self.first.left and kept is None
 
@@ -288,12 +289,20 @@ class Slab:
 
         def then(digests: dict[tuple[int, int, int], int]) -> None:
             passes.sum(self.name, digests, name if store else None)
+            self._parts[0] = (store and self._saved()) or sums
             self._is_waiting = False
             self.advance()
 
         self._parts.insert(0, sums)
         self._has_total = True
         self._call(keep_sums, sums, store, name, then=then, keeps=False)
+
+    def _saved(self) -> SavedSums | None:
+        """Saved sums that calls load themselves: others are lost with the worker that has them."""
+        passes, name = self.passes, self.passes.slabs.get(self.name, SlabState()).sums
+        if self.is_small or not (name and passes.journal and passes.front.pool.is_cluster):
+            return None
+        return SavedSums(passes.journal.arrays, name, self.task.plan.state)
 
     def _scale(self) -> None:
         """Compute the norms of the slices, count these, and begin the second pass."""

@@ -1,6 +1,7 @@
 """Exact sums of the blocks of a slab: combined, saved and loaded."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,11 +33,26 @@ class Sums(NamedTuple):
     """Planned bytes of the sum of a slice; 0 for any number."""
 
 
-def add_sums(parts: Sequence[Sums], known: int = 0) -> Sums:
+@dataclass(frozen=True, slots=True)
+class SavedSums:
+    """Sums that `keep_sums` has saved, as an argument of calls, which load them."""
+
+    arrays: ArrayFiles
+    name: str
+    state: int
+
+
+def loaded(sums: Sums | SavedSums) -> Sums:
+    """Sums, from where they are saved if they are."""
+    return kept_sums(sums.arrays, sums.name, sums.state) if isinstance(sums, SavedSums) else sums
+
+
+def add_sums(parts: Sequence[Sums | SavedSums], known: int = 0) -> Sums:
     """Combine sums of different blocks of a slab; digests of the first ``known`` are left out."""
-    digests = {block: d for p in parts[known:] for block, d in p.digests.items()}
-    state = parts[0].state
-    return Sums(combine([p.partial for p in parts], max_nbytes=state), digests, state)
+    sums = [*map(loaded, parts)]
+    digests = {block: d for p in sums[known:] for block, d in p.digests.items()}
+    state = sums[0].state
+    return Sums(combine([p.partial for p in sums], max_nbytes=state), digests, state)
 
 
 def keep_sums(sums: Sums, arrays: ArrayFiles | None, name: str) -> dict[tuple[int, int, int], int]:

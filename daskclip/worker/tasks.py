@@ -31,7 +31,7 @@ from daskclip.numerics import (
 )
 from daskclip.storage import durable, retrying_block, translating_storage_errors
 from daskclip.worker.context import PROCESS, ArrayTask, Limits
-from daskclip.worker.sums import Sums, add_sums
+from daskclip.worker.sums import SavedSums, Sums, add_sums, loaded
 
 Array = npt.NDArray[Any]
 
@@ -47,10 +47,10 @@ class BlockResult(NamedTuple):
     """Counts over the slices of the block, if it holds them whole."""
 
 
-def scale_of(task: ArrayTask, slab: int, sums: Sums, terms: int) -> Scale:
+def scale_of(task: ArrayTask, slab: int, sums: Sums | SavedSums, terms: int) -> Scale:
     """Scale of the slices of a slab, which have so many terms, by their whole sums."""
     # the sums lack blocks that are not stored, whose zeros are terms all the same
-    partial = sums.partial._replace(terms=terms)
+    partial = loaded(sums).partial._replace(terms=terms)
     # tf.clip_by_global_norm makes everything NaN if the norm is infinite
     if task.shared:
         partial = nan_if_infinite(partial)
