@@ -9,20 +9,29 @@ from types import SimpleNamespace
 
 import pytest
 from faults import CASES, Hooks, Sweep, contents, in_child, warm
+from servers import local_client
 
 from daskclip import verify_zarr
 from daskclip.engine import clip as engine
+from daskclip.engine import front, stages
 from daskclip.engine import run_record as resume
+from daskclip.engine.front import BlockId, Front
+from daskclip.engine.passes import Passes, SlabState
 from daskclip.errors import DaskClipError
 from daskclip.storage import Hierarchy, StoredArray, durable
 from daskclip.target import directory as publish
 from daskclip.target import journal
-from daskclip.target.journal import Journal
+from daskclip.target.journal import BlocksRecord, Journal
 from daskclip.worker import tasks
-from daskclip.worker.context import PROCESS
+from daskclip.worker.context import PROCESS, ProcessState
 
 COPY, ONE_PASS, OVERWRITE = CASES[:3]
-REAL = SimpleNamespace(append=Journal.append, rescale=tasks.rescale_block)
+REAL = SimpleNamespace(
+    append=Journal.append,
+    rescale=tasks.rescale_block,
+    batch=tasks.run_batch,
+    keep=stages.Slab._keep,
+)
 
 
 # --- the battery: each test returns the violations it finds --------------------------------------
@@ -52,6 +61,10 @@ def after_window(number, action):
             action()
 
     Journal.append = append
+
+
+def stop():
+    raise KeyboardInterrupt
 
 
 def change(folder):
@@ -88,9 +101,6 @@ def a_block_of_an_earlier_run(defect):
         taken.append((job, *args))
         return REAL.rescale(job, *args)
 
-    def stop():
-        raise KeyboardInterrupt
-
     def wake():
         PROCESS._drained.clear()  # it was in another process
         for late in taken:
@@ -114,6 +124,75 @@ def a_block_of_an_earlier_run(defect):
         outcome = in_child(run, defect=defect)
         assert "bug" not in outcome, outcome
         return [] if contents(folder, "y") == sweep.wanted["y"] else [outcome]
+
+
+def a_late_task_of_a_run_that_was_published(defect):
+    """A task that another worker has done too wakes up when the target is there."""
+    sweep, taken = Sweep(COPY), []
+    with sweep.folder() as folder:
+
+        def take(job, *args):
+            taken.append((job, *args))
+            return REAL.rescale(job, *args)
+
+        def run():
+            tasks.rescale_block = take
+            COPY.run(folder)
+            PROCESS._drained.clear()  # it was in another process
+            for late in taken:
+                with suppress(DaskClipError):
+                    REAL.rescale(*late)
+            return len(taken)
+
+        outcome = in_child(run, defect=defect)
+        assert outcome.get("value"), outcome
+        right = {path.name for path in folder.iterdir()} == {"x", "y"}
+        return [] if right and contents(folder, "y") == sweep.wanted["y"] else [outcome]
+
+
+def a_late_task_of_a_run_that_was_stopped(defect):
+    """A task that waited in a worker begins after its run was stopped: it must not."""
+    sweep, taken = Sweep(COPY), []
+    with sweep.folder() as folder:
+
+        def take(function, *args):
+            taken.append((function, *args))
+            return REAL.batch(function, *args)
+
+        def run():
+            tasks.run_batch = take
+            after_window(4, stop)
+            with suppress(KeyboardInterrupt):
+                COPY.run(folder)
+            begun = []
+            for late in taken:
+                with suppress(DaskClipError):
+                    begun.append(len(REAL.batch(*late)))
+            return len(taken), begun
+
+        taken_tasks, begun = in_child(run, defect=defect)["value"]
+        assert taken_tasks
+        return begun
+
+
+def every_task_twice(defect):
+    """Two workers get every task, and both give its result."""
+    found = []
+    for case in (COPY, ONE_PASS):
+        sweep = Sweep(case)
+        with sweep.folder() as folder:
+
+            def run(case=case, folder=folder):
+                # at once, and until both are there
+                front.LATE = front.VERY_LATE = front.LATE_S = 0
+                with local_client(2):
+                    return case.run(folder, scheduler=None)
+
+            outcome = in_child(run, defect=defect)
+            same = {name: contents(folder, name) for name in "xy"} == sweep.wanted
+            if outcome.get("value") != sweep.outcome["value"] or not same:
+                found.append(outcome)
+    return found
 
 
 def two_at_once(defect):
@@ -264,6 +343,46 @@ def strays_are_published():
     publish.is_part = lambda key: True
 
 
+def blocks_recorded_before_their_sums():
+    def keep(slab, sums):
+        passes, known = slab.passes, slab.passes.slabs.get(slab.name, SlabState())
+        if known.sums:
+            numbers = {passes.number(BlockId(*block)): d for block, d in sums.digests.items()}
+            passes.journal.append(BlocksRecord(slab=slab.name, sums=known.sums, source=numbers))
+        REAL.keep(slab, sums)
+
+    stages.Slab._keep = keep
+
+
+def counts_recorded_before_their_slab():
+    count = Passes.count
+
+    def early(passes, slab, counts, has_nan):
+        if not passes.slabs.setdefault(slab, SlabState()).is_counted:
+            passes.journal.append(BlocksRecord(tally=counts))
+            passes.total = passes.total.add(counts)
+        count(passes, slab, counts.empty(), has_nan)
+
+    Passes.count = early
+
+
+def both_results_count():
+    def forget(self, task, ended):
+        self._blocks -= len(task.blocks)
+        self._done_nbytes += task.nbytes
+        del self._tasks[ended]
+
+    Front._forget = forget
+
+
+def late_tasks_make_their_folder_again():
+    tasks._require_staged = lambda task: os.makedirs(task.staged, exist_ok=True)
+
+
+def tasks_of_stopped_runs_begin():
+    ProcessState.drain = lambda self, attempt_id: None
+
+
 def old_array_removed_first():
     def publishing(work, source, staged, replace):
         folder, target = staged.folder, work.target.path
@@ -290,6 +409,11 @@ DEFECTS = [
     (checksums_of_lines_are_not_compared, a_journal_with_another_digit),
     (strays_are_published, kills(ONE_PASS, 2)),
     (old_array_removed_first, kills(OVERWRITE, 2)),
+    (blocks_recorded_before_their_sums, kills(COPY, 2)),
+    (counts_recorded_before_their_slab, kills(COPY, 2)),
+    (both_results_count, every_task_twice),
+    (late_tasks_make_their_folder_again, a_late_task_of_a_run_that_was_published),
+    (tasks_of_stopped_runs_begin, a_late_task_of_a_run_that_was_stopped),
 ]
 
 

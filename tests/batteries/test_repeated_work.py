@@ -14,6 +14,7 @@ from distributed import Client
 from reference import bits
 from sizes import SMALL
 from stores import create, read, some, stored
+from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr
 from daskclip.engine import front, stages
@@ -78,7 +79,7 @@ class Work:
         self.preload = folder / "counting.py"
         self.preload.write_text(COUNTING.format(str(self.log)))
 
-    def start_workers(self, number, seconds=0.005):
+    def start_workers(self, number, seconds=0.01):
         """Start workers of which a block takes so long; they are not waited for."""
         self.cluster.environment["BLOCK_S"] = str(seconds)
         for _ in range(number):
@@ -191,7 +192,7 @@ class Disturbed:
         while time.monotonic() < end:
             if disturbances:
                 disturbances -= 1
-                time.sleep(self.generator.uniform(0.1, 0.8))
+                self.wait_for_blocks(client, self.generator.randrange(2, self.blocks // 3))
                 self.disturb(client)
             if disturbances and client.poll() is None:
                 continue
@@ -204,6 +205,11 @@ class Disturbed:
             client = self.start()
         raise AssertionError("the run did not end")
 
+    def wait_for_blocks(self, client, number):
+        """Wait until so many more blocks have begun, or the run has ended."""
+        wanted = sum(self.work.counts()) + number
+        until(lambda: sum(self.work.counts()) >= wanted or client.poll() is not None)
+
     def disturb(self, client):
         kind = self.generator.choices(
             [self.kill_worker, self.stop_worker, self.kill_client, self.kill_scheduler],
@@ -215,7 +221,7 @@ class Disturbed:
         self.wake()
         self.kills += 1
         self.work.cluster.kill_worker()
-        self.work.start_workers(1, self.generator.choice([0.002, 0.005, 0.03]))
+        self.work.start_workers(1, self.generator.choice([0.01, 0.02, 0.1]))
 
     def stop_worker(self, _):
         self.wake()
@@ -246,8 +252,8 @@ class Disturbed:
 @pytest.mark.parametrize("seed", range(8))
 def test_work_is_right_and_bounded_whatever_is_killed(x, work, seed):
     generator = random.Random(seed)
-    work.start_workers(WORKERS - 1)
-    work.start_workers(1, 0.03)
+    work.start_workers(WORKERS - 1, 0.01)
+    work.start_workers(1, 0.1)
     work.wait_for_workers(WORKERS)
     before = stored(x)
     # one pass, two, and two where the sums stay on the workers

@@ -209,12 +209,12 @@ class Case:
         if self.mode == "overwrite":
             create(folder / "y", some((4, 4), "f4", seed=1), (2, 4))
 
-    def run(self, folder, clip_norm=None):
+    def run(self, folder, clip_norm=None, scheduler="synchronous"):
         """Status and norms of the run."""
         options = {} if self.mode == "copy" else {self.mode: True}
         options |= {"global_norm": True} if self.global_norm else {}
         target = None if self.mode == "in_place" else folder / "y"
-        with dask.config.set(scheduler="synchronous"):
+        with dask.config.set(scheduler=scheduler):
             report = clip_zarr(
                 folder / "x",
                 target,
