@@ -1,17 +1,21 @@
 """The rolling front: how many blocks are under way, and runs that other threads resume."""
 
+import time
+from functools import wraps
 from threading import Lock
 
 import dask
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster, get_worker
 from reference import bits
 from sizes import resize
 from stores import create, least_memory, read, some, stored
+from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr, verify_zarr
 from daskclip.target.journal import Journal
-from daskclip.worker import LocalPool
+from daskclip.worker import LocalPool, pool, tasks
 
 SHAPE, CHUNKS = (32, 48), (2, 8)
 
@@ -133,3 +137,71 @@ def test_records_in_any_order_are_one_run(x, tmp_path, monkeypatch, seed):
     assert report.slices == stats_zarr(x, axes).slices
     assert report.largest_norm == stats_zarr(x, axes).largest_norm
     verify_zarr(tmp_path / "y", x)
+
+
+# --- more workers --------------------------------------------------------------------------------
+
+WORKERS = 4
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Addresses of the workers that ran the blocks, in order; each block takes some time."""
+    seen = []
+
+    def told(function):
+        @wraps(function)
+        def run(*args):
+            seen.append(get_worker().address)
+            time.sleep(0.005)
+            return function(*args)
+
+        return run
+
+    for name in ("sum_block", "rescale_block", "clip_slab"):
+        monkeypatch.setattr(tasks, name, told(getattr(tasks, name)))
+    # a worker that came is counted after some blocks rather than after all
+    monkeypatch.setattr(pool, "COUNT_INTERVAL_S", 0.02)
+    return seen
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "joined"])
+@pytest.mark.parametrize("axes", [None, 0, 1])
+def test_workers_that_come_all_have_blocks_within_two_windows(
+    tmp_path, monkeypatch, ran, axes, resumed
+):
+    resize(
+        monkeypatch, block_nbytes=64, process_nbytes=0, thread_nbytes=0, slice_nbytes=0,
+        window_blocks=4, window_sums=4, sum_nbytes=1,
+    )  # fmt: skip
+    x = create(tmp_path / "x", some((128, 24), "f4"), CHUNKS)
+    window, append, come = 4 * WORKERS, Journal.append, []
+
+    def coming(self, entry):
+        append(self, entry)
+        if not come and len(ran) > 16:
+            cluster.scale(WORKERS)
+            until(lambda: len(client.nthreads()) == WORKERS)
+            come.append(len(ran))
+            if resumed:
+                raise KeyboardInterrupt
+
+    def clip():
+        return clip_zarr(x, tmp_path / "y", 100.0, axes, memory=2000)
+
+    monkeypatch.setattr(Journal, "append", coming)
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp://", host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+    ) as cluster, Client(cluster) as client:  # fmt: skip
+        if resumed:
+            with pytest.raises(KeyboardInterrupt):
+                clip()
+            come[0] = len(ran)
+        report = clip()
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 100.0, axes))
+    assert report.passes == (1 if axes == 1 else 2)
+    assert len(set(ran[: come[0]])) == 1
+    assert len(ran) > come[0] + 2 * window
+    assert len(set(ran[come[0] : come[0] + 2 * window])) == WORKERS
