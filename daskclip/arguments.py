@@ -46,9 +46,7 @@ def check_dtype(dtype: object, remedy: str = _CAST) -> None:
 
 def check_stored_dtype(dtype: object) -> None:
     """Refuse what `check_dtype` refuses of arrays in storage, which are not cast on the way."""
-    # zarr stores no bfloat16
-    names = ", ".join(name for name in DTYPES if name != "bfloat16")
-    check_dtype(dtype, f"store a copy as one of {names}, and clip that")
+    check_dtype(dtype, f"store a copy as one of {', '.join(DTYPES)}, and clip that")
 
 
 def parse_axes(axes: Axes, ndim: int) -> tuple[int, ...]:

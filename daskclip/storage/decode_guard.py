@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numcodecs
+import numpy as np
 import numpy.typing as npt
 
 from daskclip.storage.durable import Data
@@ -63,7 +64,8 @@ def decode_guarded(
         raise ValueError(TOO_LARGE.format(most, limit + ZSTD_BLOCK))
     if out is None or size != out.nbytes or codec not in INTO:
         return decode(data)
-    INTO[codec].decode(data, out)
+    # as bytes: buffers of Python have no bfloat16
+    INTO[codec].decode(data, out.reshape(-1).view(np.uint8))
     return out
 
 

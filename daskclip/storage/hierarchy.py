@@ -20,6 +20,7 @@ from daskclip.storage import files, metadata
 from daskclip.storage import object_store as objects
 from daskclip.storage.array import StoredArray, local_folder, location
 from daskclip.storage.durable import DIGESTS, digest_entries
+from daskclip.storage.foreign.bfloat16 import knowing_bfloat16
 from daskclip.storage.metadata import ancestors, is_ours, split
 from daskclip.storage.retry import retrying
 from daskclip.storage.stores import is_web, store_version
@@ -105,7 +106,9 @@ class Hierarchy:
         for name in filter(self._is_array, sorted(self._nodes)):
             place = _at(self.store, objects.join(self.path, name))
             try:
-                array = StoredArray(zarr.Array.from_dict(place, self.document(name)))
+                document = self.document(name)
+                with knowing_bfloat16(document):
+                    array = StoredArray(zarr.Array.from_dict(place, document))
                 # zarr finds some faults here only; those of a single array have own messages
                 if name:
                     _ = array.dtype, array.unit_nbytes

@@ -43,11 +43,12 @@ OUTSIDE = {"numpy", "dask"}
 FEW = {
     "zarr": {
         "storage.array", "storage.codecs", "storage.metadata", "storage.hierarchy",
-        "storage.object_store", "storage.stores",
+        "storage.object_store", "storage.stores", "storage.foreign.bfloat16",
     },
     "fsspec": {"storage.stores"},
     "google_crc32c": {"storage.durable"},
     "numcodecs": {"storage.decode_guard"},
+    "ml_dtypes": {"storage.foreign.bfloat16"},  # where it is used: it is optional
     "xarray": {"xarray"},
     "click": {"cli"},
     "distributed": {"cli", "engine.cluster"},  # where it is used: it takes a second to import

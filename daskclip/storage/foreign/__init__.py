@@ -1,0 +1,1 @@
+"""What zarr does not know by itself: bfloat16."""
