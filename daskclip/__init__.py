@@ -17,6 +17,8 @@ True
 
 clip_zarr, plan_zarr, stats_zarr, verify_zarr
     Zarr arrays and groups: clip them, plan it, look at their norms, check what was written.
+open_flat
+    A .npy or .safetensors file, opened as a Zarr array or group.
 clip_by_norm, norm
     An array of NumPy, Dask or Zarr, or `IndexedSlices`.
 clip_by_global_norm, global_norm
@@ -52,7 +54,7 @@ Dask array through lazy and numerics. `examples/00_one_chunk.py` goes this way b
 
 # not xarray and cli: xarray is optional, and click is of no use in a program
 try:
-    from daskclip.engine import clip_zarr, plan_zarr, stats_zarr, verify_zarr
+    from daskclip.engine import clip_zarr, open_flat, plan_zarr, stats_zarr, verify_zarr
     from daskclip.lazy import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
 except Exception as error:
     # Dask and zarr refuse broken settings when they are imported. An error here would keep the
@@ -69,7 +71,7 @@ __version__ = "0.4.0"
 
 __all__ = [
     "IndexedSlices", "clip_by_global_norm", "clip_by_norm", "clip_zarr", "global_norm", "norm",
-    "plan_zarr", "stats_zarr", "verify_zarr",
+    "open_flat", "plan_zarr", "stats_zarr", "verify_zarr",
 ]  # fmt: skip
 
 

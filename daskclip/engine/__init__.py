@@ -12,5 +12,8 @@ from daskclip.engine.clip import clip_zarr, plan_zarr
 from daskclip.engine.run_record import discard, status
 from daskclip.engine.stats import stats_zarr
 from daskclip.engine.verify import verify_zarr
+from daskclip.storage import open_flat
 
-__all__ = ["clip_zarr", "discard", "plan_zarr", "stats_zarr", "status", "verify_zarr"]
+__all__ = [
+    "clip_zarr", "discard", "open_flat", "plan_zarr", "stats_zarr", "status", "verify_zarr",
+]  # fmt: skip

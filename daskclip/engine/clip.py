@@ -60,15 +60,17 @@ def clip_zarr(
 
     Parameters
     ----------
-    source : str, path, zarr.Array or zarr.Group, of any shape
-        Floating point or complex array to read, in Zarr format 2 or 3, sharded or not. In a group,
-        every such array except coordinates is clipped by its own norms, and everything else is
-        copied byte for byte. Arrays whose attributes say that integers are packed, or that numbers
-        stand for missing values, are refused.
+    source : str, path, zarr.Array, zarr.Group, zarr store or NumPy array, of any shape
+        Floating point or complex array to read, in Zarr format 2 or 3, sharded or not, in a
+        ``.npy`` or ``.safetensors`` file (see `open_flat`), or in memory. In a group, every such
+        array except coordinates is clipped by its own norms, and everything else is copied byte for
+        byte. Arrays whose attributes say that integers are packed, or that numbers stand for
+        missing values, are refused.
     target : str, path, zarr store or None
         Where to write the clipped array: a path in an existing local folder, a URL, or a zarr
         store and path; None with ``in_place``. Chunks, shards, codecs, fill value, attributes and
-        dimension names are those of the source.
+        dimension names are those of the source; of one that is not Zarr, format 3 with chunks of
+        about 4 MiB, compressed with zstd.
     clip_norm : float or str
         See `clip_by_norm`. A string such as ``'p99'`` is a percentile of the norms of the source:
         the norm that 99 % of the finite slices do not exceed. Here a limit below 0 or NaN is

@@ -19,7 +19,10 @@ from daskclip.errors import DaskClipError, SourceError, error_text
 from daskclip.grid import Box, box_shape, boxes, grid_shape, offset_box
 from daskclip.storage import object_store
 from daskclip.storage.codecs import Chain, chain, decode, encode, memory_of
+from daskclip.storage.durable import DIGESTS
 from daskclip.storage.files import CHUNK, DOCUMENTS, ChunkFiles, Stored, copy_files
+from daskclip.storage.foreign.chunks import FlatChunks
+from daskclip.storage.foreign.store import FlatStore
 from daskclip.storage.object_store import ChunkObjects
 from daskclip.storage.retry import kind_and_remedy, retrying
 
@@ -110,6 +113,11 @@ class StoredArray:
         """Folder of the array, if it is on a local file system."""
         return local_folder(self.array.store, self.array.path)
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is a flat array, whose units are encoded otherwise in a target."""
+        return isinstance(self.array.store, FlatStore)
+
     @cached_property
     def location(self) -> str:
         """Path or URL, for messages."""
@@ -124,7 +132,8 @@ class StoredArray:
         """The encoded units, in files or in objects."""
         if self.folder is not None:
             return ChunkFiles(self.folder, self._key((0,) * self.ndim).count("/") + 1)
-        return ChunkObjects(self.array.store, self.array.path, self.unit_nbytes)
+        kind = FlatChunks if self.is_flat else ChunkObjects
+        return kind(self.array.store, self.array.path, self.unit_nbytes)
 
     @cached_property
     def _codecs(self) -> Chain:
@@ -194,6 +203,9 @@ class StoredArray:
 
     def copy_to(self, target: Self, region: Box) -> int:
         """Copy what is stored of a region without decoding it, and return its digest."""
+        if self.is_flat:
+            parts = (offset_box(inside, region) for inside in boxes(box_shape(region), self.unit))
+            return sum(target.write(part, self.read(part)) for part in parts) % DIGESTS
         keys, source = self.keys(region), self._chunks
         # between folders, files are copied in pieces and never held whole
         if self.folder is not None and target.folder is not None:
@@ -280,6 +292,8 @@ def local_folder(store: Store, path: str) -> Path | None:
 
 def location(store: Store, path: str) -> str:
     """Path or URL of a path in a store, for messages."""
+    if isinstance(store, FlatStore):
+        return object_store.join(str(store), path)
     return str(local_folder(store, path) or object_store.url(store, path))
 
 

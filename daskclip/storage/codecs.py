@@ -77,7 +77,7 @@ def _chain(codecs: Iterable[Any], spec: ArraySpec, fill: Array) -> Chain:
         if isinstance(codec, BytesCodec):
             order: Any = getattr(codec.endian, "value", codec.endian)
             # a transposition before it has changed the shape of the chunk
-            steps.append(_Elements(spec.shape, fill.dtype.newbyteorder(order), "C"))
+            steps.append(_Elements(spec.shape, fill.dtype.newbyteorder(order or "|"), "C"))
             continue
         # zarr's wrapper of a codec of numcodecs has asynchronous methods only
         plain = getattr(codec, "_codec", None)

@@ -1,5 +1,6 @@
 """An array, or a group with all arrays in it: opened, fingerprinted, and moved to another place."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,12 @@ from daskclip.storage import object_store as objects
 from daskclip.storage.array import StoredArray, local_folder, location
 from daskclip.storage.durable import DIGESTS, digest_entries
 from daskclip.storage.foreign.bfloat16 import knowing_bfloat16
+from daskclip.storage.foreign.store import FlatStore
 from daskclip.storage.metadata import ancestors, is_ours, split
 from daskclip.storage.retry import retrying
 from daskclip.storage.stores import is_web, store_version
 
+ZSTD = {"name": "zstd", "configuration": {"level": 0, "checksum": False}}
 COPY_THREADS, COPY_BATCH = 8, 64  # of copying files from or to object stores
 
 
@@ -57,6 +60,21 @@ class Hierarchy:
     def folder(self) -> Path | None:
         """Its folder, if it is on a local file system."""
         return local_folder(self.store, self.path)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is made of flat arrays, which Zarr does not store."""
+        return isinstance(self.store, FlatStore)
+
+    @cached_property
+    def target_documents(self) -> dict[str, bytes]:
+        """Documents of a target: the same, but that the chunks of flat arrays are compressed."""
+        made = {}
+        for name in self.arrays if self.is_flat else ():
+            about = self.document(name)
+            about["codecs"].append(ZSTD)
+            made[objects.join(name, "zarr.json")] = json.dumps(about).encode()
+        return self.documents | made
 
     @property
     def is_group(self) -> bool:
@@ -166,8 +184,10 @@ class Hierarchy:
             yield attributes, path[len(group) :].lstrip("/")
 
     def moved_to(self, place: Store | Path, path: str = "") -> Self:
-        """The same metadata at another place, where nothing need be stored."""
-        moved = type(self)(_store(place), path, self.documents)
+        """The metadata of a target at another place, where nothing need be stored."""
+        moved = type(self)(_store(place), path, self.target_documents)
+        if self.is_flat:
+            return moved
         arrays = {}
         for name, stored in self.arrays.items():
             metadata: Any = stored.array.metadata
@@ -184,11 +204,11 @@ class Hierarchy:
         return again
 
     def write_documents(self, folder: Path) -> None:
-        """Create a folder that has the same metadata and no chunks."""
+        """Create a folder that has the metadata of a target and no chunks."""
         # a folder between the root and a node may have no metadata
         for name in self._nodes:
             os.makedirs(folder / name, exist_ok=True)
-        for key, data in self.documents.items():
+        for key, data in self.target_documents.items():
             with open(folder / key, "wb") as file:
                 file.write(data)
 
@@ -198,6 +218,8 @@ class Hierarchy:
         folder = self.folder
         if isinstance(self.store, ZipStore):
             return [str(self.store.path)]
+        if isinstance(self.store, FlatStore):
+            return [*self.store.files]
         return [str(folder / key) for key in self.documents if folder and "/" not in key]
 
     def digest(self) -> int:

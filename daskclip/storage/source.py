@@ -15,6 +15,7 @@ from daskclip.errors import DaskClipError, InvalidValueError, SourceError, error
 from daskclip.grid import grid_shape
 from daskclip.storage.array import V2_NAMES, StoredArray
 from daskclip.storage.codecs import chain, codec_name
+from daskclip.storage.foreign.store import open_flat_store
 from daskclip.storage.hierarchy import Hierarchy
 from daskclip.storage.metadata import require_decoded
 from daskclip.storage.retry import is_refused, is_transient
@@ -34,10 +35,13 @@ def open_source(source: object, storage_options: dict[str, Any] | None = None) -
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else short_repr(source)
     try:
         found = parse_location(source, storage_options)
+        flat = open_flat_store(source if found is None else found)
+        if flat is not None:
+            found = flat, ""
         if found is None:
             raise SourceError(
-                f"source is a {type(source).__name__}; give a path, a URL, a zarr array, group or "
-                "store"
+                f"source is a {type(source).__name__}; give a path, a URL, a NumPy array, or a "
+                "zarr array, group or store"
             )
         if isinstance(found, str):
             if "\0" in found:

@@ -18,6 +18,7 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, ObjectStore, StorePath, ZipStore
 
 from daskclip.errors import InvalidValueError, error_text
+from daskclip.storage.foreign.store import FlatStore
 
 UNQUOTED = "/:@!$&'()*+,;=~"  # in paths of URLs as yarl, which requests them, writes them
 WEB_DEPTH, WEB_FOLDERS = 64, 10_000  # levels and folders of links that are followed
@@ -72,6 +73,8 @@ def parse_location(
     # opened again: it may be closed, or the file replaced; one that is being written stays as it is
     if isinstance(store, ZipStore) and (store.read_only or not store._is_open):
         store = _opened(store.path)
+    if isinstance(store, FlatStore):
+        store.require_same()
     fs = getattr(store, "fs", None)
     if isinstance(store, FsspecStore) and isinstance(getattr(fs, "sync_fs", fs), LocalFileSystem):
         return f"{store.path}/{path}".rstrip("/")
@@ -125,6 +128,8 @@ def store_version(store: Any) -> str:
     if isinstance(store, ZipStore) and store.read_only:
         status = os.stat(store.path)
         return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    if isinstance(store, FlatStore):
+        return store.version
     # of Icechunk, whose read-only sessions show a snapshot; other files may hold its chunks
     session: Any = getattr(store, "session", None)
     if getattr(session, "read_only", False) and not session.all_virtual_chunk_locations():

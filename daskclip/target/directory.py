@@ -75,6 +75,7 @@ class DirectoryTarget:
         # first: what holds the source is not to be removed
         if not in_place:
             preflight.check_nesting(path, source.folder)
+            preflight.check_files(path, source)
         if taken:
             self.require_free(source)
         # renaming a folder onto a link would replace the link, and a mount point refuses it
@@ -210,7 +211,7 @@ class DirectoryTransaction:
         """Arrays that a run writes, and the folder that they are in."""
         staged = source.moved_to(self.folder / run)
         with suppress(ValueError):  # of metadata that is no JSON any more
-            if staged.reread().documents == source.documents:
+            if staged.reread().documents == staged.documents:
                 return staged, str(staged)
         raise StorageError(
             f"metadata in {staged} is not what it was; discard the run and begin again"

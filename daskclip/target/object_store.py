@@ -177,7 +177,7 @@ class ObjectStoreTransaction:
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
         """Let the target appear by its metadata."""
         self.require()
-        target, (*documents, last) = self.target, source.documents.items()
+        target, (*documents, last) = self.target, source.target_documents.items()
         if source.record_array:
             target.put(f"{source.record_array}/{RECORD}/{JOURNAL}", self.journal.read_bytes())
         for i in range(0, len(documents), PUT_BATCH):

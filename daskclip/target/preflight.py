@@ -43,6 +43,13 @@ def check_nesting(path: Path, source: Path | None) -> None:
         raise TargetError(f"source {source} lies inside the target {path}; choose another path")
 
 
+def check_files(path: Path, source: Hierarchy) -> None:
+    """Refuse a target in the place of files of a source, or of a folder that they are in."""
+    for file in source.paths if source.folder is None else ():
+        if Path(os.path.realpath(file)).is_relative_to(path):
+            raise TargetError(f"target {path} is or holds the source {file}; choose another path")
+
+
 def refuse_consolidated(target: object, group: object, new: bytes, old: bytes) -> None:
     """Refuse a target in a group whose `CONSOLIDATED` files would not list it."""
     # readers of such a group ask that document only, and would never see the new array

@@ -44,6 +44,7 @@ FEW = {
     "zarr": {
         "storage.array", "storage.codecs", "storage.metadata", "storage.hierarchy",
         "storage.object_store", "storage.stores", "storage.foreign.bfloat16",
+        "storage.foreign.store", "storage.foreign.opening",
     },
     "fsspec": {"storage.stores"},
     "google_crc32c": {"storage.durable"},

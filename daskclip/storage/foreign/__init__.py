@@ -1,1 +1,8 @@
-"""What zarr does not know by itself: bfloat16."""
+"""What zarr does not know by itself: arrays in flat files and in memory, and bfloat16.
+
+    headers ──> store ──> chunks
+       └─> arrays ─┘
+
+A flat array becomes a read-only Zarr array, of which a range of the elements is a chunk. Nothing
+is copied: the bytes of a chunk are read from the file when they are asked for.
+"""
