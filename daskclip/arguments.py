@@ -22,8 +22,8 @@ from daskclip.errors import (
 from daskclip.numerics import ORDERS, kept_shape
 
 Array = npt.NDArray[Any]
-Axes = int | Sequence[int] | npt.NDArray[np.integer[Any]] | None
-"""Axes by number, one or several; None for all."""
+Axes = int | Sequence[int] | npt.NDArray[np.integer[Any]] | slice | None
+"""Axes by number, one or several, or a slice of them; None for all."""
 Dim = Hashable | Iterable[Hashable]
 """Dimensions by name, one or several; None or ``...`` for all."""
 NonFinite = Literal["propagate", "omit", "raise"]
@@ -54,11 +54,13 @@ def parse_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
 
     Examples
     --------
-    >>> parse_axes(-1, 3), parse_axes(None, 2), parse_axes([], 2)
-    ((2,), (0, 1), ())
+    >>> parse_axes(-1, 3), parse_axes(None, 2), parse_axes([], 2), parse_axes(slice(1, None), 3)
+    ((2,), (0, 1), (), (1, 2))
     """
     if axes is None:
         return tuple(range(ndim))
+    if isinstance(axes, slice):
+        return _parse_slice(axes, ndim)
     if isinstance(axes, np.ndarray) and axes.dtype.kind in "iu":
         # an axis of a 2-d array is a list, and refused as one
         axes = axes.tolist() if axes.ndim < 2 else [axes.tolist()]
@@ -86,7 +88,22 @@ def _parse_axis(axis: object, axes: object, ndim: int) -> int:
     return int(axis) % ndim
 
 
-_AXES_REMEDY = "give None, an int or a sequence of ints"
+def _parse_slice(axes: slice, ndim: int) -> tuple[int, ...]:
+    """Axes that a slice takes of those of an array, at least one."""
+    for part in (axes.start, axes.stop, axes.step):
+        if not (part is None or _is_integer(part)):
+            text = f"holds a {type(part).__name__}; give a slice of ints, such as slice(1, None)"
+            raise InvalidTypeError.about("axes", axes, text)
+    if axes.step == 0:
+        raise InvalidValueError.about("axes", axes, "has a step of 0; give another one, or none")
+    taken = range(ndim)[axes]
+    if not taken:
+        empty = f"takes no axis of an array of {ndim} dimensions; use [] to take none"
+        raise InvalidValueError.about("axes", axes, empty)
+    return tuple(sorted(taken))
+
+
+_AXES_REMEDY = "give None, an int, a sequence of ints or a slice"
 
 
 def _is_integer(axis: object) -> TypeGuard[int]:
@@ -96,12 +113,36 @@ def _is_integer(axis: object) -> TypeGuard[int]:
     return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
 
 
-def axes_from_text(axes: str | None) -> list[int] | None:
-    """Axes as the command line has them."""
+def axes_from_text(axes: str | None) -> list[int] | slice | None:
+    """Axes as the command line has them.
+
+    Examples
+    --------
+    >>> axes_from_text("0,2"), axes_from_text("1:")
+    ([0, 2], slice(1, None, None))
+    """
     try:
-        return None if axes is None else [int(a) for a in axes.split(",") if a.strip()]
+        if axes is None or ":" not in axes:
+            return None if axes is None else [int(a) for a in axes.split(",") if a.strip()]
+        first, last, *step = (int(a) if a.strip() else None for a in axes.split(":", 2))
+        return slice(first, last, *step)
     except ValueError:
-        raise InvalidValueError(f"axes {axes!r} is not a list of integers; write 0,2") from None
+        wrong = "is neither a list nor a slice of integers; write 0,2 or 1:"
+        raise InvalidValueError(f"axes {axes!r} {wrong}") from None
+
+
+def axes_as_json(axes: Axes) -> list[int] | str | None:
+    """Axes as JSON has them; a slice is the text of the command line.
+
+    Examples
+    --------
+    >>> axes_as_json(np.array([0, 2])), axes_as_json(slice(1, None))
+    ([0, 2], '1:')
+    """
+    if isinstance(axes, slice):
+        parts = (axes.start, axes.stop, *(() if axes.step is None else (axes.step,)))
+        return ":".join("" if part is None else str(part) for part in parts)
+    return None if axes is None else [int(a) for a in np.atleast_1d(axes)]
 
 
 def parse_dim(dim: Dim, known: Sequence[Hashable]) -> list[Any]:

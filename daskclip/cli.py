@@ -122,7 +122,7 @@ QUANTILE = "Limit, as 1.5; p99 is the 99th percentile of the norms."
 INCLUDE = "Clip only these arrays of a group: 'layers/*'."
 PROGRESS = "Show progress on stderr; auto is a bar on a terminal, else lines."
 CLIP = [
-    _option("--axes", "AXES", "Axes to reduce, e.g. 0,2; all by default, '' for none."),
+    _option("--axes", "AXES", "Axes to reduce, e.g. 0,2 or 1:; all by default, '' for none."),
     _option("--dim", "NAMES", "Dimensions to reduce, e.g. time,lat (instead of --axes)."),
     _choice("--ord", "2", "1 2 inf", "Order of the norm."),
     _option("--include", "PATTERN", INCLUDE, multiple=True),

@@ -1,17 +1,20 @@
 """Refused arguments: the documented error class, and one line with the value and a remedy."""
 
+import random
+
 import dask
 import dask.array as da
 import numpy as np
 import pytest
 import zarr
 from reference import bits
+from stores import some
 
 from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, global_norm, norm, verify_zarr
 from daskclip.errors import DaskClipError
 
 X = np.ones((4, 6), np.float32)
-AXES_TYPE = "give None, an int or a sequence of ints"
+AXES_TYPE = "give None, an int, a sequence of ints or a slice"
 
 
 def assert_refused(error, value, remedy, call):
@@ -49,12 +52,37 @@ def x(request):
         ([[0]], TypeError, "[[0]] holds a list", AXES_TYPE),
         (np.array([[1]]), TypeError, "[[1]]", AXES_TYPE),
         (object, TypeError, "type", AXES_TYPE),
+        (slice(1.0, None), TypeError, "holds a float", "such as slice(1, None)"),
+        (slice(None, "1"), TypeError, "holds a str", "such as slice(1, None)"),
+        (slice(None, None, True), TypeError, "holds a bool", "such as slice(1, None)"),
+        (slice(None, None, 0), ValueError, "step of 0", "give another one, or none"),
+        (slice(2, None), ValueError, "(2, None, None) takes no axis", "use [] to take none"),
+        (slice(1, 1), ValueError, "an array of 2 dimensions", "use [] to take none"),
     ],
     ids=repr,
 )
 def test_wrong_axes_are_refused(x, axes, error, value, remedy):
     assert_refused(error, value, remedy, lambda: clip_by_norm(x, 1.0, axes))
     assert_refused(error, value, remedy, lambda: norm(x, axes))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_slice_takes_axes_as_one_of_their_list_does(seed):
+    rng = random.Random(seed)
+    ndim = rng.randint(1, 5)
+    bounds = [rng.choice([None, *range(-ndim - 2, ndim + 3)]) for _ in "01"]
+    axes = slice(*bounds, rng.choice([None, -2, -1, 1, 2, np.int8(1)]))
+    x = some([rng.randint(1, 3) for _ in range(ndim)], "f4", seed)
+    wanted = [*range(ndim)][axes]
+    for t in (x, da.from_array(x, 2)):
+        if wanted:
+            assert bits(np.asarray(norm(t, axes))) == bits(norm(x, wanted))
+            assert bits(np.asarray(clip_by_norm(t, 1.0, axes))) == bits(
+                clip_by_norm(x, 1.0, wanted)
+            )
+        else:
+            with pytest.raises(ValueError, match="takes no axis"):
+                clip_by_norm(t, 1.0, axes)
 
 
 @pytest.mark.parametrize("axis", [0, -1])

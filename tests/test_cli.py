@@ -81,9 +81,10 @@ def test_plan_writes_nothing(source, tmp_path, command):
 
 @pytest.mark.parametrize(
     ("text", "axes"),
-    [(None, None), ("", ()), ("0", 0), ("1", 1), ("-1", 1), ("0,1", (0, 1)), (" 1, 0", (0, 1))],
-)
-def test_axes_are_integers_or_none(source, tmp_path, text, axes):
+    [(None, None), ("", ()), ("0", 0), ("1", 1), ("-1", 1), ("0,1", (0, 1)), (" 1, 0", (0, 1)),
+     ("1:", 1), (":", None), (":-1", 0), ("0:2", None), ("::-2", 1), (" -1 : ", 1)],
+)  # fmt: skip
+def test_axes_are_integers_or_a_slice_or_none(source, tmp_path, text, axes):
     options = [] if text is None else [f"--axes={text}"]
     assert run("run", source, tmp_path / "y", "--clip-norm", 1, *options).exit_code == 0
     assert bits(read(tmp_path / "y")) == wanted(source, 1.0, axes)

@@ -222,11 +222,19 @@ def test_things_that_are_no_paths_are_refused(everything, source, target):
     assert stored(everything) == before
 
 
-@pytest.mark.parametrize("axes", ["0.5", "x", "0;1", "True", "1e0"])
+@pytest.mark.parametrize("axes", ["0.5", "x", "0;1", "True", "1e0", "1:x", "1:,2", "1:2:1:1"])
 def test_axes_that_are_no_integers(everything, axes):
     before = stored(everything)
     done = run("run", everything / "x", everything / "y", "--clip-norm", 1, "--axes", axes)
-    assert_fails(done, 3, axes, "0,2")
+    assert_fails(done, 3, axes, "0,2", "1:")
+    assert stored(everything) == before
+
+
+@pytest.mark.parametrize(("axes", "word"), [("::0", "step"), ("2:", "takes no axis")])
+def test_slices_of_axes_that_take_none(everything, axes, word):
+    before = stored(everything)
+    done = run("run", everything / "x", everything / "y", "--clip-norm", 1, "--axes", axes)
+    assert_fails(done, 3, word, "axes slice(")
     assert stored(everything) == before
 
 

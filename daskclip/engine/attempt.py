@@ -156,7 +156,7 @@ def _report(
         target=parameters["target"],
         clip_norm=run.clip_norm,
         ord=parameters["ord"],
-        axes=None if axes is None else tuple(axes),
+        axes=tuple(axes) if isinstance(axes, list) else axes,
         arrays=len(plan.clipped),
         copied=len(plan.plans) - len(plan.clipped),
         slices=total.slices,

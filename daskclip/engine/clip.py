@@ -75,8 +75,9 @@ def clip_zarr(
         See `clip_by_norm`. A string such as ``'p99'`` is a percentile of the norms of the source:
         the norm that 99 % of the finite slices do not exceed. Here a limit below 0 or NaN is
         refused, since it would destroy the data.
-    axes : None, int or sequence of int
-        Axes over which the norm is taken; None takes all.
+    axes : None, int, sequence of int or slice
+        Axes over which the norm is taken; None takes all. A slice is taken of the axes of each
+        array: ``slice(1, None)`` leaves out the first.
     ord, limits
         See `clip_by_norm`. Limits are a NumPy array, or an array in storage that is read by
         region; for a group, one array for all, or a group or dict with limits by name.

@@ -247,13 +247,13 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
 
 
 def _parameters(
-    request: ClipRequest, axes: Any, dim: object, limits_by_array: LimitsByArray
+    request: ClipRequest, axes: Axes, dim: object, limits_by_array: LimitsByArray
 ) -> Json:
     # JSON types only, so that they equal those that are read back from a journal
     quantile = isinstance(request.limit, Fraction)
     return {
         "clip_norm": request.clip_norm if quantile else str(request.limit),
-        "axes": None if axes is None else [int(a) for a in np.atleast_1d(axes)],
+        "axes": arguments.axes_as_json(axes),
         "dim": dim,
         "ord": float(request.ord),  # type: ignore[arg-type]
         "limits": limits_identity(limits_by_array),

@@ -34,7 +34,7 @@ def find_finished(transaction: Transaction, run: RunRecord, *, in_place: bool) -
     if last is None or last.report is None or not matches_record(transaction.target.open, last):
         return None
     axes = last.report["axes"]
-    return ClipReport(**last.report | {"axes": None if axes is None else tuple(axes)})
+    return ClipReport(**last.report | {"axes": tuple(axes) if isinstance(axes, list) else axes})
 
 
 def find_unfinished(

@@ -118,7 +118,7 @@ def _stats(save_norms: str | os.PathLike[str] | None, request: ClipRequest) -> S
         del along["clipped"]
     return StatsReport(
         source=str(opened),
-        axes=None if taken is None else tuple(taken),
+        axes=tuple(taken) if isinstance(taken, list) else taken,
         dim=run.parameters["dim"],
         ord=run.parameters["ord"],
         arrays=len(plan.clipped),

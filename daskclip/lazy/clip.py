@@ -56,8 +56,9 @@ def clip_by_norm(
     clip_norm : float or 0-d array
         The limit, used as exact float64; may be a lazy Dask array. Negative counts as 0, infinity
         leaves ``t`` unchanged, NaN gives NaN. None with ``limits``.
-    axes : None, int or sequence of int
-        Axes over which the norm is taken; None takes all, ``[]`` makes every element a slice.
+    axes : None, int, sequence of int or slice
+        Axes over which the norm is taken; None takes all, ``[]`` makes every element a slice, and
+        ``slice(1, None)`` takes all but the first.
     name : str, optional
         Prefix of the Dask layer.
     ord : {1, 2, inf}
@@ -171,7 +172,7 @@ def norm(t: Operand, axes: Axes = None, *, keepdims: bool = False, ord: float = 
     ----------
     t : array of any shape, or IndexedSlices
         See `clip_by_norm`.
-    axes : None, int or sequence of int
+    axes : None, int, sequence of int or slice
         Axes over which the norm is taken; None takes all.
     keepdims : bool
         Keep the reduced axes with size 1.

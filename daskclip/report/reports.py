@@ -40,8 +40,9 @@ class ClipReport(Report):
     """Limit of the norms; None if each slice had its own."""
     ord: float
     """Order of the norm: 1, 2 or inf."""
-    axes: tuple[int, ...] | None
-    """Axes the norms were taken over; None for all axes of each array of a group."""
+    axes: tuple[int, ...] | str | None
+    """Axes the norms were taken over; of each array of a group, None for all, or the text of a
+    slice such as '1:'."""
     arrays: int
     """Number of arrays that were clipped."""
     copied: int
@@ -135,8 +136,9 @@ class StatsReport(Report):
 
     source: str
     """Location of the array or group that was read."""
-    axes: tuple[int, ...] | None
-    """Axes the norms were taken over; None for all axes of each array of a group."""
+    axes: tuple[int, ...] | str | None
+    """Axes the norms were taken over; of each array of a group, None for all, or the text of a
+    slice such as '1:'."""
     dim: list[str] | None
     """Dimensions of a group the norms were taken over, if they were given."""
     ord: float

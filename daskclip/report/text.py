@@ -41,12 +41,14 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def format_axes(axes: Sequence[int] | None, dim: Sequence[str] | None = None) -> str:
+def format_axes(axes: Sequence[int] | str | None, dim: Sequence[str] | None = None) -> str:
     """Axes or dimensions of a norm, as the options of the command line take them."""
     # names rather than numbers where both are known: a user gave the names
     if dim:
         return f"dim {','.join(dim)}"
-    return f"axes {'all' if axes is None else ','.join(map(str, axes)) or 'none'}"
+    if axes is None or isinstance(axes, str):
+        return f"axes {axes or 'all'}"
+    return f"axes {','.join(map(str, axes)) or 'none'}"
 
 
 def format_size(nbytes: int) -> str:

@@ -21,7 +21,15 @@ from sizes import SMALL
 from stores import files_of, some, stopping_at, stored
 from zarr.storage import MemoryStore
 
-from daskclip import clip_by_global_norm, clip_by_norm, clip_zarr, plan_zarr, verify_zarr
+from daskclip import (
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_zarr,
+    norm,
+    plan_zarr,
+    stats_zarr,
+    verify_zarr,
+)
 from daskclip.errors import (
     DaskClipError,
     InvalidValueError,
@@ -381,6 +389,37 @@ def test_an_axis_that_an_array_has_not_is_told_with_its_name(tmp_path):
     make(tmp_path / "x")
     with pytest.raises(np.exceptions.AxisError, match="array bias: axis 1 is out of bounds"):
         clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, axes=1)
+
+
+def test_a_slice_of_axes_is_taken_of_each_array(tmp_path):
+    values = make(tmp_path / "x")
+    several = ["layers/*kernel", "values"]
+    report = clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, slice(1, None), include=several)
+    assert (report.arrays, report.slices) == (3, 9 + 4 + 6)
+    assert (report.axes, report.rows()["clip_norm"]) == ("1:", "1 over axes 1:")
+    for name, x in values.items():
+        wanted = clip_by_norm(x, 1.0, slice(1, None)) if x.ndim > 1 and x.size else x
+        assert bits(read_member(tmp_path / "y", name)) == bits(wanted)
+    assert verify_zarr(tmp_path / "y", tmp_path / "x").slices == report.slices
+    for how in ({"axes": slice(1, None, None)}, {"axes": slice(np.int8(1), None)}):
+        again = clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, include=several, **how)
+        assert (again.status, again.axes) == ("up to date", "1:")
+    stats = stats_zarr(tmp_path / "x", slice(1, None), include=several)
+    assert (stats.slices, stats.axes) == (report.slices, "1:")
+    assert "axes 1:" in stats.rows()["source"]
+    with pytest.raises(InvalidValueError, match=r"array bias: axes .* takes no axis of .* 1 dim"):
+        clip_zarr(tmp_path / "x", tmp_path / "z", 1.0, slice(1, None))
+
+
+def test_each_array_has_its_limits_under_a_slice_of_axes(tmp_path):
+    values = make(tmp_path / "x")
+    names = ["layers/1/kernel", "values"]
+    limits = {name: norm(values[name], slice(1, None), keepdims=True) / 2 for name in names}
+    how = {"axes": slice(1, None), "limits": limits, "include": names}
+    clip_zarr(tmp_path / "x", tmp_path / "y", **how)
+    for name, one in limits.items():
+        norms = norm(read_member(tmp_path / "y", name), slice(1, None), keepdims=True)
+        assert (norms <= one).all()
 
 
 @pytest.mark.parametrize("global_norm", [False, True])

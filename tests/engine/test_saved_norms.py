@@ -109,6 +109,14 @@ def test_a_run_with_saved_norms_reads_once_and_writes_the_same(
     assert again.status == "up to date"
 
 
+def test_a_slice_of_axes_is_saved_as_the_axes_that_it_takes(source, tmp_path):
+    stats_zarr(source, slice(1, None), save_norms=tmp_path / "norms")
+    report = clip_zarr(source, tmp_path / "y", 2.0, axes=-1, norms=tmp_path / "norms")
+    assert report.axes == (1,)
+    again = clip_zarr(source, tmp_path / "y", 2.0, slice(-1, None), norms=tmp_path / "norms")
+    assert again.status == "up to date"
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 def test_saved_norms_in_place_and_where_little_is_stored(tmp_path, passes):
     sparse = zarr.create_array(tmp_path / "x", shape=SHAPE, chunks=CHUNKS, dtype="f4")
