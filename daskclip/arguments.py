@@ -315,6 +315,12 @@ def check_nonfinite(nonfinite: object) -> None:
         raise InvalidValueError.about("nonfinite", nonfinite, text)
 
 
+def check_flag(flag: object, what: str) -> None:
+    """Refuse what is no bool where one is asked for."""
+    if not isinstance(flag, bool):
+        raise InvalidTypeError.about(what, flag, f"is a {type(flag).__name__}; give a bool")
+
+
 def parse_memory(memory: object) -> int:
     """Number of bytes, from a number or a text with a unit."""
     if not isinstance(memory, str | int) or isinstance(memory, bool):

@@ -133,6 +133,7 @@ CLIP = [
 LIMIT = [
     _option("--clip-norm", "C|pQ", QUANTILE, type=_clip_norm),
     _option("--limits", "PATH", "Zarr array of a limit for each slice (instead of --clip-norm)."),
+    _flag("--normalize", "Scale every slice to its limit, from below too."),
     _flag("--global global_norm", "Clip all arrays of a group by one global norm."),
     _option("--norms", "PATH", "Reuse norms saved by `stats --save-norms`."),
 ]

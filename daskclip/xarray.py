@@ -29,7 +29,12 @@ ROUNDING = {
 
 
 def clip_by_norm(
-    obj: Labelled, clip_norm: npt.ArrayLike, dim: Dim = None, *, skipna: bool | None = None
+    obj: Labelled,
+    clip_norm: npt.ArrayLike,
+    dim: Dim = None,
+    *,
+    skipna: bool | None = None,
+    normalize: bool = False,
 ) -> Labelled:
     """Clip the L2-norm of every slice of labelled arrays over ``dim`` to at most ``clip_norm``.
 
@@ -49,6 +54,8 @@ def clip_by_norm(
         True: NaN elements are missing values, which do not count and stay NaN. False: a NaN makes
         its slice NaN. None means True, as in xarray's own reductions of floating point numbers;
         the default of `daskclip.clip_by_norm` is the other one.
+    normalize : bool
+        See `daskclip.clip_by_norm`.
 
     Returns
     -------
@@ -100,7 +107,7 @@ def clip_by_norm(
                 "array", name, "has unknown sizes; call its .data.compute_chunk_sizes() first"
             )
         axes = x.get_axis_num(dims)
-        data = clip_unlabelled(_plain(x.data), limit, axes, nonfinite=policy)
+        data = clip_unlabelled(_plain(x.data), limit, axes, nonfinite=policy, normalize=normalize)
         # a copy keeps the encoding too, part of which would round the values when they are saved
         clipped[name] = x.copy(deep=False, data=data)
         clipped[name].encoding = _encoding(x.encoding, data.dtype, largest)
@@ -178,10 +185,15 @@ class DaskClipAccessor(Generic[Labelled]):
         self._obj: Labelled = obj
 
     def clip_by_norm(
-        self, clip_norm: npt.ArrayLike, dim: Dim = None, *, skipna: bool | None = None
+        self,
+        clip_norm: npt.ArrayLike,
+        dim: Dim = None,
+        *,
+        skipna: bool | None = None,
+        normalize: bool = False,
     ) -> Labelled:
         """See `daskclip.xarray.clip_by_norm`."""
-        return clip_by_norm(self._obj, clip_norm, dim, skipna=skipna)
+        return clip_by_norm(self._obj, clip_norm, dim, skipna=skipna, normalize=normalize)
 
     def norm(self, dim: Dim = None, *, skipna: bool | None = None) -> Labelled:
         """See `daskclip.xarray.norm`."""

@@ -22,7 +22,9 @@ from daskclip.target import FinalRecord, Journal, Json, RunRecord, Transaction
 from daskclip.worker import ArrayTask, memory_growth
 
 R = TypeVar("R")
-REPORTED = ("dim", "nonfinite", "missing", "include", "exclude", "global_norm", "norms")
+REPORTED = (
+    "dim", "nonfinite", "normalize", "missing", "include", "exclude", "global_norm", "norms",
+)  # fmt: skip
 
 
 def with_room_for_sums(do: Callable[[ClipRequest], R], request: ClipRequest) -> R:
@@ -50,12 +52,15 @@ def array_tasks(
     """Return the fields that the tasks of each array share, in a new attempt at a run."""
     attempt_id = f"{run.id}-{uuid4().hex}"
     policies = {name: run.parameters[name] for name in ("ord", "nonfinite", "missing")}
+    dtypes = {name: array.dtype for name, array in source.arrays.items()}
+    shared = tuple(dtypes[name] for name in plan.clipped) if plan.global_norm else ()
     return [
         ArrayTask(
             attempt_id=attempt_id, number=i, name=name, plan=one, source=source.arrays[name],
             target=None if target is None else target.arrays[name], staged=staged,
             shared=plan.global_norm, in_place=in_place, clip_norm=run.clip_norm,
-            limits=limits_by_array.get(name), collect=collect, **policies,
+            limits=limits_by_array.get(name), collect=collect,
+            normalize=(shared or (dtypes[name],)) * run.parameters["normalize"], **policies,
         )
         for i, (name, one) in enumerate(plan.plans.items())
     ]  # fmt: skip

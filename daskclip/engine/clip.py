@@ -44,6 +44,7 @@ def clip_zarr(
     limits: object = None,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
+    normalize: bool = False,
     missing: Literal["fill", "error"] = "fill",
     overwrite: bool = False,
     in_place: bool = False,
@@ -85,6 +86,8 @@ def clip_zarr(
         Memory budget of each worker process in bytes, beyond its imports, shared by its threads.
     nonfinite : {'propagate', 'omit', 'raise'}
         See `clip_by_norm`.
+    normalize : bool
+        See `clip_by_norm` and, with ``global_norm``, `clip_by_global_norm`.
     missing : {'fill', 'error'}
         Treat chunks that are not stored as the fill value, or stop the run.
     overwrite : bool
@@ -166,10 +169,10 @@ def clip_zarr(
     """
     request = ClipRequest(
         source=source, target=target, clip_norm=clip_norm, axes=axes, ord=ord, limits=limits,
-        memory=memory, nonfinite=nonfinite, missing=missing, overwrite=overwrite,
-        in_place=in_place, include=include, exclude=exclude, global_norm=global_norm,
-        storage_options=storage_options, progress=progress, dim=dim, pictures=pictures,
-        norms=norms,
+        memory=memory, nonfinite=nonfinite, normalize=normalize, missing=missing,
+        overwrite=overwrite, in_place=in_place, include=include, exclude=exclude,
+        global_norm=global_norm, storage_options=storage_options, progress=progress, dim=dim,
+        pictures=pictures, norms=norms,
     )  # fmt: skip
     return with_room_for_sums(_clip, request)
 
@@ -279,7 +282,7 @@ def plan_zarr(
 
     Parameters
     ----------
-    source, target, clip_norm, axes, ord, limits, memory, nonfinite, missing
+    source, target, clip_norm, axes, ord, limits, memory, nonfinite, normalize, missing
         See `clip_zarr`.
     overwrite, in_place, include, exclude, global_norm, storage_options, progress, dim, pictures
         See `clip_zarr`.

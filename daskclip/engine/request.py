@@ -21,7 +21,6 @@ from daskclip.engine.cluster import memory_of_workers, require_alike, require_sh
 from daskclip.engine.saved_norms import SavedNorms, open_norms
 from daskclip.errors import (
     DaskClipError,
-    InvalidTypeError,
     InvalidValueError,
     MemoryBudgetError,
     SourceChangedError,
@@ -61,6 +60,7 @@ class ClipRequest:
     limits: object = None
     memory: str | int = "512MiB"
     nonfinite: NonFinite = "propagate"
+    normalize: bool = False
     missing: Literal["fill", "error"] = "fill"
     overwrite: bool = False
     in_place: bool = False
@@ -96,6 +96,7 @@ class ClipRequest:
                 require_limits(limit, "clip_norm")
             object.__setattr__(self, "limit", limit)
         arguments.check_nonfinite(self.nonfinite)
+        arguments.check_flag(self.normalize, "normalize")
         if self.missing not in ("fill", "error"):
             raise InvalidValueError(
                 f"missing={short_repr(self.missing)} is not a policy; use 'fill' or 'error'"
@@ -106,9 +107,7 @@ class ClipRequest:
 
     def _check_global_norm(self) -> None:
         given = self.global_norm
-        if not isinstance(given, bool):
-            kind = type(given).__name__
-            raise InvalidTypeError(f"global_norm {short_repr(given)} is a {kind}; give a bool")
+        arguments.check_flag(given, "global_norm")
         axes = self.axes if self.dim is None else self.dim
         if given and axes is not None:
             raise InvalidValueError(
@@ -258,6 +257,7 @@ def _parameters(
         "ord": float(request.ord),  # type: ignore[arg-type]
         "limits": limits_identity(limits_by_array),
         "nonfinite": request.nonfinite,
+        "normalize": request.normalize,
         "missing": request.missing,
         "include": parse_patterns(request.include, "include"),
         "exclude": parse_patterns(request.exclude, "exclude"),

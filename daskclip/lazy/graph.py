@@ -99,7 +99,12 @@ def norm(x: da.Array, operation: Operation, keepdims: bool) -> da.Array:
 
 
 def clip_list(
-    arrays: Sequence[da.Array], limit: Number, use_norm: Number | None, name: str | None
+    arrays: Sequence[da.Array],
+    limit: Number,
+    use_norm: Number | None,
+    name: str | None,
+    *,
+    normalize: bool,
 ) -> tuple[list[da.Array], da.Array]:
     """Return arrays clipped by one factor, and the norm that it follows from."""
     # the norm of an array that holds one number is that number
@@ -108,9 +113,10 @@ def clip_list(
     sums = delayed(nan_if_infinite, pure=True)(total)
     if isinstance(limit, da.Array):
         limit = limit.to_delayed(optimize_graph=False)[()]
+    dtypes = [x.dtype for x in arrays] * normalize
     clipped = []
     for x in arrays:
-        scale = delayed(finalize, pure=True)(sums, limit, x.dtype)
+        scale = delayed(finalize, pure=True)(sums, limit, x.dtype, normalize=dtypes)
         token = tokenize(x, x.chunks, scale.key, ensure_deterministic=True)
         meta = object_meta(x.ndim)
         scales = da.from_delayed(scale, (1,) * x.ndim, meta=meta, name=f"list-scale-{token}")
@@ -159,7 +165,9 @@ def _partials(x: da.Array, operation: Operation, token: str) -> da.Array:
 def _scales(x: da.Array, limit: Number, operation: Operation, token: str) -> da.Array:
     """`Scale` blocks, one along each reduced axis."""
     parts, name = _partials(x, operation, token), f"scale-{token}"
-    scales = map_object_blocks(partial(finalize, dtype=x.dtype), parts, limit, name=name)
+    dtypes = (x.dtype,) * operation.normalize
+    scale = partial(finalize, dtype=x.dtype, normalize=dtypes)
+    scales = map_object_blocks(scale, parts, limit, name=name)
     # unlike the second pass: Dask would fuse the two, and make a scale once for each chunk
     scales.dask.layers[name].concatenate = False
     return scales
@@ -247,9 +255,10 @@ def _by_key(values: dict[Any, Any], tasks: int) -> Any:
 
 def _clip_chunk(x: object, limit: float | Array, operation: Operation, meta: Array) -> ClippedChunk:
     """Clip a chunk that holds its slices whole."""
-    omit_nan, ord = operation.omit_nan, operation.ord
-    chunk = check_block(x, meta)
-    clipped, scale = clip_block(chunk, limit, operation.axes, omit_nan=omit_nan, ord=ord)
+    clipped, scale = clip_block(
+        check_block(x, meta), limit, operation.axes, omit_nan=operation.omit_nan,
+        normalize=operation.normalize, ord=operation.ord,
+    )  # fmt: skip
     return ClippedChunk(clipped, scale.norm)
 
 

@@ -41,6 +41,8 @@ class Operation:
     """Key of `ORDERS`."""
     nonfinite: arguments.NonFinite = "propagate"
     """Policy for NaN and infinity."""
+    normalize: bool = False
+    """Whether slices below their limit are brought to it too."""
 
     @property
     def omit_nan(self) -> bool:

@@ -64,6 +64,7 @@ def clip_block(
     axes: tuple[int, ...],
     *,
     omit_nan: bool = False,
+    normalize: bool = False,
     ord: float = 2,
     out: Array | None = None,
 ) -> tuple[Array, Scale]:
@@ -79,6 +80,8 @@ def clip_block(
         Axes to reduce, not negative, without repetition.
     omit_nan : bool
         Leave NaN elements out of the norms.
+    normalize : bool
+        See `finalize`.
     ord : float
         See `partial_norm`.
     out : ndarray of the shape and dtype of ``x``, optional
@@ -105,20 +108,28 @@ def clip_block(
     if not x.size:
         return out, finalize(partial_norm(x, axes, omit_nan=omit_nan, ord=ord), clip_norm, x.dtype)
     kept, terms = kept_shape(x.shape, axes), term_count(x.shape, axes, x.dtype)
-    block, scale = prepare_scale(kept, clip_norm, x.dtype, terms, ord)
+    dtypes = (x.dtype,) * normalize
+    block, scale = prepare_scale(kept, clip_norm, x.dtype, terms, ord, normalize=dtypes)
     block.describe(x, kept, out)
     sum_slices(block, x.dtype, ord, omit_nan)
     return out, without_zeros(scale)
 
 
 def clip_array(
-    x: Array, clip_norm: Limits, axes: tuple[int, ...], *, threads: int, ord: float, omit_nan: bool
+    x: Array,
+    clip_norm: Limits,
+    axes: tuple[int, ...],
+    *,
+    threads: int,
+    ord: float,
+    omit_nan: bool,
+    normalize: bool = False,
 ) -> tuple[Array, Array]:
     """Clip an array like `clip_block`; a large one in parts, by several threads.
 
     Returns the clipped array and the norms, with reduced axes of size 1.
     """
-    clip = partial(clip_block, axes=axes, omit_nan=omit_nan, ord=ord)
+    clip = partial(clip_block, axes=axes, omit_nan=omit_nan, normalize=normalize, ord=ord)
     if x.nbytes < LARGE or threads < 2:
         out, scale = clip(x, clip_norm)
         return out, scale.norm
@@ -141,7 +152,7 @@ def clip_array(
         # every slice lies in all parts: their sums come first
         sum_part = partial(partial_norm, axes=axes, omit_nan=omit_nan, ord=ord)
         sums = combine([*pool.map(sum_part, (x[part] for part in parts))])
-        scale = finalize(sums, clip_norm, x.dtype)
+        scale = finalize(sums, clip_norm, x.dtype, normalize=(x.dtype,) * normalize)
         list(pool.map(lambda part: rescale(x[part], scale, out[part]), parts))
     return out, scale.norm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -44,6 +45,11 @@ class Format(NamedTuple):
     limbs: int
     """Number of limbs of a sum in the kernel."""
 
+    @property
+    def largest(self) -> float:
+        """The largest finite number."""
+        return math.ldexp(2**self.digits - 1, 3 - self.lowest - 2 * self.digits)
+
 
 FORMATS = {
     "float16": Format(0, 11, -24, -11, 24),
@@ -59,9 +65,10 @@ class Block(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64 * AXES) for name in ("length", "from_", "to", "slice", "local")),
         *((name, ctypes.c_int64) for name in ("axes", "base", "slices", "type", "swapped", "omit")),
-        *((name, ctypes.c_int64) for name in ("paired", "power", "largest", "limits")),
+        *((name, ctypes.c_int64) for name in ("paired", "normalize", "power", "largest")),
+        ("limits", ctypes.c_int64),
         ("used", ctypes.c_int64 * 2),
-        ("truncate_below", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("truncate_below", "error", "ceiling")),
         *((name, ctypes.c_void_p) for name in ("x", "out", "limit", "factor", "norm", "shift")),
         *((name, ctypes.c_void_p) for name in ("toward_zero", "flags", "limbs", "scratch")),
     )

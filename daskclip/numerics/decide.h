@@ -5,12 +5,28 @@
    is rounded toward zero. float64: the factor is lowered by a little more than the half unit that
    rounding the product to nearest can add. Below the normal range that half unit is not relative
    any more: where the limit is so small that this matters, subnormal results are rounded toward
-   zero. */
+   zero.
+
+   Normalizing, a slice whose norm lies in a band that ends at its limit c stays as it is, so that
+   doing it again changes nothing if every other slice gets into the band. With eps = 2**(1 - bits),
+   the band reaches down to (1 - w * eps) * c - e, where 1.625 <= w <= 1.875 and e is the norm of a
+   slice whose elements are all the smallest subnormal. e is nothing, and the band within 2 eps of
+   c, unless c is about as small as the norm of a slice of the smallest normal numbers.
+   - float16, bfloat16, float32: the factor is lowered by less than 2**-27, 0.07 eps, and truncation
+     takes less than eps of a normal element, and less than the smallest subnormal of another.
+   - float64: the sum that gives the factor is rounded, by up to eps / 2, after it was lowered by
+     0.54 eps. If it was rounded down, the factor is lowered by 0.54 to 1.04 eps, and products
+     rounded to nearest take eps / 2 more. If it was rounded up, the factor is lowered by 0.04 to
+     0.54 eps, so that products rounded to nearest could exceed the bound. All of them are rounded
+     toward zero then, which takes less than eps. Both are 1.54 eps.
+   The norm of elements of which each is lowered by d of itself and e more is lowered by no more
+   than d of itself and the norm of the e. So it is at least (1 - 1.6 eps) * c - e. */
 
 enum {
     NO_EXPONENT = -(1 << 20), /* of a sum of 0: below all others */
     NEAR_SUBNORMAL = -1040,   /* from here on down, root * 2**half may be subnormal */
-    MIN_FACTOR = -900,        /* exponent of a factor of float64: its products are normal */
+    MIN_FACTOR = -900,        /* exponents of a factor of float64: its products are normal, */
+    MAX_FACTOR = 900,         /* and it is finite */
 };
 
 /* The sum m * 2**unit. */
@@ -77,13 +93,19 @@ static void prepare_root(const block *b, i64 k, i64 slice, leading sum) {
     w->half[k] = b->power == 2 ? (exponent - odd) / 2 : exponent + 26;
     w->limit[k] = limit < 0 ? 0 : limit;
     w->mantissa[k] = split(w->limit[k], w->power + k);
+    /* an element may have all of the norm, and beyond the ceiling there is no number for it */
+    if (!b->normalize || !(w->limit[k] > b->ceiling) || w->limit[k] == INF) return;
+    double ceiling = split(b->ceiling, &exponent);
+    if (compare(sum, (u64)(ceiling * 0x1p53), exponent - 53, b->power) <= 0)
+        w->limit[k] = b->ceiling, w->mantissa[k] = ceiling, w->power[k] = exponent;
 }
 
 /* Compute the roots of n sums, and the factors that bring them to their limits, to 100 bits. */
 static void compute_roots(const block *b, i64 n) {
     work *w = b->scratch;
-    /* float64: half a unit for the product, half for this sum, and some for subnormal results */
-    double slack = b->type == FLOAT64 ? 0x1.08p-52 : 0x1p-29;
+    /* float64: half a unit for the product, half for this sum, and some for subnormal results;
+       normalizing, nothing for the sum: `up` is above 0 where it was rounded up */
+    double slack = b->type != FLOAT64 ? 0x1p-29 : b->normalize ? 0x1.1p-53 : 0x1.08p-52;
     for (i64 k = 0; k < n; k++) {
         double high = w->upper[k], low = w->lower[k], first = __builtin_sqrt(high);
         double square = first * first, error = error_of(first, first, square);
@@ -95,19 +117,33 @@ static void compute_roots(const block *b, i64 n) {
     for (i64 k = 0; k < n; k++) {
         double c = w->mantissa[k], root = w->root[k], q = c / root, product = q * root;
         double correction = (((c - product) - error_of(q, root, product)) - q * w->rest[k]) / root;
-        w->factor[k] = q + (correction - q * slack);
+        double added = correction - q * slack;
+        w->factor[k] = q + added, w->up[k] = (w->factor[k] - q) - added;
     }
 }
 
-/* The factor of a slice above its limit. */
+/* The factor that brings a slice to its limit. */
 static double factor_of(const block *b, i64 k) {
     const work *w = b->scratch;
     i64 exponent = w->power[k] - w->half[k];
     if (b->type != FLOAT64) /* 29 of 53 bits */
         return scaled(double_of(bits_of(w->factor[k]) & -(1 << (53 - 29))), exponent);
-    if (exponent < MIN_FACTOR) /* or the product would be rounded twice */
-        b->shift[w->slice[k]] = (i32)(exponent - MIN_FACTOR), exponent = MIN_FACTOR;
-    return scaled(w->factor[k], exponent);
+    i64 kept = max(MIN_FACTOR, min(exponent, MAX_FACTOR)); /* or products would be rounded twice */
+    if (kept != exponent) b->shift[w->slice[k]] = (i32)(exponent - kept);
+    if (b->normalize && w->up[k] > 0) b->toward_zero[w->slice[k]] = ALL;
+    return scaled(w->factor[k], kept);
+}
+
+/* Whether the norm of a slice is below the band that ends at its limit, and above 0. */
+static int below_band(const block *b, i64 k) {
+    const work *w = b->scratch;
+    /* in units of a quarter of the last bit of the limit, which is not above the ceiling if it can
+       be reached from below */
+    i64 unit = w->power[k] - 55;
+    double limit = w->mantissa[k] * 0x1p55, width = 13 * limit * power_of_two(-2 - b->normalize);
+    width += scaled(b->error, -64 - unit);
+    return w->sum[k].high && w->limit[k] <= b->ceiling && width < limit &&
+           compare(w->sum[k], (u64)limit - (u64)width - 1, unit, b->power) < 0;
 }
 
 /* Decide norm and factor of n slices: pure functions of the sum, its flags and the limit. */
@@ -129,9 +165,10 @@ static void decide(const block *b, i64 n) {
         if (norm == limit) /* the root itself may be larger */
             above = compare(sum, (u64)(w->mantissa[k] * 0x1p53), w->power[k] - 53, b->power) > 0;
         b->norm[slice] = flags & NAN_MET ? QUIET_NAN : flags ? INF : norm;
-        if (b->toward_zero) b->toward_zero[slice] = limit < b->truncate_below;
-        double factor = flags ? 0.0 : above ? factor_of(b, k) : 1.0;
-        if (flags & NAN_MET || limit != limit) factor = QUIET_NAN;
+        if (b->toward_zero) b->toward_zero[slice] = limit < b->truncate_below ? SUBNORMAL : 0;
+        int moves = above || (b->normalize && below_band(b, k));
+        double factor = flags & NAN_MET ? QUIET_NAN : flags ? 0.0 : moves ? factor_of(b, k) : 1.0;
+        if (limit != limit) factor = QUIET_NAN;
         b->factor[slice] = limit == INF ? 1.0 : factor; /* no limit wins over NaN */
     }
 }

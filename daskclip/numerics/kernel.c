@@ -29,7 +29,8 @@
    in integers.
 
    3. Factors. The factor of a slice above its limit is limit / root, lowered so far that the norm
-   of the rescaled elements, however these are rounded, is not above the limit.
+   of the rescaled elements, however these are rounded, is not above the limit. Normalizing, the
+   factor of a slice below the band that ends at its limit is the same one, and above 1.
 
    The steps are done for a box of slices at a time, while its elements are in the cache.
 
@@ -74,6 +75,7 @@ enum {
     MAX_LIMBS = 138, /* the largest of LIMBS */
 };
 enum { NAN_MET = 1, INF_MET = 2, NAN_OMITTED = 4 };
+enum { SUBNORMAL = 1, ALL = 2 }; /* products that are rounded toward zero */
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 /* of each type: bytes, significant bits, exponent of the smallest subnormal; limbs of a sum */
 static const i64 SIZE[] = {2, 2, 4, 8}, DIGITS[] = {11, 8, 24, 53};
@@ -100,7 +102,7 @@ typedef struct {
     /* slices of a box: the root of sum is (root + rest) * 2**half, the limit mantissa * 2**power */
     i64 slice[LANES], half[LANES], power[LANES];
     double upper[LANES], lower[LANES], root[LANES], rest[LANES];
-    double limit[LANES], mantissa[LANES], factor[LANES];
+    double limit[LANES], mantissa[LANES], factor[LANES], up[LANES]; /* up: see compute_roots */
     leading sum[LANES];
     u8 flags[LANES];
     /* lanes of a run: scales, then factors; units that products are truncated to, or 0; shifts */
@@ -120,10 +122,12 @@ typedef struct {
     i64 axes, base, slices;       /* base: number of the first slice of this box */
     i64 type, swapped;            /* swapped: not in the byte order of this machine */
     i64 omit, paired;             /* leave out NaN; with it, the other part of a complex element */
+    i64 normalize;                /* 0, or the bits of below_band */
     i64 power, largest;           /* see Order in partial.py */
     i64 limits;                   /* 1 if each slice has a limit, 0 if all have the same */
     i64 used[2];                  /* limbs that are not zero in all slices: first, past the last */
     double truncate_below;        /* limits below which subnormal products are truncated */
+    double error, ceiling;        /* 2**64 times e of decide.h; the largest number of all arrays */
     const char *x;
     char *out;
     const double *limit;
@@ -294,9 +298,9 @@ static void begin_lanes(const block *b, i64 n, i64 k, lanes l) {
     i64 step = l.axis < 0 ? 0 : b->slice[l.axis];
     w->special = w->truncate = w->nan = 0;
     for (i64 j = 0, part = 0, at = 0; j < n; j++) {
-        i64 slice = k + at * step, toward_zero = b->toward_zero && b->toward_zero[slice];
+        i64 slice = k + at * step, toward_zero = b->toward_zero ? b->toward_zero[slice] : 0;
         w->scale[j] = b->factor[slice];
-        w->unit[j] = toward_zero ? power_of_two(LOWEST[b->type]) : 0;
+        w->unit[j] = toward_zero * power_of_two(LOWEST[b->type]);
         w->shift[j] = b->shift ? b->shift[slice] : 0;
         w->truncate |= toward_zero;
         w->nan |= b->flags[slice] & NAN_OMITTED;

@@ -267,9 +267,9 @@ static inline T NAME(truncated_)(T a, double factor, i64 mask, double unit) {
     return (T)__builtin_copysign(size < unit * 0x1p51 ? cut : size, p);
 }
 
-/* The product with any factor: 1 leaves an element as it is, NaN makes NaN, as 0 does of infinity,
-   and always the same one; those of double may keep a power of two apart, or ask for subnormal
-   results to be truncated. */
+/* The product with any factor: 1 leaves an element as it is, NaN makes NaN, as 0
+   does of infinity, and always the same one; those of double may keep a power of two apart, or ask
+   for subnormal results to be truncated, or all, by a unit or two. */
 static T NAME(any_product_)(T a, double factor, i64 mask, i64 shift, double unit) {
     if (factor == 1.0) return a;
     if (factor != factor || (factor == 0.0 && __builtin_fabs((double)a) == INF))
@@ -278,10 +278,13 @@ static T NAME(any_product_)(T a, double factor, i64 mask, i64 shift, double unit
     if (!WIDE) return NAME(truncated_)(a, factor, mask, unit);
     double p = scaled(a * factor, shift);
     if (unit != 0.0 && factor != 0.0) {
-        /* y is scaled to be normal, unlike the product: where p is larger, it was rounded up */
-        i64 exponent, up = __builtin_fabs(a) < 1.0 ? 100 : 0;
-        double mantissa = split(factor, &exponent), y = __builtin_fabs(scaled(a, up) * mantissa);
-        if (__builtin_fabs(scaled(p, up - shift - exponent)) > y) p = double_of(bits_of(p) - 1);
+        /* y and its error are scaled to be normal, unlike the product: where p is larger, it was
+           rounded up */
+        i64 exponent, up = __builtin_fabs(a) < 1.0 ? 200 : -200;
+        double mantissa = split(factor, &exponent), v = scaled(__builtin_fabs(a), up);
+        double y = v * mantissa, size = scaled(__builtin_fabs(p), up - shift - exponent);
+        int all = unit > power_of_two(LOWEST[FLOAT64]) && error_of(v, mantissa, y) < 0;
+        if (size > y || (all && size == y)) p = double_of(bits_of(p) - 1);
     }
     return (T)p;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,15 +24,21 @@ class Scale(NamedTuple):
     shift: Array | None
     """int32, power of two still to be applied to float64 slices, or None where all are 0."""
     toward_zero: Array | None
-    """uint8, whether subnormal results are rounded toward zero, since rounding them to nearest
-    could break the bound; or None if no slice needs it."""
+    """uint8, 1 where subnormal results are rounded toward zero, since rounding them to nearest
+    could break the bound, and 2 where all results of float64 are; or None if no slice needs it."""
     norm: Array
     """float64, correctly rounded; NaN and inf where such elements were met."""
     flags: Array
     """uint8, flags of `Partial`: an infinite slice differs from one whose norm exceeds float64."""
 
 
-def finalize(partial: Partial, clip_norm: Limits, dtype: DType) -> Scale:
+def finalize(
+    partial: Partial,
+    clip_norm: Limits,
+    dtype: DType,
+    *,
+    normalize: Sequence[DType] = (),
+) -> Scale:
     """Norms of all slices, and the factors that bring them to at most ``clip_norm``.
 
     Parameters
@@ -42,11 +49,14 @@ def finalize(partial: Partial, clip_norm: Limits, dtype: DType) -> Scale:
         Limits; negative ones count as 0, infinity leaves everything as it is, NaN gives NaN.
     dtype : dtype
         Dtype of the array that will be rescaled.
+    normalize : sequence of dtype
+        Dtypes of all arrays that the sums are of, to bring every slice to its limit, from below
+        too: `decide.h` explains how close. Empty to leave slices below it as they are.
 
     Returns
     -------
     Scale
-        A pure function of the sums, ``clip_norm`` and ``dtype``.
+        A pure function of the sums and the other arguments.
 
     Notes
     -----
@@ -61,7 +71,9 @@ def finalize(partial: Partial, clip_norm: Limits, dtype: DType) -> Scale:
     (array([5. , 0.5]), array([0.2, 1. ]))
     """
     kept = partial.flags.shape
-    block, scale = prepare_scale(kept, clip_norm, dtype, partial.terms, partial.ord)
+    block, scale = prepare_scale(
+        kept, clip_norm, dtype, partial.terms, partial.ord, normalize=normalize
+    )
     block.point(limbs=np.ascontiguousarray(partial.limbs))
     block.used[:] = partial.low, partial.low + len(partial.limbs)
     block.slices = partial.flags.size
@@ -72,7 +84,13 @@ def finalize(partial: Partial, clip_norm: Limits, dtype: DType) -> Scale:
 
 
 def prepare_scale(
-    kept: tuple[int, ...], clip_norm: Limits, dtype: DType, terms: int, ord: float
+    kept: tuple[int, ...],
+    clip_norm: Limits,
+    dtype: DType,
+    terms: int,
+    ord: float,
+    *,
+    normalize: Sequence[DType],
 ) -> tuple[Block, Scale]:
     """Arguments of the kernel that concern the limits, and the arrays that it will fill."""
     limit = np.asarray(clip_norm, np.float64)
@@ -89,6 +107,12 @@ def prepare_scale(
     # leaves room for 2**-64 of the limit for float64, else for 2**-30
     error = ORDERS[ord].error_gain(terms)
     block.truncate_below = error * math.ldexp(1.0, lowest + (64 if digits == 53 else 30))
+    if normalize:
+        # one band for all arrays of a slice: else one of them would stay and another one move
+        formats = [format_of(one) for one in normalize]
+        block.normalize = min(f.digits for f in formats)
+        block.error = error * math.ldexp(1.0, max(f.lowest for f in formats) + 64)
+        block.ceiling = min(f.largest for f in formats)
     return block, scale
 
 

@@ -102,6 +102,7 @@ class ClipReport(Report):
         # arrays of a group may have a dimension on different axes, so that only its name is shown
         over = format_axes(self.axes, self.parameters.get("dim"))
         over = "all arrays" if self.parameters.get("global_norm") else over
+        kind += ", normalized" if self.parameters.get("normalize") else ""
         return {
             "status": self.status,
             "source": self.source,

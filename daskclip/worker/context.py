@@ -47,6 +47,8 @@ class ArrayTask:
     """Order of the norm."""
     nonfinite: str
     """Policy for NaN and infinity."""
+    normalize: tuple[np.dtype[Any], ...]
+    """Dtypes of all arrays that a slice lies in, if it is brought to its limit from below too."""
     missing: str
     """Policy for chunks that are not stored."""
     limits: Limits | None

@@ -54,7 +54,8 @@ def scale_of(task: ArrayTask, slab: int, sums: Sums | SavedSums, terms: int) -> 
     # tf.clip_by_global_norm makes everything NaN if the norm is infinite
     if task.shared:
         partial = nan_if_infinite(partial)
-    return finalize(partial, block_limit(task, task.plan.region(slab, 0)), task.source.dtype)
+    limit = block_limit(task, task.plan.region(slab, 0))
+    return finalize(partial, limit, task.source.dtype, normalize=task.normalize)
 
 
 def count_scale(task: ArrayTask, slab: int, scale: Scale) -> tuple[SliceCounts, bool]:
@@ -279,7 +280,10 @@ def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, Scale]:
     if _is_empty(task, region):
         return None, finalize(_zero_sums(task, region), limit, task.source.dtype)
     x, omit = _read_first(task, region), task.nonfinite == "omit"
-    return clip_block(x, limit, task.plan.axes, omit_nan=omit, ord=task.ord, out=x)
+    return clip_block(
+        x, limit, task.plan.axes, omit_nan=omit, normalize=bool(task.normalize), ord=task.ord,
+        out=x,
+    )  # fmt: skip
 
 
 def _is_empty(task: ArrayTask, region: Box) -> bool:
