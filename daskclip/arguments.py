@@ -26,7 +26,7 @@ Axes = int | Sequence[int] | npt.NDArray[np.integer[Any]] | slice | None
 """Axes by number, one or several, or a slice of them; None for all."""
 Dim = Hashable | Iterable[Hashable]
 """Dimensions by name, one or several; None or ``...`` for all."""
-NonFinite = Literal["propagate", "omit", "raise"]
+NonFinite = Literal["propagate", "omit", "raise", "zero"]
 Check = Callable[[object], None]
 """Raises if arrays of a dtype cannot be used."""
 LEAST_NBYTES = 2**20
@@ -311,7 +311,7 @@ def parse_clip_norm_or_quantile(clip_norm: object) -> float | Fraction:
 def check_nonfinite(nonfinite: object) -> None:
     """Refuse an unknown policy."""
     if nonfinite not in get_args(NonFinite):
-        text = "is not a policy; use 'propagate', 'omit' or 'raise'"
+        text = "is not a policy; use 'propagate', 'omit', 'raise' or 'zero'"
         raise InvalidValueError.about("nonfinite", nonfinite, text)
 
 

@@ -116,7 +116,7 @@ def _choice(name: str, default: str, choices: str, text: str) -> click.Option:
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 SOURCE, TARGET = click.Argument(["source"]), click.Argument(["target"])
-SPREAD = "Spread NaN and infinity to their slice, leave NaN out of the norm, or stop."
+SPREAD = "Spread NaN and infinity to their slice, omit NaN, stop, or make the slice zeros."
 MISSING = "Read chunks that are not stored as the fill value, or stop."
 QUANTILE = "Limit, as 1.5; p99 is the 99th percentile of the norms."
 INCLUDE = "Clip only these arrays of a group: 'layers/*'."
@@ -127,7 +127,7 @@ CLIP = [
     _choice("--ord", "2", "1 2 inf", "Order of the norm."),
     _option("--include", "PATTERN", INCLUDE, multiple=True),
     _option("--exclude", "PATTERN", "Copy these arrays of a group as they are.", multiple=True),
-    _choice("--nonfinite", "propagate", "propagate omit raise", SPREAD),
+    _choice("--nonfinite", "propagate", "propagate omit raise zero", SPREAD),
     _choice("--missing", "fill", "fill error", MISSING),
 ]
 LIMIT = [

@@ -218,7 +218,7 @@ def test_unknown_policies_are_refused(x, nonfinite):
     def call():
         clip_by_norm(x, 1.0, nonfinite=nonfinite)
 
-    assert_refused(ValueError, repr(nonfinite), "use 'propagate', 'omit' or 'raise'", call)
+    assert_refused(ValueError, repr(nonfinite), "use 'propagate', 'omit', 'raise' or 'zero'", call)
 
 
 @pytest.mark.parametrize("name", [5, b"clip", ["clip"]])

@@ -96,7 +96,7 @@ def test_clip_norm_is_any_number(source, tmp_path, limit):
     assert bits(read(tmp_path / "y")) == wanted(source, float(limit))
 
 
-@pytest.mark.parametrize("policy", ["propagate", "omit"])
+@pytest.mark.parametrize("policy", ["propagate", "omit", "zero"])
 def test_nonfinite_names_a_policy(tmp_path, policy):
     values = some((5, 6), "f4")
     values[1, 2] = math.nan

@@ -84,7 +84,7 @@ def clip_zarr(
         region; for a group, one array for all, or a group or dict with limits by name.
     memory : str or int
         Memory budget of each worker process in bytes, beyond its imports, shared by its threads.
-    nonfinite : {'propagate', 'omit', 'raise'}
+    nonfinite : {'propagate', 'omit', 'raise', 'zero'}
         See `clip_by_norm`.
     normalize : bool
         See `clip_by_norm` and, with ``global_norm``, `clip_by_global_norm`.

@@ -119,8 +119,9 @@ def _verify(
 ) -> Passes:
     """Check files and norms, and compare with what the source gives, if there is one."""
     # 'raise' would stop at the first NaN; a run that raised has no complete target to verify
-    omit = "omit" if made.run.parameters["nonfinite"] == "omit" else "propagate"
-    run = replace(made.run, parameters=made.run.parameters | {"nonfinite": omit})
+    policy = made.run.parameters["nonfinite"]
+    policy = "propagate" if policy == "raise" else policy
+    run = replace(made.run, parameters=made.run.parameters | {"nonfinite": policy})
     plan = replan(run, of="verifying needs with")
     # missing="error" is about the source; what the target lacks, its digests show
     filled = replace(run, parameters=run.parameters | {"missing": "fill"})

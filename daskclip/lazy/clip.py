@@ -76,10 +76,11 @@ def clip_by_norm(
         squares, inf the largest magnitude. Complex arrays support 2 only.
     limits : array of a shape that broadcasts against the norms with reduced axes of size 1
         A limit for each slice, with the meaning of ``clip_norm``: NumPy, Dask or Zarr.
-    nonfinite : {'propagate', 'omit', 'raise'}
+    nonfinite : {'propagate', 'omit', 'raise', 'zero'}
         ``'propagate'``: a NaN makes its slice NaN; an infinity makes the finite elements of its
         slice 0 and the infinite ones NaN. ``'omit'``: NaN elements do not count and stay NaN.
-        ``'raise'``: an error when the result is computed.
+        ``'raise'``: an error when the result is computed. ``'zero'``: a slice that holds NaN or
+        infinity becomes zeros, and its norm counts as 0.
     normalize : bool
         Bring every slice to its limit, from below too, except zeros.
     return_norm : bool
@@ -366,7 +367,7 @@ def _clip(
     threads = int(dask.config.get("num_workers", None) or CPU_COUNT)
     clipped, norms = clip_array(
         x, limit, operation.axes, threads=threads, ord=operation.ord, omit_nan=operation.omit_nan,
-        normalize=operation.normalize,
+        zero=operation.zero, normalize=operation.normalize,
     )  # fmt: skip
     return clipped, norms.squeeze(operation.axes)[()]
 

@@ -166,7 +166,7 @@ def _scales(x: da.Array, limit: Number, operation: Operation, token: str) -> da.
     """`Scale` blocks, one along each reduced axis."""
     parts, name = _partials(x, operation, token), f"scale-{token}"
     dtypes = (x.dtype,) * operation.normalize
-    scale = partial(finalize, dtype=x.dtype, normalize=dtypes)
+    scale = partial(finalize, dtype=x.dtype, zero=operation.zero, normalize=dtypes)
     scales = map_object_blocks(scale, parts, limit, name=name)
     # unlike the second pass: Dask would fuse the two, and make a scale once for each chunk
     scales.dask.layers[name].concatenate = False
@@ -257,7 +257,7 @@ def _clip_chunk(x: object, limit: float | Array, operation: Operation, meta: Arr
     """Clip a chunk that holds its slices whole."""
     clipped, scale = clip_block(
         check_block(x, meta), limit, operation.axes, omit_nan=operation.omit_nan,
-        normalize=operation.normalize, ord=operation.ord,
+        zero=operation.zero, normalize=operation.normalize, ord=operation.ord,
     )  # fmt: skip
     return ClippedChunk(clipped, scale.norm)
 

@@ -49,6 +49,11 @@ class Operation:
         """Whether NaN elements do not count."""
         return self.nonfinite == "omit"
 
+    @property
+    def zero(self) -> bool:
+        """Whether slices with NaN or infinity become zeros."""
+        return self.nonfinite == "zero"
+
 
 def check_name(name: object) -> None:
     """Refuse a layer name that is not a string."""

@@ -64,6 +64,7 @@ def clip_block(
     axes: tuple[int, ...],
     *,
     omit_nan: bool = False,
+    zero: bool = False,
     normalize: bool = False,
     ord: float = 2,
     out: Array | None = None,
@@ -80,7 +81,7 @@ def clip_block(
         Axes to reduce, not negative, without repetition.
     omit_nan : bool
         Leave NaN elements out of the norms.
-    normalize : bool
+    zero, normalize : bool
         See `finalize`.
     ord : float
         See `partial_norm`.
@@ -109,7 +110,7 @@ def clip_block(
         return out, finalize(partial_norm(x, axes, omit_nan=omit_nan, ord=ord), clip_norm, x.dtype)
     kept, terms = kept_shape(x.shape, axes), term_count(x.shape, axes, x.dtype)
     dtypes = (x.dtype,) * normalize
-    block, scale = prepare_scale(kept, clip_norm, x.dtype, terms, ord, normalize=dtypes)
+    block, scale = prepare_scale(kept, clip_norm, x.dtype, terms, ord, zero=zero, normalize=dtypes)
     block.describe(x, kept, out)
     sum_slices(block, x.dtype, ord, omit_nan)
     return out, without_zeros(scale)
@@ -123,13 +124,16 @@ def clip_array(
     threads: int,
     ord: float,
     omit_nan: bool,
+    zero: bool = False,
     normalize: bool = False,
 ) -> tuple[Array, Array]:
     """Clip an array like `clip_block`; a large one in parts, by several threads.
 
     Returns the clipped array and the norms, with reduced axes of size 1.
     """
-    clip = partial(clip_block, axes=axes, omit_nan=omit_nan, normalize=normalize, ord=ord)
+    clip = partial(
+        clip_block, axes=axes, omit_nan=omit_nan, zero=zero, normalize=normalize, ord=ord
+    )
     if x.nbytes < LARGE or threads < 2:
         out, scale = clip(x, clip_norm)
         return out, scale.norm
@@ -152,7 +156,7 @@ def clip_array(
         # every slice lies in all parts: their sums come first
         sum_part = partial(partial_norm, axes=axes, omit_nan=omit_nan, ord=ord)
         sums = combine([*pool.map(sum_part, (x[part] for part in parts))])
-        scale = finalize(sums, clip_norm, x.dtype, normalize=(x.dtype,) * normalize)
+        scale = finalize(sums, clip_norm, x.dtype, zero=zero, normalize=(x.dtype,) * normalize)
         list(pool.map(lambda part: rescale(x[part], scale, out[part]), parts))
     return out, scale.norm
 
@@ -200,5 +204,5 @@ def require_finite(
     where = f" (chunk {tuple(chunk_of(position))})" if chunk_of else ""
     raise NonFiniteError(
         f"slice [{', '.join(shown)}] holds nan or infinity{where}; "
-        "use nonfinite='propagate' or 'omit'"
+        "use nonfinite='propagate', 'omit' or 'zero'"
     )

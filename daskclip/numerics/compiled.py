@@ -65,7 +65,7 @@ class Block(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64 * AXES) for name in ("length", "from_", "to", "slice", "local")),
         *((name, ctypes.c_int64) for name in ("axes", "base", "slices", "type", "swapped", "omit")),
-        *((name, ctypes.c_int64) for name in ("paired", "normalize", "power", "largest")),
+        *((name, ctypes.c_int64) for name in ("paired", "zero", "normalize", "power", "largest")),
         ("limits", ctypes.c_int64),
         ("used", ctypes.c_int64 * 2),
         *((name, ctypes.c_double) for name in ("truncate_below", "error", "ceiling")),

@@ -168,6 +168,7 @@ static void decide(const block *b, i64 n) {
         if (b->toward_zero) b->toward_zero[slice] = limit < b->truncate_below ? SUBNORMAL : 0;
         int moves = above || (b->normalize && below_band(b, k));
         double factor = flags & NAN_MET ? QUIET_NAN : flags ? 0.0 : moves ? factor_of(b, k) : 1.0;
+        if (b->zero && flags) b->norm[slice] = 0.0, factor = ZEROS;
         if (limit != limit) factor = QUIET_NAN;
         b->factor[slice] = limit == INF ? 1.0 : factor; /* no limit wins over NaN */
     }

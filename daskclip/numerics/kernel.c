@@ -84,6 +84,7 @@ static const i64 FIRST[] = {-11, -11, -11, -69}, LIMBS[] = {24, 24, 24, MAX_LIMB
 
 #define QUIET_NAN double_of(0x7FF8000000000000)
 #define INF __builtin_inf()
+#define ZEROS (-1.0) /* a factor that makes any element +0.0 */
 
 /* The leading 128 bits of a sum: it is (high * 2**64 + low) * 2**exponent, where the top bit of
    high is set, and a fraction of 2**exponent more, which is 0 if `more` is 0. */
@@ -122,7 +123,7 @@ typedef struct {
     i64 axes, base, slices;       /* base: number of the first slice of this box */
     i64 type, swapped;            /* swapped: not in the byte order of this machine */
     i64 omit, paired;             /* leave out NaN; with it, the other part of a complex element */
-    i64 normalize;                /* 0, or the bits of below_band */
+    i64 zero, normalize;          /* make nonfinite slices zeros; 0, or the bits of below_band */
     i64 power, largest;           /* see Order in partial.py */
     i64 limits;                   /* 1 if each slice has a limit, 0 if all have the same */
     i64 used[2];                  /* limbs that are not zero in all slices: first, past the last */

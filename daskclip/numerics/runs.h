@@ -267,11 +267,12 @@ static inline T NAME(truncated_)(T a, double factor, i64 mask, double unit) {
     return (T)__builtin_copysign(size < unit * 0x1p51 ? cut : size, p);
 }
 
-/* The product with any factor: 1 leaves an element as it is, NaN makes NaN, as 0
+/* The product with any factor: 1 leaves an element as it is, ZEROS makes it 0, NaN makes NaN, as 0
    does of infinity, and always the same one; those of double may keep a power of two apart, or ask
    for subnormal results to be truncated, or all, by a unit or two. */
 static T NAME(any_product_)(T a, double factor, i64 mask, i64 shift, double unit) {
     if (factor == 1.0) return a;
+    if (factor == ZEROS) return 0;
     if (factor != factor || (factor == 0.0 && __builtin_fabs((double)a) == INF))
         return (T)QUIET_NAN;
     if (a != a) return a;

@@ -14,22 +14,25 @@ from daskclip.numerics.partial import ORDERS, Partial
 
 Limits = float | npt.NDArray[np.float64]
 """One limit, or an array of limits that broadcasts against the norms."""
+ZEROS = -1.0  # of kernel.c
 
 
 class Scale(NamedTuple):
     """Factors of slices, and their norms; every array has the kept shape."""
 
     factor: Array
-    """float64; 1 leaves the slice as it is."""
+    """float64; 1 leaves the slice as it is, and `ZEROS` makes it +0.0, whatever it holds."""
     shift: Array | None
     """int32, power of two still to be applied to float64 slices, or None where all are 0."""
     toward_zero: Array | None
     """uint8, 1 where subnormal results are rounded toward zero, since rounding them to nearest
     could break the bound, and 2 where all results of float64 are; or None if no slice needs it."""
     norm: Array
-    """float64, correctly rounded; NaN and inf where such elements were met."""
+    """float64, correctly rounded; NaN and inf where such elements were met, or 0 if these slices
+    become zeros."""
     flags: Array
-    """uint8, flags of `Partial`: an infinite slice differs from one whose norm exceeds float64."""
+    """uint8, flags of `Partial`: an infinite slice differs from one whose norm exceeds float64, and
+    one that becomes zeros from one that was zero."""
 
 
 def finalize(
@@ -37,6 +40,7 @@ def finalize(
     clip_norm: Limits,
     dtype: DType,
     *,
+    zero: bool = False,
     normalize: Sequence[DType] = (),
 ) -> Scale:
     """Norms of all slices, and the factors that bring them to at most ``clip_norm``.
@@ -49,6 +53,8 @@ def finalize(
         Limits; negative ones count as 0, infinity leaves everything as it is, NaN gives NaN.
     dtype : dtype
         Dtype of the array that will be rescaled.
+    zero : bool
+        Whether slices that hold NaN or infinity become zeros, of norm 0.
     normalize : sequence of dtype
         Dtypes of all arrays that the sums are of, to bring every slice to its limit, from below
         too: `decide.h` explains how close. Empty to leave slices below it as they are.
@@ -72,7 +78,7 @@ def finalize(
     """
     kept = partial.flags.shape
     block, scale = prepare_scale(
-        kept, clip_norm, dtype, partial.terms, partial.ord, normalize=normalize
+        kept, clip_norm, dtype, partial.terms, partial.ord, zero=zero, normalize=normalize
     )
     block.point(limbs=np.ascontiguousarray(partial.limbs))
     block.used[:] = partial.low, partial.low + len(partial.limbs)
@@ -90,6 +96,7 @@ def prepare_scale(
     terms: int,
     ord: float,
     *,
+    zero: bool,
     normalize: Sequence[DType],
 ) -> tuple[Block, Scale]:
     """Arguments of the kernel that concern the limits, and the arrays that it will fill."""
@@ -102,7 +109,7 @@ def prepare_scale(
     scale = Scale(factor, shift, np.zeros(kept, np.uint8), norm, flags)
     block = Block(dtype, limit=limit, **scale._asdict())
     block.limits = limit.ndim > 0  # a single limit is not repeated for each slice
-    block.power = ORDERS[ord].power
+    block.power, block.zero = ORDERS[ord].power, zero
     # rounding subnormals moves an element by half of 2**lowest at most, and the lowered factor
     # leaves room for 2**-64 of the limit for float64, else for 2**-30
     error = ORDERS[ord].error_gain(terms)

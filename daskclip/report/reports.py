@@ -52,7 +52,7 @@ class ClipReport(Report):
     clipped: int
     """Finite slices whose norm was above the limit."""
     nonfinite: int
-    """Slices with infinity, or with NaN that is not omitted."""
+    """Slices with infinity, or with NaN that is not omitted; zeros now, if that was the policy."""
     smallest_norm: float | None
     """Smallest norm of a finite slice before clipping; None if there is none."""
     largest_norm: float | None

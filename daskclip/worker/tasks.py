@@ -54,8 +54,8 @@ def scale_of(task: ArrayTask, slab: int, sums: Sums | SavedSums, terms: int) -> 
     # tf.clip_by_global_norm makes everything NaN if the norm is infinite
     if task.shared:
         partial = nan_if_infinite(partial)
-    limit = block_limit(task, task.plan.region(slab, 0))
-    return finalize(partial, limit, task.source.dtype, normalize=task.normalize)
+    limit, zero = block_limit(task, task.plan.region(slab, 0)), task.nonfinite == "zero"
+    return finalize(partial, limit, task.source.dtype, zero=zero, normalize=task.normalize)
 
 
 def count_scale(task: ArrayTask, slab: int, scale: Scale) -> tuple[SliceCounts, bool]:
@@ -279,10 +279,10 @@ def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, Scale]:
     limit = block_limit(task, region)
     if _is_empty(task, region):
         return None, finalize(_zero_sums(task, region), limit, task.source.dtype)
-    x, omit = _read_first(task, region), task.nonfinite == "omit"
+    x, policy = _read_first(task, region), task.nonfinite
     return clip_block(
-        x, limit, task.plan.axes, omit_nan=omit, normalize=bool(task.normalize), ord=task.ord,
-        out=x,
+        x, limit, task.plan.axes, omit_nan=policy == "omit", zero=policy == "zero",
+        normalize=bool(task.normalize), ord=task.ord, out=x,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from strategies import ORDS, for_each_ord
 from daskclip import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
 
 NAMES = ["float16", "bfloat16", "float32", "float64"]
-policies = st.sampled_from(["propagate", "omit"])
+policies = st.sampled_from(["propagate", "omit", "zero"])
 
 
 def largest(name):

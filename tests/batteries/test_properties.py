@@ -14,7 +14,7 @@ from strategies import ORDS, bits_of, cases, for_each_ord, parts_as_integers
 
 from daskclip import clip_by_norm, norm
 
-policies = st.sampled_from(["propagate", "omit"])
+policies = st.sampled_from(["propagate", "omit", "zero"])
 
 
 @for_each_ord(500, 80)
@@ -93,6 +93,17 @@ def test_omit_clips_as_if_nan_were_zero(case, ord):
     assert bits(y[~nan]) == bits(expected[~nan])
 
 
+@for_each_ord(200, 80, special=True, normalize=st.booleans())
+def test_zero_makes_zeros_of_slices_that_are_not_finite(case, ord, normalize):
+    how = {"ord": ord, "normalize": normalize, "return_norm": True}
+    y, norms = clip_by_norm(case.x, case.clip_norm, case.axes, nonfinite="zero", **how)
+    is_finite = np.isfinite(case.plain).all(axis=case.axes, keepdims=True)
+    filled = np.where(is_finite, case.plain, case.plain.dtype.type(0))
+    expected, counted = clip_by_norm(filled, case.clip_norm, case.axes, **how)
+    assert bits(y) == bits(expected)
+    assert bits(norms) == bits(counted)
+
+
 @for_each_ord(200, 80, special=True, nonfinite=policies)
 def test_nan_that_is_made_is_one_and_any_other_keeps_its_bits(case, ord, nonfinite):
     y = clip_by_norm(case.x, case.clip_norm, case.axes, ord=ord, nonfinite=nonfinite)
@@ -144,7 +155,7 @@ def test_raise_names_a_slice_of_a_chunk(case, ord):
     assert not np.isfinite(case.plain[tuple(part)]).all()
 
 
-@for_each_ord(100, 50, special=True, nonfinite=st.sampled_from(["propagate", "omit", "raise"]))
+@for_each_ord(100, 50, special=True, nonfinite=policies | st.just("raise"))
 def test_no_limit_changes_nothing(case, ord, nonfinite):
     def clip(x):
         return [clip_by_norm(x, math.inf, case.axes, ord=ord, nonfinite=nonfinite)]

@@ -1,4 +1,4 @@
-"""Runs that bring slices to their limit, from below too."""
+"""Runs that bring slices to their limit, and that make zeros of slices that are not finite."""
 
 import math
 
@@ -10,7 +10,7 @@ from command_line import run
 from distributed import Client
 from reference import bits
 from servers import local_cluster
-from stores import BUDGETS, create, memory_of, read, some
+from stores import BUDGETS, create, memory_of, read, some, stored
 
 from daskclip import (
     clip_by_global_norm,
@@ -23,8 +23,8 @@ from daskclip import (
 )
 
 pytestmark = pytest.mark.usefixtures("small")
-BOTH = {"normalize": True}
-CHOICES = [BOTH]
+BOTH = {"normalize": True, "nonfinite": "zero"}
+CHOICES = [{"normalize": True}, {"nonfinite": "zero"}, BOTH]
 
 
 def spread(dtype, seed=0):
@@ -54,6 +54,19 @@ def test_storage_gives_numpys_bits(tmp_path, passes, how, dtype, ord):
     assert clip_zarr(x, tmp_path / "y", 2.0, 0, memory=memory, **how).status == "up to date"
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_in_place_a_second_time_changes_nothing(tmp_path, passes):
+    values = spread("f4")
+    x = create(tmp_path / "x", values, (4, 4))
+    memory = memory_of(BUDGETS[passes], x, 0)
+    clip_zarr(x, None, 2.0, 0, in_place=True, memory=memory, **BOTH)
+    assert bits(read(x)) == bits(clip_by_norm(values, 2.0, 0, **BOTH))
+    before = stored(x)
+    # another budget is another run
+    report = clip_zarr(x, None, 2.0, 0, in_place=True, memory="1GiB", normalize=True)
+    assert (report.status, stored(x) == before) == ("nothing to clip", True)
+
+
 @pytest.mark.parametrize("memory", ["tight", "ample"])
 def test_each_slice_has_its_limit(tmp_path, memory):
     values, limits = spread("f4"), np.linspace(0, 40, 24)[None]
@@ -70,8 +83,10 @@ def test_slices_are_brought_to_a_quantile(tmp_path):
     x = create(tmp_path / "x", values, (4, 4))
     report = clip_zarr(x, tmp_path / "y", "p50", 0, **BOTH)
     assert bits(read(tmp_path / "y")) == bits(clip_by_norm(values, report.clip_norm, 0, **BOTH))
-    stats_zarr(x, 0, save_norms=tmp_path / "norms")
-    assert bits(read(tmp_path / "norms")) == bits(clip_by_norm(values, 1.0, 0, return_norm=True)[1])
+    stats_zarr(x, 0, nonfinite="zero", save_norms=tmp_path / "norms")
+    assert bits(read(tmp_path / "norms")) == bits(
+        clip_by_norm(values, 1.0, 0, nonfinite="zero", return_norm=True)[1]
+    )
     clip_zarr(x, tmp_path / "z", "p50", 0, norms=tmp_path / "norms", **BOTH)
     assert bits(read(tmp_path / "z")) == bits(read(tmp_path / "y"))
 
@@ -89,7 +104,7 @@ def make_group(path, nonfinite):
     return values
 
 
-@pytest.mark.parametrize("nonfinite", [False])
+@pytest.mark.parametrize("nonfinite", [False, True])
 def test_a_group_is_brought_to_a_global_norm(tmp_path, nonfinite):
     values = make_group(tmp_path / "x", nonfinite)
     report = clip_zarr(tmp_path / "x", tmp_path / "y", 30.0, global_norm=True, **BOTH)
@@ -97,7 +112,7 @@ def test_a_group_is_brought_to_a_global_norm(tmp_path, nonfinite):
     found = [read(tmp_path / "y" / name) for name in values]
     expected, _ = clip_by_global_norm([*values.values()], 30.0, normalize=True)
     if nonfinite:
-        expected = [np.full_like(x, math.nan) for x in values.values()]
+        expected = [np.zeros_like(x) for x in values.values()]
     assert [*map(bits, found)] == [*map(bits, expected)]
     assert verify_zarr(tmp_path / "y", tmp_path / "x").slices == 1
     again = clip_zarr(tmp_path / "y", tmp_path / "z", 30.0, global_norm=True, **BOTH)
@@ -113,17 +128,30 @@ def test_the_arrays_of_a_group_are_brought_to_their_own_norms(tmp_path):
         assert bits(read(tmp_path / "y" / name)) == bits(expected)
 
 
+def test_blocks_that_are_not_stored_stay_so(tmp_path):
+    x = zarr.create_array(tmp_path / "x", shape=(8, 8), chunks=(4, 4), dtype="f4")
+    x[:4, :4] = 3
+    x[4, 0] = math.nan
+    for passes in (1, 2):
+        memory = memory_of(BUDGETS[passes], tmp_path / "x", 1)
+        target = tmp_path / f"y{passes}"
+        clip_zarr(x, target, 1.0, 1, memory=memory, **BOTH)
+        y = zarr.open_array(target)
+        assert bits(y[...]) == bits(clip_by_norm(x[...], 1.0, 1, **BOTH))
+        assert y.nchunks_initialized <= 2
+
+
 def test_the_command_line(tmp_path):
     values = spread("f4")
     x = create(tmp_path / "x", values, (4, 4))
-    words = ["--clip-norm", 2, "--axes", ":1", "--normalize"]
+    words = ["--clip-norm", 2, "--axes", ":1", "--normalize", "--nonfinite", "zero"]
     done = run("run", x, tmp_path / "y", *words)
     assert done.exit_code == 0
     assert "2 over axes 0, normalized" in done.stdout
     assert bits(read(tmp_path / "y")) == bits(clip_by_norm(values, 2.0, 0, **BOTH))
     assert run("plan", x, tmp_path / "z", *words).exit_code == 0
     assert run("verify", tmp_path / "y", "--source", x).exit_code == 0
-    assert run("stats", x, "--axes", 0).exit_code == 0
+    assert run("stats", x, "--axes", 0, "--nonfinite", "zero").exit_code == 0
     other = run("run", x, tmp_path / "y", *words[:4])
     assert other.exit_code == 5
 
