@@ -27,6 +27,7 @@ enum {
     NEAR_SUBNORMAL = -1040,   /* from here on down, root * 2**half may be subnormal */
     MIN_FACTOR = -900,        /* exponents of a factor of float64: its products are normal, */
     MAX_FACTOR = 900,         /* and it is finite */
+    HUGE = 990,               /* exponent of norms up to which error_of is finite for sure */
 };
 
 /* The sum m * 2**unit. */
@@ -130,7 +131,9 @@ static double factor_of(const block *b, i64 k) {
         return scaled(double_of(bits_of(w->factor[k]) & -(1 << (53 - 29))), exponent);
     i64 kept = max(MIN_FACTOR, min(exponent, MAX_FACTOR)); /* or products would be rounded twice */
     if (kept != exponent) b->shift[w->slice[k]] = (i32)(exponent - kept);
-    if (b->normalize && w->up[k] > 0) b->toward_zero[w->slice[k]] = ALL;
+    /* beyond 2**HUGE, each product is scaled by itself for its error, as subnormal ones are */
+    int huge = w->power[k] > HUGE || w->half[k] + 27 > HUGE;
+    if (b->normalize && w->up[k] > 0) b->toward_zero[w->slice[k]] |= huge ? ALL | SUBNORMAL : ALL;
     return scaled(w->factor[k], kept);
 }
 

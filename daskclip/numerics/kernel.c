@@ -303,9 +303,9 @@ static void begin_lanes(const block *b, i64 n, i64 k, lanes l) {
         w->scale[j] = b->factor[slice];
         w->unit[j] = toward_zero * power_of_two(LOWEST[b->type]);
         w->shift[j] = b->shift ? b->shift[slice] : 0;
-        w->truncate |= toward_zero;
-        w->nan |= b->flags[slice] & NAN_OMITTED;
-        w->special |= !(w->scale[j] > 0) || w->shift[j] || (toward_zero && b->type == FLOAT64);
+        w->truncate |= toward_zero, w->nan |= b->flags[slice] & NAN_OMITTED;
+        w->special |= !(w->scale[j] > 0) || w->shift[j];
+        w->special |= toward_zero & SUBNORMAL && b->type == FLOAT64;
         if (++part == l.repeat) part = 0, at = at + 1 < l.slices ? at + 1 : 0;
     }
 }

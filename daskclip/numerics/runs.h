@@ -259,9 +259,19 @@ static inline double NAME(product_)(T a, double factor, i64 mask) {
     return WIDE ? a * factor : double_of(bits_of((double)a * factor) & mask);
 }
 
-/* The same, truncated to a multiple of the smallest subnormal: adding the grid rounds it to one,
-   which may be larger. Products beyond the grid are multiples of it. */
+/* The same, truncated. float: to a multiple of the smallest subnormal; adding the grid rounds it to
+   one, which may be larger, and products beyond the grid are multiples of it. double: to 53 bits,
+   where there is a unit; the product y with the mantissa of the factor, scaled so that its error is
+   exact, tells whether p was rounded up. */
 static inline T NAME(truncated_)(T a, double factor, i64 mask, double unit) {
+    if (WIDE) {
+        i64 one = (i64)1023 << 52, e = (bits_of(factor) & ((i64)0x7FF << 52)) - one;
+        double v = __builtin_fabs((double)a), p = v * factor, up = v < 1.0 ? 0x1p64 : 1.0;
+        double m = double_of(bits_of(factor) - e), y = v * up * m;
+        double size = p * up * double_of(one - e);
+        int above = (size > y) | ((size == y) & (error_of(v * up, m, y) < 0));
+        return (T)__builtin_copysign(double_of(bits_of(p) - (above & (unit > 0))), a);
+    }
     double p = NAME(product_)(a, factor, mask), size = __builtin_fabs(p), grid = unit * 0x1p52;
     double t = (size + grid) - grid, cut = t > size ? t - unit : t;
     return (T)__builtin_copysign(size < unit * 0x1p51 ? cut : size, p);

@@ -26,7 +26,7 @@ class Scale(NamedTuple):
     """int32, power of two still to be applied to float64 slices, or None where all are 0."""
     toward_zero: Array | None
     """uint8, 1 where subnormal results are rounded toward zero, since rounding them to nearest
-    could break the bound, and 2 where all results of float64 are; or None if no slice needs it."""
+    could break the bound, 2 or 3 where all results of float64 are; or None if no slice needs it."""
     norm: Array
     """float64, correctly rounded; NaN and inf where such elements were met, or 0 if these slices
     become zeros."""

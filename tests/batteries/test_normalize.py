@@ -119,7 +119,14 @@ def test_the_ends_of_the_range(dtype, ord):
     digits, lowest = FORMATS[name]
     highest = EXPONENTS[name][1]
     rng = np.random.default_rng(0)
-    for low, n in [(lowest, 1), (lowest, 3), (lowest, 1000), (lowest + digits, 700), (0, 5)]:
+    for low, n in [
+        (lowest, 1),
+        (lowest, 3),
+        (lowest, 1000),
+        (lowest + digits, 700),
+        (0, 5),
+        (highest - digits // 2, 4),
+    ]:
         x = np.ldexp(rng.integers(1, 1 << digits // 2, (4, n)).astype(float), low).astype(dtype)
         for exponent in (lowest, lowest + 1, lowest + digits, -3, 0, highest, highest + 1, 1023):
             for mantissa in (1.0, 1 + 2.0**-30, 1.9):
@@ -127,6 +134,22 @@ def test_the_ends_of_the_range(dtype, ord):
                 y = clip_by_norm(x, limit, 1, ord=ord, normalize=True)
                 assert_slices_close(x, y, limit, (1,), ord)
                 assert bits(clip_by_norm(y, limit, 1, ord=ord, normalize=True)) == bits(y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e4])
+def test_slices_side_by_side_do_not_depend_on_one_another(dtype, limit):
+    rng = np.random.default_rng(0)
+    lowest = FORMATS[native(np.zeros((), dtype)).dtype.name][1]
+    size = np.ldexp(rng.uniform(1, 2, (300, 24)), rng.integers(lowest, 4, (300, 24)))
+    x = (size * rng.choice([-1, 1], size.shape)).astype(dtype)
+    x[:, 3] = 0
+    alone = [clip_by_norm(x[:, k], limit, normalize=True) for k in range(24)]
+    for column in (0, math.nan, math.inf, np.finfo(np.float16).max):
+        x[:, 7] = column
+        y = clip_by_norm(x, limit, 0, normalize=True, nonfinite="zero")
+        for k in range(24):
+            assert k == 7 or bits(y[:, k]) == bits(alone[k])
 
 
 @pytest.mark.parametrize("name", NAMES)

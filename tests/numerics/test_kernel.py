@@ -91,7 +91,7 @@ def arrays(draw):
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
-@given(case=arrays(), omit=flags, share=one_of(0.0, 1e-3, 0.5, 1.0, 1.5), data=st.data())
+@given(case=arrays(), omit=flags, share=one_of(0.0, 1e-3, 0.5, 1.0, 1.5, 1e3), data=st.data())
 def test_levels_layouts_places_and_threads_change_nothing(case, omit, share, data):
     x, axes = case
     ord = data.draw(one_of(*ORDERS)) if x.dtype.kind != "c" else 2.0
@@ -101,7 +101,8 @@ def test_levels_layouts_places_and_threads_change_nothing(case, omit, share, dat
     assert same(summed, partial_norm(plain, axes, **how))
     norms = finalize(summed, math.inf, x.dtype).norm.ravel()
     norm = norms[data.draw(st.integers(0, len(norms) - 1))]
-    limit = float(share * norm) if math.isfinite(norm) else share
+    limit = share * float(norm) if math.isfinite(norm) else share
+    how |= {"zero": data.draw(flags), "normalize": data.draw(flags)}
     expected = on_each_level(lambda: clip_block(x, limit, axes, **how))
     assert same(expected, clip_block(plain, limit, axes, **how))
     inside = x.copy(order="K")
