@@ -2,7 +2,7 @@
 
 import numbers
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -49,8 +49,10 @@ def check_stored_dtype(dtype: object) -> None:
     check_dtype(dtype, f"store a copy as one of {', '.join(DTYPES)}, and clip that")
 
 
-def parse_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
+def parse_axes(axes: Axes, ndim: int, *, may_be_none: bool = False) -> tuple[int, ...]:
     """Axes as sorted integers that are not negative.
+
+    With ``may_be_none``, a slice need not take any axis.
 
     Examples
     --------
@@ -60,7 +62,7 @@ def parse_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
     if axes is None:
         return tuple(range(ndim))
     if isinstance(axes, slice):
-        return _parse_slice(axes, ndim)
+        return _parse_slice(axes, ndim, may_be_none)
     if isinstance(axes, np.ndarray) and axes.dtype.kind in "iu":
         # an axis of a 2-d array is a list, and refused as one
         axes = axes.tolist() if axes.ndim < 2 else [axes.tolist()]
@@ -88,8 +90,8 @@ def _parse_axis(axis: object, axes: object, ndim: int) -> int:
     return int(axis) % ndim
 
 
-def _parse_slice(axes: slice, ndim: int) -> tuple[int, ...]:
-    """Axes that a slice takes of those of an array, at least one."""
+def _parse_slice(axes: slice, ndim: int, may_be_none: bool) -> tuple[int, ...]:
+    """Axes that a slice takes of those of an array, at least one unless there ``may_be_none``."""
     for part in (axes.start, axes.stop, axes.step):
         if not (part is None or _is_integer(part)):
             text = f"holds a {type(part).__name__}; give a slice of ints, such as slice(1, None)"
@@ -97,7 +99,7 @@ def _parse_slice(axes: slice, ndim: int) -> tuple[int, ...]:
     if axes.step == 0:
         raise InvalidValueError.about("axes", axes, "has a step of 0; give another one, or none")
     taken = range(ndim)[axes]
-    if not taken:
+    if not (taken or may_be_none):
         empty = f"takes no axis of an array of {ndim} dimensions; use [] to take none"
         raise InvalidValueError.about("axes", axes, empty)
     return tuple(sorted(taken))
@@ -111,6 +113,20 @@ def _is_integer(axis: object) -> TypeGuard[int]:
         return axis.ndim == 0 and axis.dtype.kind in "iu"
     # True is an Integral
     return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
+
+
+def check_kept_shapes(kept: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse arrays that have norms in common and differ in the axes they keep; given by name."""
+    for name, shape in kept.items():
+        first, same = next(iter(kept.items()))
+        if any(n != n for n in shape):
+            unknown = "has unknown sizes; call its .compute_chunk_sizes() first"
+            raise InvalidValueError(f"{name} {unknown}")
+        if shape != same:
+            raise InvalidValueError(
+                f"{first} keeps axes of shape {same} and {name} of shape {shape}, which have no "
+                "norms in common; give axes that leave the same shape of each"
+            )
 
 
 def axes_from_text(axes: str | None) -> list[int] | slice | None:

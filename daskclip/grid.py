@@ -8,8 +8,9 @@ the shape.
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Box = tuple[slice, ...]
 """Slices with a start and a stop, without a step."""
 
@@ -35,6 +36,11 @@ def box_at(coords: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> 
 def box_index(box: Box) -> tuple[Any, ...]:
     """Index of a box; it gives an array, not a scalar, where there are no axes."""
     return (*box, ...)
+
+
+def without_axes(values: Sequence[T], axes: Sequence[int]) -> tuple[T, ...]:
+    """What ``values``, which has an entry for each axis, has for those not in ``axes``."""
+    return tuple(value for a, value in enumerate(values) if a not in axes)
 
 
 def box_shape(box: Box) -> tuple[int, ...]:

@@ -1,10 +1,8 @@
-"""The operation on an array or a list of arrays: NumPy at once, Dask and Zarr lazily."""
+"""The operation on an array: NumPy at once, Dask and Zarr lazily."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import dask
@@ -25,14 +23,10 @@ from daskclip.arguments import (
 from daskclip.lazy import graph, inputs
 from daskclip.lazy.indexed_slices import IndexedSlices, values_of, with_values
 from daskclip.numerics import (
-    Partial,
     clip_array,
-    combine_all,
     finalize,
-    nan_if_infinite,
     partial_norm,
     require_finite,
-    rescale,
 )
 
 Operand = npt.ArrayLike | da.Array | IndexedSlices
@@ -241,120 +235,6 @@ def norm(t: Operand, axes: Axes = None, *, keepdims: bool = False, ord: float = 
     return norms if keepdims else norms.squeeze(operation.axes)[()]
 
 
-def global_norm(t_list: Sequence[Operand | None]) -> Any:
-    """L2-norm of all elements of all arrays of a list.
-
-    Parameters
-    ----------
-    t_list : sequence of arrays of any shape, IndexedSlices or None
-        Dtypes may differ; None is ignored.
-
-    Returns
-    -------
-    array of shape ()
-        float64, correctly rounded; a Dask array if any array of the list is lazy.
-
-    Raises
-    ------
-    TypeError
-        If ``t_list`` is not a sequence, or an array is neither floating point nor complex.
-
-    See Also
-    --------
-    clip_by_global_norm : Clips by this norm.
-
-    Notes
-    -----
-    Computes each chunk once. Holds the partial sums that `clip_by_norm` holds.
-
-    References
-    ----------
-    `tf.linalg.global_norm <https://www.tensorflow.org/api_docs/python/tf/linalg/global_norm>`_
-
-    Examples
-    --------
-    >>> global_norm([np.float32([3]), None, np.float64([4])])
-    np.float64(5.0)
-    """
-    arrays = inputs.as_arrays(t_list)
-    # one lazy array makes the norm lazy: computing it here could take hours without a warning
-    if inputs.is_lazy(arrays):
-        return graph.global_norm(da.asarray(x, chunks=-1) for x in arrays)
-    return _norm_of(_total(arrays))
-
-
-def clip_by_global_norm(
-    t_list: Sequence[Operand | None],
-    clip_norm: ClipNorm,
-    use_norm: ClipNorm | None = None,
-    name: str | None = None,
-    *,
-    normalize: bool = False,
-) -> tuple[list[Any], Any]:
-    """Clip all arrays of a list by one factor, that of their global norm.
-
-    Parameters
-    ----------
-    t_list : sequence of arrays of any shape, IndexedSlices or None
-        Dtypes may differ; None stays None.
-    clip_norm : float or 0-d array
-        See `clip_by_norm`.
-    use_norm : float or 0-d array, optional
-        Precomputed global norm; not verified.
-    name : str, optional
-        Prefix of the Dask layers.
-    normalize : bool
-        Bring the global norm to the limit, from below too; of the dtypes of the list, the one with
-        the fewest bits decides how close `clip_by_norm` says that it comes.
-
-    Returns
-    -------
-    clipped : list
-        As ``t_list``; lazy if any argument is. All NaN if the global norm is infinite or NaN.
-    norm : array of shape ()
-        The global norm before clipping, float64.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `clip_by_norm`.
-
-    See Also
-    --------
-    clip_by_norm : Every array by its own norm.
-
-    Notes
-    -----
-    Computes every chunk twice, or once with ``use_norm``. Holds what `clip_by_norm` holds, but no
-    chunks between the passes, however small.
-
-    References
-    ----------
-    `tf.clip_by_global_norm <https://www.tensorflow.org/api_docs/python/tf/clip_by_global_norm>`_
-
-    Examples
-    --------
-    >>> clip_by_global_norm([np.float32([3]), None, np.float32([4])], 10.0)
-    ([array([3.], dtype=float32), None, array([4.], dtype=float32)], np.float64(5.0))
-    """
-    inputs.check_name(name)
-    check_flag(normalize, "normalize")
-    # a limit may depend on the data, as use_norm may: both stay lazy where they are
-    limit = inputs.normalize_clip_norm(clip_norm)
-    known = None if use_norm is None else inputs.normalize_clip_norm(use_norm, "use_norm")
-    arrays = inputs.as_arrays(t_list)
-    clipped: Any
-    total: Any
-    if inputs.is_lazy(arrays) or isinstance(limit, da.Array) or isinstance(known, da.Array):
-        lazy = [da.asarray(x, chunks=-1) for x in arrays]
-        clipped, total = graph.clip_list(lazy, limit, known, name, normalize=normalize)
-    else:
-        clipped, total = _clip_list(arrays, limit, known, normalize=normalize)
-    # None, a variable without a gradient, stays in its place and has no clipped array
-    values = iter(clipped)
-    return [None if t is None else with_values(t, next(values)) for t in t_list], total
-
-
 def _clip(
     x: Array, limit: float | npt.NDArray[np.float64], operation: inputs.Operation
 ) -> tuple[Array, Array]:
@@ -370,27 +250,3 @@ def _clip(
         zero=operation.zero, normalize=operation.normalize,
     )  # fmt: skip
     return clipped, norms.squeeze(operation.axes)[()]
-
-
-def _clip_list(
-    arrays: list[Array], limit: float, use_norm: float | None, *, normalize: bool
-) -> tuple[list[Array], Array]:
-    """Arrays clipped by one factor and the global norm, in memory."""
-    # the norm of an array that holds one number is that number
-    total = _total(arrays if use_norm is None else [np.array(use_norm)])
-    # an infinite norm makes a list NaN, an array alone not
-    sums = nan_if_infinite(total)
-    scale = partial(finalize, sums, limit, normalize=[x.dtype for x in arrays] * normalize)
-    return [rescale(x, scale(x.dtype)) for x in arrays], _norm_of(total)
-
-
-def _total(arrays: list[Array]) -> Partial:
-    """Exact sum of all elements of all arrays."""
-    # one sum of exact sums, not of norms: their rounding would make the bits depend on the list
-    return combine_all([partial_norm(x, tuple(range(x.ndim))) for x in arrays])
-
-
-def _norm_of(total: Partial) -> Array:
-    # float64 whatever the arrays are, since the norm of a list has no other dtype to follow
-    norms: Array = finalize(total, math.inf, np.dtype(float)).norm[()]
-    return norms

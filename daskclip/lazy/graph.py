@@ -19,12 +19,10 @@ The second pass makes each chunk again, in one of two ways:
   from them or from data in memory by elementwise functions, transpositions and `map_blocks`.
 - Otherwise each chunk has a recipe (see `recipes`): arrays that are sliced, rechunked, concatenated
   or random, and those of which many chunks need the same one, as all do that subtract a mean.
-
-A list of arrays has one sum for all of them, and a scale for each dtype.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -32,23 +30,20 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
-from dask.delayed import Delayed, delayed
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from daskclip.errors import InvalidValueError, SourceChangedError
 from daskclip.lazy.fusion import fuse_source
 from daskclip.lazy.inputs import Limit, Operation, check_block
 from daskclip.lazy.recipes import Recipe, chunk_recipes
-from daskclip.lazy.tree import map_object_blocks, object_meta, tree_reduce
+from daskclip.lazy.tree import map_object_blocks, tree_reduce
 from daskclip.numerics import (
     Array,
     Partial,
     Scale,
     clip_block,
     combine,
-    combine_all,
     finalize,
-    nan_if_infinite,
     partial_norm,
     require_finite,
     rescale,
@@ -87,48 +82,15 @@ def clip(
     else:
         blocks = _scales(checked, limit, operation, token)
         # from x, not checked again: what is rescaled has passed the check
-        clipped = _rescaled(x, blocks, layer, keep=_slab_nbytes(x, axes) <= HELD_NBYTES)
-    return clipped, _norms(blocks, axes, f"norm-{token}")
+        clipped = rescaled(x, blocks, layer, keep=_slab_nbytes(x, axes) <= HELD_NBYTES)
+    return clipped, norms_of(blocks, axes, f"norm-{token}")
 
 
 def norm(x: da.Array, operation: Operation, keepdims: bool) -> da.Array:
     """Return the norms of the slices of ``x``."""
     token = tokenize(x, x.chunks, operation, ensure_deterministic=True)
     scales = _scales(x, math.inf, operation, f"only-{token}")
-    return _norms(scales, () if keepdims else operation.axes, f"norm-only-{keepdims}-{token}")
-
-
-def clip_list(
-    arrays: Sequence[da.Array],
-    limit: Number,
-    use_norm: Number | None,
-    name: str | None,
-    *,
-    normalize: bool,
-) -> tuple[list[da.Array], da.Array]:
-    """Return arrays clipped by one factor, and the norm that it follows from."""
-    # the norm of an array that holds one number is that number
-    total = _total(arrays if use_norm is None else [da.asarray(use_norm).astype(float)])
-    # an infinite norm makes a list NaN, an array alone not
-    sums = delayed(nan_if_infinite, pure=True)(total)
-    if isinstance(limit, da.Array):
-        limit = limit.to_delayed(optimize_graph=False)[()]
-    dtypes = [x.dtype for x in arrays] * normalize
-    clipped = []
-    for x in arrays:
-        scale = delayed(finalize, pure=True)(sums, limit, x.dtype, normalize=dtypes)
-        token = tokenize(x, x.chunks, scale.key, ensure_deterministic=True)
-        meta = object_meta(x.ndim)
-        scales = da.from_delayed(scale, (1,) * x.ndim, meta=meta, name=f"list-scale-{token}")
-        layer = f"{name or 'clip-by-global-norm'}-{token}"
-        # not kept: each array may be small, and a list has any number of them
-        clipped.append(_rescaled(x, scales, layer, keep=False))
-    return clipped, _list_norm(total)
-
-
-def global_norm(arrays: Iterable[da.Array]) -> da.Array:
-    """Return the norm of all elements of all arrays, of shape ()."""
-    return _list_norm(_total(arrays))
+    return norms_of(scales, () if keepdims else operation.axes, f"norm-only-{keepdims}-{token}")
 
 
 # ---- layers
@@ -153,7 +115,7 @@ def _map_blocks(
     return mapped
 
 
-def _partials(x: da.Array, operation: Operation, token: str) -> da.Array:
+def partials(x: da.Array, operation: Operation, token: str) -> da.Array:
     """`Partial` blocks, one along each reduced axis."""
     axes = operation.axes
     kept = tuple((1,) * len(c) if a in axes else c for a, c in enumerate(x.chunks))
@@ -164,7 +126,7 @@ def _partials(x: da.Array, operation: Operation, token: str) -> da.Array:
 
 def _scales(x: da.Array, limit: Number, operation: Operation, token: str) -> da.Array:
     """`Scale` blocks, one along each reduced axis."""
-    parts, name = _partials(x, operation, token), f"scale-{token}"
+    parts, name = partials(x, operation, token), f"scale-{token}"
     dtypes = (x.dtype,) * operation.normalize
     scale = partial(finalize, dtype=x.dtype, zero=operation.zero, normalize=dtypes)
     scales = map_object_blocks(scale, parts, limit, name=name)
@@ -173,7 +135,7 @@ def _scales(x: da.Array, limit: Number, operation: Operation, token: str) -> da.
     return scales
 
 
-def _norms(blocks: da.Array, axes: tuple[int, ...], name: str) -> da.Array:
+def norms_of(blocks: da.Array, axes: tuple[int, ...], name: str) -> da.Array:
     """Norms of `ClippedChunk` or `Scale` blocks, without ``axes``."""
     chunks = tuple((1,) if a in axes else c for a, c in enumerate(blocks.chunks))
     norms: da.Array = da.map_blocks(
@@ -183,39 +145,19 @@ def _norms(blocks: da.Array, axes: tuple[int, ...], name: str) -> da.Array:
     return norms.squeeze(axis=axes) if axes else norms
 
 
-def _total(arrays: Iterable[da.Array]) -> Delayed:
-    """`Partial` of all elements of all arrays."""
-    parts = []
-    for x in arrays:
-        operation = Operation(tuple(range(x.ndim)))
-        token = tokenize(x, x.chunks, ensure_deterministic=True)
-        blocks = _partials(x, operation, f"global-{token}")
-        # not optimized: annotations would be lost
-        parts += blocks.to_delayed(optimize_graph=False).ravel().tolist()
-    total: Delayed = delayed(combine_all, pure=True)(parts)
-    return total
-
-
-def _list_norm(total: Delayed) -> da.Array:
-    """Norm that a total gives, of shape ()."""
-    value = delayed(finalize, pure=True)(total, math.inf, np.dtype(float)).norm
-    norm: da.Array = da.from_delayed(value, (), float, name=f"global-norm-{tokenize(value.key)}")
-    return norm
-
-
 def _slab_nbytes(x: da.Array, axes: tuple[int, ...]) -> float:
     """Bytes of the largest group of chunks that share their slices; NaN if Dask cannot tell."""
     sizes = (sum(c) if a in axes else max(c, default=0) for a, c in enumerate(x.chunks))
     return float(math.prod(sizes) * x.dtype.itemsize)
 
 
-def _rescaled(x: da.Array, scales: da.Array, name: str, *, keep: bool) -> da.Array:
+def rescaled(x: da.Array, scales: da.Array, name: str, *, keep: bool) -> da.Array:
     """Second pass: each chunk is made again once its scale is known, or is held with ``keep``."""
     rescale_chunk = partial(_rescale_chunk, meta=x._meta)
-    rescaled = _map_blocks(rescale_chunk, x, scales, name=name, like=x)
+    second_pass = _map_blocks(rescale_chunk, x, scales, name=name, like=x)
     if keep:
-        return rescaled
-    second = fuse_source(x, name, rescaled.dask.layers[name]) or _made(x, scales, name)
+        return second_pass
+    second = fuse_source(x, name, second_pass.dask.layers[name]) or _made(x, scales, name)
     graph = HighLevelGraph(
         {**scales.dask.layers, **second.layers},
         {**scales.dask.dependencies, **second.dependencies},

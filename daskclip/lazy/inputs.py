@@ -24,7 +24,8 @@ from daskclip.errors import (
     error_text,
     short_repr,
 )
-from daskclip.lazy.indexed_slices import values_of
+from daskclip.grid import without_axes
+from daskclip.lazy.indexed_slices import is_indexed, values_of
 from daskclip.storage import StoredArray, check_source, is_zarr_array, retrying_block
 
 Limit = float | da.Array | npt.NDArray[np.float64]
@@ -117,6 +118,37 @@ def as_arrays(t_list: object) -> list[Any]:
     if not isinstance(t_list, Sequence) or isinstance(t_list, str | bytes):
         raise InvalidTypeError(f"t_list is a {type(t_list).__name__}; give a list of arrays")
     return [as_array(values_of(t)) for t in t_list if t is not None]
+
+
+def reduced_axes(
+    t_list: Sequence[object], arrays: Sequence[Any], axes: arguments.Axes
+) -> list[tuple[int, ...]]:
+    """Axes of each array of a list; refuse arrays that have no norms in common."""
+    numbers = [i for i, t in enumerate(t_list) if t is not None]
+    if axes is None:
+        return [tuple(range(x.ndim)) for x in arrays]
+    for i in numbers:
+        if is_indexed(t_list[i]):
+            raise InvalidTypeError(
+                f"t_list[{i}] is IndexedSlices, whose rows are not those of other arrays; give a "
+                "dense array, for example with .to_dense(), or leave out axes"
+            )
+    taken = [arguments.parse_axes(axes, x.ndim, may_be_none=True) for x in arrays]
+    both = zip(numbers, arrays, taken, strict=True)
+    arguments.check_kept_shapes({f"t_list[{i}]": without_axes(x.shape, own) for i, x, own in both})
+    return taken
+
+
+def normalize_use_norm(use_norm: object, kept: tuple[int, ...]) -> Limit:
+    """Return norms that are known: one number, or an array of the kept shape."""
+    if not kept or not getattr(use_norm, "ndim", 0):
+        return normalize_clip_norm(use_norm, "use_norm")
+    arguments.check_unit(use_norm, "use_norm")
+    known = as_array(use_norm, partial(arguments.check_scalar, shape=(), what="use_norm"))
+    if known.shape != kept:
+        text = f"has shape {known.shape}; give one number, or norms of shape {kept}"
+        raise InvalidValueError(f"use_norm {text}")
+    return _checked_limit(known, "use_norm") if isinstance(known, da.Array) else known
 
 
 def is_lazy(arrays: Iterable[object]) -> bool:

@@ -33,9 +33,9 @@ from daskclip.numerics.partial import (
     ORDERS,
     Partial,
     combine,
-    combine_all,
     kept_shape,
     nan_if_infinite,
+    no_sums,
     partial_norm,
     state_nbytes,
     term_count,
@@ -44,7 +44,7 @@ from daskclip.numerics.scale import Scale, finalize
 
 __all__ = [
     "ORDERS", "RELATIVE_ERROR", "Array", "NormHistogram", "Partial", "Scale", "SliceCounts",
-    "clip_array", "clip_block", "combine", "combine_all", "count_slices", "count_with_histogram",
-    "finalize", "kept_shape", "nan_if_infinite", "partial_norm", "require_finite", "require_limits",
-    "require_subnormals", "rescale", "state_nbytes", "term_count",
+    "clip_array", "clip_block", "combine", "count_slices", "count_with_histogram",
+    "finalize", "kept_shape", "nan_if_infinite", "no_sums", "partial_norm", "require_finite",
+    "require_limits", "require_subnormals", "rescale", "state_nbytes", "term_count",
 ]  # fmt: skip

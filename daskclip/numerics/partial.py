@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import MemoryBudgetError
-from daskclip.grid import box_index, box_shape, boxes, tile_shape
+from daskclip.grid import Box, box_index, box_shape, boxes, tile_shape
 from daskclip.numerics.compiled import Array, Block, DType, format_of
 
 LIMB = 32  # bits
@@ -62,6 +62,16 @@ class Partial(NamedTuple):
     """Elements per slice; complex ones count twice."""
     ord: float = 2
     """Key of `ORDERS`."""
+
+    def reshape(self, kept: tuple[int, ...]) -> Partial:
+        """Return the same sums for another form of the kept shape."""
+        limbs = self.limbs.reshape(len(self.limbs), *kept)
+        return self._replace(limbs=limbs, flags=self.flags.reshape(kept))
+
+    def part(self, box: Box) -> Partial:
+        """Return the sums of a part of the kept positions."""
+        inside = box_index(box)
+        return self._replace(limbs=self.limbs[(slice(None), *inside)], flags=self.flags[inside])
 
 
 def kept_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
@@ -209,24 +219,9 @@ def combine(parts: Sequence[Partial], max_nbytes: int = 0) -> Partial:
     return Partial(limbs, low, flags, terms, ord)
 
 
-def combine_all(parts: Sequence[Partial]) -> Partial:
-    """Sum over all slices of several partials, as one slice of shape ().
-
-    Examples
-    --------
-    >>> combine_all([partial_norm(np.float32([[3], [4]]), (1,))]).limbs.tolist()
-    [25]
-    """
-    # the sum of no arrays is 0, and `combine` needs a part
-    single = [Partial(np.zeros((0,), np.uint32), 0, np.zeros((), np.uint8), 0)]
-    for p in parts:
-        sums = np.zeros(len(p.limbs) + 1, np.int64)
-        sums[:-1] = p.limbs.sum(axis=tuple(range(1, p.limbs.ndim)), dtype=np.int64)
-        _carry(sums)
-        limbs, low = _without_zeros(sums.astype(np.uint32), p.low)
-        flags = np.asarray(np.bitwise_or.reduce(p.flags, axis=None, dtype=np.uint8))
-        single.append(Partial(limbs, low, flags, p.terms * p.flags.size))
-    return combine(single)
+def no_sums(kept: tuple[int, ...]) -> Partial:
+    """Sums of no elements, for a kept shape: 0 each."""
+    return Partial(np.zeros((0, *kept), np.uint32), 0, np.zeros(kept, np.uint8), 0)
 
 
 def nan_if_infinite(partial: Partial) -> Partial:

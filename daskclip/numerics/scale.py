@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,11 @@ class Scale(NamedTuple):
     flags: Array
     """uint8, flags of `Partial`: an infinite slice differs from one whose norm exceeds float64, and
     one that becomes zeros from one that was zero."""
+
+    def reshape(self, kept: tuple[int, ...]) -> Scale:
+        """Return the same factors for another form of the kept shape."""
+        reshaped: Any = (None if a is None else a.reshape(kept) for a in self)
+        return Scale(*reshaped)
 
 
 def finalize(
