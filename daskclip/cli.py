@@ -127,6 +127,7 @@ CLIP = [
     _choice("--ord", "2", "1 2 inf", "Order of the norm."),
     _option("--include", "PATTERN", INCLUDE, multiple=True),
     _option("--exclude", "PATTERN", "Copy these arrays of a group as they are.", multiple=True),
+    _flag("--global global_norm", "Take one norm over all arrays, of what they keep without axes."),
     _choice("--nonfinite", "propagate", "propagate omit raise zero", SPREAD),
     _choice("--missing", "fill", "fill error", MISSING),
 ]
@@ -134,7 +135,6 @@ LIMIT = [
     _option("--clip-norm", "C|pQ", QUANTILE, type=_clip_norm),
     _option("--limits", "PATH", "Zarr array of a limit for each slice (instead of --clip-norm)."),
     _flag("--normalize", "Scale every slice to its limit, from below too."),
-    _flag("--global global_norm", "Clip all arrays of a group by one global norm."),
     _option("--norms", "PATH", "Reuse norms saved by `stats --save-norms`."),
 ]
 RESOURCES = [

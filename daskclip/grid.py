@@ -43,6 +43,12 @@ def without_axes(values: Sequence[T], axes: Sequence[int]) -> tuple[T, ...]:
     return tuple(value for a, value in enumerate(values) if a not in axes)
 
 
+def joined_axes(kept: Sequence[T], others: Sequence[T], axes: Sequence[int]) -> tuple[T, ...]:
+    """Entries of ``others`` along ``axes``, and those of ``kept``, in their order, elsewhere."""
+    own = iter(kept)
+    return tuple(value if a in axes else next(own) for a, value in enumerate(others))
+
+
 def box_shape(box: Box) -> tuple[int, ...]:
     """Extent of a box along each axis."""
     return tuple(s.stop - s.start for s in box)

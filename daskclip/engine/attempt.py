@@ -11,12 +11,12 @@ from uuid import uuid4
 
 from daskclip.engine import stages
 from daskclip.engine.cluster import memory_used, versions
-from daskclip.engine.passes import HasStored, Passes, Progress
+from daskclip.engine.passes import HasStored, Passes
 from daskclip.engine.request import ClipRequest, LimitsByArray, Prepared
 from daskclip.errors import MemoryBudgetError
 from daskclip.grid import grid_shape
 from daskclip.plan import GroupPlan
-from daskclip.report import ClipReport, format_size
+from daskclip.report import ClipReport, Progress, format_size
 from daskclip.storage import Hierarchy, StoredArray
 from daskclip.target import FinalRecord, Journal, Json, RunRecord, Transaction
 from daskclip.worker import ArrayTask, memory_growth

@@ -100,7 +100,8 @@ def clip_zarr(
         ``include`` and not ``exclude`` are clipped.
     global_norm : bool
         Clip all arrays by one factor, that of their common norm, as `clip_by_global_norm` does;
-        not with ``axes``.
+        with ``axes`` or ``dim``, by one for each kept position. Kept axes have the same lengths in
+        all arrays, and limits the shape of the norms.
     storage_options : dict, optional
         Options that fsspec gets for sources, targets and limits given as URLs.
     progress : bool or {'auto', 'bar', 'lines', 'json', 'none'}
@@ -139,8 +140,9 @@ def clip_zarr(
     Blocks run on the active distributed Client, or else on Dask's threads. A cluster without
     workers is waited for as long as it lives, with a line in the log each minute. A task can call
     this too: blocks use its thread meanwhile, as in `distributed.worker_client`. Each byte is read
-    once if the blocks that share slices fit the budget together, and there are as many such slabs
-    as threads or they are small; otherwise each byte is read twice. Each chunk or shard is written
+    once if the blocks that share slices, with ``global_norm`` those of all arrays, fit the budget
+    together, and there are as many such slabs as threads or they are small; otherwise each byte is
+    read twice. Each chunk or shard is written
     by one task only. The target appears by one rename when it is complete and on disk.
 
     A run can be killed anywhere. The same call resumes it from the journal in the hidden folder

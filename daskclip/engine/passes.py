@@ -21,44 +21,17 @@ from daskclip.engine.front import BlockId, Blocks, Front
 from daskclip.engine.saved_norms import SavedNorms
 from daskclip.numerics import NormHistogram, SliceCounts
 from daskclip.plan import GroupPlan, sizing
-from daskclip.report import ProgressState, Show, progress_printer
+from daskclip.report import Progress
 from daskclip.storage import durable
 from daskclip.target import BlocksRecord, Journal
 from daskclip.worker import ArrayTask, Sums, kept_sums, tasks
 
-STATES = 200  # points of the curve of progress that are kept
 RECORD_S = 1.0  # seconds after which what is done is journalled
 PIECE = 1 << 16  # blocks whose state is looked at together
 DONE, WRITTEN, SUMMED = 1, 2, 4
 """State of a block: done by the last pass over it, written, read by the first of two."""
 HasStored = npt.NDArray[np.bool_] | None
 """For each block of an array, whether anything of it is stored; None if all blocks count."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """Progress of the passes over the arrays, shown after each record."""
-
-    show: Show = field(default_factory=lambda: progress_printer(False))
-    total: int = 0
-    """Bytes to do, over all passes."""
-    passes: int = 2
-    """Number of times an array is read, at most."""
-    began: float = field(default_factory=time.monotonic)
-    states: list[ProgressState] = field(default_factory=list)
-    """States that were shown, thinned out, from the first to the last."""
-
-    def report(self, done: int, skipped: int, pass_: int) -> None:
-        """Show the bytes done and skipped, and the pass of the last blocks."""
-        state = ProgressState(
-            done=min(done, self.total), skipped=skipped, total=self.total, pass_=pass_,
-            passes=self.passes, seconds=time.monotonic() - self.began,
-        )  # fmt: skip
-        self.states.append(state)
-        self.show(state)
-        # every other one goes, so that they are spread over the whole run
-        if len(self.states) > STATES:
-            del self.states[1:-1:2]
 
 
 @dataclass(slots=True)
@@ -173,7 +146,7 @@ class Passes:
 
     @property
     def is_shared(self) -> bool:
-        """Whether all arrays share one slice."""
+        """Whether the arrays have their slices in common."""
         return self.arrays[0].shared
 
     @property
@@ -253,10 +226,17 @@ class Passes:
 
     # --- sums of slabs ---------------------------------------------------------------------------
 
-    def slab_blocks(self, array: int, slab: int | None) -> int:
-        """Number of blocks of a slab of an array, or of all."""
+    def slab_blocks(self, array: int) -> int:
+        """Number of blocks of a slab of an array."""
         plan = self.arrays[array].plan
-        return plan.blocks if slab is None else plan.slab_blocks
+        return plan.slab_blocks
+
+    def is_left(self, blocks: Sequence[BlockId]) -> bool:
+        """Whether anything of some blocks, which are done together, is stored and left to do."""
+        numbers = {b: self.number(b) for b in blocks}
+        stored = ((self.has_stored[b.array], n - self._first[b.array]) for b, n in numbers.items())
+        is_stored = any(each is None or each[n] for each, n in stored)
+        return is_stored and not all(self.state[n] & DONE for n in numbers.values())
 
     def kept_sums(self, slab: str, state: int) -> Sums | None:
         """Sums of a slab that an earlier attempt, or another run, has kept."""
@@ -276,10 +256,10 @@ class Passes:
                 return kept_sums(self.journal.arrays, known.sums, state)
         return None
 
-    def clear_summed(self, array: int, slab: int | None) -> None:
+    def clear_summed(self, array: int, slab: int) -> None:
         """Let the blocks of a slab be summed again."""
-        each = self.slab_blocks(array, slab)
-        start = self._first[array] + each * (slab or 0)
+        each = self.slab_blocks(array)
+        start = self._first[array] + each * slab
         self.state[start : start + each] &= 0xFF ^ SUMMED
 
     def forget(self, slab: str) -> None:
@@ -386,10 +366,10 @@ class Passes:
         """Count the slices of slabs that no pass had: nothing is stored, or they are empty."""
         plans = [array.plan for array in self.arrays if array.plan.passes]
         # their norm is 0, which no limit clips
-        rest = (1 if self.is_shared else sum(p.slices for p in plans)) - self.total.slices
+        rest = sum(p.slices for p in plans[: 1 if self.is_shared else None]) - self.total.slices
         if rest:
             one = self.arrays[0]
-            kept = () if one.name or one.shared else one.plan.kept.values()
+            kept = plans[0].kept.values() if one.shared or not one.name else ()
             norms = NormHistogram.empty(kept, rest) if one.collect else None
             self.total = self.total.add(SliceCounts(rest, 0, 0, 0.0, 0.0, norms))
 

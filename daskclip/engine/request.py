@@ -26,6 +26,7 @@ from daskclip.errors import (
     SourceChangedError,
     short_repr,
 )
+from daskclip.grid import without_axes
 from daskclip.numerics import require_limits, require_subnormals, state_nbytes
 from daskclip.plan import GroupPlan, Layout, Machine, plan_group, sizing
 from daskclip.report import Mode, Show, format_size, progress_printer
@@ -108,12 +109,7 @@ class ClipRequest:
     def _check_global_norm(self) -> None:
         given = self.global_norm
         arguments.check_flag(given, "global_norm")
-        axes = self.axes if self.dim is None else self.dim
-        if given and axes is not None:
-            raise InvalidValueError(
-                f"a global norm has no axes, and {short_repr(axes)} is given; leave one out"
-            )
-        if given and self.limits is not None:
+        if given and self.limits is not None and self.axes is self.dim is None:
             raise InvalidValueError("a global norm has one limit; give clip_norm, and no limits")
 
     def _check_target(self) -> None:
@@ -198,11 +194,14 @@ def prepare(request: ClipRequest) -> Prepared:
         # no dimension is asked for: each element is a slice, as with axes=[]
         if not dim and axes is None:
             axes, dim = [], None
-    clipped = {name: _layout(source, name, axes, dim, request.ord) for name in names}
+    clipped = {name: _layout(request, source, name, axes, dim) for name in names}
+    if request.global_norm:
+        clipped = _in_common(source, clipped, dim)
     axes_by_array = {name: layout.axes for name, layout in clipped.items()}
     limits_by_array = open_limits(
-        request.limits, request.clip_norm, source, axes_by_array, request.storage_options
-    )
+        request.limits, request.clip_norm, source, axes_by_array, request.storage_options,
+        in_common=request.global_norm,
+    )  # fmt: skip
     for name, limits in limits_by_array.items():
         # a NumPy array is sent to workers as a whole, a stored one is read chunk by chunk
         nbytes = limits.nbytes if isinstance(limits, np.ndarray) else limits.unit_nbytes
@@ -274,7 +273,7 @@ def _having(source: Hierarchy, names: list[str], dim: Dim) -> tuple[list[str], l
     return [name for name in names if not wanted or {*having[name]} & {*wanted}], wanted
 
 
-def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> Layout:
+def _layout(request: ClipRequest, source: Hierarchy, name: str, axes: Axes, dim: Any) -> Layout:
     """Check an array that is clipped, and take what its plan depends on."""
     array = source.arrays[name]
     named = None if dim is None else source.dimension_names(name)
@@ -282,8 +281,9 @@ def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> 
         dim, axes = None, [a for a, d in enumerate(named or ()) if d in dim]
     try:
         check_source(array, arguments.check_stored_dtype)
-        arguments.parse_ord(ord, array.dtype)
-        taken = arguments.parse_axes(arguments.axes_named(dim, named, axes), array.ndim)
+        arguments.parse_ord(request.ord, array.dtype)
+        axes = arguments.axes_named(dim, named, axes)
+        taken = arguments.parse_axes(axes, array.ndim, may_be_none=request.global_norm)
     except DaskClipError as error:
         # some messages have the path of the array already
         if name and name not in str(error):
@@ -292,6 +292,18 @@ def _layout(source: Hierarchy, name: str, axes: Axes, dim: Any, ord: object) -> 
     shape, unit, dtype = array.shape, array.unit, array.dtype
     most = sizing.DEFAULT.sum_nbytes or state_nbytes(dtype)
     return Layout(shape=shape, axes=taken, unit=unit, itemsize=dtype.itemsize, sum_nbytes=most)
+
+
+def _in_common(source: Hierarchy, clipped: dict[str, Layout], dim: object) -> dict[str, Layout]:
+    """Layouts of arrays that have norms in common; refuse those that keep different axes."""
+    kept: list[dict[str, tuple[Any, ...]]] = [{k: one.kept_shape for k, one in clipped.items()}]
+    if dim is not None:  # axes of equal lengths may be other dimensions
+        names = {k: source.dimension_names(k) or () for k in clipped}
+        kept += [{k: without_axes(names[k], one.axes) for k, one in clipped.items()}]
+    for each in kept:
+        arguments.check_kept_shapes({f"array {name}": shape for name, shape in each.items()})
+    dtypes = len({source.arrays[name].dtype for name in clipped})
+    return {name: replace(one, dtypes=dtypes) for name, one in clipped.items()}
 
 
 # --- limits of each slice ------------------------------------------------------------------------
@@ -303,10 +315,20 @@ def open_limits(
     source: Hierarchy,
     axes_by_array: Mapping[str, tuple[int, ...]],
     options: Options,
+    *,
+    in_common: bool = False,
 ) -> LimitsByArray:
-    """Open the limits of the arrays that are clipped; reads metadata only."""
+    """Open the limits of the arrays that are clipped; reads metadata only.
+
+    If these have their norms ``in_common``, they have one array of limits, of the kept shape.
+    """
     if limits is None:
         return {}
+    if in_common and isinstance(limits, Mapping):
+        raise InvalidValueError(
+            f"limits are given for {short_repr([*limits])}, and arrays that have norms in common "
+            "have one array of limits; give that"
+        )
     for one in limits.values() if isinstance(limits, Mapping) else [limits]:
         arguments.check_unit(one, "an array of limits")
     if isinstance(limits, Mapping):
@@ -323,9 +345,13 @@ def open_limits(
                 f"limits are given for {short_repr([*found])} and not for {name or source}; give "
                 "each array that is clipped its own, or one for all"
             )
-    opened_by_array = {
-        name: _open_array(found[name], clip_norm, source.arrays[name].shape, axes, options)
+    shapes = {name: source.arrays[name].shape for name in axes_by_array}
+    normed = {
+        name: (without_axes(shapes[name], axes), ()) if in_common else (shapes[name], axes)
         for name, axes in axes_by_array.items()
+    }
+    opened_by_array = {
+        name: _open_array(found[name], clip_norm, *norms, options) for name, norms in normed.items()
     }
     for name, values in opened_by_array.items():
         if isinstance(values, np.ndarray):  # stored ones are checked where they are read

@@ -3,7 +3,8 @@
 An array whose blocks hold their slices takes one pass over its blocks. Else each slab takes two: a
 first pass sums its blocks, and a second one, backwards, rescales them by the norms of the sums, so
 that few sums are held and blocks may still be in memory. While the last blocks of a slab are under
-way, the first ones of the next begin. Arrays that share one slice are one slab.
+way, the first ones of the next begin. Of arrays that have norms in common, a slab has the blocks
+of all; where these fit into the memory of one task together, it does them in one pass.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from daskclip.engine.front import BlockId, Blocks, Task
 from daskclip.engine.passes import DONE, SUMMED, WRITTEN, Passes, SlabState
+from daskclip.grid import without_axes
 from daskclip.numerics import SliceCounts, term_count
 from daskclip.worker import ArrayTask, SavedSums, add_sums, keep_sums, tasks
 
@@ -70,10 +72,35 @@ def check(passes: Passes, digests: Digests, arrays: Sequence[int]) -> None:
 
 def _all(passes: Passes, one_pass: BlockFunction, second: BlockFunction | None) -> None:
     """Run ``one_pass`` where that is enough, else two passes, of which the second may be none."""
+    is_single = passes.is_shared and passes.arrays[passes.clipped[0]].plan.passes == 1
+    # sums that are saved take the place of the first of two passes
+    if is_single and second and passes.saved_norms is None:
+        _together(passes)
+        return
     # no block holds a whole slice that several arrays share
     whole = [k for k in passes.clipped if passes.arrays[k].plan.is_whole and not passes.is_shared]
     _each(passes, one_pass, whole, done=DONE, reads=True)
     _two_passes(passes, second, [k for k in passes.clipped if k not in whole])
+
+
+def _together(passes: Passes) -> None:
+    """Clip the blocks of all arrays that are a slab together, each slab in a task."""
+    some = [k for k in passes.clipped if passes.arrays[k].plan.blocks]
+    slabs = range(passes.arrays[some[0]].plan.slabs if some else 0)
+    every = ([BlockId(k, slab, 0) for k in some] for slab in slabs)
+    upcoming = (blocks for blocks in every if passes.is_left(blocks))
+
+    def next_task() -> Task | None:
+        blocks = next(upcoming, None)
+        if blocks is None:
+            return None
+        args = [passes.shared[k] for k in some], blocks[0].slab
+        nbytes = passes.nbytes_of(blocks)
+        then = partial(passes.done, blocks, reads=True)
+        return Task(tasks.clip_together, args, then, blocks, nbytes)
+
+    passes.front.run(next_task)
+    passes.flush()
 
 
 def _each(
@@ -142,14 +169,13 @@ def _two_passes(passes: Passes, function: BlockFunction | None, arrays: Sequence
 def _slabs(passes: Passes, function: BlockFunction | None, arrays: Sequence[int]) -> Iterator[Slab]:
     """Slabs of which anything is stored, up to those that are done."""
     some = [k for k in arrays if passes.arrays[k].plan.blocks]
-    if passes.is_shared:
-        every: Iterator[Slab] = iter([Slab(passes, "all", some, None, function)] if some else [])
-    else:
-        every = (
-            Slab(passes, f"{k}-{slab}", [k], slab, function)
-            for k in some
-            for slab in range(passes.arrays[k].plan.slabs)
-        )
+    # all arrays that share slices have the same slabs
+    together = [some] if passes.is_shared and some else [[k] for k in some]
+    every = (
+        Slab(passes, f"{ks[0]}-{slab}", ks, slab, function)
+        for ks in together
+        for slab in range(passes.arrays[ks[0]].plan.slabs)
+    )
     return (slab for slab in every if not slab.is_done)
 
 
@@ -164,9 +190,9 @@ class Slab:
     passes: Passes
     name: str
     arrays: Sequence[int]
-    """The array of the slab, or all that share one slice."""
-    number: int | None
-    """Number of the slab in its array; None for all blocks of arrays that share a slice."""
+    """The array of the slab, or all that share its slices."""
+    slab: int
+    """Number of the slab in its arrays."""
     function: BlockFunction | None
     """Second pass of a block; None if slices are only counted."""
     is_done: bool = False
@@ -192,9 +218,8 @@ class Slab:
     def __post_init__(self) -> None:
         passes, state = self.passes, self.passes.slabs.get(self.name, SlabState())
         plan = self.task.plan
-        slices = math.prod(n for a, n in enumerate(plan.block) if a not in plan.axes)
-        nbytes = slices * SUM_NBYTES * passes.front.window
-        self.is_small = self.task.shared or nbytes <= SUMS_NBYTES
+        slices = math.prod(without_axes(plan.block, plan.axes))
+        self.is_small = slices * SUM_NBYTES * passes.front.window <= SUMS_NBYTES
         if state.is_counted and not (self.function and self._second_left(state.has_nan).left):
             self.is_done = True
             return
@@ -202,22 +227,17 @@ class Slab:
         self._has_total = kept is not None
         if kept is None:
             for k in self.arrays:
-                passes.clear_summed(k, self.number)
+                passes.clear_summed(k, self.slab)
         else:
             share = passes.front.pool.share
             self._parts = [kept if self.is_small else self._saved() or share(kept)]
-        self.first = _chained([passes.left(k, SUMMED, self.number) for k in self.arrays])
+        self.first = _chained([passes.left(k, SUMMED, self.slab) for k in self.arrays])
         self.is_done = not self.first.left and kept is None
 
     @property
     def task(self) -> ArrayTask:
         """The first array."""
         return self.passes.arrays[self.arrays[0]]
-
-    @property
-    def slab(self) -> int:
-        """Number of a slab that meets the slices."""
-        return self.number or 0
 
     def next_task(self) -> Task | None:
         """Task of some blocks, of the pass that it is in."""
@@ -283,7 +303,7 @@ class Slab:
     def _keep(self, sums: Any) -> None:
         """Save the sums of all blocks so far, if doing them again would take long."""
         passes, name = self.passes, f"sums-{self.name}-{uuid4().hex[:8]}.npz"
-        blocks = sum(passes.slab_blocks(k, self.number) for k in self.arrays)
+        blocks = sum(map(passes.slab_blocks, self.arrays))
         is_long = passes.keeps_sums or 2 * blocks >= passes.front.window
         store = passes.journal.arrays if passes.journal and is_long else None
 
@@ -347,10 +367,7 @@ class Slab:
     def _second_left(self, everything: bool) -> Blocks:
         passes, order = self.passes, reversed(self.arrays)
         return _chained(
-            [
-                passes.left(k, DONE, self.number, everything=everything, backwards=True)
-                for k in order
-            ]
+            [passes.left(k, DONE, self.slab, everything=everything, backwards=True) for k in order]
         )
 
     def _end(self) -> None:

@@ -32,6 +32,7 @@ def stats_zarr(
     ord: float = 2,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    global_norm: bool = False,
     memory: str | int = "512MiB",
     nonfinite: NonFinite = "propagate",
     missing: Literal["fill", "error"] = "fill",
@@ -43,7 +44,7 @@ def stats_zarr(
 
     Parameters
     ----------
-    source, axes, dim, ord, include, exclude, memory, nonfinite, missing
+    source, axes, dim, ord, include, exclude, global_norm, memory, nonfinite, missing
         See `clip_zarr`.
     storage_options, progress
         See `clip_zarr`.
@@ -90,8 +91,8 @@ def stats_zarr(
     """
     request = ClipRequest(
         source=source, axes=axes, dim=dim, ord=ord, include=include, exclude=exclude,
-        memory=memory, nonfinite=nonfinite, missing=missing, storage_options=storage_options,
-        progress=progress, clips=False,
+        global_norm=global_norm, memory=memory, nonfinite=nonfinite, missing=missing,
+        storage_options=storage_options, progress=progress, clips=False,
     )  # fmt: skip
     return with_room_for_sums(partial(_stats, save_norms), request)
 

@@ -171,7 +171,8 @@ def _open_written(made: MadeByRun) -> Hierarchy:
 def _same_limits(made: MadeByRun, written: Hierarchy, limits: object) -> LimitsByArray:
     """Open the limits that a run had, if it had any."""
     axes_by_array = {name: plan.axes for name, plan in plan_from_json(made.run).clipped.items()}
-    limits_by_array = open_limits(limits, None, written, axes_by_array, None)
+    common = made.run.parameters["global_norm"]
+    limits_by_array = open_limits(limits, None, written, axes_by_array, None, in_common=common)
     # by identity, which is shape and digest: the limits themselves are not stored
     was, given = made.run.parameters["limits"], limits_identity(limits_by_array)
     if given != was:

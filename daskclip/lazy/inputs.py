@@ -24,8 +24,8 @@ from daskclip.errors import (
     error_text,
     short_repr,
 )
-from daskclip.grid import without_axes
 from daskclip.lazy.indexed_slices import is_indexed, values_of
+from daskclip.numerics import without_axes
 from daskclip.storage import StoredArray, check_source, is_zarr_array, retrying_block
 
 Limit = float | da.Array | npt.NDArray[np.float64]

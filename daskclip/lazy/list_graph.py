@@ -23,15 +23,24 @@ import numpy as np
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from daskclip.grid import Box, box_index, box_shape, without_axes
 from daskclip.lazy.graph import Number, norms_of, partials, rescaled
 from daskclip.lazy.inputs import Limit, Operation
 from daskclip.lazy.tree import map_object_blocks, object_meta
-from daskclip.numerics import Array, Partial, Scale, combine, finalize, nan_if_infinite, no_sums
+from daskclip.numerics import (
+    Array,
+    Partial,
+    Scale,
+    combine,
+    finalize,
+    nan_if_infinite,
+    no_sums,
+    without_axes,
+)
 
 Reduced = Sequence[tuple[int, ...]]
 """Axes of each array over which norms are taken."""
 Coords = tuple[int, ...]
+Box = tuple[slice, ...]
 Chunks = tuple[tuple[int, ...], ...]
 Tasks = dict[Any, Any]
 
@@ -92,7 +101,7 @@ def _total(arrays: Sequence[da.Array], axes: Reduced) -> da.Array:
             ((at, some, _),) = _overlaps(chunks, box)
             keys.append((part.name, *_filled(at, own, 0)))
             inside.append((own, some))
-        tasks[(name, *coords)] = (partial(_sum_cell, inside=inside, kept=box_shape(box)), keys)
+        tasks[(name, *coords)] = (partial(_sum_cell, inside=inside, kept=_shape(box)), keys)
     return _object_array(name, tasks, parts, cells)
 
 
@@ -102,7 +111,7 @@ def _of_chunks(scales: da.Array, x: da.Array, axes: tuple[int, ...], name: str) 
     tasks: Tasks = {}
     for coords, box in _boxes(without_axes(chunks, axes)):
         found = [*_overlaps(scales.chunks, box)]
-        size = box_shape(box)
+        size = _shape(box)
         places = [(there, here) for _, there, here in found]
         join = partial(_join_cells, places=places, kept=size, shape=_filled(size, axes, 1))
         keys = [(scales.name, *at) for at, *_ in found]
@@ -151,6 +160,15 @@ def _overlaps_along(sizes: tuple[int, ...], side: slice) -> Iterator[tuple[int, 
             return
 
 
+def _shape(box: Box) -> tuple[int, ...]:
+    return tuple(side.stop - side.start for side in box)
+
+
+def _index(box: Box) -> tuple[Any, ...]:
+    # an array, not a scalar, where there are no axes
+    return (*box, ...)
+
+
 def _filled(values: Coords, axes: tuple[int, ...], value: int) -> Coords:
     """Coordinates or sizes of kept axes, and ``value`` for each of ``axes``."""
     own = iter(values)
@@ -179,7 +197,7 @@ def _join_cells(
 
     def join(parts: tuple[Array | None, ...]) -> Array | None:
         some = [
-            (part[box_index(there)], here)
+            (part[_index(there)], here)
             for part, (there, here) in zip(parts, places, strict=True)
             if part is not None
         ]
@@ -187,7 +205,7 @@ def _join_cells(
             return None
         joined = np.zeros(kept, some[0][0].dtype)
         for values, here in some:
-            joined[box_index(here)] = values
+            joined[_index(here)] = values
         return joined.reshape(shape)
 
     return Scale(*map(join, zip(*scales, strict=True)))  # type: ignore[arg-type]

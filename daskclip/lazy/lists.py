@@ -11,7 +11,6 @@ import dask.array as da
 import numpy as np
 
 from daskclip.arguments import Array, Axes, check_flag
-from daskclip.grid import without_axes
 from daskclip.lazy import inputs, list_graph
 from daskclip.lazy.clip import ClipNorm, Operand
 from daskclip.lazy.indexed_slices import with_values
@@ -24,6 +23,7 @@ from daskclip.numerics import (
     no_sums,
     partial_norm,
     rescale,
+    without_axes,
 )
 
 Reduced = Sequence[tuple[int, ...]]

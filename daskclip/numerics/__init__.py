@@ -20,6 +20,7 @@ message of `parse_ord` in arguments.py and in the choices of ``--ord`` in cli.py
 """
 
 # what other rooms use; tests may import the modules themselves
+from daskclip.grid import without_axes
 from daskclip.numerics.block import clip_array, clip_block, require_finite, require_limits, rescale
 from daskclip.numerics.compiled import Array, require_subnormals
 from daskclip.numerics.histogram import (
@@ -46,5 +47,5 @@ __all__ = [
     "ORDERS", "RELATIVE_ERROR", "Array", "NormHistogram", "Partial", "Scale", "SliceCounts",
     "clip_array", "clip_block", "combine", "count_slices", "count_with_histogram",
     "finalize", "kept_shape", "nan_if_infinite", "no_sums", "partial_norm", "require_finite",
-    "require_limits", "require_subnormals", "rescale", "state_nbytes", "term_count",
+    "require_limits", "require_subnormals", "rescale", "state_nbytes", "term_count", "without_axes",
 ]  # fmt: skip

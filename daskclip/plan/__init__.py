@@ -4,7 +4,7 @@ Pure functions of shapes and sizes: nothing here opens a store or holds a value 
 """
 
 from daskclip.plan import sizing
-from daskclip.plan.choose import plan_group
+from daskclip.plan.group import plan_group
 from daskclip.plan.plans import ClipPlan, GroupPlan
 from daskclip.plan.sizing import Layout, Machine
 

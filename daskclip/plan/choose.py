@@ -1,62 +1,40 @@
-"""Choose blocks: the largest that keep within the memory."""
+"""Choose blocks of one array: the largest that keep within the memory."""
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
 from daskclip.errors import MemoryBudgetError
 from daskclip.grid import ceil_div, grid_shape
-from daskclip.plan.plans import ClipPlan, GroupPlan
-from daskclip.plan.sizing import Layout, Machine, MemoryModel, Shape, Sizing
+from daskclip.plan.plans import ClipPlan
+from daskclip.plan.sizing import Layout, Machine, MemoryModel, Shape
 from daskclip.report import MIB, format_size
 
+Plans = dict[str, ClipPlan]
+"""Plans by the path of the array in its group."""
 
-def plan_group(
-    clipped: Mapping[str, Layout],
-    copied: Mapping[str, Layout],
-    machine: Machine,
-    global_norm: bool,
-) -> GroupPlan:
-    """Plan all arrays of a group, on as many threads as the array that needs most memory allows.
 
-    Parameters
-    ----------
-    clipped, copied : mapping of str to Layout
-        Arrays to clip and arrays to copy as they are, by their paths.
-    machine : Machine
-        Processes, threads and memory for the blocks of all arrays.
-    global_norm : bool
-        Whether all arrays are one slice.
-
-    Returns
-    -------
-    GroupPlan
-
-    Raises
-    ------
-    MemoryBudgetError
-        If an array does not fit; names the one that needs most.
-    """
-    plans = _plan_each(clipped, machine, global_norm)
-    fewest = min(p.threads for p in plans.values())
+def plan_each(
+    layouts: Mapping[str, Layout], machine: Machine, make: Callable[[Layout, Machine], ClipPlan]
+) -> Plans:
+    """Plan arrays, all on the same number of threads."""
+    plans = _plan_all(layouts, machine, make)
+    fewest = fewest_threads(plans)
     # all arrays are clipped by the same threads, so the array that allows fewest decides
     if fewest < machine.threads:
-        plans = _plan_each(clipped, replace(machine, threads=fewest), global_norm)
-    window = min(p.window for p in plans.values())
-    like = replace(next(iter(plans.values())), window=window)
-    copies = {name: _plan_copy(like, layout, machine.sizing) for name, layout in copied.items()}
-    return GroupPlan(plans | copies, global_norm)
+        plans = _plan_all(layouts, replace(machine, threads=fewest), make)
+    return plans
 
 
-def _plan_each(
-    layouts: Mapping[str, Layout], machine: Machine, global_norm: bool
-) -> dict[str, ClipPlan]:
+def _plan_all(
+    layouts: Mapping[str, Layout], machine: Machine, make: Callable[[Layout, Machine], ClipPlan]
+) -> Plans:
     plans, refused = {}, {}
     for name, layout in layouts.items():
         try:
-            plans[name] = make_plan(layout, machine, is_shared=global_norm)
+            plans[name] = make(layout, machine)
         except MemoryBudgetError as error:
             refused[name] = error
     if refused:
@@ -66,16 +44,7 @@ def _plan_each(
     return plans
 
 
-def _plan_copy(like: ClipPlan, layout: Layout, sizing: Sizing) -> ClipPlan:
-    """Plan of an array that is not decoded: files are copied in pieces, objects a few at a time."""
-    # only the limits of size apply: a copied block is never in memory as a whole
-    shape, unit = layout.shape, layout.first_block
-    block = grown(unit, shape, range(len(shape)), layout.max_block(sizing))
-    like = replace(like, passes=0, projected_memory=0, axes=())
-    return replace(like, shape=shape, unit=unit, itemsize=layout.itemsize, block=block)
-
-
-def make_plan(layout: Layout, machine: Machine, *, is_shared: bool = False) -> ClipPlan:
+def make_plan(layout: Layout, machine: Machine) -> ClipPlan:
     """Choose blocks that keep within the memory of a machine.
 
     The plan has room for the exact sums of values of any spread, unless it would have fewer threads
@@ -88,8 +57,6 @@ def make_plan(layout: Layout, machine: Machine, *, is_shared: bool = False) -> C
     machine : Machine
         Processes, threads and memory for the blocks. The plan has fewer threads if a block for
         each would not fit.
-    is_shared : bool
-        Whether the array is part of a slice that all arrays of a group form.
 
     Returns
     -------
@@ -101,24 +68,33 @@ def make_plan(layout: Layout, machine: Machine, *, is_shared: bool = False) -> C
         If the smallest blocks do not fit the fewest threads; names the least memory that does.
     """
 
-    def plan(sum_nbytes: int) -> ClipPlan:
-        return _plan(MemoryModel(replace(layout, sum_nbytes=sum_nbytes), machine, is_shared))
+    def plan(sum_nbytes: int) -> Plans:
+        return {"": plan_blocks(replace(layout, sum_nbytes=sum_nbytes), machine)}
 
-    enough = machine.sizing.usual_sum_nbytes
-    usual = plan(min(layout.sum_nbytes, enough))
-    if layout.sum_nbytes <= enough:
-        return usual
+    return with_room_for_sums(plan, layout.sum_nbytes, machine.sizing.usual_sum_nbytes)[""]
+
+
+def with_room_for_sums(plan: Callable[[int], Plans], most: int, usual: int) -> Plans:
+    """Plan for sums of at most so many bytes a slice, or only for the usual ones."""
+    narrow = plan(min(most, usual))
+    if most <= usual:
+        return narrow
     with suppress(MemoryBudgetError):
         # fewer threads cost more time than the rare run that must begin again with more memory
-        wide = plan(layout.sum_nbytes)
-        if wide.threads == usual.threads:
+        wide = plan(most)
+        if fewest_threads(wide) == fewest_threads(narrow):
             return wide
-    return replace(usual, state=enough)
+    return {name: replace(one, state=usual) for name, one in narrow.items()}
 
 
-def _plan(model: MemoryModel) -> ClipPlan:
-    """Plan for exact sums of the size that the layout of the model has."""
-    layout, machine = model.layout, model.machine
+def fewest_threads(plans: Mapping[str, ClipPlan]) -> int:
+    """Threads of the plan that has fewest."""
+    return min(plan.threads for plan in plans.values())
+
+
+def plan_blocks(layout: Layout, machine: Machine) -> ClipPlan:
+    """Plan for exact sums of the size that the layout has."""
+    model = MemoryModel(layout, machine)
     # threads are given up before the run is refused, never to get larger blocks; a slab of one
     # block keeps no sums of slices, so that it may fit where a smaller block does not
     first = _first_blocks(model)
@@ -126,14 +102,17 @@ def _plan(model: MemoryModel) -> ClipPlan:
     def fitting(threads: int) -> list[Shape]:
         return [block for block in first if model.fits(block, threads)]
 
-    more = range(machine.fewest + 1, machine.threads + 1)
-    threads = machine.fewest + bisect_left(more, True, key=lambda threads: not fitting(threads))
-    if not fitting(threads):
-        raise _too_little_memory(model, first, threads)
+    threads = most_threads(machine, fitting)
+    if not threads:
+        need, block = min((model.peak(block, machine.fewest), block) for block in first)
+        kind = "one chunk or shard" if block == layout.least_block else "a whole slab"
+        raise too_little_memory(machine, need, f"{kind} {block}")
     block = fitting(threads)[0]
     # reduced axes first, so that fewer blocks share a slice; then the outer ones, along which the
     # chunks of a block are contiguous in its memory
     order = sorted(range(len(layout.shape)), key=lambda a: a not in layout.axes)
+    if layout.kept_block is not None:
+        order = order[: len(layout.axes)]
     most = layout.max_block(machine.sizing)
     block = grown(block, layout.shape, order, most, lambda block: model.fits(block, threads))
     return ClipPlan(
@@ -155,7 +134,7 @@ def _first_blocks(model: MemoryModel) -> list[Shape]:
     """Smallest blocks, the best first: a slab that is read once, if that is good, and a unit."""
     layout, machine = model.layout, model.machine
     if model.is_shared:
-        return [layout.first_block]
+        return [layout.least_block]
     block = tuple(
         max(1, n) if a in layout.axes else u
         for a, (n, u) in enumerate(zip(layout.shape, layout.first_block, strict=True))
@@ -166,16 +145,21 @@ def _first_blocks(model: MemoryModel) -> list[Shape]:
     return [block, layout.first_block] if is_small or is_busy else [layout.first_block]
 
 
-def _too_little_memory(
-    model: MemoryModel, blocks: Sequence[Shape], threads: int
-) -> MemoryBudgetError:
-    need, block = min((model.peak(block, threads), block) for block in blocks)
-    kind = "one chunk or shard" if block == model.layout.first_block else "a whole slab"
+def most_threads(machine: Machine, fits: Callable[[int], object]) -> int:
+    """Most threads that fit; 0 if the fewest do not."""
+    more = range(machine.fewest + 1, machine.threads + 1)
+    threads = machine.fewest + bisect_left(more, True, key=lambda threads: not fits(threads))
+    return threads if fits(threads) else 0
+
+
+def too_little_memory(machine: Machine, need: int, blocks: str) -> MemoryBudgetError:
+    """Return the refusal of a memory that is too small for the fewest threads."""
+    threads = machine.fewest
     run = "1 thread needs" if threads == 1 else f"{threads} threads need"
     fewer = "" if threads == 1 else " or use workers of fewer threads"
     return MemoryBudgetError(
-        f"memory {format_size(model.machine.memory)} is too small: {run} {format_size(need)} for "
-        f"blocks of {kind} {block}; give memory='{ceil_div(need, MIB)}MiB'{fewer}",
+        f"memory {format_size(machine.memory)} is too small: {run} {format_size(need)} for "
+        f"blocks of {blocks}; give memory='{ceil_div(need, MIB)}MiB'{fewer}",
         need,
     )
 

@@ -24,6 +24,7 @@ from functools import cache
 from typing import ClassVar
 
 from daskclip.grid import Box, box_at, grid_shape
+from daskclip.plan.sizing import in_pages
 from daskclip.report import as_text, format_axes, format_size, fragment
 
 
@@ -101,6 +102,11 @@ class ClipPlan:
     def nbytes(self) -> int:
         """Bytes of the array, decoded."""
         return math.prod(self.shape) * self.itemsize
+
+    @property
+    def buffer_nbytes(self) -> int:
+        """Bytes of a block in memory, in whole pages."""
+        return in_pages(math.prod(self.block) * self.itemsize)
 
     @property
     def bytes_read(self) -> int:
@@ -187,7 +193,7 @@ class GroupPlan:
     plans: dict[str, ClipPlan]
     """Plans by the path of the array in the group; a plan without passes copies its array."""
     global_norm: bool
-    """Whether all arrays are one slice."""
+    """Whether the arrays have their norms in common."""
     derived: ClassVar = ClipPlan.derived
     """Properties that JSON has beside the fields."""
 
@@ -223,18 +229,25 @@ class GroupPlan:
 
     @property
     def kept(self) -> dict[int, int]:
-        """Lengths of the axes of an array that are not reduced; empty for a group."""
+        """Lengths of the axes that the norms have; empty for a group of which each has its own."""
+        if self.global_norm:
+            return dict(enumerate(self._normed[0].kept.values()))
         return self.plans[""].kept if "" in self.plans else {}
+
+    @property
+    def _normed(self) -> list[ClipPlan]:
+        """Plans of arrays with norms of their own, or one of those that have theirs in common."""
+        return [*self.clipped.values()][: 1 if self.global_norm else None]
 
     @property
     def slices(self) -> int:
         """Number of slices."""
-        return 1 if self.global_norm else sum(p.slices for p in self.clipped.values())
+        return sum(plan.slices for plan in self._normed)
 
     @property
     def slabs(self) -> int:
         """Number of slabs."""
-        return 1 if self.global_norm else sum(p.slabs for p in self.clipped.values())
+        return sum(plan.slabs for plan in self._normed)
 
     @property
     def nbytes(self) -> int:

@@ -8,9 +8,16 @@ A thread holds one block, and one chunk in several stages of decoding or encodin
 import math
 from dataclasses import dataclass
 
+from daskclip.grid import ceil_div, joined_axes, without_axes
 from daskclip.report import MIB
 
 Shape = tuple[int, ...]
+PAGE = 4096  # bytes
+
+
+def in_pages(nbytes: int) -> int:
+    """Bytes that so many take in whole pages."""
+    return ceil_div(nbytes, PAGE) * PAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +71,27 @@ class Layout:
     """Bytes that the exact sum of a slice may take, for values of any spread."""
     limits_nbytes: int = 0
     """Bytes of a chunk of limits, which is read beside the array."""
+    kept_block: Shape | None = None
+    """Lengths of a block along the kept axes if other arrays share its slices; else None."""
+    dtypes: int = 1
+    """Number of dtypes of the arrays that share its slices, each of which has its own factors."""
+
+    @property
+    def least_block(self) -> Shape:
+        """The smallest block: one unit, or as many as the arrays that share slices have to have."""
+        if self.kept_block is None:
+            return self.first_block
+        return joined_axes(self.kept_block, self.first_block, self.axes)
+
+    @property
+    def kept_unit(self) -> Shape:
+        """Lengths of a unit along the kept axes."""
+        return without_axes(self.first_block, self.axes)
+
+    @property
+    def kept_shape(self) -> Shape:
+        """Lengths of the kept axes."""
+        return without_axes(self.shape, self.axes)
 
     @property
     def first_block(self) -> Shape:
@@ -105,8 +133,11 @@ class MemoryModel:
 
     layout: Layout
     machine: Machine
-    is_shared: bool
-    """Whether all arrays are one slice, so that no block holds a slice whole."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether slices continue in other arrays, so that no block holds a slice whole."""
+        return self.layout.kept_block is not None
 
     def is_whole(self, block: Shape) -> bool:
         """Whether a block holds its slices whole, so that no sums are kept."""
@@ -115,7 +146,7 @@ class MemoryModel:
 
     def slices(self, block: Shape) -> int:
         """Slices that a block has a part of."""
-        return math.prod(n for a, n in enumerate(block) if a not in self.layout.axes)
+        return math.prod(without_axes(block, self.layout.axes))
 
     def sums(self, block: Shape) -> int:
         """Bytes of the exact sums of a block."""
@@ -132,7 +163,9 @@ class MemoryModel:
             size += sizing.slice_nbytes * self.slices(block)
         else:
             size += 2 * self.sums(block)  # a thread adds up its result from parts
-        return sizing.process_nbytes + threads * size
+        # the factors of other dtypes wait as long as those of the array
+        more = (layout.dtypes - 1) * sizing.slice_nbytes * self.slices(block)
+        return sizing.process_nbytes + more + threads * size
 
     def window(self, block: Shape, threads: int) -> int:
         """Blocks under way in one process: fewer where their sums leave little memory."""

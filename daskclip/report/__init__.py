@@ -12,12 +12,12 @@ position, so raise `VERSION` in target/journal.py with them.
 
 from daskclip.report import output
 from daskclip.report.html import as_page, fragment
-from daskclip.report.progress import Mode, ProgressState, Show, progress_printer
+from daskclip.report.progress import Mode, Progress, Show, progress_printer
 from daskclip.report.reports import ClipReport, StatsReport, VerifyReport
 from daskclip.report.text import MIB, as_document, as_text, format_axes, format_size
 
 __all__ = [
-    "MIB", "ClipReport", "Mode", "ProgressState", "Show", "StatsReport", "VerifyReport",
+    "MIB", "ClipReport", "Mode", "Progress", "Show", "StatsReport", "VerifyReport",
     "as_document", "as_page", "as_text", "format_axes", "format_size", "fragment", "output",
     "progress_printer",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from daskclip.errors import InvalidTypeError, InvalidValueError
@@ -16,6 +16,8 @@ Mode = Literal["auto", "bar", "lines", "json", "none"]
 LINE_INTERVAL_S = 10.0
 BAR_WIDTH, SHORT_BAR = 30, 10
 COLUMNS = 80  # of a terminal that does not say
+
+STATES = 200  # points of the curve of progress that are kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,32 @@ def progress_printer(progress: object) -> Show:
             mode = "bar" if sys.stderr.isatty() else "lines"
     shows: dict[str, Show] = {"bar": _bar, "lines": _lines(), "json": _json}
     return shows.get(mode, lambda state: None)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Progress of the passes over the arrays, shown after each record."""
+
+    show: Show = field(default_factory=lambda: progress_printer(False))
+    total: int = 0
+    """Bytes to do, over all passes."""
+    passes: int = 2
+    """Number of times an array is read, at most."""
+    began: float = field(default_factory=time.monotonic)
+    states: list[ProgressState] = field(default_factory=list)
+    """States that were shown, thinned out, from the first to the last."""
+
+    def report(self, done: int, skipped: int, pass_: int) -> None:
+        """Show the bytes done and skipped, and the pass of the last blocks."""
+        state = ProgressState(
+            done=min(done, self.total), skipped=skipped, total=self.total, pass_=pass_,
+            passes=self.passes, seconds=time.monotonic() - self.began,
+        )  # fmt: skip
+        self.states.append(state)
+        self.show(state)
+        # every other one goes, so that they are spread over the whole run
+        if len(self.states) > STATES:
+            del self.states[1:-1:2]
 
 
 def _parts(state: ProgressState) -> list[str]:

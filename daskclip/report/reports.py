@@ -101,7 +101,8 @@ class ClipReport(Report):
         kind = "" if self.ord == 2 else f", ord {self.ord:g}"
         # arrays of a group may have a dimension on different axes, so that only its name is shown
         over = format_axes(self.axes, self.parameters.get("dim"))
-        over = "all arrays" if self.parameters.get("global_norm") else over
+        if self.parameters.get("global_norm"):
+            over = "all arrays" if over == format_axes(None) else f"{over} of all arrays"
         kind += ", normalized" if self.parameters.get("normalize") else ""
         return {
             "status": self.status,

@@ -38,7 +38,7 @@ class ArrayTask:
     staged: str | None
     """Folder that a run writes its files to; None if it writes objects."""
     shared: bool
-    """Whether the array is a part of one slice that continues in other arrays."""
+    """Whether the slices continue in other arrays."""
     in_place: bool
     """Whether unchanged blocks need not be written at once."""
     clip_norm: float | None

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,25 +12,27 @@ import numpy as np
 import numpy.typing as npt
 
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
-from daskclip.grid import Box, box_at, box_index, box_shape, boxes, offset_box
+from daskclip.grid import Box, box_index, box_shape, boxes, offset_box, without_axes
 from daskclip.numerics import (
     Partial,
     Scale,
     SliceCounts,
     clip_block,
+    combine,
     count_slices,
     count_with_histogram,
     finalize,
     kept_shape,
     nan_if_infinite,
+    no_sums,
     partial_norm,
     require_finite,
-    require_limits,
     rescale,
     term_count,
 )
 from daskclip.storage import durable, retrying_block, translating_storage_errors
-from daskclip.worker.context import PROCESS, ArrayTask, Limits
+from daskclip.worker.context import PROCESS, ArrayTask
+from daskclip.worker.limits import block_limit, slices_of
 from daskclip.worker.sums import SavedSums, Sums, add_sums, loaded
 
 Array = npt.NDArray[Any]
@@ -99,14 +101,17 @@ def run_batch(
     for task, (slab, block, *expected), scale in zip(tasks, blocks, extra, strict=True):
         with PROCESS.running_block(first.attempt_id):
             results.append(function(task, slab, block, *scale, *expected))
-    # once for the batch: each call waits for what all threads have written until then
-    if first.staged and any(result.digest is not None for result in results):
-        with (
-            PROCESS.running_block(first.attempt_id),
-            translating_storage_errors(f"writing {first.target}"),
-        ):
-            durable.sync_filesystem(Path(first.staged))
+    with PROCESS.running_block(first.attempt_id):
+        _sync(first, results)
     return results
+
+
+def _sync(task: ArrayTask, results: Sequence[BlockResult]) -> None:
+    """Sync what some blocks have written to disk."""
+    # once for all: each call waits for what all threads have written until then
+    if task.staged and any(result.digest is not None for result in results):
+        with translating_storage_errors(f"writing {task.target}"):
+            durable.sync_filesystem(Path(task.staged))
 
 
 def sum_batch(
@@ -122,17 +127,21 @@ def sum_batch(
 
 def sum_block(task: ArrayTask, slab: int, block: int) -> Sums:
     """First pass: read a block, return its exact sums."""
-    region, plan = task.plan.region(slab, block), task.plan
-    if _is_empty(task, region):
-        sums, digest = _zero_sums(task, region), EMPTY
+    region = task.plan.region(slab, block)
+    x = None if _is_empty(task, region) else _read_first(task, region)
+    digest = EMPTY if x is None else durable.digest(x)
+    return Sums(_sums(task, region, x), {(task.number, slab, block): digest}, task.plan.state)
+
+
+def _sums(task: ArrayTask, region: Box, x: Array | None) -> Partial:
+    """Exact sums of the values of a block; None if nothing of it is stored."""
+    plan, omit = task.plan, task.nonfinite == "omit"
+    if x is None:
+        sums = _zero_sums(task, region)
     else:
-        x, omit = _read_first(task, region), task.nonfinite == "omit"
         sums = partial_norm(x, plan.axes, omit_nan=omit, ord=task.ord, max_nbytes=plan.state)
-        digest = durable.digest(x)
-    if task.shared:
-        # a scalar each: the arrays of the slice may have different dimensions
-        sums = sums._replace(limbs=sums.limbs.reshape(-1), flags=sums.flags.reshape(()))
-    return Sums(sums, {(task.number, slab, block): digest}, plan.state)
+    # the arrays that share slices may have different dimensions
+    return sums.reshape(box_shape(slices_of(task, region))) if task.shared else sums
 
 
 def rescale_block(
@@ -144,7 +153,56 @@ def rescale_block(
     if _is_unchanged(scale, empty):
         return BlockResult(_keep(task, region, empty))
     x = _read_same(task, region, expected, empty)
-    rescale(x, scale, x)
+    _rescale(task, x, scale)
+    return BlockResult(_write(task, region, x))
+
+
+def _rescale(task: ArrayTask, x: Array, scale: Scale) -> None:
+    """Rescale the values of a block in place."""
+    # factors that arrays share have no reduced axes
+    rescale(x, scale.reshape(kept_shape(x.shape, task.plan.axes)) if task.shared else scale, x)
+
+
+def clip_together(tasks: Sequence[ArrayTask], slab: int) -> list[BlockResult]:
+    """One pass: read the blocks of all arrays that are a slab together, write them clipped."""
+    first = tasks[0]
+    with PROCESS.running_block(first.attempt_id):
+        blocks = _read_together(tasks, slab)
+        total = _sums(*blocks[0])
+        for block in blocks[1:]:
+            total = combine([total, _sums(*block)], max_nbytes=first.plan.state)
+        terms = sum(term_count(t.plan.shape, t.plan.axes, t.source.dtype) for t in tasks)
+        sums = Sums(total, {}, first.plan.state)
+        one_each = {task.source.dtype.str: task for task in tasks}
+        scales = {name: scale_of(task, slab, sums, terms) for name, task in one_each.items()}
+        counts = count_scale(first, slab, scales[first.source.dtype.str])[0]
+        results = [_write_rescaled(*block, scales[block[0].source.dtype.str]) for block in blocks]
+        results[0] = results[0]._replace(counts=counts)
+        _sync(first, results)
+        return results
+
+
+def _read_together(
+    tasks: Sequence[ArrayTask], slab: int
+) -> list[tuple[ArrayTask, Box, Array | None]]:
+    """Values of the blocks of a slab, one of each array; None where nothing is stored."""
+    nbytes = [task.plan.buffer_nbytes for task in tasks]
+    buffer, _ = PROCESS.buffer(tasks[0].attempt_id, sum(nbytes))
+    found: list[tuple[ArrayTask, Box, Array | None]] = []
+    for task, end, size in zip(tasks, accumulate(nbytes), nbytes, strict=True):
+        region = task.plan.region(slab, 0)
+        x = None if _is_empty(task, region) else _read_first(task, region, buffer[end - size : end])
+        found.append((task, region, x))
+    return found
+
+
+def _write_rescaled(task: ArrayTask, region: Box, x: Array | None, scale: Scale) -> BlockResult:
+    """Write the values of a block rescaled."""
+    if _is_unchanged(scale, empty=x is None):
+        return BlockResult(_keep(task, region, x is None))
+    # zeros of which nothing is stored become NaN
+    x = np.zeros(box_shape(region), task.source.dtype) if x is None else x
+    _rescale(task, x, scale)
     return BlockResult(_write(task, region, x))
 
 
@@ -169,7 +227,7 @@ def save_norms(task: ArrayTask, scale: Scale, region: Box) -> int | None:
     """Write the norms of the slices that meet a region, if there is an array for them."""
     if task.target is None:
         return None
-    kept = tuple(s for a, s in enumerate(region) if a not in task.plan.axes)
+    kept = without_axes(region, task.plan.axes)
     return _write(task, kept, scale.norm.reshape(box_shape(kept)))
 
 
@@ -199,7 +257,7 @@ def compare_block(
     """Second pass of a verification: rescale a block again, compare it with the target."""
     region = task.plan.region(slab, block)
     x = _read_same(task, region, expected, _stays_empty(task, region, expected))
-    rescale(x, scale, x)
+    _rescale(task, x, scale)
     origin = tuple(slice(-s.start, None) for s in region)
     for part in _units(task, region):
         _require_same(task, part, x[box_index(offset_box(part, origin))])
@@ -226,52 +284,16 @@ def count_region(task: ArrayTask, scale: Scale, region: Box) -> SliceCounts:
     """Counts over the slices that meet a region."""
     if not task.collect:
         return count_slices(scale)
+    axes, start, shape = task.plan.axes, [s.start for s in region], task.plan.shape
     if task.shared:
-        return count_with_histogram(scale, (), (), ())
-    found = count_with_histogram(scale, task.plan.axes, [s.start for s in region], task.plan.shape)
+        return count_with_histogram(scale, (), without_axes(start, axes), without_axes(shape, axes))
+    found = count_with_histogram(scale, axes, start, shape)
     if not task.name or found.histogram is None:
         return found
     # of a group: slices are named with their array, and axes of different arrays not counted
     largest = [(norm, [task.name, *place]) for norm, place in found.histogram.largest_slices]
     histogram = found.histogram._replace(largest_slices=largest, clipped=[], largest=[])
     return found._replace(histogram=histogram)
-
-
-def block_limit(task: ArrayTask, region: Box) -> float | Array:
-    """Limit of the slices that meet a region, or one for each; infinity if they are measured."""
-    if task.limits is not None:
-        return read_limits(task.limits, region, task.missing)
-    return math.inf if task.clip_norm is None else task.clip_norm
-
-
-def read_limits(limits: Limits, region: Box, missing: str) -> Array:
-    """Limits of the slices that meet a region; stored ones are read one unit at a time.
-
-    Those given as a NumPy array were checked before the run.
-    """
-    # limits broadcast: their axes are the last ones, and one limit holds for all of an axis
-    trailing = zip(limits.shape, region[len(region) - limits.ndim :], strict=True)
-    own = tuple(slice(0, 1) if n == 1 else s for n, s in trailing)
-    if isinstance(limits, np.ndarray):
-        held: Array = limits[box_index(own)]
-        return held
-    values, unit = np.empty(box_shape(own)), limits.unit
-    steps = (range(s.start // u, -(-s.stop // u)) for s, u in zip(own, unit, strict=True))
-    read = partial(limits.read, missing=missing)
-    # whole units, of which a block may need a part: a unit cannot be decoded in part
-    for coords in product(*steps):
-        whole = box_at(coords, unit, limits.shape)
-        found = retrying_block("reading", limits, whole, read)
-        values[_shared(whole, own)] = found[_shared(own, whole)]
-    require_limits(values, f"limits {limits.location}", [s.start for s in own])
-    return values
-
-
-def _shared(other: Box, region: Box) -> tuple[Any, ...]:
-    """Index, in the values of a region, of its intersection with another region."""
-    pairs = zip(other, region, strict=True)
-    inside = (slice(max(a.start - b.start, 0), min(a.stop, b.stop) - b.start) for a, b in pairs)
-    return box_index((*inside,))
 
 
 def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, Scale]:
@@ -300,7 +322,7 @@ def _zero_sums(task: ArrayTask, region: Box) -> Partial:
     """The exact sums of zeros."""
     shape, axes = box_shape(region), task.plan.axes
     kept, terms = kept_shape(shape, axes), term_count(shape, axes, task.source.dtype)
-    return Partial(np.zeros((0, *kept), np.uint32), 0, np.zeros(kept, np.uint8), terms, task.ord)
+    return no_sums(kept)._replace(terms=terms, ord=task.ord)
 
 
 def _is_unchanged(scale: Scale, empty: bool) -> bool:
@@ -351,15 +373,16 @@ def _read_same(task: ArrayTask, region: Box, expected: int, empty: bool) -> Arra
     return x
 
 
-def _read_first(task: ArrayTask, region: Box) -> Array:
+def _read_first(task: ArrayTask, region: Box, buffer: Array | None = None) -> Array:
     """Read a block for the first time: the second pass has nothing left to refuse."""
-    x, unit = _read(task, region), task.plan.unit
+    x, unit = _read(task, region, buffer), task.plan.unit
     if task.nonfinite == "raise":
         # an infinite limit exempts slices, but not if they are only measured
-        limit, start = (
-            0.0 if task.only_measures else block_limit(task, region),
-            [s.start for s in region],
-        )
+        limit = 0.0 if task.only_measures else block_limit(task, region)
+        start = [s.start for s in region]
+        if task.shared:
+            slices = np.broadcast_to(limit, box_shape(slices_of(task, region)))
+            limit = slices.reshape(kept_shape(x.shape, task.plan.axes))
 
         def chunk_at(element: Sequence[int]) -> list[int]:
             return [i // u for i, u in zip(element, unit, strict=True)]
@@ -368,16 +391,17 @@ def _read_first(task: ArrayTask, region: Box) -> Array:
     return x
 
 
-def _read(task: ArrayTask, region: Box) -> Array:
-    """Read a block into the buffer of this thread, which its next block reuses."""
-    source = task.source
+def _read(task: ArrayTask, region: Box, buffer: Array | None = None) -> Array:
+    """Read a block into a buffer, by default that of this thread, which its next block reuses."""
+    source, new = task.source, False
     nbytes = math.prod(task.plan.block) * source.dtype.itemsize
-    buffer, new = PROCESS.buffer(task.attempt_id, nbytes)
+    if buffer is None:
+        buffer, new = PROCESS.buffer(task.attempt_id, nbytes)
     if new:
         # Once it has freed an allocation of this size, glibc keeps such memory for later ones.
         # Otherwise each codec decodes to fresh pages, which takes a third of its time.
         np.empty(2 * source.unit_nbytes, np.uint8)
-    elements = buffer.view(source.dtype)
+    elements = buffer[:nbytes].view(source.dtype)
 
     def read(part: Box) -> Array:
         shape = box_shape(part)

@@ -17,6 +17,7 @@ from stores import create, read
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr
 from daskclip.errors import MemoryBudgetError
+from daskclip.grid import without_axes
 from daskclip.plan import plan_group
 from daskclip.plan.choose import make_plan
 from daskclip.plan.sizing import Layout, Machine
@@ -181,10 +182,39 @@ def groups(draw):
     machine["fewest"] = draw(st.sampled_from([1, machine["threads"]]))
     layouts = {f"{i}": {k: v for k, v in r.items() if k not in HOST} for i, r in enumerate(all_)}
     if shared:
-        for layout in layouts.values():
-            layout["axes"] = tuple(range(len(layout["shape"])))
+        keep_alike(layouts.values(), tuple(draw(st.lists(st.integers(0, 12), max_size=2))))
     limits = draw(st.sampled_from([0, 0, 8, 2**20]))
     return {k: Layout(**v, limits_nbytes=limits) for k, v in layouts.items()}, machine, shared
+
+
+def keep_alike(layouts, kept):
+    """Let layouts reduce all axes they have, and keep others before them."""
+    for layout in layouts:
+        units = tuple(max(1, u) for u in layout["unit"])
+        layout["axes"] = tuple(range(len(kept), len(kept) + len(layout["shape"])))
+        layout["unit"] = tuple(1 + sum(units) % (k + 2) for k, _ in enumerate(kept)) + units
+        layout["shape"] = kept + layout["shape"]
+
+
+@many
+@given(groups(), st.integers(20, 2000))
+def test_arrays_with_norms_in_common_have_the_same_kept_positions(group, mib):
+    layouts, machine, shared = group
+    machine = Machine(**machine | {"memory": mib * MIB})
+    try:
+        plan = plan_group(layouts, {}, machine, shared)
+    except MemoryBudgetError:
+        return
+    if not shared:
+        return
+    plans = [*plan.plans.values()]
+    assert len({without_axes(p.block, p.axes) for p in plans}) == 1
+    assert len({(p.slabs, p.slices, p.passes, p.threads, p.state) for p in plans}) == 1
+    assert (plan.slabs, plan.slices) == (plans[0].slabs, plans[0].slices)
+    for p in plans:
+        for b, u, n in zip(p.block, p.unit, p.shape, strict=True):
+            assert b % u == 0 or b >= n
+        assert p.passes == 2 or p.is_whole
 
 
 @settings(many, max_examples=300)

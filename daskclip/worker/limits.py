@@ -1,0 +1,55 @@
+"""The slices that a block meets, and their limits."""
+
+import math
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from daskclip.grid import Box, box_at, box_index, box_shape, without_axes
+from daskclip.numerics import Array, require_limits
+from daskclip.storage import retrying_block
+from daskclip.worker.context import ArrayTask, Limits
+
+
+def slices_of(task: ArrayTask, region: Box) -> Box:
+    """Region of the slices of a block: without the reduced axes if other arrays share them."""
+    return without_axes(region, task.plan.axes) if task.shared else region
+
+
+def block_limit(task: ArrayTask, region: Box) -> float | Array:
+    """Limit of the slices that meet a region, or one for each; infinity if they are measured."""
+    if task.limits is not None:
+        return read_limits(task.limits, slices_of(task, region), task.missing)
+    return math.inf if task.clip_norm is None else task.clip_norm
+
+
+def read_limits(limits: Limits, region: Box, missing: str) -> Array:
+    """Limits of the slices that meet a region; stored ones are read one unit at a time.
+
+    Those given as a NumPy array were checked before the run.
+    """
+    # limits broadcast: their axes are the last ones, and one limit holds for all of an axis
+    trailing = zip(limits.shape, region[len(region) - limits.ndim :], strict=True)
+    own = tuple(slice(0, 1) if n == 1 else s for n, s in trailing)
+    if isinstance(limits, np.ndarray):
+        held: Array = limits[box_index(own)]
+        return held
+    values, unit = np.empty(box_shape(own)), limits.unit
+    steps = (range(s.start // u, -(-s.stop // u)) for s, u in zip(own, unit, strict=True))
+    read = partial(limits.read, missing=missing)
+    # whole units, of which a block may need a part: a unit cannot be decoded in part
+    for coords in product(*steps):
+        whole = box_at(coords, unit, limits.shape)
+        found = retrying_block("reading", limits, whole, read)
+        values[_shared(whole, own)] = found[_shared(own, whole)]
+    require_limits(values, f"limits {limits.location}", [s.start for s in own])
+    return values
+
+
+def _shared(other: Box, region: Box) -> tuple[Any, ...]:
+    """Index, in the values of a region, of its intersection with another region."""
+    pairs = zip(other, region, strict=True)
+    inside = (slice(max(a.start - b.start, 0), min(a.stop, b.stop) - b.start) for a, b in pairs)
+    return box_index((*inside,))
