@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TypeVar
 from uuid import uuid4
@@ -42,7 +42,7 @@ def array_tasks(
     run: RunRecord,
     plan: GroupPlan,
     source: Hierarchy,
-    target: Hierarchy | None,
+    target: Mapping[str, StoredArray],
     limits_by_array: LimitsByArray,
     *,
     staged: str | None = None,
@@ -57,7 +57,7 @@ def array_tasks(
     return [
         ArrayTask(
             attempt_id=attempt_id, number=i, name=name, plan=one, source=source.arrays[name],
-            target=None if target is None else target.arrays[name], staged=staged,
+            target=target.get(name), staged=staged,
             shared=plan.global_norm, in_place=in_place, clip_norm=run.clip_norm,
             limits=limits_by_array.get(name), collect=collect,
             normalize=(shared or (dtypes[name],)) * run.parameters["normalize"], **policies,
@@ -73,7 +73,7 @@ def run_attempt(
     request, plan, source = prepared.request, prepared.plan, prepared.source
     staged, folder = transaction.stage(source, run.id)
     arrays = array_tasks(
-        run, plan, source, staged, prepared.limits_by_array,
+        run, plan, source, staged.arrays, prepared.limits_by_array,
         staged=folder, in_place=request.in_place, collect=request.pictures,
     )  # fmt: skip
     before = memory_used(reset=True)
@@ -104,17 +104,18 @@ def run_attempt(
 
 
 def measure(
-    prepared: Prepared, run: RunRecord, journal: Journal | None, norms: Hierarchy | None = None
+    prepared: Prepared, run: RunRecord, journal: Journal | None, norms: Mapping[str, StoredArray]
 ) -> Passes:
-    """Count all slices of a source by their norms, and write those to ``norms``, if given.
+    """Count all slices of a source by their norms, and write those to ``norms``, where given.
 
     Each byte that is stored is read once, since sums are not followed by a second pass.
     """
-    plan, staged = prepared.plan, None if norms is None else str(norms)
+    plan, first = prepared.plan, next(iter(norms.values()), None)
+    staged = str(first.folder) if first and first.folder else None
     arrays = array_tasks(run, plan, prepared.source, norms, {}, staged=staged, collect=True)
     progress = Progress(prepared.request.show, plan.nbytes, passes=1)
     with Passes.open(
-        arrays, plan, journal, _find_stored(arrays, run), progress, keeps_sums=norms is not None
+        arrays, plan, journal, _find_stored(arrays, run), progress, keeps_sums=bool(norms)
     ) as passes:
         stages.measure(passes)
         if journal:

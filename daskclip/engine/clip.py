@@ -55,7 +55,7 @@ def clip_zarr(
     progress: bool | Mode = False,
     dim: Dim = None,
     pictures: bool = False,
-    norms: str | os.PathLike[str] | None = None,
+    norms: object = None,
 ) -> ClipReport:
     """Clip a Zarr array, or the arrays of a group, into a new one in bounded memory.
 
@@ -103,7 +103,7 @@ def clip_zarr(
         with ``axes`` or ``dim``, by one for each kept position. Kept axes have the same lengths in
         all arrays, and limits the shape of the norms.
     storage_options : dict, optional
-        Options that fsspec gets for sources, targets and limits given as URLs.
+        Options that fsspec gets for sources, targets, limits and norms given as URLs.
     progress : bool or {'auto', 'bar', 'lines', 'json', 'none'}
         Progress on stderr; True is ``'auto'``.
     dim : str or sequence of str, optional
@@ -111,9 +111,9 @@ def clip_zarr(
         ``axes``. Arrays in a group that have none of them are copied.
     pictures : bool
         Collect the data for the report's pictures.
-    norms : str or path, optional
-        Norms that `stats_zarr` saved for the same source and axes. They are not computed again,
-        so that each byte is read once.
+    norms : str, path or zarr store, optional
+        Norms that `stats_zarr` saved for the same source, axes and arrays. They are not computed
+        again, so that each byte is read once.
 
     Returns
     -------
@@ -247,7 +247,7 @@ def _measure_quantile(prepared: Prepared, run: RunRecord, percent: Fraction) -> 
     if prepared.saved_norms is not None:
         total, read = prepared.saved_norms.total, 0
     else:
-        passes = measure(prepared, run, None)
+        passes = measure(prepared, run, None, {})
         total, read = passes.total, passes.bytes_read
     if total.histogram is None or total.slices == total.nonfinite:
         raise InvalidValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import numbers
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -72,7 +71,7 @@ class ClipRequest:
     progress: bool | Mode = False
     dim: Dim = None
     pictures: bool = False
-    norms: str | os.PathLike[str] | None = None
+    norms: object = None
     clips: bool = True
     """Whether anything is clipped; else norms are taken, and there is no limit."""
     wide: bool = False
@@ -213,7 +212,9 @@ def prepare(request: ClipRequest) -> Prepared:
     saved, plan = None, _plan(request, source, clipped)
     # saved sums belong to the blocks of an older plan, which this run then has to use
     if request.norms is not None:
-        saved, plan = open_norms(request.norms, source, parameters, request.memory_nbytes)
+        saved, plan = open_norms(
+            request.norms, source, parameters, request.memory_nbytes, request.storage_options
+        )
     return Prepared(request, source, plan, limits_by_array, saved, parameters)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -38,7 +37,7 @@ def stats_zarr(
     missing: Literal["fill", "error"] = "fill",
     storage_options: dict[str, Any] | None = None,
     progress: bool | Mode = False,
-    save_norms: str | os.PathLike[str] | None = None,
+    save_norms: object = None,
 ) -> StatsReport:
     """Look at the norms of a Zarr array or group, to choose a ``clip_norm``; clips nothing.
 
@@ -48,10 +47,10 @@ def stats_zarr(
         See `clip_zarr`.
     storage_options, progress
         See `clip_zarr`.
-    save_norms : str or path, optional
-        Path for the norms of an array, a Zarr array of float64 over its kept axes, for ``norms``
-        of `clip_zarr`; nothing may exist there. It holds the exact sums too, which a second pass
-        needs.
+    save_norms : str, path or zarr store, optional
+        Place for the norms, for ``norms`` of `clip_zarr`; nothing may exist there. They are a Zarr
+        array of float64 over the kept axes, or, if the arrays of a group have norms of their own, a
+        group of such arrays. The exact sums are there too, which a second pass needs.
 
     Returns
     -------
@@ -97,17 +96,17 @@ def stats_zarr(
     return with_room_for_sums(partial(_stats, save_norms), request)
 
 
-def _stats(save_norms: str | os.PathLike[str] | None, request: ClipRequest) -> StatsReport:
+def _stats(save_norms: object, request: ClipRequest) -> StatsReport:
     with translating_storage_errors("looking at the source"):
         prepared = prepare(request)
         run = prepared.run_record()
         prepared.require_alike_workers()
-    opened, plan = prepared.source, prepared.plan
+    opened, plan, options = prepared.source, prepared.plan, request.storage_options
     with (
         translating_storage_errors(f"reading {opened}"),
-        saving(save_norms, opened, run, plan) as (journal, norms_array),
+        saving(save_norms, opened, run, plan, options) as (journal, norms_by_array),
     ):
-        passes = measure(prepared, run, journal, norms_array)
+        passes = measure(prepared, run, journal, norms_by_array)
         # inside, so that norms of a source that changed are not published
         prepared.require_unchanged(run)
     total, taken = passes.total, run.parameters["axes"]

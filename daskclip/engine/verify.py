@@ -125,7 +125,7 @@ def _verify(
     plan = replan(run, of="verifying needs with")
     # missing="error" is about the source; what the target lacks, its digests show
     filled = replace(run, parameters=run.parameters | {"missing": "fill"})
-    arrays = array_tasks(filled, plan, written, None, limits_by_array)
+    arrays = array_tasks(filled, plan, written, {}, limits_by_array)
     with Passes.open(arrays, plan) as norms:
         # files first: a digest names the block, while a norm may be wrong for many reasons
         stages.check(norms, made.digests, range(len(arrays)))
@@ -138,7 +138,7 @@ def _verify(
             f"{total.largest:.17g}; clip it again"
         )
     if source is not None:
-        arrays = array_tasks(run, plan, source, written, limits_by_array)
+        arrays = array_tasks(run, plan, source, written.arrays, limits_by_array)
         with Passes.open(arrays, plan) as both:
             stages.compare(both)
             # arrays that were only copied have the same files as the source

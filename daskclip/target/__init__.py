@@ -18,11 +18,14 @@ those in `directory`, and a branch of `find_target`. The engine calls them in th
     .finish                remove stray files, and give the fingerprint of what was staged
     .publish or .clear     let the target appear, or remove all that the run kept
 
+Of norms that are saved, which are not resumed, `open_new` and `publish_new` of a transaction take
+the place of the calls from `begin` on.
+
 The engine also uses ``journal``, ``folder`` and ``target`` of a transaction, and, to verify, for
 `status` and for `discard`, ``exists``, ``open``, ``journals``, ``busy`` and ``unfinished`` of a
 target. Outside this room, `parse_location` in storage/stores.py takes what a caller names apart,
 `Hierarchy.open` has to read what was published, and `_open_written` in engine/verify.py and
-`_directory` in engine/saved_norms.py ask for a `DirectoryTarget`.
+engine/saved_norms.py ask for a `DirectoryTarget`.
 """
 
 from daskclip.target import journal

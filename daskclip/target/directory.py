@@ -250,6 +250,20 @@ class DirectoryTransaction:
         durable.sync_filesystem(path.parent)
         self.clear()
 
+    def open_new(self, made: Hierarchy) -> Hierarchy:
+        """Return the arrays to write of a hierarchy that was made in ``folder``."""
+        self.require_place()
+        return made
+
+    def publish_new(self, made: Hierarchy) -> None:
+        """Let what was made in ``folder`` appear, with all that is in its folder."""
+        folder = Path(str(made))
+        durable.sync_filesystem(folder)
+        preflight.refuse_existing(self.target)
+        # between the check and this, only an empty folder could be replaced
+        os.rename(folder, self.target.path)
+        durable.sync_filesystem(self.target.path.parent)
+
     def clear(self) -> None:
         """Remove all that a run keeps but its lock."""
         # the journal first: without it the rest means nothing

@@ -125,9 +125,12 @@ def begin(path: Path, run: RunRecord) -> None:
     durable.write_durably(path, _line(run))
 
 
-def entries(path: Path) -> Iterator[tuple[Json, int]]:
-    """JSON of each line and the offset of its end, up to the first that is torn or changed."""
-    with path.open("rb") as file:
+def entries(path: Path | bytes) -> Iterator[tuple[Json, int]]:
+    """JSON of each line and the offset of its end, up to the first that is torn or changed.
+
+    A journal is given by its path, or by what it holds.
+    """
+    with io.BytesIO(path) if isinstance(path, bytes) else path.open("rb") as file:
         for line in file:
             text = line[9:-1]
             if not line.endswith(b"\n") or line[:9] != b"%08x " % durable.digest(text):
@@ -135,12 +138,12 @@ def entries(path: Path) -> Iterator[tuple[Json, int]]:
             yield json.loads(text), file.tell()
 
 
-def records(path: Path) -> Iterator[Record]:
+def records(path: Path | bytes) -> Iterator[Record]:
     """All records of a journal."""
     return (_from_json(line, first=i == 0) for i, (line, _) in enumerate(entries(path)))
 
 
-def header(path: Path) -> RunRecord | None:
+def header(path: Path | bytes) -> RunRecord | None:
     """Record of the run, or None where there is no journal."""
     # a target may be a plain file, below which no path exists
     with suppress(FileNotFoundError, NotADirectoryError):
@@ -149,7 +152,7 @@ def header(path: Path) -> RunRecord | None:
     return None
 
 
-def final(path: Path) -> FinalRecord | None:
+def final(path: Path | bytes) -> FinalRecord | None:
     """Last record of a complete journal, or None."""
     *_, last = records(path)
     return last if isinstance(last, FinalRecord) else None
@@ -199,8 +202,10 @@ class ArrayFiles:
 class Journal:
     """An open journal: records of earlier attempts, then new ones, and the arrays they name."""
 
-    def __init__(self, path: Path, remote: RemoteJournal | None = None) -> None:
-        self.arrays = ArrayFiles(path.parent) if remote is None else remote.arrays
+    def __init__(
+        self, path: Path, remote: RemoteJournal | None = None, arrays: ArrayFiles | None = None
+    ) -> None:
+        self.arrays = arrays or (remote.arrays if remote else ArrayFiles(path.parent))
         """Arrays that records name."""
         self._remote = remote
         self._last: FinalRecord | None = None

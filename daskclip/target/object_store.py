@@ -98,7 +98,7 @@ class ObjectStoreTarget(ObjectPrefix):
             with _pulled(self, prefix) as folder:
                 work = ObjectStoreTransaction(folder, self, require)
                 # objects cannot be removed in one step: what was left of a run is removed first
-                if self.get(DISCARDED) != [None]:
+                if self.get(DISCARDED)[0] is not None:
                     work.clear()
                 yield work
 
@@ -177,14 +177,31 @@ class ObjectStoreTransaction:
     def publish(self, source: Hierarchy, staged: Hierarchy, replace: bool) -> None:
         """Let the target appear by its metadata."""
         self.require()
-        target, (*documents, last) = self.target, source.target_documents.items()
+        target = self.target
         if source.record_array:
             target.put(f"{source.record_array}/{RECORD}/{JOURNAL}", self.journal.read_bytes())
+        self._put_documents(source)
+        target.tidy(LOCK, *(() if source.record_array else (f"{RECORD}/{JOURNAL}",)))
+
+    def open_new(self, made: Hierarchy) -> Hierarchy:
+        """Return the arrays to write of a hierarchy that was made elsewhere."""
+        self.begin(made, "")
+        # if this stops half-way, the next run clears what it left
+        self.target.put(DISCARDED, b"")
+        return made.moved_to(self.target.store, self.target.path)
+
+    def publish_new(self, made: Hierarchy) -> None:
+        """Let what was written appear."""
+        self.require()
+        self.target.tidy(LOCK)
+        self._put_documents(made)
+
+    def _put_documents(self, source: Hierarchy) -> None:
+        target, (*documents, last) = self.target, source.target_documents.items()
         for i in range(0, len(documents), PUT_BATCH):
             target.put_once(documents[i : i + PUT_BATCH])
         # that of the root: readers find nothing without it
         target.put_once([last])
-        target.tidy(LOCK, *(() if source.record_array else (f"{RECORD}/{JOURNAL}",)))
 
     def clear(self) -> None:
         """Remove all that a run has stored but its lock."""

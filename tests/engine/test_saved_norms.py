@@ -216,6 +216,8 @@ def wrong(tmp_path, source):
     group = zarr.create_group(tmp_path / "group")
     group.create_array("a", shape=(4,), chunks=(2,), dtype="f4")
     damaged = tmp_path / "damaged"
+    of_group = tmp_path / "of-group"
+    stats_zarr(group, 0, save_norms=of_group)
     stats_zarr(source, 0, save_norms=damaged)
     record = damaged / SUMS / "journal"
     os.truncate(record, record.stat().st_size - 5)
@@ -243,9 +245,9 @@ def wrong(tmp_path, source):
             "norms do not go with limits; leave out one of them",
         ),
         (
-            (tmp_path / "group", 0, 1.0, {"norms": good}),
+            (tmp_path / "group", 0, 1.0, {"norms": of_group, "include": "a"}),
             InvalidValueError,
-            "group is a group; leave them out",
+            r"include \[\] and not \['a'\]; save them again",
         ),
     ]
 
@@ -257,8 +259,6 @@ def test_norms_that_are_refused(source, tmp_path):
             with pytest.raises(kind, match=words) as caught:
                 function(x, tmp_path / "y", limit, axes, **how)
             assert "\n" not in str(caught.value)
-    with pytest.raises(InvalidValueError, match=r"group is a group; give an array in it"):
-        stats_zarr(tmp_path / "group", save_norms=tmp_path / "other")
     for path, words in ((source / "new", "lies inside the source"), (tmp_path / "a/b", "folder")):
         with pytest.raises(DaskClipError, match=words):
             stats_zarr(source, save_norms=path)
