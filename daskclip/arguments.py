@@ -124,8 +124,8 @@ def check_kept_shapes(kept: Mapping[str, tuple[Any, ...]]) -> None:
             raise InvalidValueError(f"{name} {unknown}")
         if shape != same:
             raise InvalidValueError(
-                f"{first} keeps axes of shape {same} and {name} of shape {shape}, which have no "
-                "norms in common; give axes that leave the same shape of each"
+                f"{first} keeps axes {same} and {name} {shape}, so that they have no norms in "
+                "common; give axes that leave the same of each"
             )
 
 

@@ -1,7 +1,7 @@
 """The operation on labelled arrays: dimensions by name, labels kept, missing values left out.
 
 Importing this module registers an accessor, ``.daskclip``, for DataArray and Dataset, whose methods
-are the two functions of this module.
+are the functions of this module.
 """
 
 import math
@@ -13,12 +13,22 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from daskclip.arguments import DTYPES, Axes, Dim, NonFinite, check_dtype, parse_clip_norm, parse_dim
+from daskclip.arguments import (
+    DTYPES,
+    Axes,
+    Dim,
+    NonFinite,
+    check_dtype,
+    check_kept_shapes,
+    parse_clip_norm,
+    parse_dim,
+)
 from daskclip.errors import DTypeError, InvalidTypeError, InvalidValueError, short_repr
+from daskclip.lazy import clip_by_global_norm as clip_unlabelled_list
 from daskclip.lazy import clip_by_norm as clip_unlabelled
 from daskclip.storage import metadata
 
-__all__ = ["DaskClipAccessor", "clip_by_norm", "norm"]
+__all__ = ["DaskClipAccessor", "clip_by_global_norm", "clip_by_norm", "norm"]
 
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 # encoding with which saving rounds, so that the bound would not hold after reading the values back
@@ -96,25 +106,96 @@ def clip_by_norm(
            [0.3       ,        nan]], dtype=float32)
     """
     policy = _nonfinite(skipna)
-    limit = clip_norm.data if isinstance(clip_norm, xr.DataArray) else clip_norm
-    # of a lazy limit nothing is known yet, so that any value may occur in the result
-    largest = math.inf if isinstance(limit, da.Array) else max(parse_clip_norm(limit), 0.0)
+    limit, largest = _limit(clip_norm)
     clipped: dict[Hashable, xr.DataArray] = {}
     for name, (x, dims) in _slices(obj, dim).items():
-        # xarray compares shapes, and NaN equals nothing
-        if any(math.isnan(n) for n in x.shape):
-            raise InvalidValueError.about(
-                "array", name, "has unknown sizes; call its .data.compute_chunk_sizes() first"
-            )
         axes = x.get_axis_num(dims)
-        data = clip_unlabelled(_plain(x.data), limit, axes, nonfinite=policy, normalize=normalize)
-        # a copy keeps the encoding too, part of which would round the values when they are saved
-        clipped[name] = x.copy(deep=False, data=data)
-        clipped[name].encoding = _encoding(x.encoding, data.dtype, largest)
+        data = clip_unlabelled(_plain(x), limit, axes, nonfinite=policy, normalize=normalize)
+        clipped[name] = _with_data(x, data, largest)
     if isinstance(obj, xr.Dataset):
-        # variables, not arrays: their coordinates need not be compared
-        return obj.assign({name: x.variable for name, x in clipped.items()})
+        return _assigned(obj, clipped)
     return clipped[obj.name]
+
+
+def clip_by_global_norm(
+    obj: xr.Dataset, clip_norm: npt.ArrayLike, dim: Dim = None, *, normalize: bool = False
+) -> xr.Dataset:
+    """Clip the variables of a Dataset by the norms over ``dim`` that they have in common.
+
+    Each position in the dimensions that are kept has one norm over all variables.
+
+    Parameters
+    ----------
+    obj : xarray.Dataset
+        Backed by NumPy or Dask.
+    clip_norm, normalize
+        See `clip_by_norm`.
+    dim : str, sequence of str, ... or None
+        Dimensions over which the norm is taken; None and ``...`` take all. All variables that are
+        clipped, the same as by `clip_by_norm`, keep the same dimensions, in any order.
+
+    Returns
+    -------
+    xarray.Dataset
+        As by `clip_by_norm`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `clip_by_norm`, and if variables keep different dimensions.
+
+    See Also
+    --------
+    daskclip.clip_by_global_norm : For arrays without labels; defines the result.
+
+    Notes
+    -----
+    Reads and memory are those of `daskclip.clip_by_global_norm`. NaN is not left out: it makes all
+    variables NaN at its position.
+
+    Examples
+    --------
+    >>> layers = {"a": ("example", [3.0, 6.0]), "b": (("example", "x"), [[4.0], [8.0]])}
+    >>> clip_by_global_norm(xr.Dataset(layers), 5.0, dim="x").a.values.round(2)
+    array([3., 6.])
+    """
+    if not isinstance(obj, xr.Dataset):
+        raise InvalidTypeError(f"obj is a {type(obj).__name__}; give a Dataset, or clip_by_norm")
+    limit, largest = _limit(clip_norm)
+    sliced = _slices(obj, dim)
+    kept = {name: [d for d in x.dims if d not in own] for name, (x, own) in sliced.items()}
+    named = {f"variable {short_repr(k)}": tuple(sorted(map(str, dims))) for k, dims in kept.items()}
+    check_kept_shapes(named)
+    first = next(iter(kept.values()), [])
+    arrays = [x.transpose(*first, ...) for x, _ in sliced.values()]
+    data, _ = clip_unlabelled_list(
+        [*map(_plain, arrays)], limit, axes=slice(len(first), None), normalize=normalize
+    )
+    clipped = {}
+    for (name, (x, _)), y, array in zip(sliced.items(), data, arrays, strict=True):
+        same = array.variable.copy(deep=False, data=y).transpose(*x.dims)
+        clipped[name] = _with_data(x, same.data, largest)
+    return _assigned(obj, clipped)
+
+
+def _limit(clip_norm: npt.ArrayLike) -> tuple[Any, float]:
+    """Limit without labels, and the largest value that it lets occur in the result."""
+    limit = clip_norm.data if isinstance(clip_norm, xr.DataArray) else clip_norm
+    # of a lazy limit nothing is known yet, so that any value may occur
+    return limit, math.inf if isinstance(limit, da.Array) else max(parse_clip_norm(limit), 0.0)
+
+
+def _with_data(x: xr.DataArray, data: Any, largest: float) -> xr.DataArray:
+    """Array with clipped values."""
+    # a copy keeps the encoding too, part of which would round the values when they are saved
+    clipped = x.copy(deep=False, data=data)
+    clipped.encoding = _encoding(x.encoding, data.dtype, largest)
+    return clipped
+
+
+def _assigned(obj: xr.Dataset, clipped: Mapping[Hashable, xr.DataArray]) -> xr.Dataset:
+    # variables, not arrays: their coordinates need not be compared
+    return obj.assign({name: x.variable for name, x in clipped.items()})
 
 
 def norm(obj: Labelled, dim: Dim = None, *, skipna: bool | None = None) -> Labelled:
@@ -195,6 +276,13 @@ class DaskClipAccessor(Generic[Labelled]):
         """See `daskclip.xarray.clip_by_norm`."""
         return clip_by_norm(self._obj, clip_norm, dim, skipna=skipna, normalize=normalize)
 
+    def clip_by_global_norm(
+        self, clip_norm: npt.ArrayLike, dim: Dim = None, *, normalize: bool = False
+    ) -> xr.Dataset:
+        """See `daskclip.xarray.clip_by_global_norm`; of a Dataset."""
+        obj: Any = self._obj
+        return clip_by_global_norm(obj, clip_norm, dim, normalize=normalize)
+
     def norm(self, dim: Dim = None, *, skipna: bool | None = None) -> Labelled:
         """See `daskclip.xarray.norm`."""
         return norm(self._obj, dim, skipna=skipna)
@@ -235,8 +323,18 @@ def _slices(
     return {name: (x, own[name]) for name, x in found.items() if own[name] or is_whole}
 
 
-def _plain(data: object) -> npt.NDArray[Any] | da.Array:
-    """Return the data of a DataArray; refuse arrays of libraries other than NumPy and Dask."""
+def _plain(x: xr.DataArray) -> npt.NDArray[Any] | da.Array:
+    """Return the data of a DataArray that can be clipped."""
+    # xarray compares shapes, and NaN equals nothing
+    if any(math.isnan(n) for n in x.shape):
+        raise InvalidValueError.about(
+            "array", x.name, "has unknown sizes; call its .data.compute_chunk_sizes() first"
+        )
+    return _supported(x.data)
+
+
+def _supported(data: object) -> npt.NDArray[Any] | da.Array:
+    """Refuse arrays of libraries other than NumPy and Dask."""
     if not isinstance(data, np.ndarray | da.Array):
         kind = type(data)
         raise DTypeError(
@@ -248,7 +346,9 @@ def _plain(data: object) -> npt.NDArray[Any] | da.Array:
 
 def _norm(data: object, axis: Axes = None, *, nonfinite: NonFinite) -> Any:
     # daskclip.norm has no policy for NaN; an infinite limit clips nothing
-    return clip_unlabelled(_plain(data), math.inf, axis, nonfinite=nonfinite, return_norm=True)[1]
+    return clip_unlabelled(_supported(data), math.inf, axis, nonfinite=nonfinite, return_norm=True)[
+        1
+    ]
 
 
 def _nonfinite(skipna: object) -> NonFinite:

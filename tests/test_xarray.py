@@ -301,3 +301,57 @@ def test_a_limit_in_a_unit_is_refused():
     # an attribute is metadata
     limit = xr.DataArray(1.0, attrs={"units": "m"})
     assert identical(labelled.clip_by_norm(x, limit), labelled.clip_by_norm(x, 1.0))
+
+
+# ---- norms that variables have in common
+
+
+def layers(chunks=None):
+    """Gradients of some examples by layer, with the examples on different axes."""
+    rng = np.random.default_rng(0)
+    variables = {
+        "w": (("example", "i", "o"), rng.standard_normal((6, 3, 4)).astype("f4")),
+        "b": (("o", "example"), rng.standard_normal((4, 6))),
+        "loss": ("example", np.arange(6)),
+        "rate": ((), np.float32(0.1)),
+    }
+    ds = xr.Dataset(variables, coords={"example": list("abcdef")}, attrs={"kept": 1})
+    ds.w.encoding = {"dtype": "i2", "scale_factor": 0.1}
+    return ds if chunks is None else ds.chunk(chunks)
+
+
+@pytest.mark.parametrize("chunks", [None, {"example": 2, "o": 3}])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_variables_are_clipped_by_the_norms_that_they_have_in_common(chunks, normalize):
+    ds = layers(chunks)
+    clipped = ds.daskclip.clip_by_global_norm(1.5, ["i", "o"], normalize=normalize)
+    arrays = [layers().w.values, layers().b.values.T]
+    expected, _ = daskclip.clip_by_global_norm(
+        arrays, 1.5, axes=slice(1, None), normalize=normalize
+    )
+    assert bits(clipped.w.values) == bits(expected[0])
+    assert bits(clipped.b.values.T.copy()) == bits(expected[1])
+    assert clipped.b.dims == ("o", "example")
+    assert clipped.attrs == ds.attrs
+    assert clipped.w.encoding == {}
+    for name in ("loss", "rate", "example"):
+        assert clipped[name].identical(ds[name])
+    assert (clipped.w.chunks is None) == (chunks is None)
+
+
+def test_one_norm_of_all_variables():
+    ds = layers()
+    clipped = ds.daskclip.clip_by_global_norm(1.5)
+    arrays = [ds.w.values, ds.b.values, ds.rate.values]
+    expected, _ = daskclip.clip_by_global_norm(arrays, 1.5)
+    found = [clipped[name].values for name in ("w", "b", "rate")]
+    assert [bits(y) for y in found] == [bits(y) for y in expected]
+
+
+def test_variables_without_norms_in_common_are_refused():
+    def clip(obj):
+        return lambda: obj.daskclip.clip_by_global_norm(1.0, "o")
+
+    words = ["variable 'w' keeps axes ('example', 'i') and variable 'b' ('example',)"]
+    one_line(clip(layers()), InvalidValueError, *words)
+    one_line(clip(layers().w), InvalidTypeError, "obj is a DataArray; give a Dataset")

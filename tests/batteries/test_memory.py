@@ -249,6 +249,30 @@ def test_a_group_of_unlike_arrays(unlike, tmp_path, options):
     grown(unlike, tmp_path / "y", 72 * MIB, *options)
 
 
+@pytest.fixture(scope="module", params=["tall", "thin", "wide"])
+def gradients(request, tmp_path_factory):
+    """A group of arrays of several dtypes and chunks that keep their first axis."""
+    path = tmp_path_factory.mktemp("gradients") / "x"
+    zarr.create_group(path)
+    # many elements a row, few, and so many that a row of all takes more than the budget
+    n, widths = {
+        "tall": (512, [20000, 3000, 50, 1]), "thin": (2**20, [3, 1, 2]), "wide": (8, [2**22, 2**21])
+    }[request.param]  # fmt: skip
+    for i, width in enumerate(widths):
+        chunks = (max(1, n // (8 << i % 2)), min(width, 2**20))
+        make(path / f"{i}", (n, width), chunks, FAST, dtype=("f4", "f8", "f2", "f4")[i])
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("memory", [96, 512])
+@pytest.mark.parametrize("limit", ["0.5", "p90"])
+def test_norms_that_arrays_have_in_common(gradients, tmp_path, memory, limit):
+    how = "--global", "--axes", "1:", "--clip-norm", limit
+    grown(gradients, tmp_path / "y", memory * MIB, *how)
+
+
 SPREADS = {"softmax f4": 0, "softmax f8": 0, "any f4": 120, "any f8": 1000}
 
 

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import zarr
+from command_line import assert_fails, run
 from joint import joint_arrays, rows
 from reference import bits
+from servers import local_client
 from sizes import SMALL, resize
 
 from daskclip import (
@@ -225,11 +227,11 @@ def test_dimensions_by_name_and_the_arrays_without_them(gradients, tmp_path):
 REFUSED = {
     "other lengths": (
         {"axes": 0},
-        r"^array b1 keeps axes of shape \(4,\) and array scale of shape \(\), which have no norms",
+        r"^array b1 keeps axes \(4,\) and array scale \(\), so that they have no norms in common",
     ),
     "other names": (
         {"dim": ["w1-0", "w1-1", "example"], "include": ["w1", "scale", "b1"], "axes": None},
-        r"^array b1 keeps axes of shape \(4,\) and array scale of shape \(\)",
+        r"^array b1 keeps axes \(4,\) and array scale \(\)",
     ),
     "limits by name": (
         {"axes": AXES, "clip_norm": None, "limits": {"w1": np.ones(24)}},
@@ -259,3 +261,37 @@ def test_equal_lengths_of_other_dimensions_are_refused(tmp_path):
         group.create_array(name, shape=(4, 2), chunks=(2, 2), dtype="f4", dimension_names=dims)
     with pytest.raises(InvalidValueError, match=r"array a keeps axes .*'i'.* and array b .*'j'"):
         plan_zarr(tmp_path / "x", tmp_path / "y", 1.0, dim="x", **IN_COMMON)
+
+
+def test_joint_norms_on_the_command_line(gradients, tmp_path):
+    target = tmp_path / "y"
+    planned = run("plan", gradients, target, "--clip-norm", 1.5, "--global", "--axes", "1:")
+    assert "slices" in planned.stdout
+    assert "24" in planned.stdout
+    saved = run("stats", gradients, "--global", "--axes", "1:", "--save-norms", tmp_path / "norms")
+    assert saved.exit_code == 0
+    norms = ["--norms", tmp_path / "norms"]
+    done = run("run", gradients, target, "--clip-norm", 1.5, "--global", "--axes", "1:", *norms)
+    assert done.exit_code == 0
+    assert "1.5 over axes 1: of all arrays" in done.stdout
+    expected, _ = clip_by_global_norm(list(layers().values()), 1.5, axes=AXES)
+    assert [bits(y) for y in read_layers(target).values()] == [bits(y) for y in expected]
+    assert run("verify", target, "--source", gradients).exit_code == 0
+    wrong = run("run", gradients, tmp_path / "z", "--clip-norm", 1, "--global", "--axes", "0")
+    assert_fails(wrong, 3, "array b1 keeps axes (4,) and array scale ()")
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_joint_norms_on_a_cluster(gradients, tmp_path, small, passes):
+    how = {"axes": AXES, "memory": passes_of(gradients, AXES, passes)} | IN_COMMON
+    with local_client(2):
+        report = clip_zarr(gradients, tmp_path / "y", 1.5, **how)
+        stats_zarr(gradients, save_norms=tmp_path / "norms", **how)
+        assert verify_zarr(tmp_path / "y", gradients).slices == 24
+        clip_zarr(gradients, tmp_path / "z", 1.5, norms=tmp_path / "norms", **how)
+    assert report.slices == 24
+    expected, norms = clip_by_global_norm(list(layers().values()), 1.5, axes=AXES)
+    for target in ("y", "z"):
+        found = read_layers(tmp_path / target).values()
+        assert [bits(y) for y in found] == [bits(y) for y in expected]
+    assert bits(zarr.open_array(tmp_path / "norms", mode="r")[...]) == bits(norms)

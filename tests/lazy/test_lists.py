@@ -81,11 +81,11 @@ X = np.ones((4, 3))
 REFUSED = {
     "other kept shapes": (
         [X, None, np.ones((5, 3))],
-        r"^t_list\[0\] keeps axes of shape \(4,\) and t_list\[2\] of shape \(5,\), which have no "
-        r"norms in common; give axes that leave the same shape of each$",
+        r"^t_list\[0\] keeps axes \(4,\) and t_list\[2\] \(5,\), so that they have no norms in "
+        r"common; give axes that leave the same of each$",
         InvalidValueError,
     ),
-    "no kept axis": ([X, np.ones(())], r"t_list\[1\] of shape \(\), which", InvalidValueError),
+    "no kept axis": ([X, np.ones(())], r"t_list\[1\] \(\), so that", InvalidValueError),
     "unknown sizes": (
         [X, da.ones((4, 3))[da.ones(4) > 0]],
         r"^t_list\[1\] has unknown sizes; call its \.compute_chunk_sizes\(\) first$",
