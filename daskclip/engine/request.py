@@ -28,7 +28,7 @@ from daskclip.errors import (
 from daskclip.grid import without_axes
 from daskclip.numerics import require_limits, require_subnormals, state_nbytes
 from daskclip.plan import GroupPlan, Layout, Machine, plan_group, sizing
-from daskclip.report import Mode, Show, format_size, progress_printer
+from daskclip.report import Mode, Show, progress_printer
 from daskclip.storage import (
     Hierarchy,
     StoredArray,
@@ -185,8 +185,8 @@ class Prepared:
 
 def prepare(request: ClipRequest) -> Prepared:
     """Open what a request names, refuse what cannot be clipped correctly, and plan the run."""
-    source = open_source(request.source, request.storage_options)
-    axes, dim = request.axes, request.dim
+    options = request.storage_options
+    source, axes, dim = open_source(request.source, options), request.axes, request.dim
     names = select_arrays(source, request.include, request.exclude, arguments.DTYPES)
     if source.is_group and dim is not None:
         names, dim = _having(source, names, dim)
@@ -198,7 +198,7 @@ def prepare(request: ClipRequest) -> Prepared:
         clipped = _in_common(source, clipped, dim)
     axes_by_array = {name: layout.axes for name, layout in clipped.items()}
     limits_by_array = open_limits(
-        request.limits, request.clip_norm, source, axes_by_array, request.storage_options,
+        request.limits, request.clip_norm, source, axes_by_array, options,
         in_common=request.global_norm,
     )  # fmt: skip
     for name, limits in limits_by_array.items():
@@ -212,9 +212,7 @@ def prepare(request: ClipRequest) -> Prepared:
     saved, plan = None, _plan(request, source, clipped)
     # saved sums belong to the blocks of an older plan, which this run then has to use
     if request.norms is not None:
-        saved, plan = open_norms(
-            request.norms, source, parameters, request.memory_nbytes, request.storage_options
-        )
+        saved, plan = open_norms(request.norms, source, parameters, request.memory_nbytes, options)
     return Prepared(request, source, plan, limits_by_array, saved, parameters)
 
 
@@ -226,8 +224,8 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
     }
     # sizes are looked up here and not imported by name, since tests replace them
     processes, threads, fewest = workers()
-    smallest = memory_of_workers()
-    memory = min(request.memory_nbytes, smallest[1] if smallest else request.memory_nbytes)
+    smallest, left = memory_of_workers() or ("", request.memory_nbytes)
+    memory = min(request.memory_nbytes, left)
     machine = Machine(
         processes=processes, threads=threads, fewest=fewest, memory=memory,
         sizing=replace(sizing.DEFAULT, usual_sum_nbytes=sys.maxsize) if request.wide
@@ -236,13 +234,8 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
     try:
         return plan_group(clipped, copied, machine, request.global_norm)
     except MemoryBudgetError as error:
-        if smallest is None or error.need > request.memory_nbytes:
-            return error
-        return MemoryBudgetError(
-            f"worker {smallest[0]} has {format_size(max(0, memory))} left of its memory, and "
-            f"{format_size(error.need)} are needed; start workers with more memory",
-            error.need,
-        )
+        more = f" on workers with more than {smallest} has" * (memory < request.memory_nbytes)
+        return MemoryBudgetError(f"{error}{more}", error.need)
 
 
 def _parameters(

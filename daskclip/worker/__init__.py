@@ -1,7 +1,7 @@
 """One block in, one block out: what a process does that runs blocks, and the pools that call it.
 
-    tasks ──> sums          pool ──> context          memory
-        └─> context
+    tasks ──> sums               pool ──> context          memory
+        └─> slices ──> context
 
 Every function of `tasks` can run twice and does the same again. Nothing here knows which block
 comes next.

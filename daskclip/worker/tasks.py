@@ -19,8 +19,6 @@ from daskclip.numerics import (
     SliceCounts,
     clip_block,
     combine,
-    count_slices,
-    count_with_histogram,
     finalize,
     kept_shape,
     nan_if_infinite,
@@ -32,7 +30,7 @@ from daskclip.numerics import (
 )
 from daskclip.storage import durable, retrying_block, translating_storage_errors
 from daskclip.worker.context import PROCESS, ArrayTask
-from daskclip.worker.limits import block_limit, slices_of
+from daskclip.worker.slices import block_limit, count_region, slices_of
 from daskclip.worker.sums import SavedSums, Sums, add_sums, loaded
 
 Array = npt.NDArray[Any]
@@ -278,22 +276,6 @@ def _require_same(task: ArrayTask, part: Box, x: Array) -> None:
         raise VerificationError(
             f"{target.describe(part)} is not what clipping {task.source} gives; clip it again"
         )
-
-
-def count_region(task: ArrayTask, scale: Scale, region: Box) -> SliceCounts:
-    """Counts over the slices that meet a region."""
-    if not task.collect:
-        return count_slices(scale)
-    axes, start, shape = task.plan.axes, [s.start for s in region], task.plan.shape
-    if task.shared:
-        return count_with_histogram(scale, (), without_axes(start, axes), without_axes(shape, axes))
-    found = count_with_histogram(scale, axes, start, shape)
-    if not task.name or found.histogram is None:
-        return found
-    # of a group: slices are named with their array, and axes of different arrays not counted
-    largest = [(norm, [task.name, *place]) for norm, place in found.histogram.largest_slices]
-    histogram = found.histogram._replace(largest_slices=largest, clipped=[], largest=[])
-    return found._replace(histogram=histogram)
 
 
 def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, Scale]:

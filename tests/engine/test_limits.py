@@ -28,7 +28,7 @@ from daskclip.errors import (
 )
 from daskclip.storage import StoredArray
 from daskclip.target.journal import Journal
-from daskclip.worker.limits import read_limits
+from daskclip.worker.slices import read_limits
 
 SPECIAL = [math.nan, math.inf, 0.0, -1.0, -math.inf, 5e-324, 1e-300, 1e300, 1e-40, 1e-6]
 many = settings(max_examples=50, derandomize=True, deadline=None)

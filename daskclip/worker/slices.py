@@ -1,4 +1,4 @@
-"""The slices that a block meets, and their limits."""
+"""The slices that a block meets: their limits and counts."""
 
 import math
 from functools import partial
@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from daskclip.grid import Box, box_at, box_index, box_shape, without_axes
-from daskclip.numerics import Array, require_limits
+from daskclip.numerics import (
+    Array,
+    Scale,
+    SliceCounts,
+    count_slices,
+    count_with_histogram,
+    require_limits,
+)
 from daskclip.storage import retrying_block
 from daskclip.worker.context import ArrayTask, Limits
 
@@ -46,6 +53,22 @@ def read_limits(limits: Limits, region: Box, missing: str) -> Array:
         values[_shared(whole, own)] = found[_shared(own, whole)]
     require_limits(values, f"limits {limits.location}", [s.start for s in own])
     return values
+
+
+def count_region(task: ArrayTask, scale: Scale, region: Box) -> SliceCounts:
+    """Counts over the slices that meet a region."""
+    if not task.collect:
+        return count_slices(scale)
+    axes, start, shape = task.plan.axes, [s.start for s in region], task.plan.shape
+    if task.shared:
+        return count_with_histogram(scale, (), without_axes(start, axes), without_axes(shape, axes))
+    found = count_with_histogram(scale, axes, start, shape)
+    if not task.name or found.histogram is None:
+        return found
+    # of a group: slices are named with their array, and axes of different arrays not counted
+    largest = [(norm, [task.name, *place]) for norm, place in found.histogram.largest_slices]
+    histogram = found.histogram._replace(largest_slices=largest, clipped=[], largest=[])
+    return found._replace(histogram=histogram)
 
 
 def _shared(other: Box, region: Box) -> tuple[Any, ...]:
