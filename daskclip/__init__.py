@@ -67,7 +67,7 @@ except Exception as error:
         raise ImportError(f"daskclip cannot be used: {_error}") from _error
 
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "IndexedSlices", "clip_by_global_norm", "clip_by_norm", "clip_zarr", "global_norm", "norm",
