@@ -10,6 +10,7 @@ from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import google_crc32c
 import numpy as np
@@ -54,7 +55,8 @@ def exchange_directories(a: Path, b: Path) -> None:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Create or replace a file atomically; it is on disk on return."""
-    part = path.with_name(f"{path.name}.part")
+    # a name of its own: a late task and its repetition may write the same file at once
+    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
     with part.open("wb") as file:
         file.write(data)
         file.flush()
