@@ -24,7 +24,7 @@ from daskclip.engine.front import BlockId, Blocks, Task
 from daskclip.engine.passes import DONE, SUMMED, WRITTEN, Passes, SlabState
 from daskclip.grid import without_axes
 from daskclip.numerics import SliceCounts, term_count
-from daskclip.worker import ArrayTask, SavedSums, add_sums, keep_sums, tasks
+from daskclip.worker import ArrayTask, SavedSums, add_and_keep, add_sums, keep_sums, tasks
 
 SUMS_NBYTES = 32 << 20  # of a window that are sent to this process, at most
 SUM_NBYTES = 80  # of a slice, usually
@@ -230,7 +230,7 @@ class Slab:
                 passes.clear_summed(k, self.slab)
         else:
             share = passes.front.pool.share
-            self._parts = [kept if self.is_small else self._saved() or share(kept)]
+            self._parts = [kept if self.is_small else self._saved(state.sums) or share(kept)]
         self.first = _chained([passes.left(k, SUMMED, self.slab) for k in self.arrays])
         self.is_done = not self.first.left and kept is None
 
@@ -286,7 +286,7 @@ class Slab:
         if self._added and (is_last or 2 * self._added >= self.passes.front.window):
             self._is_waiting = True
             parts, self._parts, self._added = self._parts, [], 0
-            self._call(add_sums, parts, int(self._has_total), then=self._keep, keeps=True)
+            self._combine(parts)
         elif is_last:
             self._is_waiting = True
             self._scale()
@@ -300,26 +300,32 @@ class Slab:
         else:
             self.passes.front.submit(Task(function, args, then, keeps=keeps))
 
-    def _keep(self, sums: Any) -> None:
-        """Save the sums of all blocks so far, if doing them again would take long."""
+    def _combine(self, parts: Sequence[Any]) -> None:
+        """Combine sums, and save them if doing all blocks so far again would take long."""
         passes, name = self.passes, f"sums-{self.name}-{uuid4().hex[:8]}.npz"
         blocks = sum(map(passes.slab_blocks, self.arrays))
         is_long = passes.keeps_sums or 2 * blocks >= passes.front.window
         store = passes.journal.arrays if passes.journal and is_long else None
+        known, self._has_total = int(self._has_total), True
 
-        def then(digests: dict[tuple[int, int, int], int]) -> None:
+        def kept(sums: Any, digests: dict[tuple[int, int, int], int]) -> None:
             passes.sum(self.name, digests, name if store else None)
-            self._parts[0] = (store and self._saved()) or sums
+            self._parts.insert(0, sums)
             self._is_waiting = False
             self.advance()
 
-        self._parts.insert(0, sums)
-        self._has_total = True
-        self._call(keep_sums, sums, store, name, then=then, keeps=False)
+        def added(sums: Any) -> None:
+            self._call(keep_sums, sums, store, name, then=partial(kept, sums), keeps=False)
 
-    def _saved(self) -> SavedSums | None:
-        """Saved sums that calls load themselves: others are lost with the worker that has them."""
-        passes, name = self.passes, self.passes.slabs.get(self.name, SlabState()).sums
+        if saved := self._saved(name if store else ""):
+            args, then = (parts, known, store, name), partial(kept, saved)
+            self._call(add_and_keep, *args, then=then, keeps=False)
+        else:
+            self._call(add_sums, parts, known, then=added, keeps=True)
+
+    def _saved(self, name: str) -> SavedSums | None:
+        """Saved sums as an argument of tasks, which load them: no worker has to be there for it."""
+        passes = self.passes
         if self.is_small or not (name and passes.journal and passes.front.pool.is_cluster):
             return None
         return SavedSums(passes.journal.arrays, name, self.task.plan.state)

@@ -17,10 +17,17 @@ from daskclip.worker.pool import (
     SchedulerExecutor,
     wait_was_cancelled,
 )
-from daskclip.worker.sums import SavedSums, Sums, add_sums, keep_sums, kept_sums
+from daskclip.worker.sums import (
+    SavedSums,
+    Sums,
+    add_and_keep,
+    add_sums,
+    keep_sums,
+    kept_sums,
+)
 
 __all__ = [
     "ArrayTask", "ClusterPool", "LocalPool", "Memory", "Pool", "SavedSums", "SchedulerExecutor",
-    "Sums", "add_sums", "drain", "keep_sums", "kept_sums", "memory_growth", "own_memory", "tasks",
-    "wait_was_cancelled",
+    "Sums", "add_and_keep", "add_sums", "drain", "keep_sums", "kept_sums", "memory_growth",
+    "own_memory", "tasks", "wait_was_cancelled",
 ]  # fmt: skip

@@ -66,6 +66,13 @@ def keep_sums(sums: Sums, arrays: ArrayFiles | None, name: str) -> dict[tuple[in
     return sums.digests
 
 
+def add_and_keep(
+    parts: Sequence[Sums | SavedSums], known: int, arrays: ArrayFiles, name: str
+) -> dict[tuple[int, int, int], int]:
+    """Combine sums and save them: no process has to have them from then on."""
+    return keep_sums(add_sums(parts, known), arrays, name)
+
+
 def kept_sums(arrays: ArrayFiles, name: str, state: int) -> Sums:
     """Sums that `keep_sums` has saved, without digests."""
     kept = arrays.load(name)

@@ -22,7 +22,7 @@ from daskclip.storage import Hierarchy, StoredArray, durable
 from daskclip.target import directory as publish
 from daskclip.target import journal
 from daskclip.target.journal import BlocksRecord, Journal
-from daskclip.worker import tasks
+from daskclip.worker import add_sums, tasks
 from daskclip.worker.context import PROCESS, ProcessState
 
 COPY, ONE_PASS, OVERWRITE = CASES[:3]
@@ -30,7 +30,7 @@ REAL = SimpleNamespace(
     append=Journal.append,
     rescale=tasks.rescale_block,
     batch=tasks.run_batch,
-    keep=stages.Slab._keep,
+    combine=stages.Slab._combine,
 )
 
 
@@ -344,14 +344,15 @@ def strays_are_published():
 
 
 def blocks_recorded_before_their_sums():
-    def keep(slab, sums):
-        passes, known = slab.passes, slab.passes.slabs.get(slab.name, SlabState())
-        if known.sums:
-            numbers = {passes.number(BlockId(*block)): d for block, d in sums.digests.items()}
-            passes.journal.append(BlocksRecord(slab=slab.name, sums=known.sums, source=numbers))
-        REAL.keep(slab, sums)
+    def combine(slab, parts):
+        passes = slab.passes
+        if known := passes.slabs.get(slab.name, SlabState()).sums:
+            found = add_sums(parts, int(slab._has_total)).digests
+            numbers = {passes.number(BlockId(*block)): digest for block, digest in found.items()}
+            passes.journal.append(BlocksRecord(slab=slab.name, sums=known, source=numbers))
+        REAL.combine(slab, parts)
 
-    stages.Slab._keep = keep
+    stages.Slab._combine = combine
 
 
 def counts_recorded_before_their_slab():
