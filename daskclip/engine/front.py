@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from daskclip.engine.cluster import translating_cluster_errors
 from daskclip.grid import ceil_div
@@ -88,6 +89,8 @@ class Front:
         self._task_nbytes = task_nbytes
         self._new: list[Task] = []
         self._tasks: dict[Any, Task] = {}
+        # tasks of blocks by their results that stay on the workers, as long as these are used
+        self._kept: WeakKeyDictionary[Any, Task] = WeakKeyDictionary()
         self._blocks = 0
         self._done_nbytes = 0
         self._began = self._ended = time.monotonic()
@@ -143,12 +146,25 @@ class Front:
     def _begin(self, tasks: Sequence[Task], avoid: Sequence[Any] = ()) -> None:
         """Begin tasks of one function, on other workers than those of the futures in ``avoid``."""
         with translating_cluster_errors(self._block_of):
-            calls = [task.args for task in tasks]
+            calls = [self._renewed(task.args) if avoid else task.args for task in tasks]
             futures = self.pool.submit(tasks[0].function, calls, avoid)
         for task, future in zip(tasks, futures, strict=True):
             task.began = time.monotonic()
             task.futures.append(future)
             self._tasks[future] = task
+
+    def _renewed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments of a late call: who has the results in them may not answer."""
+
+        def renewed(argument: Any) -> Any:
+            if isinstance(argument, list):
+                return [*map(renewed, argument)]
+            if argument not in self._kept:
+                return argument
+            task = self._kept[argument]
+            return [task.function, [*task.args]]
+
+        return tuple(map(renewed, args))
 
     def cancel(self) -> None:
         """Let go of all tasks."""
@@ -199,6 +215,9 @@ class Front:
         for future in task.futures:
             self._tasks.pop(future, None)
         self.pool.cancel(f for f in task.futures if f is not ended)
+        task.futures = []  # else a result that is kept would be held by its own task
+        if task.keeps and task.blocks:
+            self._kept[ended] = task
 
     def _repeat_late(self, times: float) -> None:
         """Give tasks that take so many times as long as others to other workers too."""

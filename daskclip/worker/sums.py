@@ -42,12 +42,16 @@ class SavedSums:
     state: int
 
 
-def loaded(sums: Sums | SavedSums) -> Sums:
-    """Sums, from where they are saved if they are."""
+def loaded(sums: Sums | SavedSums | list[Any]) -> Sums:
+    """Sums, from where they are saved if they are; or from a function and its arguments."""
+    if isinstance(sums, list):
+        function, args = sums
+        made: Sums = function(*args)
+        return made
     return kept_sums(sums.arrays, sums.name, sums.state) if isinstance(sums, SavedSums) else sums
 
 
-def add_sums(parts: Sequence[Sums | SavedSums], known: int = 0) -> Sums:
+def add_sums(parts: Sequence[Sums | SavedSums | list[Any]], known: int = 0) -> Sums:
     """Combine sums of different blocks of a slab; digests of the first ``known`` are left out."""
     sums = [*map(loaded, parts)]
     digests = {block: d for p in sums[known:] for block, d in p.digests.items()}
@@ -67,7 +71,7 @@ def keep_sums(sums: Sums, arrays: ArrayFiles | None, name: str) -> dict[tuple[in
 
 
 def add_and_keep(
-    parts: Sequence[Sums | SavedSums], known: int, arrays: ArrayFiles, name: str
+    parts: Sequence[Sums | SavedSums | list[Any]], known: int, arrays: ArrayFiles, name: str
 ) -> dict[tuple[int, int, int], int]:
     """Combine sums and save them: no process has to have them from then on."""
     return keep_sums(add_sums(parts, known), arrays, name)
