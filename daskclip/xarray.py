@@ -128,11 +128,13 @@ def clip_by_global_norm(
     ----------
     obj : xarray.Dataset
         Backed by NumPy or Dask.
-    clip_norm, normalize
+    clip_norm : float or 0-d array
         See `clip_by_norm`.
     dim : str, sequence of str, ... or None
         Dimensions over which the norm is taken; None and ``...`` take all. All variables that are
         clipped, the same as by `clip_by_norm`, keep the same dimensions, in any order.
+    normalize : bool
+        See `clip_by_norm`.
 
     Returns
     -------

@@ -163,43 +163,49 @@ def _rescale(task: ArrayTask, x: Array, scale: Scale) -> None:
 
 def clip_together(tasks: Sequence[ArrayTask], slab: int) -> list[BlockResult]:
     """One pass: read the blocks of all arrays that are a slab together, write them clipped."""
-    first = tasks[0]
+    first, nbytes = tasks[0], [task.plan.buffer_nbytes for task in tasks]
     with PROCESS.running_block(first.attempt_id):
-        blocks = _read_together(tasks, slab)
-        total = _sums(*blocks[0])
-        for block in blocks[1:]:
-            total = combine([total, _sums(*block)], max_nbytes=first.plan.state)
+        buffer, _ = PROCESS.buffer(first.attempt_id, sum(nbytes))
+        total, blocks = no_sums(box_shape(slices_of(first, first.plan.region(slab, 0)))), []
+        for task, end, size in zip(tasks, accumulate(nbytes), nbytes, strict=True):
+            block = _read_part(task, slab, buffer[end - size : end])
+            # at once, while the values are in the cache
+            parts = [_sums(task, block.region, None if block.is_empty else block.x), total]
+            total = combine(parts, max_nbytes=task.plan.state)
+            blocks.append(block)
         terms = sum(term_count(t.plan.shape, t.plan.axes, t.source.dtype) for t in tasks)
         sums = Sums(total, {}, first.plan.state)
         one_each = {task.source.dtype.str: task for task in tasks}
         scales = {name: scale_of(task, slab, sums, terms) for name, task in one_each.items()}
         counts = count_scale(first, slab, scales[first.source.dtype.str])[0]
-        results = [_write_rescaled(*block, scales[block[0].source.dtype.str]) for block in blocks]
+        results = [_write_rescaled(block, scales[block.task.source.dtype.str]) for block in blocks]
         results[0] = results[0]._replace(counts=counts)
         _sync(first, results)
         return results
 
 
-def _read_together(
-    tasks: Sequence[ArrayTask], slab: int
-) -> list[tuple[ArrayTask, Box, Array | None]]:
-    """Values of the blocks of a slab, one of each array; None where nothing is stored."""
-    nbytes = [task.plan.buffer_nbytes for task in tasks]
-    buffer, _ = PROCESS.buffer(tasks[0].attempt_id, sum(nbytes))
-    found: list[tuple[ArrayTask, Box, Array | None]] = []
-    for task, end, size in zip(tasks, accumulate(nbytes), nbytes, strict=True):
-        region = task.plan.region(slab, 0)
-        x = None if _is_empty(task, region) else _read_first(task, region, buffer[end - size : end])
-        found.append((task, region, x))
-    return found
+class HeldBlock(NamedTuple):
+    """Values of a block, held with those of other arrays; empty ones are zeros, not stored."""
+
+    task: ArrayTask
+    region: Box
+    x: Array
+    is_empty: bool
 
 
-def _write_rescaled(task: ArrayTask, region: Box, x: Array | None, scale: Scale) -> BlockResult:
+def _read_part(task: ArrayTask, slab: int, buffer: Array) -> HeldBlock:
+    """Read the block of an array that is its part of a slab."""
+    region = task.plan.region(slab, 0)
+    is_empty = _is_empty(task, region)
+    read = _read if is_empty else _read_first
+    return HeldBlock(task, region, read(task, region, buffer), is_empty)
+
+
+def _write_rescaled(block: HeldBlock, scale: Scale) -> BlockResult:
     """Write the values of a block rescaled."""
-    if _is_unchanged(scale, empty=x is None):
-        return BlockResult(_keep(task, region, x is None))
-    # zeros of which nothing is stored become NaN
-    x = np.zeros(box_shape(region), task.source.dtype) if x is None else x
+    task, region, x, is_empty = block
+    if _is_unchanged(scale, is_empty):
+        return BlockResult(_keep(task, region, is_empty))
     _rescale(task, x, scale)
     return BlockResult(_write(task, region, x))
 
@@ -375,7 +381,7 @@ def _read_first(task: ArrayTask, region: Box, buffer: Array | None = None) -> Ar
 
 def _read(task: ArrayTask, region: Box, buffer: Array | None = None) -> Array:
     """Read a block into a buffer, by default that of this thread, which its next block reuses."""
-    source, new = task.source, False
+    source, new = task.source, True
     nbytes = math.prod(task.plan.block) * source.dtype.itemsize
     if buffer is None:
         buffer, new = PROCESS.buffer(task.attempt_id, nbytes)
