@@ -371,7 +371,7 @@ class Passes:
             one = self.arrays[0]
             kept = plans[0].kept.values() if one.shared or not one.name else ()
             norms = NormHistogram.empty(kept, rest) if one.collect else None
-            self.total = self.total.add(SliceCounts(rest, 0, 0, 0.0, 0.0, norms))
+            self.total = self.total.add(SliceCounts(rest, 0, 0, rest, 0, 0.0, 0.0, 0.0, norms))
 
 
 def _name_factor(name: str) -> int:

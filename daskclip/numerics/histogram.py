@@ -18,7 +18,7 @@ import numpy as np
 from daskclip.grid import ceil_div
 from daskclip.numerics.compiled import Array
 from daskclip.numerics.partial import NAN, NONFINITE
-from daskclip.numerics.scale import Scale
+from daskclip.numerics.scale import ZEROS, Limits, Scale
 
 BINS = 256  # from each power of two to the next; all of float64 has half a million
 RELATIVE_ERROR = 1 / (2 * BINS)
@@ -223,17 +223,23 @@ class SliceCounts(NamedTuple):
     """Finite slices whose norm is above the limit."""
     nonfinite: int
     """Slices with NaN that counts, or infinity."""
+    zeros: int
+    """Finite slices of norm 0."""
+    zeroed: int
+    """Slices that become zeros because they are not finite."""
     smallest: float
     """Smallest finite norm."""
     largest: float
     """Largest finite norm."""
+    largest_after: float
+    """Upper bound of the exact norms after clipping; NaN if a slice stays that is not finite."""
     histogram: NormHistogram | None = None
     """Histogram of the norms; None if it was not collected."""
 
     @classmethod
     def empty(cls) -> SliceCounts:
         """Counts over no slice."""
-        return cls(0, 0, 0, math.inf, -math.inf)
+        return cls(0, 0, 0, 0, 0, math.inf, -math.inf, 0.0)
 
     @classmethod
     def from_json(cls, fields: Sequence[Any]) -> SliceCounts:
@@ -247,24 +253,68 @@ class SliceCounts(NamedTuple):
         # an empty side has no histogram even if the other one collects it
         if not (self.slices and other.slices):
             return self if self.slices else other
-        slices, clipped, nonfinite = (a + b for a, b in zip(self[:3], other[:3], strict=True))
+        sums = (a + b for a, b in zip(self[:5], other[:5], strict=True))
+        slices, clipped, nonfinite, zeros, zeroed = sums
         smallest, largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+        after = float(np.maximum(self.largest_after, other.largest_after))  # NaN wins
         both = self.histogram and other.histogram and self.histogram.add(other.histogram)
-        return SliceCounts(slices, clipped, nonfinite, smallest, largest, both)
+        return SliceCounts(
+            slices, clipped, nonfinite, zeros, zeroed, smallest, largest, after, both
+        )
 
 
-def count_slices(scale: Scale) -> SliceCounts:
-    """Count the slices of ``scale``."""
+def count_slices(scale: Scale, limit: Limits) -> SliceCounts:
+    """Count the slices of ``scale``, which was made with ``limit``."""
     finite = scale.flags & NONFINITE == 0
     clipped = int(np.count_nonzero(finite & (scale.factor < 1.0)))
     nonfinite = int(finite.size - np.count_nonzero(finite))
+    zeros = int(np.count_nonzero(finite & (scale.norm == 0)))
+    zeroed = int(np.count_nonzero(scale.factor == ZEROS))
     smallest = float(scale.norm.min(initial=math.inf, where=finite))
     largest = float(scale.norm.max(initial=-math.inf, where=finite))
-    return SliceCounts(finite.size, clipped, nonfinite, smallest, largest)
+    # an infinite limit leaves slices as they are, even if they would become zeros
+    after = math.nan if nonfinite > zeroed else largest_after(scale, limit)
+    return SliceCounts(finite.size, clipped, nonfinite, zeros, zeroed, smallest, largest, after)
+
+
+def largest_after(scale: Scale, limit: Limits) -> float:
+    """Upper bound of the exact norms of slices after rescaling, at most the largest limit.
+
+    Parameters
+    ----------
+    scale : Scale
+        Of slices that are finite or become zeros.
+    limit : float or array that broadcasts against the norms
+        The limits that it was made with, 0 or more.
+
+    Returns
+    -------
+    float
+        0 if there is no slice.
+
+    Notes
+    -----
+    The bound of a slice that is rescaled is its limit. That of another one is its norm, and since
+    this was rounded to nearest, the next larger number; or its limit, if the norm is equal to it.
+
+    Examples
+    --------
+    >>> from daskclip.numerics import finalize, partial_norm
+    >>> x = np.float32([[3, 4], [0, 2]])
+    >>> scale = finalize(partial_norm(x, (1,)), 4.0, x.dtype)
+    >>> largest_after(scale, 4.0)
+    4.0
+    """
+    at_limit = (scale.factor != 1) | (scale.norm >= limit)
+    at_limit &= scale.norm != 0  # zeros stay zeros
+    limits = np.broadcast_to(limit, at_limit.shape)
+    other = scale.norm.max(initial=0.0, where=~at_limit)
+    above = np.nextafter(other, math.inf) if other else 0.0
+    return float(max(limits.max(initial=0.0, where=at_limit), above))
 
 
 def count_with_histogram(
-    scale: Scale, axes: Sequence[int], start: Sequence[int], shape: Sequence[int]
+    scale: Scale, limit: Limits, axes: Sequence[int], start: Sequence[int], shape: Sequence[int]
 ) -> SliceCounts:
     """Count the slices over ``axes`` of a box at ``start`` of an array, with their histogram."""
     kept = [a for a in range(len(shape)) if a not in axes]
@@ -272,4 +322,4 @@ def count_with_histogram(
     # NaN factors compare as false, but an infinite slice has the factor 0 and is no clipped one
     clipped = (flags & NONFINITE == 0) & (factor < 1.0)
     histogram = collect(norm, flags, clipped, [start[a] for a in kept], [shape[a] for a in kept])
-    return count_slices(scale)._replace(histogram=histogram)
+    return count_slices(scale, limit)._replace(histogram=histogram)

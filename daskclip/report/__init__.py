@@ -2,7 +2,8 @@
 
 Reports are data; nothing here opens a store, plans or computes. The engine fills them:
 `ClipReport` in attempt.py, `StatsReport` in stats.py, `VerifyReport` in verify.py. A new field of
-`ClipReport` has a default, so that "up to date" can still read the reports of earlier runs.
+`ClipReport` has a default, so that "up to date" can still read the reports of earlier runs; or
+`VERSION` is raised, which the next paragraph explains.
 
 A figure that is counted over slices is a field of `SliceCounts` (numerics/histogram.py:
 `count_slices` and `add`), which `_report` in engine/attempt.py passes on. Slices that are not

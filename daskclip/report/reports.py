@@ -1,5 +1,6 @@
 """Reports of finished calls: a run, the norms of an array or group, a verification."""
 
+import math
 from dataclasses import Field, asdict, dataclass
 from typing import Any, ClassVar, cast
 
@@ -52,11 +53,19 @@ class ClipReport(Report):
     clipped: int
     """Finite slices whose norm was above the limit."""
     nonfinite: int
-    """Slices with infinity, or with NaN that is not omitted; zeros now, if that was the policy."""
+    """Slices with infinity, or with NaN that is not omitted."""
+    zeros: int
+    """Finite slices whose norm was 0."""
+    zeroed: int
+    """Slices that became zeros, since they were not finite; they are counted in `nonfinite` too."""
     smallest_norm: float | None
     """Smallest norm of a finite slice before clipping; None if there is none."""
     largest_norm: float | None
     """Largest norm of a finite slice before clipping; None if there is none."""
+    largest_norm_after: float
+    """Upper bound of the exact norms of all slices after clipping, at most the largest limit: of a
+    slice that was clipped the limit, of another one the float64 above its norm. 0 if there is no
+    slice, NaN if one that is not finite was not made zeros."""
     bytes_read: int
     """Bytes of decoded chunks that this call read, over all passes."""
     bytes_written: int
@@ -103,6 +112,7 @@ class ClipReport(Report):
         over = format_axes(self.axes, self.parameters.get("dim"))
         if self.parameters.get("global_norm"):
             over = "all arrays" if over == format_axes(None) else f"{over} of all arrays"
+        zeroed = f", {self.zeroed:,} made zeros" if self.zeroed else ""
         kind += ", normalized" if self.parameters.get("normalize") else ""
         return {
             "status": self.status,
@@ -112,11 +122,13 @@ class ClipReport(Report):
             **(arrays if self.arrays + self.copied > 1 else {}),
             "clip_norm": f"{_limit(self.clip_norm)} over {over}{kind}",
             "slices": f"{self.slices:,}",
+            "zero": f"{self.zeros:,}",
             "clipped": f"{self.clipped:,} ({share:.1f} %)",
-            "non-finite": f"{self.nonfinite:,}",
+            "non-finite": f"{self.nonfinite:,}{zeroed}",
             "norms": _norms(self.smallest_norm, self.largest_norm),
             "read": f"{format_size(self.bytes_read)} in {passes}",
             "written": format_size(self.bytes_written),
+            "norms after": _bound(self.largest_norm_after),
             "blocks": f"{self.blocks:,}",
             "digest": self.digest or "none",
             "time": f"{self.seconds:.2f} s",
@@ -260,3 +272,8 @@ def _limit(clip_norm: float | None) -> str:
 def _norms(smallest: float | None, largest: float | None) -> str:
     # both or none: the smallest is known where the largest is
     return "none finite" if largest is None else f"{smallest:.6g} to {largest:.6g}"
+
+
+def _bound(largest: float) -> str:
+    # all digits: a bound that is rounded is none
+    return "not finite" if math.isnan(largest) else f"at most {largest!r}"

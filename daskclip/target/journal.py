@@ -23,7 +23,7 @@ from daskclip.target.preflight import RECORD
 
 JOURNAL = "journal"
 LINES = 64  # of a journal, in one object: each new line stores its object again
-VERSION = 6
+VERSION = 7
 """Version of the records below, with the fields of `SliceCounts`, which are stored by position.
 A run of another version can neither be resumed nor verified."""
 

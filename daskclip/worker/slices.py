@@ -55,14 +55,15 @@ def read_limits(limits: Limits, region: Box, missing: str) -> Array:
     return values
 
 
-def count_region(task: ArrayTask, scale: Scale, region: Box) -> SliceCounts:
-    """Counts over the slices that meet a region."""
+def count_region(task: ArrayTask, scale: Scale, limit: float | Array, region: Box) -> SliceCounts:
+    """Counts over the slices that meet a region, by their scale and the limit it was made with."""
     if not task.collect:
-        return count_slices(scale)
-    axes, start, shape = task.plan.axes, [s.start for s in region], task.plan.shape
+        return count_slices(scale, limit)
+    axes, start, shape = task.plan.axes, tuple(s.start for s in region), task.plan.shape
     if task.shared:
-        return count_with_histogram(scale, (), without_axes(start, axes), without_axes(shape, axes))
-    found = count_with_histogram(scale, axes, start, shape)
+        kept = without_axes(start, axes), without_axes(shape, axes)
+        return count_with_histogram(scale, limit, (), *kept)
+    found = count_with_histogram(scale, limit, axes, start, shape)
     if not task.name or found.histogram is None:
         return found
     # of a group: slices are named with their array, and axes of different arrays not counted

@@ -64,7 +64,8 @@ def count_scale(task: ArrayTask, slab: int, scale: Scale) -> tuple[SliceCounts, 
     region = task.plan.region(slab, 0)
     if task.only_measures:
         save_norms(task, scale, region)
-    return count_region(task, scale, region), bool(np.isnan(scale.factor).any())
+    counts = count_region(task, scale, block_limit(task, region), region)
+    return counts, bool(np.isnan(scale.factor).any())
 
 
 def run_batch(
@@ -213,8 +214,8 @@ def _write_rescaled(block: HeldBlock, scale: Scale) -> BlockResult:
 def clip_slab(task: ArrayTask, slab: int, block: int) -> BlockResult:
     """One pass: read a block that is a whole slab, write it clipped."""
     region = task.plan.region(slab, block)
-    x, scale = _clipped(task, region)
-    counts = count_region(task, scale, region)
+    x, limit, scale = _clipped(task, region)
+    counts = count_region(task, scale, limit, region)
     if x is None or _is_unchanged(scale, empty=False):
         return BlockResult(_keep(task, region, x is None), counts)
     return BlockResult(_write(task, region, x), counts)
@@ -223,8 +224,8 @@ def clip_slab(task: ArrayTask, slab: int, block: int) -> BlockResult:
 def count_slab(task: ArrayTask, slab: int, block: int) -> BlockResult:
     """One pass that clips nothing: read a block that is a whole slab, count its slices."""
     region = task.plan.region(slab, block)
-    scale = _clipped(task, region)[1]
-    return BlockResult(save_norms(task, scale, region), count_region(task, scale, region))
+    _, limit, scale = _clipped(task, region)
+    return BlockResult(save_norms(task, scale, region), count_region(task, scale, limit, region))
 
 
 def save_norms(task: ArrayTask, scale: Scale, region: Box) -> int | None:
@@ -284,16 +285,20 @@ def _require_same(task: ArrayTask, part: Box, x: Array) -> None:
         )
 
 
-def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, Scale]:
-    """Clipped values of a block that is a whole slab, or None if nothing of it is stored."""
+def _clipped(task: ArrayTask, region: Box) -> tuple[Array | None, float | Array, Scale]:
+    """Clipped values of a block that is a whole slab, its limit and its scale.
+
+    The values are None if nothing of it is stored.
+    """
     limit = block_limit(task, region)
     if _is_empty(task, region):
-        return None, finalize(_zero_sums(task, region), limit, task.source.dtype)
+        return None, limit, finalize(_zero_sums(task, region), limit, task.source.dtype)
     x, policy = _read_first(task, region), task.nonfinite
-    return clip_block(
+    x, scale = clip_block(
         x, limit, task.plan.axes, omit_nan=policy == "omit", zero=policy == "zero",
         normalize=bool(task.normalize), ord=task.ord, out=x,
     )  # fmt: skip
+    return x, limit, scale
 
 
 def _is_empty(task: ArrayTask, region: Box) -> bool:
