@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ class MadeByRun:
     """Digest of the files that belong to no array."""
     digests: stages.Digests
     """Digest of the files of each block, by its number."""
+    largest_norm_after: float
+    """Upper bound of all norms, in the report of the run."""
 
 
 @leaving_worker_pool()
@@ -58,7 +61,8 @@ def verify_zarr(
     ------
     VerificationError
         A ValueError that names the first block, chunk or file that is not what the run wrote, a
-        norm above the limit, or a record that is missing or damaged.
+        norm above the limit or above `ClipReport.largest_norm_after`, or a record that is missing
+        or damaged.
     DaskClipError
         Another of its kinds, as by `clip_zarr`: target or source cannot be read.
 
@@ -69,7 +73,7 @@ def verify_zarr(
     Notes
     -----
     Checks that exactly the files of chunks are there, the digest of the files of each block and of
-    all other files in a group, and the norm of each slice. Reads the target twice, and with a
+    all other files in a group, and the exact norm of each slice. Reads the target twice, and with a
     source three times and the source twice, within the memory of the run that is verified.
 
     References
@@ -110,6 +114,7 @@ def verify_zarr(
         slices=total.slices,
         nonfinite=total.nonfinite,
         largest_norm=total.largest if total.slices > total.nonfinite else None,
+        largest_norm_after=made.largest_norm_after,
         seconds=time.monotonic() - started,
     )
 
@@ -123,8 +128,10 @@ def _verify(
     policy = "propagate" if policy == "raise" else policy
     run = replace(made.run, parameters=made.run.parameters | {"nonfinite": policy})
     plan = replan(run, of="verifying needs with")
-    # missing="error" is about the source; what the target lacks, its digests show
-    filled = replace(run, parameters=run.parameters | {"missing": "fill"})
+    # missing="error" is about the source; what the target lacks, its digests show. Slices that are
+    # not finite became zeros: one in the target is wrong, and must not count as zeros again
+    own = {"missing": "fill", "nonfinite": "propagate" if policy == "zero" else policy}
+    filled = replace(run, parameters=run.parameters | own)
     arrays = array_tasks(filled, plan, written, {}, limits_by_array)
     with Passes.open(arrays, plan) as norms:
         # files first: a digest names the block, while a norm may be wrong for many reasons
@@ -136,6 +143,12 @@ def _verify(
         raise VerificationError(
             f"{total.clipped} slices of {made.target} have a norm above {above}, up to "
             f"{total.largest:.17g}; clip it again"
+        )
+    # the norms of what is there give a bound too, whatever was written
+    if not (total.largest_after <= made.largest_norm_after or math.isnan(made.largest_norm_after)):
+        raise VerificationError(
+            f"norms of {made.target} reach {total.largest_after!r}, above the largest_norm_after "
+            f"{made.largest_norm_after!r} of its report; clip it again"
         )
     if source is not None:
         arrays = array_tasks(run, plan, source, written.arrays, limits_by_array)
@@ -199,9 +212,10 @@ def _read_record(target: Target) -> MadeByRun:
                 for number, digest in (record.target or {}).items():
                     digests[number] = digest
         # the final record is the last line, unless the end of the journal is torn
-        if not isinstance(record, journal.FinalRecord) or record.made is None:
+        if not isinstance(record, journal.FinalRecord) or not (record.made and record.report):
             raise VerificationError(f"the record of {target} is damaged; clip it again")
-    return MadeByRun(target, run, record.made, record.others or 0, digests)
+    bound = record.report["largest_norm_after"]
+    return MadeByRun(target, run, record.made, record.others or 0, digests, bound)
 
 
 def _check_source(source: Hierarchy, written: Hierarchy, made: MadeByRun) -> None:

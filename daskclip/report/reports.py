@@ -241,6 +241,9 @@ class VerifyReport(Report):
     """Slices that hold NaN or infinity."""
     largest_norm: float | None
     """Largest norm of a finite slice; None if there is none."""
+    largest_norm_after: float
+    """That of the report of the run, which no exact norm exceeds; NaN if not all slices have to be
+    finite."""
     seconds: float
     """Seconds from the start of the call."""
 
@@ -257,6 +260,7 @@ class VerifyReport(Report):
             "slices": f"{self.slices:,}, none above its limit",
             "non-finite": f"{self.nonfinite:,}",
             "largest norm": "none finite" if largest is None else f"{largest:.6g}",
+            "exact norms": _bound(self.largest_norm_after),
             "time": f"{self.seconds:.2f} s",
         }
 
