@@ -1,11 +1,11 @@
 """The operation on labelled arrays: dimensions by name, labels kept, missing values left out.
 
-Importing this module registers an accessor, ``.daskclip``, for DataArray and Dataset, whose methods
-are the functions of this module.
+Importing this module registers an accessor, ``.daskclip``, for DataArray, Dataset and DataTree,
+whose methods are the functions of this module.
 """
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import dask.array as da
@@ -20,6 +20,7 @@ from daskclip.arguments import (
     NonFinite,
     check_dtype,
     check_kept_shapes,
+    check_nonfinite,
     parse_clip_norm,
     parse_dim,
 )
@@ -30,7 +31,9 @@ from daskclip.storage import metadata
 
 __all__ = ["DaskClipAccessor", "clip_by_global_norm", "clip_by_norm", "norm"]
 
-Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
+Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset, xr.DataTree)
+Slices = dict[Hashable, tuple[xr.DataArray, list[Hashable]]]
+"""Arrays by name, each with the dimensions of its slices."""
 # encoding with which saving rounds, so that the bound would not hold after reading the values back
 ROUNDING = {
     *metadata.SCALES, "_Unsigned", "filters", "serializer",
@@ -44,17 +47,18 @@ def clip_by_norm(
     dim: Dim = None,
     *,
     skipna: bool | None = None,
+    nonfinite: NonFinite | None = None,
     normalize: bool = False,
 ) -> Labelled:
     """Clip the L2-norm of every slice of labelled arrays over ``dim`` to at most ``clip_norm``.
 
     In a Dataset, every floating point or complex variable is clipped by its own norm, over those
     dimensions of ``dim`` that it has. Variables that have none of them, variables of other dtypes
-    and coordinates are unchanged.
+    and coordinates are unchanged. In a DataTree, this holds for every variable of every group.
 
     Parameters
     ----------
-    obj : xarray.DataArray or xarray.Dataset of any shape
+    obj : xarray.DataArray, xarray.Dataset or xarray.DataTree of any shape
         Backed by NumPy or Dask.
     clip_norm : float or 0-d array
         See `daskclip.clip_by_norm`; also a DataArray.
@@ -64,12 +68,14 @@ def clip_by_norm(
         True: NaN elements are missing values, which do not count and stay NaN. False: a NaN makes
         its slice NaN. None means True, as in xarray's own reductions of floating point numbers;
         the default of `daskclip.clip_by_norm` is the other one.
+    nonfinite : {'propagate', 'omit', 'raise', 'zero'}, optional
+        See `daskclip.clip_by_norm`; in place of ``skipna``.
     normalize : bool
         See `daskclip.clip_by_norm`.
 
     Returns
     -------
-    xarray.DataArray or xarray.Dataset of the shape of obj
+    xarray.DataArray, xarray.Dataset or xarray.DataTree of the shape of obj
         With the names, coordinates, attributes and dtypes of ``obj``; lazy where ``obj`` is.
 
     Raises
@@ -79,7 +85,8 @@ def clip_by_norm(
         ``scale_factor`` or ``add_offset``), or holds nothing that is floating point or complex.
     ValueError
         If ``dim`` is not a dimension of anything that can be clipped, ``clip_norm`` is not 0-D,
-        missing values are not decoded to NaN, or chunks have unknown sizes.
+        ``nonfinite`` is unknown or given with ``skipna``, missing values are not decoded to NaN,
+        or chunks have unknown sizes.
 
     See Also
     --------
@@ -105,16 +112,18 @@ def clip_by_norm(
     array([[0.59999996, 0.79999995],
            [0.3       ,        nan]], dtype=float32)
     """
-    policy = _nonfinite(skipna)
+    policy = _policy(skipna, nonfinite)
     limit, largest = _limit(clip_norm)
-    clipped: dict[Hashable, xr.DataArray] = {}
-    for name, (x, dims) in _slices(obj, dim).items():
-        axes = x.get_axis_num(dims)
-        data = clip_unlabelled(_plain(x), limit, axes, nonfinite=policy, normalize=normalize)
-        clipped[name] = _with_data(x, data, largest)
-    if isinstance(obj, xr.Dataset):
-        return _assigned(obj, clipped)
-    return clipped[obj.name]
+
+    def clip_all(one: Any, sliced: Slices) -> Any:
+        clipped = {}
+        for name, (x, dims) in sliced.items():
+            axes = x.get_axis_num(dims)
+            data = clip_unlabelled(_plain(x), limit, axes, nonfinite=policy, normalize=normalize)
+            clipped[name] = _with_data(x, data, largest)
+        return _assigned(one, clipped) if isinstance(one, xr.Dataset) else clipped[one.name]
+
+    return _each(clip_all, obj, dim)
 
 
 def clip_by_global_norm(
@@ -164,7 +173,7 @@ def clip_by_global_norm(
     if not isinstance(obj, xr.Dataset):
         raise InvalidTypeError(f"obj is a {type(obj).__name__}; give a Dataset, or clip_by_norm")
     limit, largest = _limit(clip_norm)
-    sliced = _slices(obj, dim)
+    sliced = _slices([obj], dim)(obj)
     kept = {name: [d for d in x.dims if d not in own] for name, (x, own) in sliced.items()}
     named = {f"variable {short_repr(k)}": tuple(sorted(map(str, dims))) for k, dims in kept.items()}
     check_kept_shapes(named)
@@ -205,7 +214,7 @@ def norm(obj: Labelled, dim: Dim = None, *, skipna: bool | None = None) -> Label
 
     Parameters
     ----------
-    obj : xarray.DataArray or xarray.Dataset of any shape
+    obj : xarray.DataArray, xarray.Dataset or xarray.DataTree of any shape
         Backed by NumPy or Dask.
     dim : str, sequence of str, ... or None
         Dimensions over which the norm is taken; None and ``...`` take all.
@@ -214,9 +223,9 @@ def norm(obj: Labelled, dim: Dim = None, *, skipna: bool | None = None) -> Label
 
     Returns
     -------
-    xarray.DataArray or xarray.Dataset of the shape of obj without dim
-        float64, correctly rounded; lazy where ``obj`` is. A Dataset holds the norms of the
-        variables that `clip_by_norm` clips.
+    xarray.DataArray, xarray.Dataset or xarray.DataTree of the shape of obj without dim
+        float64, correctly rounded; lazy where ``obj`` is. A Dataset or DataTree holds the norms
+        of the variables that `clip_by_norm` clips.
 
     Raises
     ------
@@ -238,23 +247,27 @@ def norm(obj: Labelled, dim: Dim = None, *, skipna: bool | None = None) -> Label
     >>> norm(x, dim="x").values
     array([5., 6.])
     """
-    policy = _nonfinite(skipna)
-    sliced = _slices(obj, dim)
-    own = list(dict.fromkeys(d for _, dims in sliced.values() for d in dims))
-    # Dataset.reduce would take the norms of integer variables too
-    if isinstance(obj, xr.Dataset):
-        obj = obj[list(sliced)]
-    return obj.reduce(_norm, own, keep_attrs=True, nonfinite=policy)
+    policy = _policy(skipna)
+
+    def measure(one: Any, sliced: Slices) -> Any:
+        own = list(dict.fromkeys(d for _, dims in sliced.values() for d in dims))
+        # Dataset.reduce would take the norms of integer variables too
+        if isinstance(one, xr.Dataset):
+            one = one[list(sliced)]
+        return one.reduce(_norm, own, keep_attrs=True, nonfinite=policy)
+
+    return _each(measure, obj, dim)
 
 
+@xr.register_datatree_accessor("daskclip")
 @xr.register_dataset_accessor("daskclip")
 @xr.register_dataarray_accessor("daskclip")
 class DaskClipAccessor(Generic[Labelled]):
-    """The functions of `daskclip.xarray` as methods of a DataArray or Dataset.
+    """The functions of `daskclip.xarray` as methods of a DataArray, Dataset or DataTree.
 
     Parameters
     ----------
-    obj : xarray.DataArray or xarray.Dataset
+    obj : xarray.DataArray, xarray.Dataset or xarray.DataTree
         What the methods are called on.
 
     Examples
@@ -273,10 +286,13 @@ class DaskClipAccessor(Generic[Labelled]):
         dim: Dim = None,
         *,
         skipna: bool | None = None,
+        nonfinite: NonFinite | None = None,
         normalize: bool = False,
     ) -> Labelled:
         """See `daskclip.xarray.clip_by_norm`."""
-        return clip_by_norm(self._obj, clip_norm, dim, skipna=skipna, normalize=normalize)
+        return clip_by_norm(
+            self._obj, clip_norm, dim, skipna=skipna, nonfinite=nonfinite, normalize=normalize
+        )
 
     def clip_by_global_norm(
         self, clip_norm: npt.ArrayLike, dim: Dim = None, *, normalize: bool = False
@@ -290,39 +306,58 @@ class DaskClipAccessor(Generic[Labelled]):
         return norm(self._obj, dim, skipna=skipna)
 
 
-def _slices(
-    obj: xr.DataArray | xr.Dataset, dim: Dim
-) -> dict[Hashable, tuple[xr.DataArray, list[Hashable]]]:
-    """Arrays to clip, by name, each with those dimensions of ``dim`` that it has."""
+def _each(function: Callable[[Any, Slices], Any], obj: Labelled, dim: Dim) -> Labelled:
+    """Apply a function to an array or dataset and its slices, or to each dataset of a tree."""
+    result: Labelled
     if isinstance(obj, xr.DataArray):
         metadata.require_decoded(obj.dtype, obj.attrs, f"array {short_repr(obj.name)}")
         check_dtype(obj.dtype)
-        return {obj.name: (obj, parse_dim(dim, obj.dims))}
-    if not isinstance(obj, xr.Dataset):
+        result = function(obj, {obj.name: (obj, parse_dim(dim, obj.dims))})
+    elif isinstance(obj, xr.Dataset):
+        result = function(obj, _slices([obj], dim)(obj))
+    elif isinstance(obj, xr.DataTree):
+        slices_of = _slices([node.dataset for node in obj.subtree], dim)
+        result = obj.map_over_datasets(lambda one: function(one, slices_of(one)))
+    else:
         raise InvalidTypeError(
-            f"obj is a {type(obj).__name__}; give a DataArray or Dataset of xarray, "
+            f"obj is a {type(obj).__name__}; give a DataArray, Dataset or DataTree of xarray, "
             "or use daskclip.clip_by_norm"
         )
-    # the empty root of a DataTree; its dimensions are those of the groups below
-    if not obj.data_vars:
-        return {}
-    # all of them: an integer variable may be a packed one, and is not to be passed over in silence
-    for name, x in obj.data_vars.items():
-        metadata.require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")
-    # by the CF conventions a coordinate names its bounds; they need no attributes of their own
-    bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in obj.variables.values()}
-    data = {name: x for name, x in obj.data_vars.items() if name not in bounds}
-    found = {name: x for name, x in data.items() if x.dtype.name in DTYPES}
+    return result
+
+
+def _slices(datasets: Sequence[xr.Dataset], dim: Dim) -> Callable[[xr.Dataset], Slices]:
+    """Function that gives the slices of one of some datasets, over the dimensions it has."""
+    found = [x for one in datasets for x in _arrays(one).values()]
+    count = sum(len(one.data_vars) for one in datasets)
+    # an empty dataset has no dimensions: in a tree, those are in the groups below
+    if not count:
+        return lambda one: {}
     if not found:
         raise DTypeError(
-            f"none of the {len(obj.data_vars)} variables can be clipped; cast one to one of "
-            f"{', '.join(DTYPES)}"
+            f"none of the {count} variables can be clipped; cast one to one of {', '.join(DTYPES)}"
         )
-    dims = parse_dim(dim, list(dict.fromkeys(d for x in found.values() for d in x.dims)))
-    own = {name: [d for d in x.dims if d in dims] for name, x in found.items()}
+    dims = parse_dim(dim, list(dict.fromkeys(d for x in found for d in x.dims)))
     # dim=[] asks for no dimension: every element of every variable is a slice
     is_whole = dim is None or dim is ... or not dims
-    return {name: (x, own[name]) for name, x in found.items() if own[name] or is_whole}
+
+    def slices_of(one: xr.Dataset) -> Slices:
+        own = {name: (x, [d for d in x.dims if d in dims]) for name, x in _arrays(one).items()}
+        return {name: (x, mine) for name, (x, mine) in own.items() if mine or is_whole}
+
+    return slices_of
+
+
+def _arrays(dataset: xr.Dataset) -> dict[Hashable, xr.DataArray]:
+    """Variables that can be clipped, by name."""
+    # all of them: an integer variable may be a packed one, and is not to be passed over in silence
+    for name, x in dataset.data_vars.items():
+        metadata.require_decoded(x.dtype, x.attrs, f"variable {short_repr(name)}")
+    # by the CF conventions a coordinate names its bounds; they need no attributes of their own
+    variables = dataset.variables.values()
+    bounds = {v.attrs.get("bounds") or v.encoding.get("bounds") for v in variables}
+    data = {name: x for name, x in dataset.data_vars.items() if name not in bounds}
+    return {name: x for name, x in data.items() if x.dtype.name in DTYPES}
 
 
 def _plain(x: xr.DataArray) -> npt.NDArray[Any] | da.Array:
@@ -353,10 +388,16 @@ def _norm(data: object, axis: Axes = None, *, nonfinite: NonFinite) -> Any:
     ]
 
 
-def _nonfinite(skipna: object) -> NonFinite:
+def _policy(skipna: object, nonfinite: NonFinite | None = None) -> NonFinite:
     if skipna is not None and not isinstance(skipna, bool | np.bool_):
         raise InvalidTypeError.about("skipna", skipna, "is not a bool; give True, False or None")
-    return "omit" if skipna is None or skipna else "propagate"
+    if nonfinite is None:
+        return "omit" if skipna is None or skipna else "propagate"
+    check_nonfinite(nonfinite)
+    if skipna is not None:
+        both = f"and skipna {skipna} are both given; give one"
+        raise InvalidValueError.about("nonfinite", nonfinite, both)
+    return nonfinite
 
 
 def _encoding(encoding: Mapping[Any, Any], dtype: np.dtype[Any], largest: float) -> dict[Any, Any]:

@@ -120,7 +120,7 @@ def test_the_accessor_is_registered_on_import_and_forwards():
     code = (
         "import xarray as xr; assert not hasattr(xr.DataArray, 'daskclip'); import daskclip.xarray"
     )
-    code += "; assert hasattr(xr.DataArray, 'daskclip') and hasattr(xr.Dataset, 'daskclip')"
+    code += "; assert all(hasattr(k, 'daskclip') for k in (xr.DataArray, xr.Dataset, xr.DataTree))"
     subprocess.run([sys.executable, "-c", code], check=True)
     for obj in (cube(), cube().to_dataset()):
         assert identical(
@@ -263,6 +263,68 @@ def test_trees_with_empty_groups_are_clipped(dim, chunks):
                 assert identical(y["a"].to_dataset(), function(x, *args))
                 assert identical(y["b/c"].to_dataset(), function(2 * x, *args))
                 assert y.to_dataset().identical(root)
+
+
+@pytest.mark.parametrize("dim", [None, ..., "time", ["lat", "lon"], []])
+@pytest.mark.parametrize("chunks", [None, {"time": 2}])
+def test_a_tree_is_clipped_as_its_datasets_are(dim, chunks):
+    x = cube(chunks=chunks).to_dataset(name="x")
+    other = xr.Dataset({"w": ("depth", np.float32([3, 4])), "n": ("depth", [1, 2])})
+    only = xr.Dataset({"n": ("depth", [1, 2])}, attrs={"title": "nothing to clip"})
+    tree = xr.DataTree.from_dict({"/": xr.Dataset(), "/a": x, "/b/c": collection(), "/d": only})
+    tree["b/other"] = xr.DataTree(other)
+    for how in ({}, {"normalize": True}, {"nonfinite": "zero"}, {"skipna": False}):
+        y = tree.daskclip.clip_by_norm(2.0, dim, **how)
+        assert identical(y["a"].to_dataset(), x.daskclip.clip_by_norm(2.0, dim, **how))
+        wanted = collection().daskclip.clip_by_norm(2.0, dim, **how)
+        assert identical(y["b/c"].to_dataset(), wanted)
+        own = dim if dim is None or dim is ... or not dim else "depth"
+        wanted = other if own == "depth" else other.daskclip.clip_by_norm(2.0, own, **how)
+        assert identical(y["b/other"].to_dataset(), wanted)
+        assert y["d"].to_dataset().identical(only)
+        assert [*y.groups] == [*tree.groups]
+    given = iter(dim) if isinstance(dim, list) else dim
+    norms = tree.daskclip.norm(given)
+    assert identical(norms["a"].to_dataset(), x.daskclip.norm(dim))
+    assert identical(norms["b/c"].to_dataset(), collection().daskclip.norm(dim))
+    assert not norms["d"].data_vars
+
+
+def test_coordinates_that_a_tree_inherits_stay_where_they_are():
+    root = xr.Dataset(coords={"x": [1.0, 2.0]})
+    tree = xr.DataTree.from_dict({"/": root, "/a": xr.Dataset({"v": ("x", [3.0, 4.0])})}, name="t")
+    y = tree.daskclip.clip_by_norm(1.0, "x")
+    own = y["a"].to_dataset(inherit=False)
+    assert (y.name, dict(own.sizes), len(own.coords)) == ("t", {"x": 2}, 0)
+    assert bits(y["a/v"].values) == bits(daskclip.clip_by_norm(np.array([3.0, 4.0]), 1.0))
+
+
+def test_what_is_wrong_in_a_tree_is_told():
+    tree = xr.DataTree.from_dict({"/a": cube().to_dataset(), "/b": xr.Dataset()})
+    one_line(lambda: tree.daskclip.norm("z"), InvalidValueError, "'z'", "time, lat, lon")
+    only = xr.DataTree.from_dict({"/a": xr.Dataset({"i": ("x", [1])})})
+    one_line(lambda: only.daskclip.norm(), DTypeError, "none of the 1 variables")
+    assert xr.DataTree().daskclip.clip_by_norm(1.0, "x").identical(xr.DataTree())
+
+
+@pytest.mark.parametrize("policy", ["propagate", "omit", "zero"])
+@pytest.mark.parametrize("chunks", [None, {"time": 2}])
+def test_policies_for_nan_are_those_of_arrays(policy, chunks):
+    x = cube(chunks=chunks)
+    wanted = daskclip.clip_by_norm(cube().values, 20.0, (1, 2), nonfinite=policy)
+    for obj in (x, x.to_dataset()):
+        y = obj.daskclip.clip_by_norm(20.0, ["lat", "lon"], nonfinite=policy)
+        assert bits((y if obj is x else y["wind"]).values) == bits(wanted)
+
+
+def test_policies_are_checked():
+    x = cube()
+    with pytest.raises(FloatingPointError):
+        x.daskclip.clip_by_norm(1.0, nonfinite="raise")
+    for skipna in (True, False):
+        call = lambda s=skipna: x.daskclip.clip_by_norm(1.0, nonfinite="zero", skipna=s)  # noqa: E731
+        one_line(call, InvalidValueError, f"nonfinite 'zero' and skipna {skipna} are both given")
+    one_line(lambda: x.daskclip.clip_by_norm(1.0, nonfinite="no"), InvalidValueError, "'no'")
 
 
 def test_arguments_are_checked_for_empty_datasets_too():

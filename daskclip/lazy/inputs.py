@@ -245,7 +245,7 @@ def _remedy(t: Any) -> str:
     if package == "xarray":
         remedies = {
             "DataArray": "pass its .data, or use daskclip.xarray",
-            "DataTree": "use daskclip.xarray, with its .map_over_datasets",
+            "DataTree": "use daskclip.xarray",
             "Dataset": "use daskclip.xarray",
         }
         return remedies.get(name, "pass its .data")

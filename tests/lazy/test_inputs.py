@@ -484,7 +484,7 @@ def test_objects_of_xarray_are_no_arrays():
         (lazy.variable, "; pass its .data"),
         (lazy.to_dataset(name="data"), "; use daskclip.xarray"),
         (lazy.compute().to_dataset(name="data"), "; use daskclip.xarray"),
-        (xr.DataTree(), "; use daskclip.xarray, with its .map_over_datasets"),
+        (xr.DataTree(), "; use daskclip.xarray"),
     ):
         for call in (lambda t=t: clip_by_norm(t, 1.0), lambda t=t: global_norm([t])):
             with pytest.raises(DaskClipError, match=f"{re.escape(remedy)}$"):
