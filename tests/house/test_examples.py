@@ -10,7 +10,7 @@ LONG = {"03_gradients"}  # makes 260 MiB
 
 
 def test_examples_are_found():
-    assert len(SCRIPTS) == 6
+    assert len(SCRIPTS) == 7
 
 
 @pytest.mark.parametrize(
