@@ -153,6 +153,26 @@ def test_groups_and_global_norms(tmp_path, nonfinite, limit):
         verify_zarr(tmp_path / target, tmp_path / "x")
 
 
+@pytest.mark.parametrize("memory", [None, 2**14])
+@pytest.mark.parametrize("limit", [3.0, 1e6])
+def test_joint_norms(tmp_path, memory, limit):
+    group, values = zarr.create_group(tmp_path / "x"), {}
+    for name, dtype in {"a": "f2", "b": "f4", "c": "f8"}.items():
+        values[name] = spread(dtype, ord(name), name == "b").T.copy()
+        group.create_array(name, data=values[name], chunks=(4, 4))
+    how = {"global_norm": True, "nonfinite": "zero"} | ({"memory": memory} if memory else {})
+    report = clip_zarr(tmp_path / "x", tmp_path / "y", limit, slice(1, None), **how)
+    assert report.passes == (2 if memory else 1)
+    assert (report.slices, report.zeros, report.zeroed) == (24, 1, 2)
+    before = np.concatenate([x.astype("f8").T for x in values.values()])
+    finite = np.where(np.isfinite(before).all(axis=0), before, 0)
+    assert report.largest_norm_after == expected_bound(norms_of(finite, 2), [limit] * 24)
+    written = [read(tmp_path / "y" / name).astype("f8").T for name in values]
+    assert_bound(report.largest_norm_after, np.concatenate(written), 2)
+    found = verify_zarr(tmp_path / "y", tmp_path / "x")
+    assert found.largest_norm_after == report.largest_norm_after
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_resumed_run_gives_the_same_figures(tmp_path, monkeypatch, passes):
     x = create(tmp_path / "x", spread("f4", 3, nonfinite=True), (4, 4))
