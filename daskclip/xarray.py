@@ -34,11 +34,6 @@ __all__ = ["DaskClipAccessor", "clip_by_global_norm", "clip_by_norm", "norm"]
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset, xr.DataTree)
 Slices = dict[Hashable, tuple[xr.DataArray, list[Hashable]]]
 """Arrays by name, each with the dimensions of its slices."""
-# encoding with which saving rounds, so that the bound would not hold after reading the values back
-ROUNDING = {
-    *metadata.SCALES, "_Unsigned", "filters", "serializer",
-    "least_significant_digit", "significant_digits", "quantize_mode",
-}  # fmt: skip
 
 
 def clip_by_norm(
@@ -200,7 +195,7 @@ def _with_data(x: xr.DataArray, data: Any, largest: float) -> xr.DataArray:
     """Array with clipped values."""
     # a copy keeps the encoding too, part of which would round the values when they are saved
     clipped = x.copy(deep=False, data=data)
-    clipped.encoding = _encoding(x.encoding, data.dtype, largest)
+    clipped.encoding = metadata.exact_encoding(x.encoding, data.dtype, largest)
     return clipped
 
 
@@ -398,18 +393,3 @@ def _policy(skipna: object, nonfinite: NonFinite | None = None) -> NonFinite:
         both = f"and skipna {skipna} are both given; give one"
         raise InvalidValueError.about("nonfinite", nonfinite, both)
     return nonfinite
-
-
-def _encoding(encoding: Mapping[Any, Any], dtype: np.dtype[Any], largest: float) -> dict[Any, Any]:
-    """The part of an encoding that saves values of ``dtype`` up to ``largest`` unchanged."""
-    kept = {k: v for k, v in encoding.items() if k not in ROUNDING}
-    # the sentinels of packed data are packed values, which mean nothing without the packing
-    is_packed = any(name in encoding for name in metadata.SCALES)
-    if not np.can_cast(dtype, encoding.get("dtype", dtype), "equiv"):
-        is_packed = True
-        del kept["dtype"]
-    for name in metadata.SENTINELS:
-        numbers = metadata.numbers(kept.get(name))
-        if is_packed or not all(math.isnan(n) or abs(n) > largest for n in numbers):
-            kept.pop(name, None)
-    return kept

@@ -22,6 +22,11 @@ from daskclip.storage.stores import is_web
 SCALES = ("scale_factor", "add_offset")
 LEVEL_KEYS = ("datasets", "axes")  # of an image: its arrays, one for each resolution
 SENTINELS = ("_FillValue", "missing_value")
+# encoding with which saving rounds, so that the bound would not hold after reading the values back
+ROUNDING = {
+    *SCALES, "_Unsigned", "filters", "serializer",
+    "least_significant_digit", "significant_digits", "quantize_mode",
+}  # fmt: skip
 _DECODE = (
     "open it with xarray and mask_and_scale=True, its default, and clip that, or store that after "
     "drop_encoding()"
@@ -296,3 +301,20 @@ def axes_of(attributes: Mapping[str, Any], path: str) -> list[str | None] | None
                 names = [axis.get("name") if isinstance(axis, dict) else axis for axis in axes]
                 return [name if isinstance(name, str) else None for name in names]
     return None
+
+
+def exact_encoding(
+    encoding: Mapping[Any, Any], dtype: np.dtype[Any], largest: float
+) -> dict[Any, Any]:
+    """The part of an encoding that saves values of ``dtype`` up to ``largest`` unchanged."""
+    kept = {k: v for k, v in encoding.items() if k not in ROUNDING}
+    # the sentinels of packed data are packed values, which mean nothing without the packing
+    is_packed = any(name in encoding for name in SCALES)
+    if not np.can_cast(dtype, encoding.get("dtype", dtype), "equiv"):
+        is_packed = True
+        del kept["dtype"]
+    for name in SENTINELS:
+        values = numbers(kept.get(name))
+        if is_packed or not all(math.isnan(n) or abs(n) > largest for n in values):
+            kept.pop(name, None)
+    return kept

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
 from daskclip.grid import Box, box_index, box_shape, boxes, offset_box, without_axes
 from daskclip.numerics import (
+    Array,
     Partial,
     Scale,
     SliceCounts,
@@ -32,8 +32,6 @@ from daskclip.storage import durable, retrying_block, translating_storage_errors
 from daskclip.worker.context import PROCESS, ArrayTask
 from daskclip.worker.slices import block_limit, count_region, slices_of
 from daskclip.worker.sums import SavedSums, Sums, add_sums, loaded
-
-Array = npt.NDArray[Any]
 
 EMPTY = 0  # digest of a block without stored chunks
 
@@ -64,8 +62,8 @@ def count_scale(task: ArrayTask, slab: int, scale: Scale) -> tuple[SliceCounts, 
     region = task.plan.region(slab, 0)
     if task.only_measures:
         save_norms(task, scale, region)
-    counts = count_region(task, scale, block_limit(task, region), region)
-    return counts, bool(np.isnan(scale.factor).any())
+    limit, is_nan = block_limit(task, region), np.isnan(scale.factor)
+    return count_region(task, scale, limit, region), bool(is_nan.any())
 
 
 def run_batch(
@@ -178,11 +176,10 @@ def clip_together(tasks: Sequence[ArrayTask], slab: int) -> list[BlockResult]:
         sums = Sums(total, {}, first.plan.state)
         one_each = {task.source.dtype.str: task for task in tasks}
         scales = {name: scale_of(task, slab, sums, terms) for name, task in one_each.items()}
-        counts = count_scale(first, slab, scales[first.source.dtype.str])[0]
         results = [_write_rescaled(block, scales[block.task.source.dtype.str]) for block in blocks]
-        results[0] = results[0]._replace(counts=counts)
+        counts, _ = count_scale(first, slab, scales[first.source.dtype.str])
         _sync(first, results)
-        return results
+        return [results[0]._replace(counts=counts), *results[1:]]
 
 
 class HeldBlock(NamedTuple):
