@@ -2,6 +2,7 @@
 
     inputs ──> clip ──> numerics                           NumPy: at once
                    └──> graph ──> tree, fusion, recipes    Dask: partial norms, a second pass
+    inputs ──> lists ──> list_graph ──> graph              arrays that have norms in common
 
 Nothing here computes a Dask graph or knows a run from storage to storage.
 """

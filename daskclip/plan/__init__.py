@@ -1,6 +1,9 @@
 """Plans of a run, in integers: blocks, slabs, passes and memory.
 
 Pure functions of shapes and sizes: nothing here opens a store or holds a value of an array.
+
+    group ──> choose    each array by itself
+          └──> joint    arrays that have norms in common: the same kept positions in each block
 """
 
 from daskclip.plan import sizing

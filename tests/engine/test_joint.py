@@ -295,3 +295,22 @@ def test_joint_norms_on_a_cluster(gradients, tmp_path, small, passes):
         found = read_layers(tmp_path / target).values()
         assert [bits(y) for y in found] == [bits(y) for y in expected]
     assert bits(zarr.open_array(tmp_path / "norms", mode="r")[...]) == bits(norms)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_sums_of_any_spread(tmp_path, monkeypatch, whole):
+    resize(monkeypatch, **SMALL | {"sum_nbytes": None, "block_nbytes": 2**20 if whole else 1})
+    rng = np.random.default_rng(0)
+    wide = rng.standard_normal((12, 6)) * 10.0 ** rng.integers(-300, 150, (12, 6))
+    arrays = store(tmp_path / "x", [np.ones((12, 4), "f2"), wide, np.ones((12, 2, 3), "f4")], rng)
+    how = {"axes": AXES} | IN_COMMON
+    memory = enough(tmp_path / "x", 1, **how)
+    plan = plan_zarr(tmp_path / "x", tmp_path / "y", 1.0, memory=memory, **how)
+    assert {one.state for one in plan.plans.values() if one.passes} == {80}
+    with pytest.raises(MemoryBudgetError) as caught:
+        clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, memory=memory, **how)
+    for number, more in enumerate((caught.value.need, 4 * caught.value.need)):
+        target = tmp_path / f"y{number}"
+        clip_zarr(tmp_path / "x", target, 1.0, memory=more, **how)
+        expected, _ = clip_by_global_norm(arrays, 1.0, axes=AXES)
+        assert [bits(y) for y in read_all(target, 3)] == [bits(y) for y in expected]
