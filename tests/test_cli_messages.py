@@ -222,8 +222,7 @@ def test_stores_are_not_told_what_only_arrays_have(tmp_path):
     parts = create(tmp_path / "complex", np.ones((5, 6), "c8"), (2, 4))
     done = run("run", integers, tmp_path / "y", *LIMIT)
     assert_fails(done, 3, "int32", "store a copy as one of", "float32")
-    for word in ("astype", "bfloat16"):
-        assert word not in done.stderr
+    assert "astype" not in done.stderr
     done = run("run", parts, tmp_path / "y", *LIMIT, "--ord", 1)
     assert_fails(done, 3, "complex64")
     assert ".real" not in done.stderr

@@ -39,7 +39,7 @@ def test_a_request_is_parsed_once_and_frozen():
     assert ClipRequest(source="x", clips=False).limit is None
 
 
-def test_records_are_stored_in_the_format_of_version_6(tmp_path):
+def test_records_are_stored_in_the_format_of_version_7(tmp_path):
     path = tmp_path / "journal"
     run = RunRecord(parameters={"axes": [0]}, source={"hash": "a"}, id="7", began="now", plans={})
     window = BlocksRecord(tally=(1, 2), target={3: 4})
@@ -54,7 +54,7 @@ def test_records_are_stored_in_the_format_of_version_6(tmp_path):
     lines = [json.loads(line[9:]) for line in path.read_bytes().splitlines()]
     assert lines == [
         {
-            "version": 6, "parameters": {"axes": [0]}, "source": {"hash": "a"}, "run": "7",
+            "version": 7, "parameters": {"axes": [0]}, "source": {"hash": "a"}, "run": "7",
             "began": "now", "plans": {},
         },
         {"tally": [1, 2], "target": {"3": 4}},
