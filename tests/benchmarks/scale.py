@@ -25,6 +25,9 @@ import zarr
 from dask.distributed import Client
 
 from daskclip import clip_zarr
+from daskclip.engine import front
+from daskclip.plan.sizing import DEFAULT
+from daskclip.worker import ClusterPool
 
 from . import scale_blocks
 from .contenders import THREADS, measured
@@ -60,7 +63,7 @@ class Case:
         return 2 * self.blocks * self.seconds / threads
 
 
-BUSY = "80 ms"
+BUSY, PARTS = "80 ms", ("scheduler", "client")
 CASES = {
     "no-op": Case(2, 16, 6400),
     BUSY: Case(2, 16, 3200, 0.08),
@@ -70,7 +73,7 @@ CASES = {
     "1 x 2 threads": Case(1, 2, 2000),
     "10 workers": Case(10, 2, 10_000, simulated=True),
     "100 workers": Case(100, 2, 20_000, simulated=True),
-    "1,000 workers": Case(1000, 2, 100_000, simulated=True),
+    "200 workers": Case(200, 2, 40_000, simulated=True),
 }
 
 
@@ -134,15 +137,23 @@ def empty(path, blocks):
 
 def run_client(address, blocks):
     """Clip in this process; prints a line before, and one with the figures after."""
+    submit, tasks = ClusterPool.submit, []
+
+    def counting(self, function, calls, avoid=()):
+        tasks.extend(calls)
+        return submit(self, function, calls, avoid)
+
+    ClusterPool.submit = counting
     with tempfile.TemporaryDirectory() as folder, Client(address) as client:
         # the scheduler imports the package when it has the first task
         clip_zarr(empty(f"{folder}/one", 1), f"{folder}/made", 1.0, memory=MEMORY)
         source = empty(f"{folder}/x", blocks)
         print("ready", flush=True)
+        tasks.clear()
         before, began = time.process_time(), time.perf_counter()
         clip_zarr(source, f"{folder}/y", 1.0, memory=MEMORY)
         took, used = time.perf_counter() - began, time.process_time() - before
-        print(json.dumps({"seconds": took, "client": used}), flush=True)
+        print(json.dumps({"seconds": took, "client": used, "tasks": len(tasks)}), flush=True)
         sys.stdin.readline()
         # of workers that answer
         found = client.run(scale_blocks.times, on_error="ignore").values()
@@ -204,31 +215,34 @@ def middle(results, key):
 def cluster_rows(found):
     """Rows of the table of clusters, and the scheduler's milliseconds by case."""
     yield (
-        "| | threads | blocks | s | work / time | scheduler, ms | client, ms | scheduler, MB |\n"
-        "|---|---:|---:|---:|---:|---:|---:|---:|"
+        "| | threads | blocks | tasks | s | work / time | scheduler, ms | client, ms | MB |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     for name, results in found.items():
         case, each = CASES[name], 2 * CASES[name].blocks / 1e3
         seconds = middle(results, "seconds" if case.simulated or case.freezes else "span")
         work = f"{case.ideal / seconds:.2f}" if case.seconds and not case.freezes else ""
         yield (
-            f"| {name} | {case.workers * case.threads:,} | {case.blocks:,} | {seconds:.1f} "
-            f"| {work} "
+            f"| {name} | {case.workers * case.threads:,} | {case.blocks:,} "
+            f"| {middle(results, 'tasks'):,.0f} | {seconds:.1f} | {work} "
             f"| {middle(results, 'scheduler') / each:.3f} | {middle(results, 'client') / each:.3f} "
             f"| {middle(results, 'memory') / 1e6:.0f} |"
         )
 
 
 def ends(found):
-    """Where the scheduler and the client end, computed from their milliseconds of a block."""
-    each = 2 * CASES[BUSY].blocks
-    parts = {part: middle(found[BUSY], part) / each for part in ("scheduler", "client")}
-    workers = {part: CASES[BUSY].seconds / 2 / seconds for part, seconds in parts.items()}
+    """Where the scheduler and the client end, computed from what a task takes of their time."""
+    case, results = CASES[BUSY], found[BUSY]
+    longest = DEFAULT.window_blocks // front.TASKS
+    each = {part: middle(results, part) / middle(results, "tasks") for part in PARTS}
+    # so many tasks a second end on a thread, and as many begin
+    workers = {part: longest * case.seconds / seconds / 2 for part, seconds in each.items()}
     return (
-        f"Extrapolated: with blocks of 80 ms, the scheduler of that case has no time left at "
+        f"Extrapolated from {BUSY}: a task takes {1e3 * each['scheduler']:.2f} ms of the scheduler "
+        f"and {1e3 * each['client']:.2f} ms of the client. On many workers a task has up to "
+        f"{longest} blocks. With blocks of 80 ms the scheduler then has no time left at "
         f"{workers['scheduler']:,.0f} workers of two threads, and the client at "
-        f"{workers['client']:,.0f}; tasks get longer with the number of threads, so that both "
-        "last longer."
+        f"{workers['client']:,.0f}; with blocks that take twice as long, at twice as many."
     )
 
 
@@ -258,9 +272,9 @@ def main(arguments):
         "\n".join(cluster_rows(found)) + "\n\nTwo passes over blocks of 16 MiB that do nothing, or "
         "sleep for 80 ms, of an empty array; scheduler, workers and client are a process each, on "
         f"one machine. Medians of {chosen.repeat} interleaved runs, from the first block to the "
-        "last; milliseconds are of CPU, for each block and pass. The frozen worker is stopped for "
-        f"{FROZEN_S} s in mid run. Workers of many threads or of one: a process for all of "
-        f"{PER_PROCESS}, which answer and do nothing, once.\n\n"
+        "last; milliseconds are of CPU, for each block and pass, and MB those of the scheduler. "
+        f"The frozen worker is stopped for {FROZEN_S} s in mid run. Where there are 10 workers or "
+        f"more, {PER_PROCESS} at most share a process, whose own time bounds the run; once.\n\n"
         + (f"{ends(found)}\n\n" if BUSY in found else "")
         + "| blocks on threads | s | ms a block and pass | MB |\n|---:|---:|---:|---:|\n"
         f"{rows}\n\nOne run each on {THREADS} threads; memory is the peak above the imports.\n\n"
