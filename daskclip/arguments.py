@@ -334,7 +334,7 @@ def check_nonfinite(nonfinite: object) -> None:
 def check_flag(flag: object, what: str) -> None:
     """Refuse what is no bool where one is asked for."""
     if not isinstance(flag, bool):
-        raise InvalidTypeError.about(what, flag, f"is a {type(flag).__name__}; give a bool")
+        raise InvalidTypeError.about(what, flag, "is not True or False; give one of them")
 
 
 def parse_memory(memory: object) -> int:

@@ -280,7 +280,7 @@ def _layout(request: ClipRequest, source: Hierarchy, name: str, axes: Axes, dim:
         taken = arguments.parse_axes(axes, array.ndim, may_be_none=request.global_norm)
     except DaskClipError as error:
         # some messages have the path of the array already
-        if name and name not in str(error):
+        if name and f"/{name}" not in str(error):
             raise type(error)(f"array {name}: {error}") from error
         raise
     shape, unit, dtype = array.shape, array.unit, array.dtype

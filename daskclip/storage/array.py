@@ -216,10 +216,16 @@ class StoredArray:
         """Digest of what is stored of a region."""
         return self._chunks.digest(self.keys(region))
 
+    @property
+    def _fills_zeros(self) -> bool:
+        """Whether what is not stored is 0.0, bit for bit, as what a zeroed slice has; not -0.0."""
+        # None, which format 2 allows, is read as zero
+        fill = self.array.fill_value
+        return fill is None or (not fill and not any(np.array(fill).tobytes()))
+
     def is_empty(self, region: Box) -> bool:
         """Whether a region is known to be all zeros because nothing of it is stored."""
-        # None, which format 2 allows, is read as zero
-        return not self.array.fill_value and self._chunks.are_absent(self.keys(region))
+        return self._fills_zeros and self._chunks.are_absent(self.keys(region))
 
     def last_changed(self, region: Box) -> str:
         """Key of the unit of a region that changed last, or of the first unit in a store."""
@@ -265,7 +271,7 @@ class StoredArray:
         blocks : int
             Number of blocks.
         """
-        if self.array.fill_value:
+        if not self._fills_zeros:
             return None
         found = np.zeros(blocks, np.bool_)
         try:

@@ -36,6 +36,10 @@ def open_target(
     # first: fsspec would look for the zip file to be made
     if not in_place and (protocol := read_only_protocol(target)):
         raise cannot_be_written(protocol)
+    if in_place and source.is_flat:
+        raise TargetError(
+            f"source {source} is a flat file, which is not clipped in place; give a target"
+        )
     found = find_target(source.store_path if in_place else target, options)
     if getattr(target, "read_only", False):
         raise TargetPermissionError(f"target {found} is open read-only; open it to write")
@@ -70,6 +74,11 @@ def find_target(target: object, options: dict[str, Any] | None = None) -> Target
         raise TargetError(
             f"target {path} would be a zip file, which cannot be written in parts; clip to a "
             "folder and zip that"
+        )
+    if path.suffix.lower() in (".npy", ".safetensors") and not path.exists():
+        raise TargetError(
+            f"target {path} would be a folder with the name of a flat file; "
+            f"name it {path.stem}.zarr"
         )
     # of "." and "..": the target needs a name, to put a work directory and a rename beside it
     if path.name in ("", ".."):

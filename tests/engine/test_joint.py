@@ -314,3 +314,22 @@ def test_sums_of_any_spread(tmp_path, monkeypatch, whole):
         clip_zarr(tmp_path / "x", target, 1.0, memory=more, **how)
         expected, _ = clip_by_global_norm(arrays, 1.0, axes=AXES)
         assert [bits(y) for y in read_all(target, 3)] == [bits(y) for y in expected]
+
+
+@pytest.mark.parametrize("chunks", [(1, 2), (1, 1)])
+def test_zeros_of_slices_that_are_not_finite_have_no_sign(tmp_path, chunks):
+    group = zarr.create_group(tmp_path / "x")
+    group.create_array("a", shape=(1, 2), chunks=chunks, dtype="f8")[...] = np.nan
+    group.create_array("b", shape=(1, 2), chunks=chunks, dtype="f8", fill_value=-0.0)
+    how = {"axes": slice(1, None), "global_norm": True, "nonfinite": "zero"}
+    clip_zarr(tmp_path / "x", tmp_path / "y", 1.0, **how)
+    assert not np.signbit(zarr.open_group(tmp_path / "y", mode="r")["b"][...]).any()
+    assert verify_zarr(tmp_path / "y", tmp_path / "x").slices == 1
+
+
+def test_an_axis_that_one_array_lacks_is_told_with_the_array(tmp_path):
+    group = zarr.create_group(tmp_path / "x")
+    group.create_array("a", shape=(2, 2), chunks=(1, 2), dtype="f4")
+    group.create_array("b", shape=(2,), chunks=(1,), dtype="f4")
+    with pytest.raises(ValueError, match=r"^array b: axis 1 is out of bounds"):
+        plan_zarr(tmp_path / "x", tmp_path / "y", 1.0, axes=1, global_norm=True)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import sys
+import tempfile
 from pathlib import Path
 
 import dask
@@ -259,7 +260,7 @@ def test_in_place_and_over_the_source_are_refused(tmp_path):
     path = npy(tmp_path / "x.npy", some((5, 6), "f4"))
     before = path.read_bytes()
     done = run("run", path, "--in-place", "--clip-norm", 1)
-    assert_fails(done, 3, "cannot be locked")
+    assert_fails(done, 3, "is a flat file, which is not clipped in place")
     for flags in ([], ["--overwrite"]):
         assert_fails(run("run", path, path, "--clip-norm", 1, *flags), 3, "choose another")
     group = zarr.create_group(tmp_path / "g")
@@ -273,8 +274,8 @@ def test_in_place_and_over_the_source_are_refused(tmp_path):
 def test_a_folder_or_a_pipe_with_the_name_of_a_flat_file(tmp_path):
     x = some((5, 6), "f4")
     zarr.create_array(tmp_path / "x.npy", data=x)
-    clip_zarr(tmp_path / "x.npy", tmp_path / "y.npy", 1.0)
-    assert bits(read(tmp_path / "y.npy")) == bits(clip_by_norm(x, 1.0))
+    clip_zarr(tmp_path / "x.npy", tmp_path / "y", 1.0)
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(x, 1.0))
     os.mkfifo(tmp_path / "p.npy")
     assert_fails(run("run", tmp_path / "p.npy", tmp_path / "z", "--clip-norm", 1), 3)
 
@@ -688,3 +689,32 @@ def test_errors_of_dtypes_and_places_are_of_their_kinds(tmp_path):
         clip_zarr(path, tmp_path / "y", 1.0)
     with pytest.raises(TargetError):
         clip_zarr(npy(tmp_path / "f.npy", np.zeros(3)), None, 1.0, in_place=True)
+
+
+@pytest.mark.parametrize("name", ["y.npy", "Y.SAFETENSORS"])
+def test_targets_are_not_named_like_flat_files(tmp_path, name):
+    np.save(tmp_path / "x.npy", np.ones((4, 3), "f4"))
+    with pytest.raises(TargetError, match="would be a folder with the name of a flat file"):
+        clip_zarr(tmp_path / "x.npy", tmp_path / name, 1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npy"}
+
+
+def test_flat_files_are_not_clipped_in_place(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((4, 3), "f4"))
+    with pytest.raises(TargetError, match=r"x\.npy is a flat file, which is not clipped in place"):
+        clip_zarr(tmp_path / "x.npy", None, 1.0, in_place=True)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no file system in memory")
+def test_changes_through_a_map_of_a_file_in_memory_are_found():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        np.save(f"{folder}/x.npy", np.ones((4, 3), "f4"))
+        mapped = np.load(f"{folder}/x.npy", mmap_mode="r+")
+        for source in (mapped, f"{folder}/x.npy"):
+            mapped[:] = 1
+            target = f"{folder}/y{type(source).__name__}"
+            clip_zarr(source, target, 1.0, axes=1)
+            assert clip_zarr(source, target, 1.0, axes=1).status == "up to date"
+            mapped[:] = 100  # the times of a file on tmpfs stay
+            with pytest.raises(TargetExistsError):
+                clip_zarr(source, target, 1.0, axes=1)

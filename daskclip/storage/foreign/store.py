@@ -45,7 +45,7 @@ class FlatStore(Store):
         """By name: '' if there is no group."""
         self.files = (*files,)
         """Files that are read; none for an array in memory."""
-        self._opened_version = self.version
+        self._opened = self._status
         self._documents = {_join(name, "zarr.json"): a.document() for name, a in arrays.items()}
         for group in () if "" in arrays else {"", *_groups(arrays)}:
             own = {} if group else {**(attributes or {})}
@@ -71,7 +71,7 @@ class FlatStore(Store):
         if "" in self.arrays:
             return type(self), (self.path, self.arrays, self.files)
         # the headers of all arrays would be sent with each of them
-        return _opened_once, (type(self), self.path, self._opened_version)
+        return _opened_once, (type(self), self.path, self._opened)
 
     def __str__(self) -> str:
         return self.path
@@ -83,13 +83,18 @@ class FlatStore(Store):
 
     @property
     def version(self) -> str:
-        """Sizes, times and inodes of the files, which change when they do; '' for memory."""
+        """What changes when the files do; '' for memory, and files in it that do not tell."""
+        return self._status if all(map(_keeps_times, self.files)) else ""
+
+    @property
+    def _status(self) -> str:
+        """Sizes, times and inodes of the files."""
         found = map(os.stat, self.files)
         return " ".join(f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for s in found)
 
     def require_same(self) -> None:
         """Require that the files are those whose headers were read."""
-        if self.version != self._opened_version:
+        if self._status != self._opened:
             raise SourceChangedError(f"source {self} has changed since; open it again")
 
     def read(self, key: str, buffer: Bytes | None = None) -> Any:
@@ -165,9 +170,18 @@ class FlatStore(Store):
                 yield from (key for key in keys if key.startswith(prefix))
 
 
+def _keeps_times(path: str) -> bool:
+    """Whether the times of a file change when it is written to through a memory map."""
+    device = os.stat(path).st_dev
+    mounted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
+        kinds = {f[2]: f[f.index("-") + 1] for f in map(str.split, mounts)}
+    return kinds.get(mounted) not in ("tmpfs", "ramfs", "devtmpfs")
+
+
 @lru_cache(maxsize=16)
-def _opened_once(kind: type[FlatStore], path: str, version: str) -> FlatStore:
-    """A store that this process has opened already, if its files had this version then."""
+def _opened_once(kind: type[FlatStore], path: str, status: str) -> FlatStore:
+    """A store that this process has opened already, if its files had this status then."""
     return kind.of_path(path)
 
 
