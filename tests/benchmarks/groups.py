@@ -26,7 +26,7 @@ from .tables import machine, options, write
 ARRAYS, SMALLEST, LARGEST = 1000, 4e3, 4e6  # bytes
 CHUNK = 2**20  # elements
 RATIO, EACH = 1.3, 0.003  # of one array's time, and seconds more for each of many
-LAYERS, WIDTH, EXAMPLES = 30, 74, 48  # of the network, and examples of a chunk
+LAYERS, WIDTH, EXAMPLES = 30, 74, 150  # of the network, and examples of a chunk
 MEMORY = "512MiB"
 CASES = {
     "one array": ("one", {}),
@@ -86,7 +86,7 @@ def make_layers(folder):
         for i, shape in enumerate(shapes)
     ]  # fmt: skip
     rows = zarr.create_array(
-        folder / "rows", shape=(len(x), total), chunks=(EXAMPLES, -(-total // 10)), dtype="float32"
+        folder / "rows", shape=(len(x), total), chunks=(EXAMPLES, WIDTH**2), dtype="float32"
     )
     for start in range(0, len(x), EXAMPLES):
         some = slice(start, start + EXAMPLES)

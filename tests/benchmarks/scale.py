@@ -246,6 +246,13 @@ def ends(found):
     )
 
 
+def on_threads_text(rows):
+    return (
+        "| blocks on threads | s | ms a block and pass | MB |\n|---:|---:|---:|---:|\n"
+        f"{rows}\n\nOne run each on {THREADS} threads; memory is the peak above the imports.\n\n"
+    )
+
+
 def main(arguments):
     if arguments[:1] == ["client"]:
         run_client(arguments[1], int(arguments[2]))
@@ -276,9 +283,8 @@ def main(arguments):
         f"The frozen worker is stopped for {FROZEN_S} s in mid run. Where there are 10 workers or "
         f"more, {PER_PROCESS} at most share a process, whose own time bounds the run; once.\n\n"
         + (f"{ends(found)}\n\n" if BUSY in found else "")
-        + "| blocks on threads | s | ms a block and pass | MB |\n|---:|---:|---:|---:|\n"
-        f"{rows}\n\nOne run each on {THREADS} threads; memory is the peak above the imports.\n\n"
-        f"{machine('numpy', 'zarr', 'dask')}; load average {load:.1f} before the run.\n"
+        + (on_threads_text(rows) if rows else "")
+        + f"{machine('numpy', 'zarr', 'dask')}; load average {load:.1f} before the run.\n"
     )
     print(text)
     if chosen.write:
