@@ -61,6 +61,13 @@ def offset_box(inside: Box, outer: Box) -> Box:
     )
 
 
+def common_index(other: Box, region: Box) -> tuple[Any, ...]:
+    """Index, in the values of ``region``, of what it has in common with another box."""
+    pairs = zip(other, region, strict=True)
+    inside = (slice(max(a.start - b.start, 0), min(a.stop, b.stop) - b.start) for a, b in pairs)
+    return box_index((*inside,))
+
+
 def tile_shape(shape: Sequence[int], elements: int) -> tuple[int, ...]:
     """Shape of a box of at most ``elements`` elements that lie side by side in C order."""
     size = []

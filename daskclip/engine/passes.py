@@ -226,11 +226,6 @@ class Passes:
 
     # --- sums of slabs ---------------------------------------------------------------------------
 
-    def slab_blocks(self, array: int) -> int:
-        """Number of blocks of a slab of an array."""
-        plan = self.arrays[array].plan
-        return plan.slab_blocks
-
     def is_left(self, blocks: Sequence[BlockId]) -> bool:
         """Whether anything of some blocks, which are done together, is stored and left to do."""
         numbers = {b: self.number(b) for b in blocks}
@@ -258,7 +253,7 @@ class Passes:
 
     def clear_summed(self, array: int, slab: int) -> None:
         """Let the blocks of a slab be summed again."""
-        each = self.slab_blocks(array)
+        each = self.arrays[array].plan.slab_blocks
         start = self._first[array] + each * slab
         self.state[start : start + each] &= 0xFF ^ SUMMED
 

@@ -303,7 +303,7 @@ class Slab:
     def _combine(self, parts: Sequence[Any]) -> None:
         """Combine sums, and save them if doing all blocks so far again would take long."""
         passes, name = self.passes, f"sums-{self.name}-{uuid4().hex[:8]}.npz"
-        blocks = sum(map(passes.slab_blocks, self.arrays))
+        blocks = sum(passes.arrays[k].plan.slab_blocks for k in self.arrays)
         is_long = passes.keeps_sums or 2 * blocks >= passes.front.window
         store = passes.journal.arrays if passes.journal and is_long else None
         known, self._has_total = int(self._has_total), True

@@ -30,8 +30,11 @@ from daskclip.numerics import (
     Array,
     Partial,
     Scale,
+    box_index,
+    box_shape,
     combine,
     finalize,
+    joined_axes,
     nan_if_infinite,
     no_sums,
     without_axes,
@@ -99,9 +102,9 @@ def _total(arrays: Sequence[da.Array], axes: Reduced) -> da.Array:
         keys, inside = [], []
         for own, part, chunks in zip(axes, parts, kept, strict=True):
             ((at, some, _),) = _overlaps(chunks, box)
-            keys.append((part.name, *_filled(at, own, 0)))
+            keys.append((part.name, *joined_axes(at, [0] * part.ndim, own)))
             inside.append((own, some))
-        tasks[(name, *coords)] = (partial(_sum_cell, inside=inside, kept=_shape(box)), keys)
+        tasks[(name, *coords)] = (partial(_sum_cell, inside=inside, kept=box_shape(box)), keys)
     return _object_array(name, tasks, parts, cells)
 
 
@@ -111,11 +114,13 @@ def _of_chunks(scales: da.Array, x: da.Array, axes: tuple[int, ...], name: str) 
     tasks: Tasks = {}
     for coords, box in _boxes(without_axes(chunks, axes)):
         found = [*_overlaps(scales.chunks, box)]
-        size = _shape(box)
+        size = box_shape(box)
         places = [(there, here) for _, there, here in found]
-        join = partial(_join_cells, places=places, kept=size, shape=_filled(size, axes, 1))
+        join = partial(
+            _join_cells, places=places, kept=size, shape=joined_axes(size, [1] * x.ndim, axes)
+        )
         keys = [(scales.name, *at) for at, *_ in found]
-        tasks[(name, *_filled(coords, axes, 0))] = (join, keys)
+        tasks[(name, *joined_axes(coords, [0] * x.ndim, axes))] = (join, keys)
     return _object_array(name, tasks, [scales], chunks)
 
 
@@ -160,21 +165,6 @@ def _overlaps_along(sizes: tuple[int, ...], side: slice) -> Iterator[tuple[int, 
             return
 
 
-def _shape(box: Box) -> tuple[int, ...]:
-    return tuple(side.stop - side.start for side in box)
-
-
-def _index(box: Box) -> tuple[Any, ...]:
-    # an array, not a scalar, where there are no axes
-    return (*box, ...)
-
-
-def _filled(values: Coords, axes: tuple[int, ...], value: int) -> Coords:
-    """Coordinates or sizes of kept axes, and ``value`` for each of ``axes``."""
-    own = iter(values)
-    return tuple(value if a in axes else next(own) for a in range(len(values) + len(axes)))
-
-
 # ---- tasks
 
 
@@ -197,7 +187,7 @@ def _join_cells(
 
     def join(parts: tuple[Array | None, ...]) -> Array | None:
         some = [
-            (part[_index(there)], here)
+            (part[box_index(there)], here)
             for part, (there, here) in zip(parts, places, strict=True)
             if part is not None
         ]
@@ -205,7 +195,7 @@ def _join_cells(
             return None
         joined = np.zeros(kept, some[0][0].dtype)
         for values, here in some:
-            joined[_index(here)] = values
+            joined[box_index(here)] = values
         return joined.reshape(shape)
 
     return Scale(*map(join, zip(*scales, strict=True)))  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from daskclip.arguments import Array, Axes, check_flag
 from daskclip.lazy import inputs, list_graph
 from daskclip.lazy.clip import ClipNorm, Operand
 from daskclip.lazy.indexed_slices import with_values
+from daskclip.lazy.list_graph import Reduced
 from daskclip.numerics import (
     Partial,
     combine,
@@ -25,9 +26,6 @@ from daskclip.numerics import (
     rescale,
     without_axes,
 )
-
-Reduced = Sequence[tuple[int, ...]]
-"""Axes of each array over which norms are taken."""
 
 
 def global_norm(t_list: Sequence[Operand | None], *, axes: Axes = None) -> Any:

@@ -19,8 +19,9 @@ of the struct `block` (and of `Block` in compiled.py, set in `prepare_scale`) an
 message of `parse_ord` in arguments.py and in the choices of ``--ord`` in cli.py.
 """
 
-# what other rooms use; tests may import the modules themselves
-from daskclip.grid import without_axes
+# what other rooms use; tests may import the modules themselves. Functions of shapes are there for
+# those that reshape sums, since `lazy` imports no room below this one
+from daskclip.grid import box_index, box_shape, joined_axes, without_axes
 from daskclip.numerics.block import clip_array, clip_block, require_finite, require_limits, rescale
 from daskclip.numerics.compiled import Array, require_subnormals
 from daskclip.numerics.histogram import (
@@ -45,7 +46,8 @@ from daskclip.numerics.scale import Scale, finalize
 
 __all__ = [
     "ORDERS", "RELATIVE_ERROR", "Array", "NormHistogram", "Partial", "Scale", "SliceCounts",
-    "clip_array", "clip_block", "combine", "count_slices", "count_with_histogram",
-    "finalize", "kept_shape", "nan_if_infinite", "no_sums", "partial_norm", "require_finite",
-    "require_limits", "require_subnormals", "rescale", "state_nbytes", "term_count", "without_axes",
+    "box_index", "box_shape", "clip_array", "clip_block", "combine", "count_slices",
+    "count_with_histogram", "finalize", "joined_axes", "kept_shape", "nan_if_infinite", "no_sums",
+    "partial_norm", "require_finite", "require_limits", "require_subnormals", "rescale",
+    "state_nbytes", "term_count", "without_axes",
 ]  # fmt: skip

@@ -53,6 +53,12 @@ def exchange_directories(a: Path, b: Path) -> None:
     _call("renameat2", AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)
 
 
+def file_status(path: str | Path) -> str:
+    """Size, times and inode of a file, one of which changes when it is replaced or written to."""
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Create or replace a file atomically; it is on disk on return."""
     # a name of its own: a late task and its repetition may write the same file at once

@@ -18,6 +18,7 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, ObjectStore, StorePath, ZipStore
 
 from daskclip.errors import InvalidValueError, error_text
+from daskclip.storage import durable
 from daskclip.storage.foreign.store import FlatStore
 
 UNQUOTED = "/:@!$&'()*+,;=~"  # in paths of URLs as yarl, which requests them, writes them
@@ -126,8 +127,7 @@ def ensure_open(store: Store) -> None:
 def store_version(store: Any) -> str:
     """Version of all that is stored, if the store has one, or ''."""
     if isinstance(store, ZipStore) and store.read_only:
-        status = os.stat(store.path)
-        return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+        return durable.file_status(store.path)
     if isinstance(store, FlatStore):
         return store.version
     # of Icechunk, whose read-only sessions show a snapshot; other files may hold its chunks

@@ -3,11 +3,10 @@
 import math
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 
-from daskclip.grid import Box, box_at, box_index, box_shape, without_axes
+from daskclip.grid import Box, box_at, box_index, box_shape, common_index, without_axes
 from daskclip.numerics import (
     Array,
     Scale,
@@ -50,7 +49,7 @@ def read_limits(limits: Limits, region: Box, missing: str) -> Array:
     for coords in product(*steps):
         whole = box_at(coords, unit, limits.shape)
         found = retrying_block("reading", limits, whole, read)
-        values[_shared(whole, own)] = found[_shared(own, whole)]
+        values[common_index(whole, own)] = found[common_index(own, whole)]
     require_limits(values, f"limits {limits.location}", [s.start for s in own])
     return values
 
@@ -70,10 +69,3 @@ def count_region(task: ArrayTask, scale: Scale, limit: float | Array, region: Bo
     largest = [(norm, [task.name, *place]) for norm, place in found.histogram.largest_slices]
     histogram = found.histogram._replace(largest_slices=largest, clipped=[], largest=[])
     return found._replace(histogram=histogram)
-
-
-def _shared(other: Box, region: Box) -> tuple[Any, ...]:
-    """Index, in the values of a region, of its intersection with another region."""
-    pairs = zip(other, region, strict=True)
-    inside = (slice(max(a.start - b.start, 0), min(a.stop, b.stop) - b.start) for a, b in pairs)
-    return box_index((*inside,))

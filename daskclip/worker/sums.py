@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from daskclip.numerics import Partial, combine
-
-Array = npt.NDArray[Any]
+from daskclip.numerics import Array, Partial, combine
 
 
 class ArrayFiles(Protocol):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from daskclip.errors import SourceChangedError, StorageError, VerificationError
-from daskclip.grid import Box, box_index, box_shape, boxes, offset_box, without_axes
+from daskclip.grid import Box, box_shape, boxes, common_index, offset_box, without_axes
 from daskclip.numerics import (
     Array,
     Partial,
@@ -260,9 +260,8 @@ def compare_block(
     region = task.plan.region(slab, block)
     x = _read_same(task, region, expected, _stays_empty(task, region, expected))
     _rescale(task, x, scale)
-    origin = tuple(slice(-s.start, None) for s in region)
     for part in _units(task, region):
-        _require_same(task, part, x[box_index(offset_box(part, origin))])
+        _require_same(task, part, x[common_index(part, region)])
     return BlockResult()
 
 
@@ -338,10 +337,10 @@ def _copy(task: ArrayTask, region: Box) -> int:
 def _write(task: ArrayTask, region: Box, x: Array) -> int:
     """Write the values of a region, and return the digest of what is stored."""
     _require_staged(task)
-    target, origin = task.written, tuple(slice(-s.start, None) for s in region)
+    target = task.written
 
     def write(part: Box) -> int:
-        return target.write(part, x[box_index(offset_box(part, origin))])
+        return target.write(part, x[common_index(part, region)])
 
     return retrying_block("writing", target, region, write)
 

@@ -20,6 +20,7 @@ from zarr.abc.store import (
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from daskclip.errors import SourceChangedError
+from daskclip.storage.durable import file_status
 from daskclip.storage.foreign.arrays import Bytes, FileArray, FlatArray, in_memory
 from daskclip.storage.foreign.headers import INDEX, read_npy, read_safetensors, read_shards
 
@@ -84,13 +85,12 @@ class FlatStore(Store):
     @property
     def version(self) -> str:
         """What changes when the files do; '' for memory, and files in it that do not tell."""
-        return self._status if all(map(_keeps_times, self.files)) else ""
+        return self._status if _keep_times(self.files) else ""
 
     @property
     def _status(self) -> str:
         """Sizes, times and inodes of the files."""
-        found = map(os.stat, self.files)
-        return " ".join(f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}" for s in found)
+        return " ".join(map(file_status, self.files))
 
     def require_same(self) -> None:
         """Require that the files are those whose headers were read."""
@@ -170,13 +170,13 @@ class FlatStore(Store):
                 yield from (key for key in keys if key.startswith(prefix))
 
 
-def _keeps_times(path: str) -> bool:
-    """Whether the times of a file change when it is written to through a memory map."""
-    device = os.stat(path).st_dev
-    mounted = f"{os.major(device)}:{os.minor(device)}"
+def _keep_times(paths: Iterable[str]) -> bool:
+    """Whether the times of files change when they are written to through a memory map."""
     with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
         kinds = {f[2]: f[f.index("-") + 1] for f in map(str.split, mounts)}
-    return kinds.get(mounted) not in ("tmpfs", "ramfs", "devtmpfs")
+    devices = {os.stat(path).st_dev for path in paths}
+    mounted = {kinds.get(f"{os.major(device)}:{os.minor(device)}") for device in devices}
+    return mounted.isdisjoint(("tmpfs", "ramfs", "devtmpfs"))
 
 
 @lru_cache(maxsize=16)
