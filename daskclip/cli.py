@@ -42,7 +42,7 @@ EXTRA = {
     "--axes": "axes and dimensions are one word, as in --axes 0,1; repeat --include and --exclude",
     "--source": "give the source as --source SOURCE",
 }
-"""What an argument too many may have been meant for, by the options that a command has."""
+"""Remedies for an argument too many, by an option that the command has."""
 OWN = ("scheduler", "workers", "report", "html", "as_json")
 """Options that are not passed on to the engine."""
 CONFIGURED = ("memory", "nonfinite", "missing", "progress")

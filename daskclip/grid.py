@@ -39,7 +39,7 @@ def box_index(box: Box) -> tuple[Any, ...]:
 
 
 def without_axes(values: Sequence[T], axes: Sequence[int]) -> tuple[T, ...]:
-    """What ``values``, which has an entry for each axis, has for those not in ``axes``."""
+    """Entries of ``values``, which has one for each axis, of the axes that are not in ``axes``."""
     return tuple(value for a, value in enumerate(values) if a not in axes)
 
 

@@ -48,7 +48,7 @@ class Blocks:
     """Number of them."""
 
     def take(self, arrays: Sequence[ArrayTask], nbytes: float, most: int) -> list[BlockId]:
-        """Some blocks for a task: one, or as many as have so many bytes together."""
+        """Take the blocks of a task: one, or as many as have so many bytes together."""
         found: list[BlockId] = []
         size = 0.0
         for block in islice(self.blocks, most):
@@ -73,7 +73,7 @@ class Task:
     """Bytes of the blocks."""
     keeps: bool = False
     futures: list[Any] = field(default_factory=list)
-    """Of the call, and of its repetitions on other workers."""
+    """Futures of the call, and of its repetitions on other workers."""
     began: float = 0.0
 
 

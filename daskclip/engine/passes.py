@@ -36,7 +36,7 @@ HasStored = npt.NDArray[np.bool_] | None
 
 @dataclass(slots=True)
 class SlabState:
-    """What the journal says of a slab."""
+    """State of a slab, by the journal."""
 
     sums: str = ""
     """Name of its sums so far."""

@@ -124,7 +124,7 @@ class ClipRequest:
 
     @property
     def destination(self) -> object:
-        """What the caller named to be written."""
+        """Target, or in place the source, as the caller named it."""
         return self.source if self.in_place else self.target
 
     @property

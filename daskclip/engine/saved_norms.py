@@ -67,7 +67,7 @@ class SavedNorms:
     """Norms that `saving` has written."""
 
     path: Target
-    """Where they are."""
+    """Place of the norms."""
     journal: Path | bytes
     """Journal of the pass that took them."""
     arrays: ArrayFiles
@@ -146,7 +146,7 @@ def saving(
 
 
 def _sums_in(target: Target, folder: Path, array: str) -> ArrayFiles:
-    """Where the sums of norms are: in an array of these, in a folder if not in a store."""
+    """Sums of norms, in an array of these: files of a folder, or objects of a store."""
     # not in a group: zarr warns of what it does not know there
     if isinstance(target, DirectoryTarget):
         return ArrayFiles(folder / array / SUMS)

@@ -1,4 +1,4 @@
-"""What is done in which order: which blocks, in which pass.
+"""The order of a run: which blocks are done in which pass.
 
 An array whose blocks hold their slices takes one pass over its blocks. Else each slab takes two: a
 first pass sums its blocks, and a second one, backwards, rescales them by the norms of the sums, so

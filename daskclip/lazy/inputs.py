@@ -233,7 +233,7 @@ def _is_no_array(t: object) -> bool:
 
 
 def _remedy(t: Any) -> str:
-    """How to make an array of what is none."""
+    """Remedy for what is no array: how to make one of it."""
     # by names, since the packages need not be installed
     package, name = type(t).__module__.partition(".")[0], type(t).__qualname__
     if isinstance(t, str | bytes | os.PathLike):
@@ -308,7 +308,7 @@ class _EqualPickler(pickle.Pickler):
 
 
 def _identity(store: object) -> object:
-    """What tells a store from those of the same text; unique if that is not known."""
+    """Identity of a store among those of the same text; unique if it is not known."""
     buffers: list[pickle.PickleBuffer] = []
     pickled = io.BytesIO()
     pickler = _EqualPickler(pickled, 5, buffer_callback=buffers.append)

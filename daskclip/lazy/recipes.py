@@ -42,7 +42,7 @@ class Recipe:
     inputs: list[Key]
     """Keys of the results that the tasks need from outside."""
     annotations: Annotations = field(default_factory=dict)
-    """What the layers of the tasks say of where and how to run them."""
+    """Annotations of the layers of the tasks: where and how to run them."""
 
     @property
     def references(self) -> list[TaskRef]:

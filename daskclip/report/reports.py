@@ -242,7 +242,7 @@ class VerifyReport(Report):
     largest_norm: float | None
     """Largest norm of a finite slice; None if there is none."""
     largest_norm_after: float
-    """That of the report of the run, which no exact norm exceeds; NaN if not all slices have to be
+    """Bound in the report of the run, which no exact norm exceeds; NaN if not all slices have to be
     finite."""
     seconds: float
     """Seconds from the start of the call."""

@@ -93,20 +93,26 @@ def a_source_that_changes(case, window, words):
     return look
 
 
-def a_block_of_an_earlier_run(defect):
-    """A delayed task of one run ends during another run."""
-    other, taken = replace(COPY, clip_norm=2.0), []
+def late_tasks():
+    """List of calls of `rescale_block`, what takes them into it, and what runs them once more."""
+    taken = []
 
     def take(job, *args):
         taken.append((job, *args))
         return REAL.rescale(job, *args)
 
     def wake():
-        PROCESS._drained.clear()  # it was in another process
+        PROCESS._drained.clear()  # they were in another process
         for late in taken:
             with suppress(DaskClipError):
                 REAL.rescale(*late)
 
+    return taken, take, wake
+
+
+def a_block_of_an_earlier_run(defect):
+    """A delayed task of one run ends during another run."""
+    other, (taken, take, wake) = replace(COPY, clip_norm=2.0), late_tasks()
     sweep = Sweep(other)
     with sweep.folder() as folder:
 
@@ -128,20 +134,13 @@ def a_block_of_an_earlier_run(defect):
 
 def a_late_task_of_a_run_that_was_published(defect):
     """A task that another worker has done too wakes up when the target is there."""
-    sweep, taken = Sweep(COPY), []
+    sweep, (taken, take, wake) = Sweep(COPY), late_tasks()
     with sweep.folder() as folder:
-
-        def take(job, *args):
-            taken.append((job, *args))
-            return REAL.rescale(job, *args)
 
         def run():
             tasks.rescale_block = take
             COPY.run(folder)
-            PROCESS._drained.clear()  # it was in another process
-            for late in taken:
-                with suppress(DaskClipError):
-                    REAL.rescale(*late)
+            wake()
             return len(taken)
 
         outcome = in_child(run, defect=defect)

@@ -10,7 +10,7 @@ import pytest
 from distributed import Client, LocalCluster, get_worker
 from reference import bits
 from sizes import resize
-from stores import create, least_memory, read, some, stored
+from stores import create, least_memory, read, some, stopping_at, stored
 from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr, verify_zarr
@@ -115,15 +115,7 @@ def test_records_in_any_order_are_one_run(x, tmp_path, monkeypatch, seed):
     wanted = bits(clip_by_norm(read(x), 1.0, axes))
     with dask.config.set(scheduler="threads", num_workers=4):
         memory = least_memory(x, axes)
-    append, left = Journal.append, [0]
-
-    def stopping(self, entry):
-        append(self, entry)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "append", stopping)
+    left = stopping_at(monkeypatch)
     for _ in range(50):
         left[0] = int(generator.integers(1, 60))
         with dask.config.set(scheduler="threads", num_workers=int(generator.integers(1, 5))):
@@ -132,7 +124,7 @@ def test_records_in_any_order_are_one_run(x, tmp_path, monkeypatch, seed):
             except KeyboardInterrupt:
                 continue
             break
-    monkeypatch.setattr(Journal, "append", append)
+    left[0] = 0
     assert bits(read(tmp_path / "y")) == wanted
     assert report.slices == stats_zarr(x, axes).slices
     assert report.largest_norm == stats_zarr(x, axes).largest_norm

@@ -6,12 +6,11 @@ import zarr
 from joint import values
 from reference import bits
 from sizes import SMALL, resize
-from stores import stored
+from stores import stopping_at, stored
 from zarr.storage import ObjectStore
 
 from daskclip import clip_zarr, global_norm, norm, plan_zarr, stats_zarr, verify_zarr
 from daskclip.errors import DaskClipError, InvalidValueError, MemoryBudgetError, TargetExistsError
-from daskclip.target.journal import Journal
 
 obstore = pytest.importorskip("obstore.store")
 AXES = slice(1, None)
@@ -91,15 +90,7 @@ def test_norms_that_were_stopped_leave_nothing_in_the_way(
     arrays, tmp_path, monkeypatch, place, joint
 ):
     resize(monkeypatch, **SMALL)
-    append, left = Journal.append, [0]
-
-    def stopping(self, entry):
-        append(self, entry)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "append", stopping)
+    left = stopping_at(monkeypatch)
     how = {"global_norm": joint, "memory": budget(tmp_path / "x", 2, global_norm=joint)}
     for number in range(1, 100, 2):
         left[0] = number
