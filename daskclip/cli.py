@@ -366,6 +366,8 @@ def _connect(scheduler: str) -> Any:
     try:
         return Client(**where, timeout=10)
     except Exception as error:  # protocols, security and files each raise errors of their own
+        with suppress(ValueError):  # there is none if it has closed itself
+            Client.current().close()  # else it remains the default one
         named = " ".join(scheduler.split()) or "''"
         raise InvalidValueError(
             f"no Dask scheduler answers at {named} ({error_text(error)}); check the address, or "

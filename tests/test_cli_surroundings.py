@@ -276,19 +276,24 @@ ADDRESSES = [
 ]  # fmt: skip
 
 
+def no_client_is_left():
+    """Whether Dask computes on threads again."""
+    return dask.base.get_scheduler() is None and dask.config.get("scheduler", None) is None
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_scheduler_file_without_an_address_is_refused(source, tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])
     command = ["run", source, tmp_path / "y", "--clip-norm", 1, "--scheduler", tmp_path / name]
-    with dask.config.set(scheduler=None):  # a Client that fails leaves its own behind
-        assert_fails(run(*command), 3, tmp_path / name, "scheduler file")
+    assert_fails(run(*command), 3, tmp_path / name, "scheduler file")
+    assert no_client_is_left()
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_without_a_scheduler_is_refused(source, tmp_path, address):
     command = ["run", source, tmp_path / "y", "--clip-norm", 1, "--scheduler", address]
-    with dask.config.set(scheduler=None):
-        assert_fails(run(*command), 3, "check the address")
+    assert_fails(run(*command), 3, "check the address")
+    assert no_client_is_left()
 
 
 @pytest.mark.parametrize("address", ["tls://127.0.0.1:1", "empty"])

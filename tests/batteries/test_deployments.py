@@ -228,7 +228,7 @@ def test_a_preempted_slurm_job(data, cluster, tmp_path, monkeypatch, record_prop
     number = cluster.submit("--output", tmp_path / "log", SBATCH, *words)
     journal = tmp_path / ".y.daskclip" / "journal"
     for preempted in (1, 2):
-        lines = 6 * preempted
+        lines = 12 * preempted  # a block each
         cluster.until(lambda n=lines: journal.exists() and journal.read_bytes().count(b"\n") > n)
         cluster("scontrol", "requeue", number)
         cluster.until(lambda n=preempted: cluster.state(number) == ("RUNNING", n))

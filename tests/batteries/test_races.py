@@ -188,7 +188,7 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
         begun = size(told)
         stopped.touch()
         out, err = child.communicate(timeout=120)
-    assert (child.returncode, out) == (75, "")
+    assert (child.returncode, out) == (75, ""), err
     *progress, last = err.splitlines()
     assert last == "daskclip: interrupted; run the same command again to resume"
     states = [json.loads(line) for line in progress]
