@@ -4,6 +4,8 @@ Each is a `DaskClipError` and also a builtin error, so that either can be caught
 code that the command line returns for it. A message is one line: the fact, the values, the remedy.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 from numpy.exceptions import AxisError
@@ -125,6 +127,20 @@ def short_repr(value: object) -> str:
     # the repr of an array has many lines, and a log may be read by lines
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@contextmanager
+def interrupts_first() -> Iterator[None]:
+    """Raise the interrupt in place of an error of code that it stopped half-way."""
+    try:
+        yield
+    except Exception as error:
+        before = error.__context__
+        while before is not None:
+            if isinstance(before, KeyboardInterrupt):
+                raise before from None
+            before = before.__context__
+        raise
 
 
 def error_text(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from daskclip.engine.run_record import (
     stage_run,
     start_journal,
 )
-from daskclip.errors import DaskClipError, InvalidValueError
+from daskclip.errors import DaskClipError, InvalidValueError, interrupts_first
 from daskclip.plan import ClipPlan, GroupPlan
 from daskclip.report import ClipReport, Mode
 from daskclip.storage import translating_storage_errors
@@ -33,6 +33,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@interrupts_first()
 @leaving_worker_pool()
 def clip_zarr(
     source: object,

@@ -302,7 +302,7 @@ class Slab:
 
     def _combine(self, parts: Sequence[Any]) -> None:
         """Combine sums, and save them if doing all blocks so far again would take long."""
-        passes, name = self.passes, f"sums-{self.name}-{uuid4().hex[:8]}.npz"
+        passes, name = self.passes, f"sums-{self.name}-{uuid4().hex[:8]}"
         blocks = sum(passes.arrays[k].plan.slab_blocks for k in self.arrays)
         is_long = passes.keeps_sums or 2 * blocks >= passes.front.window
         store = passes.journal.arrays if passes.journal and is_long else None

@@ -14,6 +14,7 @@ from daskclip.engine.attempt import measure, with_room_for_sums
 from daskclip.engine.cluster import leaving_worker_pool
 from daskclip.engine.request import ClipRequest, prepare
 from daskclip.engine.saved_norms import saving
+from daskclip.errors import interrupts_first
 from daskclip.numerics import RELATIVE_ERROR, NormHistogram
 from daskclip.report import Mode, StatsReport
 from daskclip.storage import translating_storage_errors
@@ -22,6 +23,7 @@ PERCENTS = ("0.1", "1", "5", "10", "25", "50", "75", "90", "95", "99", "99.9")
 CANDIDATES = 30
 
 
+@interrupts_first()
 @leaving_worker_pool()
 def stats_zarr(
     source: object,

@@ -15,7 +15,12 @@ from daskclip.engine.cluster import leaving_worker_pool
 from daskclip.engine.passes import Passes
 from daskclip.engine.request import LimitsByArray, limits_identity, open_limits
 from daskclip.engine.run_record import plan_from_json, replan
-from daskclip.errors import DaskClipError, SourceNotFoundError, VerificationError
+from daskclip.errors import (
+    DaskClipError,
+    SourceNotFoundError,
+    VerificationError,
+    interrupts_first,
+)
 from daskclip.report import VerifyReport
 from daskclip.storage import Hierarchy, open_source, translating_storage_errors
 from daskclip.target import DirectoryTarget, Target, find_target, journal
@@ -37,6 +42,7 @@ class MadeByRun:
     """Upper bound of all norms, in the report of the run."""
 
 
+@interrupts_first()
 @leaving_worker_pool()
 def verify_zarr(
     target: str | os.PathLike[str], source: object = None, *, limits: object = None

@@ -1,7 +1,7 @@
 """What the tasks of an array share, and the state of a process that runs blocks."""
 
 import pickle
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class ProcessState:
 
     def __init__(self) -> None:
         self._changed = Condition()
-        self._running: Counter[str] = Counter()
+        self._running: defaultdict[str, set[int]] = defaultdict(set)
         self._buffers: dict[str, dict[int, npt.NDArray[np.uint8]]] = {}
         self._drained: deque[str] = deque(maxlen=1000)
 
@@ -91,12 +91,12 @@ class ProcessState:
             # a task of a stopped run may still be in the queue of the scheduler
             if attempt_id in self._drained:
                 raise StorageError("the run was stopped")
-            self._running[attempt_id] += 1
+            self._running[attempt_id].add(get_ident())
         try:
             yield
         finally:
             with self._changed:
-                self._running[attempt_id] -= 1
+                self._running[attempt_id].discard(get_ident())
                 self._changed.notify_all()
 
     def drain(self, attempt_id: str) -> None:
@@ -104,7 +104,8 @@ class ProcessState:
         with self._changed:
             # first: a block that arrives while others are waited for is refused
             self._drained.append(attempt_id)
-            self._changed.wait_for(lambda: not self._running[attempt_id])
+            # this thread runs none, unless an interrupt came before it could say so
+            self._changed.wait_for(lambda: self._running[attempt_id] <= {get_ident()})
             del self._running[attempt_id]
         self._buffers.pop(attempt_id, None)
 

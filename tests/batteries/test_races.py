@@ -20,7 +20,7 @@ from sizes import SMALL
 from stores import create, read, some, stopping_at, stored
 from waiting import until
 
-from daskclip import clip_by_norm, clip_zarr
+from daskclip import clip_by_norm, clip_zarr, stats_zarr, verify_zarr
 from daskclip.storage import StoredArray, files
 from daskclip.target import directory as publish
 from daskclip.target.journal import Journal, entries
@@ -302,6 +302,32 @@ def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
         assert stopping.counts.total() - total <= window * (2 if scheduler == "threads" else 1)
         assert names(folder) == sorted({"x", made.name})
     assert total >= 8
+
+
+@pytest.mark.usefixtures("sequential")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: clip_zarr(x, y.with_name("z"), 1.0),
+        lambda x, _: stats_zarr(x),
+        lambda _, y: verify_zarr(y),
+    ],
+    ids=["clip", "stats", "verify"],
+)
+def test_an_interrupt_is_not_hidden_by_an_error_that_follows(tmp_path, monkeypatch, x, call):
+    y = tmp_path / "y"
+    clip_zarr(x, y, 1.0)
+
+    def read(*_):
+        try:
+            raise KeyboardInterrupt
+        finally:  # as a file does that cannot be closed half-way
+            raise ValueError("an open handle")
+
+    monkeypatch.setattr(StoredArray, "read", read)
+    monkeypatch.setattr(files, "read", read)
+    with pytest.raises(KeyboardInterrupt):
+        call(x, y)
 
 
 # --- identical runs, and other ones --------------------------------------------------------------

@@ -458,7 +458,7 @@ class Machine(RuleBasedStateMachine):
             self.remove_the_staging_folder(place)
         elif what == "source":
             self.change_the_source(at, delete=header)
-        elif what == "sums" and (sums := sorted(self.work(place).glob("sums-*.npz"))):
+        elif what == "sums" and (sums := sorted(self.work(place).glob("sums-*"))):
             remove_or_cut(sums[at % len(sums)], at)
         elif what:
             self.cut_or_flip_the_journal(place, what, at, header)
@@ -561,7 +561,7 @@ def test_each_kind_of_damage_is_refused_or_repaired(what, header, number):
     try:
         machine.begin("format 3", there=False)
         machine.run_and_kill(Call("overwrite", axes=None, memory=0), "start", number)
-        assert list(machine.work("y").glob("sums-*.npz"))
+        assert list(machine.work("y").glob("sums-*"))
         machine.damage("y", what, number + header, header)
         machine.arrays_are_whole()
         machine.run_again("y", 0)

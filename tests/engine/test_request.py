@@ -43,7 +43,7 @@ def test_records_are_stored_in_the_format_of_version_7(tmp_path):
     path = tmp_path / "journal"
     run = RunRecord(parameters={"axes": [0]}, source={"hash": "a"}, id="7", began="now", plans={})
     window = BlocksRecord(tally=(1, 2), target={3: 4})
-    sums = BlocksRecord(slab="0-0", sums="sums.npz", source={5: 6})
+    sums = BlocksRecord(slab="0-0", sums="sums-0", source={5: 6})
     final = FinalRecord(report={"slices": 1}, made={"metadata": 2})
     journal.begin(path, run)
     with Journal(path) as entries:
@@ -58,7 +58,7 @@ def test_records_are_stored_in_the_format_of_version_7(tmp_path):
             "began": "now", "plans": {},
         },
         {"tally": [1, 2], "target": {"3": 4}},
-        {"slab": "0-0", "sums": "sums.npz", "source": {"5": 6}},
+        {"slab": "0-0", "sums": "sums-0", "source": {"5": 6}},
         {"report": {"slices": 1}, "made": {"metadata": 2}},
     ]  # fmt: skip
     assert journal.header(path) == run
