@@ -24,8 +24,10 @@ from daskclip.worker import ArrayTask, Pool
 TASKS = 2  # tasks under way for each thread: the next one is there when one ends
 MAX_BLOCKS_PER_TASK = 16  # small blocks that one task does although none has been timed yet
 SCHEDULER_S = 0.0015  # seconds that the scheduler and the client have for each task
-SHARE = 0.04  # of their time that tasks should take, unless these would take longer than
-TASK_S = 1.2  # seconds
+SHARE = 0.04  # of their time that tasks should take
+TASK_S = 1.2  # seconds that a task takes at most to keep to that share
+MOST = 0.3  # of their time that tasks may take, however long a task is then
+THREADS = 256  # and a task has as many blocks as there are so many threads, at least
 LATE, VERY_LATE = 1.25, 10  # times the usual seconds: where threads are idle, and where none is
 LATE_S = 0.25  # and so many seconds more
 COPIES = 3  # workers that a late task is given to, at most
@@ -47,14 +49,16 @@ class Blocks:
     left: int
     """Number of them."""
 
-    def take(self, arrays: Sequence[ArrayTask], nbytes: float, most: int) -> list[BlockId]:
-        """Take the blocks of a task: one, or as many as have so many bytes together."""
+    def take(
+        self, arrays: Sequence[ArrayTask], nbytes: float, least: int, most: int
+    ) -> list[BlockId]:
+        """Take the blocks of a task: as many as have so many bytes together."""
         found: list[BlockId] = []
         size = 0.0
         for block in islice(self.blocks, most):
             found.append(block)
             size += arrays[block.array].plan.nbytes_of(block.slab, block.block)
-            if size >= nbytes:
+            if size >= nbytes and len(found) >= least:
                 break
         self.left -= len(found)
         return found
@@ -112,7 +116,7 @@ class Front:
             ended = self._wait()
             # until some have ended nobody knows what is late
             if self.pool.is_cluster and self._done_nbytes and (is_idle or not ended):
-                self._repeat_late(LATE if is_idle else VERY_LATE)
+                self._repeat_late(LATE if is_idle else VERY_LATE, is_silent=not ended)
 
     def _fill(self, next_task: Callable[[], Task | None]) -> bool:
         """Take tasks until no more may be under way; False if there are not as many."""
@@ -128,15 +132,18 @@ class Front:
         threads = self._threads
         # fewer and fewer towards the end, so that all threads end together
         most = min(ceil_div(blocks.left, threads), self._thread_blocks // TASKS)
-        nbytes = float(self._task_nbytes)
+        nbytes, least = float(self._task_nbytes), 1
         if not self.pool.is_cluster:
             most = min(most, MAX_BLOCKS_PER_TASK)
-        elif self._done_nbytes:
-            # longer where there are many threads, so that the scheduler keeps up with them
-            every = threads * SCHEDULER_S
-            seconds = max(min(TASK_S, every / SHARE), every)
-            nbytes = max(nbytes, seconds / self._seconds(1))
-        return blocks.take(self._arrays, nbytes, max(1, most))
+        else:
+            # blocks seem to take the longer, the later the scheduler is
+            least = ceil_div(threads, THREADS)
+            if self._done_nbytes:
+                # longer where there are many threads, so that the scheduler keeps up with them
+                every = threads * SCHEDULER_S
+                seconds = max(min(TASK_S, every / SHARE), every / MOST)
+                nbytes = max(nbytes, seconds / self._seconds(1))
+        return blocks.take(self._arrays, nbytes, least, max(1, most))
 
     def submit(self, task: Task) -> None:
         """Let a task begin."""
@@ -219,12 +226,21 @@ class Front:
         if task.keeps and task.blocks:
             self._kept[ended] = task
 
-    def _repeat_late(self, times: float) -> None:
+    def _repeat_late(self, times: float, *, is_silent: bool) -> None:
         """Give tasks that take so many times as long as others to other workers too."""
         under_way = list(dict.fromkeys(self._tasks.values()))
         # what a thread has, on average, may come before a task
         before = sum(task.nbytes for task in under_way) / self._threads
-        for task in under_way:
-            limit = LATE_S + times * self._seconds(before + task.nbytes)
-            if time.monotonic() - task.began > limit and len(task.futures) < COPIES:
-                self._begin([task], task.futures)
+        now = time.monotonic()
+        late = [
+            task for task in under_way
+            if now - task.began > LATE_S + times * self._seconds(before + task.nbytes)
+            and len(task.futures) < COPIES
+        ]  # fmt: skip
+        # for threads without a task, since all tasks are late if the scheduler is; and for some
+        # others if no task ends, since these threads may be frozen
+        idle = max(self._threads - len(self._tasks), ceil_div(self._threads, 8) * is_silent)
+        late = sorted(late, key=attrgetter("began"))[:idle]
+        for _, group in groupby(late, key=attrgetter("function")):
+            tasks = [*group]
+            self._begin(tasks, [future for task in tasks for future in task.futures])

@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 from uuid import uuid4
 
+from daskclip.grid import ceil_div
 from daskclip.worker.context import unpacked
 
 SHORTEST, LONGEST = 0.001, 0.05  # seconds between two looks at the futures of a cluster
@@ -26,7 +27,8 @@ TOGETHER = 8  # parts of the calls under way whose results are fetched together
 FETCH_INTERVAL_S = 0.2  # after which fewer are fetched too
 COUNT_INTERVAL_S = 1.0  # between two questions for the number of threads
 PACKED_NBYTES = 1 << 15  # of a value that is sent with each call
-ANSWER_S = 1.0  # after which results are fetched one by one
+ANSWER_S, EACH_S = 1.0, 0.02  # and for each result, after which a fetch is split
+SPLIT = 8  # into so many parts
 Function = Callable[..., Any]
 Calls = Sequence[tuple[Any, ...]]
 """Arguments of calls."""
@@ -120,7 +122,11 @@ class Fetch:
 
     futures: list[Any]
     results: Future[list[Any]]
-    began: float = field(default_factory=time.monotonic)
+    until: float = field(init=False)
+    """When it is split."""
+
+    def __post_init__(self) -> None:
+        self.until = time.monotonic() + ANSWER_S + EACH_S * len(self.futures)
 
 
 class ClusterPool:
@@ -224,13 +230,14 @@ class ClusterPool:
             # where a future was let go of, that is the error
             if error and len(wanted) == len(fetch.futures) and not wait_was_cancelled(error):
                 raise error
-        elif wanted and (len(wanted) == 1 or time.monotonic() - fetch.began < ANSWER_S):
+        elif wanted and (len(wanted) == 1 or time.monotonic() < fetch.until):
             self._fetches.append(fetch)
             return {}
         # a worker that does not answer holds up the results of others
         fetch.results.cancel()
-        for future in wanted:
-            self._fetch([future])
+        size = ceil_div(len(wanted), SPLIT) or 1
+        for start in range(0, len(wanted), size):
+            self._fetch(wanted[start : start + size])
         return {}
 
     def cancel(self, futures: Iterable[Any]) -> None:

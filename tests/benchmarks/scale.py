@@ -37,7 +37,7 @@ from .tables import machine, options, write
 CHUNK = 2**22  # elements of a block of one chunk: 16 MiB
 FROZEN_S = 45
 MEMORY = "4GiB"
-PER_PROCESS = 250  # workers that one process simulates
+PER_PROCESS = 500  # workers that one process simulates
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ CASES = {
     "none slower": Case(4, 4, 1536, 0.08),
     "one worker frozen for 45 s": Case(4, 4, 1536, 0.08, freezes=True),
     "1 x 2 threads": Case(1, 2, 2000),
-    "10 workers": Case(10, 2, 10_000, simulated=True),
-    "100 workers": Case(100, 2, 20_000, simulated=True),
-    "200 workers": Case(200, 2, 40_000, simulated=True),
+    "10 workers": Case(10, 2, 5000, 0.08, simulated=True),
+    "100 workers": Case(100, 2, 40_000, 0.08, simulated=True),
+    "1,000 workers": Case(1000, 2, 80_000, 0.08, simulated=True),
+    "1,000 workers, blocks of 1 s": Case(1000, 2, 60_000, 1, simulated=True),
 }
 
 
@@ -108,8 +109,10 @@ def cluster(case, folder):
             left = case.workers
             while left > 0:
                 number = min(left, PER_PROCESS)
-                command = "tests.benchmarks.scale_blocks", address, number, case.threads
-                workers.append(stack.enter_context(started(*command)))
+                command = "tests.benchmarks.answering_workers", address, number, case.threads
+                workers.append(
+                    stack.enter_context(started(*command, ANSWER_SECONDS=str(case.seconds)))
+                )
                 left -= number
         else:
             for number in range(case.workers):
@@ -137,23 +140,26 @@ def empty(path, blocks):
 
 def run_client(address, blocks):
     """Clip in this process; prints a line before, and one with the figures after."""
-    submit, tasks = ClusterPool.submit, []
+    submit, tasks, copies = ClusterPool.submit, [], []
 
     def counting(self, function, calls, avoid=()):
-        tasks.extend(calls)
+        (copies if avoid else tasks).extend(calls)
         return submit(self, function, calls, avoid)
 
     ClusterPool.submit = counting
     with tempfile.TemporaryDirectory() as folder, Client(address) as client:
         # the scheduler imports the package when it has the first task
         clip_zarr(empty(f"{folder}/one", 1), f"{folder}/made", 1.0, memory=MEMORY)
+        client.run(scale_blocks.forget_times)
         source = empty(f"{folder}/x", blocks)
         print("ready", flush=True)
         tasks.clear()
+        copies.clear()
         before, began = time.process_time(), time.perf_counter()
         clip_zarr(source, f"{folder}/y", 1.0, memory=MEMORY)
         took, used = time.perf_counter() - began, time.process_time() - before
-        print(json.dumps({"seconds": took, "client": used, "tasks": len(tasks)}), flush=True)
+        figures = {"seconds": took, "client": used, "tasks": len(tasks), "copies": len(copies)}
+        print(json.dumps(figures), flush=True)
         sys.stdin.readline()
         # of workers that answer
         found = client.run(scale_blocks.times, on_error="ignore").values()
@@ -167,7 +173,15 @@ def run(case):
         scheduler, workers = processes
         with Client(address) as client:
             client.wait_for_workers(case.workers, timeout=300)
-        command = [sys.executable, "-m", "tests.benchmarks.scale", "client", address]
+        command = [
+            sys.executable,
+            *(
+                ["/tmp/w/simclient.py"]
+                if os.environ.get("SIMC")
+                else ["-m", "tests.benchmarks.scale", "client"]
+            ),
+            address,
+        ]
         with subprocess.Popen(
             [*command, str(case.blocks)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as child:
@@ -186,8 +200,7 @@ def run(case):
                 wake.join()
             child.stdin.write("\n")
             child.stdin.flush()
-            if not case.simulated:
-                figures["span"] = json.loads(child.stdout.readline())
+            figures["span"] = json.loads(child.stdout.readline())
             child.kill()
     return figures
 
@@ -220,7 +233,7 @@ def cluster_rows(found):
     )
     for name, results in found.items():
         case, each = CASES[name], 2 * CASES[name].blocks / 1e3
-        seconds = middle(results, "seconds" if case.simulated or case.freezes else "span")
+        seconds = middle(results, "seconds" if case.freezes else "span")
         work = f"{case.ideal / seconds:.2f}" if case.seconds and not case.freezes else ""
         yield (
             f"| {name} | {case.workers * case.threads:,} | {case.blocks:,} "
@@ -281,7 +294,8 @@ def main(arguments):
         f"one machine. Medians of {chosen.repeat} interleaved runs, from the first block to the "
         "last; milliseconds are of CPU, for each block and pass, and MB those of the scheduler. "
         f"The frozen worker is stopped for {FROZEN_S} s in mid run. Where there are 10 workers or "
-        f"more, {PER_PROCESS} at most share a process, whose own time bounds the run; once.\n\n"
+        f"more, they are simulated, {PER_PROCESS} at most in a process, and run once: they speak "
+        "the protocol of workers, on the cores that scheduler and client need too.\n\n"
         + (f"{ends(found)}\n\n" if BUSY in found else "")
         + (on_threads_text(rows) if rows else "")
         + f"{machine('numpy', 'zarr', 'dask')}; load average {load:.1f} before the run.\n"

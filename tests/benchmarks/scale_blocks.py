@@ -1,11 +1,6 @@
-"""Blocks that take a given time and do nothing: a preload of workers, which also notes the times.
+"""Blocks that do nothing for a given time: a preload of workers, which also notes the times."""
 
-With NUMBER in the environment a process has so many workers in place of one.
-"""
-
-import asyncio
 import os
-import sys
 import time
 
 import numpy as np
@@ -45,6 +40,10 @@ def do_nothing():
     tasks.sum_block, tasks.rescale_block, tasks.clip_slab = sum_nothing, write_nothing, clip_nothing
 
 
+def forget_times():
+    TIMES.clear()
+
+
 def times():
     """When the first block of this process began and when the last one ended."""
     return (min(TIMES), max(TIMES) + SECONDS) if TIMES else None
@@ -52,23 +51,3 @@ def times():
 
 def dask_setup(worker):
     do_nothing()
-
-
-async def run_workers(address, number, threads):
-    """Run workers of this process until the scheduler ends."""
-    from distributed import Worker
-
-    workers = [
-        Worker(address, nthreads=threads, memory_limit=0, dashboard=False) for _ in range(number)
-    ]
-    for some in range(0, number, 50):
-        await asyncio.gather(*workers[some : some + 50])
-    await asyncio.gather(*(worker.finished() for worker in workers))
-
-
-if __name__ == "__main__":
-    # under the name by which its functions are found
-    from tests.benchmarks import scale_blocks
-
-    scale_blocks.do_nothing()
-    asyncio.run(run_workers(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -1,8 +1,10 @@
 """The rolling front: how many blocks are under way, and runs that other threads resume."""
 
+import asyncio
 import time
 from functools import wraps
-from threading import Lock
+from threading import Lock, Thread
+from types import SimpleNamespace
 
 import dask
 import numpy as np
@@ -14,6 +16,7 @@ from stores import create, least_memory, read, some, stopping_at, stored
 from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr, verify_zarr
+from daskclip.engine.front import BlockId, Blocks, Front, Task
 from daskclip.target.journal import Journal
 from daskclip.worker import LocalPool, pool, tasks
 
@@ -197,3 +200,84 @@ def test_workers_that_come_all_have_blocks_within_two_windows(
     assert len(set(ran[: come[0]])) == 1
     assert len(ran) > come[0] + 2 * window
     assert len(set(ran[come[0] : come[0] + 2 * window])) == WORKERS
+
+
+# --- a scheduler that is late --------------------------------------------------------------------
+
+
+class LateScheduler:
+    """A pool in which one call ends at each look; it counts the futures under way."""
+
+    is_cluster = True
+
+    def __init__(self, threads):
+        self.threads, self.under_way = threads, []
+
+    def submit(self, function, calls, avoid=()):
+        return [object() for _ in calls]
+
+    def ended(self, pending, seconds):
+        time.sleep(seconds if self.under_way else 0)
+        self.under_way.append(len(pending))
+        return {next(iter(pending)): None}
+
+    def cancel(self, futures):
+        pass
+
+
+@pytest.mark.parametrize(("tasks", "most"), [(3, 3), (7, 8), (15, 15)])
+def test_late_tasks_are_repeated_on_idle_threads_only(tasks, most):
+    pool = LateScheduler(8)
+    front = Front(pool, [], blocks=4, task_nbytes=1)
+    # after the first one all others are late
+    sizes = iter([10**9] + [1] * (tasks - 1))
+    calls = (Task(print, (), lambda _: None, nbytes=nbytes) for nbytes in sizes)
+    front.run(lambda: next(calls, None))
+    assert max(pool.under_way) == most
+
+
+class Finished:
+    status = "finished"
+
+
+class StuckClient:
+    """A client in which one result cannot be had for some time; it counts what is fetched."""
+
+    def __init__(self, stuck, loop):
+        self.stuck, self.fetched, self.is_stuck = stuck, [], True
+        self.loop = SimpleNamespace(asyncio_loop=loop)
+
+    async def gather(self, futures, asynchronous):
+        self.fetched.append(len(futures))
+        while self.is_stuck and self.stuck in futures:
+            await asyncio.sleep(0.01)
+        return futures
+
+
+def test_a_result_that_is_stuck_holds_up_no_others(monkeypatch):
+    monkeypatch.setattr(pool, "ANSWER_S", 0.2)
+    monkeypatch.setattr(pool, "EACH_S", 0)
+    futures = [Finished() for _ in range(64)]
+    loop = asyncio.new_event_loop()
+    thread = Thread(target=loop.run_forever)
+    thread.start()
+    client = StuckClient(futures[5], loop)
+    asked, pending = pool.ClusterPool(client), dict.fromkeys(futures, False)
+    while len(pending) > 1:
+        for future in asked.ended(pending, 0.1):
+            del pending[future]
+    assert [*pending] == [futures[5]]
+    client.is_stuck = False
+    assert asked.ended(pending, 10) == {futures[5]: futures[5]}
+    assert sorted(client.fetched) == [1] * 8 + [8] * 8 + [64]
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.mark.parametrize(("threads", "blocks"), [(2, 1), (256, 1), (257, 2), (1024, 4), (9999, 8)])
+def test_tasks_of_many_threads_have_many_blocks(threads, blocks):
+    array = SimpleNamespace(plan=SimpleNamespace(nbytes_of=lambda *_: 1))
+    front = Front(LateScheduler(threads), [array], blocks=16, task_nbytes=1)
+    left = 10**6
+    assert len(front.take(Blocks((BlockId(0, 0, n) for n in range(left)), left))) == blocks
