@@ -2,9 +2,9 @@
 
 A *task* is a call that does some blocks, or combines their sums. Whenever one ends, others begin,
 so that no thread waits for the slowest of a group. On a cluster a task does as many blocks as take
-about a second, since each costs the scheduler some tenths of a millisecond, and fewer towards the
-end of a pass. A task that takes far longer than others is given to another worker too; the first
-result counts.
+about a second, since each task costs the scheduler about a millisecond; more where there are many
+threads, and fewer towards the end of a pass. A task that takes far longer than others is given to
+another worker too; the first result counts.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ MAX_BLOCKS_PER_TASK = 16  # small blocks that one task does although none has be
 SCHEDULER_S = 0.0015  # seconds that the scheduler and the client have for each task
 SHARE = 0.04  # of their time that tasks should take
 TASK_S = 1.2  # seconds that a task takes at most to keep to that share
-MOST = 0.3  # of their time that tasks may take, however long a task is then
-THREADS = 256  # and a task has as many blocks as there are so many threads, at least
+MOST_SHARE = 0.3  # of their time that tasks may take, however long a task is then
+THREADS_PER_BLOCK = 256  # for each of which a task has a block, whatever blocks seem to take
 LATE, VERY_LATE = 1.25, 10  # times the usual seconds: where threads are idle, and where none is
 LATE_S = 0.25  # and so many seconds more
 COPIES = 3  # workers that a late task is given to, at most
+SILENT_PART = 8  # threads for each that may be taken for frozen while no task ends
 
 
 class BlockId(NamedTuple):
@@ -109,8 +110,7 @@ class Front:
         while True:
             is_idle = not self._fill(next_task)
             new, self._new = self._new, []
-            for _, some in groupby(new, key=attrgetter("function")):
-                self._begin([*some])
+            self._begin(new)
             if not self._tasks:
                 return
             ended = self._wait()
@@ -137,11 +137,11 @@ class Front:
             most = min(most, MAX_BLOCKS_PER_TASK)
         else:
             # blocks seem to take the longer, the later the scheduler is
-            least = ceil_div(threads, THREADS)
+            least = ceil_div(threads, THREADS_PER_BLOCK)
             if self._done_nbytes:
                 # longer where there are many threads, so that the scheduler keeps up with them
                 every = threads * SCHEDULER_S
-                seconds = max(min(TASK_S, every / SHARE), every / MOST)
+                seconds = max(min(TASK_S, every / SHARE), every / MOST_SHARE)
                 nbytes = max(nbytes, seconds / self._seconds(1))
         return blocks.take(self._arrays, nbytes, least, max(1, most))
 
@@ -150,15 +150,18 @@ class Front:
         self._new.append(task)
         self._blocks += len(task.blocks)
 
-    def _begin(self, tasks: Sequence[Task], avoid: Sequence[Any] = ()) -> None:
-        """Begin tasks of one function, on other workers than those of the futures in ``avoid``."""
-        with translating_cluster_errors(self._block_of):
-            calls = [self._renewed(task.args) if avoid else task.args for task in tasks]
-            futures = self.pool.submit(tasks[0].function, calls, avoid)
-        for task, future in zip(tasks, futures, strict=True):
-            task.began = time.monotonic()
-            task.futures.append(future)
-            self._tasks[future] = task
+    def _begin(self, tasks: Sequence[Task]) -> None:
+        """Begin tasks, or repeat them on other workers than those that have one of them."""
+        for function, group in groupby(tasks, key=attrgetter("function")):
+            some = [*group]
+            avoid = [future for task in some for future in task.futures]
+            with translating_cluster_errors(self._block_of):
+                calls = [self._renewed(task.args) if avoid else task.args for task in some]
+                futures = self.pool.submit(function, calls, avoid)
+            for task, future in zip(some, futures, strict=True):
+                task.began = time.monotonic()
+                task.futures.append(future)
+                self._tasks[future] = task
 
     def _renewed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments of a late call: who has the results in them may not answer."""
@@ -239,8 +242,6 @@ class Front:
         ]  # fmt: skip
         # for threads without a task, since all tasks are late if the scheduler is; and for some
         # others if no task ends, since these threads may be frozen
-        idle = max(self._threads - len(self._tasks), ceil_div(self._threads, 8) * is_silent)
-        late = sorted(late, key=attrgetter("began"))[:idle]
-        for _, group in groupby(late, key=attrgetter("function")):
-            tasks = [*group]
-            self._begin(tasks, [future for task in tasks for future in task.futures])
+        frozen = ceil_div(self._threads, SILENT_PART) if is_silent else 0
+        idle = max(self._threads - len(self._tasks), frozen)
+        self._begin(sorted(late, key=attrgetter("began"))[:idle])

@@ -50,7 +50,7 @@ class Pool(Protocol):
     def submit(self, function: Function, calls: Calls, avoid: Collection[Any] = ()) -> list[Any]:
         """Futures of calls of a function, given the arguments of each.
 
-        They run on other workers than the futures of the same calls in ``avoid``.
+        They run on workers that have none of the futures in ``avoid``, if there are any.
         """
 
     def ended(self, pending: Mapping[Any, bool], seconds: float) -> dict[Any, Any]:

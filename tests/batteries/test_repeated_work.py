@@ -61,9 +61,9 @@ from daskclip.errors import DaskClipError
 use(**{sizes})
 stages.SUMS_NBYTES = {sums}
 log = os.open({log!r}, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-def begin(self, tasks, avoid=(), original=Front._begin):
-    os.write(log, b"x" * sum(len(task.blocks) for task in tasks if avoid))
-    return original(self, tasks, avoid)
+def begin(self, tasks, original=Front._begin):
+    os.write(log, b"x" * sum(len(task.blocks) for task in tasks if task.futures))
+    return original(self, tasks)
 def renewed(self, args, original=Front._renewed):
     made = original(self, args)
     for part in made[0] if isinstance(made[0], list) else ():
