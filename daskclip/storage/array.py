@@ -236,7 +236,7 @@ class StoredArray:
         return self._chunks.listed(changes)
 
     def versioned(self, *, changes: bool) -> Iterator[Stored]:
-        """What is stored, with versions that differ when its bytes do; see `ChunkFiles.listed`."""
+        """Stored keys, with versions that differ when their bytes do; see `ChunkFiles.listed`."""
         if isinstance(self._chunks, ChunkFiles):
             return self._chunks.listed(changes)
         grid = np.ndindex(grid_shape(self.shape, self.unit))

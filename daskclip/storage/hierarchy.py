@@ -53,7 +53,7 @@ class Hierarchy:
 
     @property
     def store_path(self) -> StorePath:
-        """Where it is stored, for zarr."""
+        """Place where it is stored, for zarr."""
         return _at(self.store, self.path)
 
     @property

@@ -117,7 +117,7 @@ class ChunkObjects:
         return versioned(self.store, self.path, self._found(grid), self._count)
 
     def _found(self, grid: Iterable[str]) -> Iterator[Stored]:
-        """What is listed, or all chunks of ``grid`` if there is no listing."""
+        """Listed chunks, or all of ``grid`` if there is no listing."""
         try:
             found = self.listed(False)
             return chain([*islice(found, 1)], found)

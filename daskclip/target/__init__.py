@@ -1,4 +1,4 @@
-"""Where a run writes: a lock, staging, a journal of what is done, and one commit at the end.
+"""Targets of runs: a lock, staging, a journal of what is done, and one commit at the end.
 
     locate ──> directory      a local folder: flock, staging beside it, one rename
            └─> object_store   a prefix: a lease, chunks first, metadata last

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -66,7 +65,7 @@ class RunRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlocksRecord:
-    """What some blocks have done since the record before; fields that are None are not stored."""
+    """Work on some blocks since the record before; fields that are None are not stored."""
 
     tally: Sequence[Any] | None = None
     """Counts over slices, for `SliceCounts.from_json`."""
@@ -167,7 +166,7 @@ def cut_torn_end(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ArrayFiles:
-    """Where arrays are kept, for every process that sees the place."""
+    """Files of arrays, for every process that sees their place."""
 
     place: Path | ObjectPrefix
     below: str = ""
@@ -179,7 +178,7 @@ class ArrayFiles:
         # not by numpy.savez: an interrupt in a zip file ends as an error that hides it
         for array in (np.array([*arrays]), *arrays.values()):
             np.save(buffer, array, allow_pickle=False)
-        buffer.write(b"%08x" % zlib.crc32(buffer.getbuffer()))
+        buffer.write(_checksum(buffer.getbuffer()))
         if isinstance(self.place, Path):
             durable.write_durably(self.place / name, buffer.getvalue())
         else:
@@ -192,7 +191,7 @@ class ArrayFiles:
         else:
             (found,) = self.place.get(f"{self.below}/{name}")
             data = b"" if found is None else found.tobytes()
-        if data[-8:] != b"%08x" % zlib.crc32(memoryview(data)[:-8]):
+        if data[-8:] != _checksum(memoryview(data)[:-8]):
             raise ValueError(f"{name} is damaged")
         buffer = io.BytesIO(data)
         return {str(key): np.load(buffer) for key in np.load(buffer)}
@@ -295,3 +294,8 @@ class RemoteJournal:
 def _line(record: Record) -> bytes:
     text = json.dumps(_to_json(record), separators=(",", ":")).encode()
     return b"%08x %s\n" % (durable.digest(text), text)
+
+
+def _checksum(data: memoryview) -> bytes:
+    """CRC-32C in eight digits."""
+    return b"%08x" % durable.digest(np.asarray(data))

@@ -16,7 +16,7 @@ from daskclip.target.object_store import (
 )
 
 Target = DirectoryTarget | ObjectStoreTarget
-"""Where an array or group is written; both have the same methods, and `locked` begins a run."""
+"""Place of an array or group; both have the same methods, and `locked` begins a run."""
 Transaction = DirectoryTransaction | ObjectStoreTransaction
 """A run under the lock of its target: begin, stage, publish, clear; both have these methods."""
 

@@ -1,4 +1,4 @@
-"""What the tasks of an array share, and the state of a process that runs blocks."""
+"""State that the tasks of an array share, and that of a process that runs blocks."""
 
 import pickle
 from collections import defaultdict, deque

@@ -10,7 +10,7 @@ from daskclip.numerics import Array, Partial, combine
 
 
 class ArrayFiles(Protocol):
-    """Where arrays are kept by name, for every process."""
+    """Files of arrays by name, for every process."""
 
     def save(self, name: str, arrays: dict[str, Array]) -> None:
         """Keep arrays."""

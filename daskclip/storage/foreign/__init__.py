@@ -1,4 +1,4 @@
-"""What zarr does not know by itself: arrays in flat files and in memory, and bfloat16.
+"""Arrays that zarr does not know by itself: in flat files, in memory, and of bfloat16.
 
     headers ──> store ──> chunks
        └─> arrays ─┘

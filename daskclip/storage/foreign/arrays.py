@@ -151,7 +151,7 @@ def check_layout(where: str, shape: Sequence[int], dtype: object) -> None:
 
 
 def layout(where: str, shape: Sequence[int], dtype: np.dtype[Any], fortran: bool) -> dict[str, Any]:
-    """What a flat array is made with, but the place of its elements."""
+    """Fields of a flat array, but the place of its elements."""
     check_layout(where, shape, dtype)
     return {
         "shape": tuple(map(int, shape)), "dtype": dtype.name, "itemsize": dtype.itemsize,

@@ -43,7 +43,7 @@ class FlatStore(Store):
         super().__init__(read_only=True)
         self.path = path
         self.arrays = arrays
-        """By name: '' if there is no group."""
+        """Arrays by name: '' if there is no group."""
         self.files = (*files,)
         """Files that are read; none for an array in memory."""
         self._opened = self._status
@@ -84,7 +84,7 @@ class FlatStore(Store):
 
     @property
     def version(self) -> str:
-        """What changes when the files do; '' for memory, and files in it that do not tell."""
+        """Text that changes when the files do; '' for memory, and files in it that do not tell."""
         return self._status if _keep_times(self.files) else ""
 
     @property
