@@ -52,19 +52,32 @@ A block of a run passes through engine, worker, storage, numerics and storage ag
 Dask array through lazy and numerics. `examples/00_one_chunk.py` goes this way by hand.
 """
 
+import importlib
+import typing
+
 # not xarray and cli: xarray is optional, and click is of no use in a program
-try:
+if typing.TYPE_CHECKING:
     from daskclip.engine import clip_zarr, open_flat, plan_zarr, stats_zarr, verify_zarr
+try:
     from daskclip.lazy import IndexedSlices, clip_by_global_norm, clip_by_norm, global_norm, norm
 except Exception as error:
     # Dask and zarr refuse broken settings when they are imported. An error here would keep the
     # command line from saying so in one line; what is public raises it instead.
-    _error = error
+    _error: Exception | None = error
+else:
+    _error = None
 
-    def __getattr__(name: str) -> object:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        raise ImportError(f"daskclip cannot be used: {_error}") from _error
+
+def __getattr__(name: str) -> object:
+    """Return a name of the engine, which is imported here: arrays are clipped without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        if _error is not None:
+            raise _error
+        return getattr(importlib.import_module("daskclip.engine"), name)
+    except Exception as error:
+        raise ImportError(f"daskclip cannot be used: {error}") from error
 
 
 __version__ = "0.5.0"

@@ -139,6 +139,21 @@ def test_no_module_of_ours_is_imported_inside_a_function(module):
     assert not [f for f in functions(tree) if own(imports(f))]
 
 
+def test_only_the_package_imports_the_engine_when_it_is_used(module):
+    name, tree = module
+    # a third of the memory of an import, which those who clip arrays do not need
+    imported = ast.unparse(tree).count("import_module(")
+    assert imported == (name == "__init__")
+
+
+def test_the_engine_is_imported_when_it_is_used():
+    code = """import sys, daskclip
+engine = lambda: "daskclip.engine" in sys.modules
+print(engine(), daskclip.clip_by_norm.__name__, engine(), daskclip.clip_zarr.__name__, engine())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False clip_by_norm False clip_zarr True\n"
+
+
 def test_imports_from_outside(module):
     name, tree = module
     allowed = {*sys.stdlib_module_names, "daskclip", *OUTSIDE}
@@ -184,12 +199,14 @@ except daskclip.errors.TargetError as error:
 
 
 def test_all_holds_the_public_names():
-    public = {
+    here = {
         name
         for name, value in vars(daskclip).items()
         if not name.startswith("_") and not isinstance(value, ModuleType)
     }
-    assert set(daskclip.__all__) == public
+    room = importlib.import_module("daskclip.engine")
+    engine = {name for name in daskclip.__all__ if hasattr(room, name)}
+    assert set(daskclip.__all__) == here | engine
     assert daskclip.__all__ == sorted(daskclip.__all__)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import zarr
 
 import daskclip
+from daskclip import clip_zarr
 
 PACKAGE = Path(daskclip.__file__).parent
 
@@ -101,7 +102,7 @@ def clip_six_chunks(folder: Path) -> Trace:
     source[:] = np.arange(source.size, dtype="float32").reshape(source.shape)
     trace = Trace()
     with dask.config.set(scheduler="synchronous"), trace.running():
-        daskclip.clip_zarr(str(folder / "a.zarr"), str(folder / "b.zarr"), 1.0, axes=1)
+        clip_zarr(str(folder / "a.zarr"), str(folder / "b.zarr"), 1.0, axes=1)
     return trace
 
 
