@@ -100,7 +100,7 @@ def _parse_slice(axes: slice, ndim: int, may_be_none: bool) -> tuple[int, ...]:
         raise InvalidValueError.about("axes", axes, "has a step of 0; give another one, or none")
     taken = range(ndim)[axes]
     if not (taken or may_be_none):
-        empty = f"takes no axis of an array of {ndim} dimensions; use [] to take none"
+        empty = f"takes no axis of a {ndim}-d array; use [] to take none"
         raise InvalidValueError.about("axes", axes, empty)
     return tuple(sorted(taken))
 

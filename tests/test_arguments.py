@@ -57,7 +57,7 @@ def x(request):
         (slice(None, None, True), TypeError, "holds a bool", "such as slice(1, None)"),
         (slice(None, None, 0), ValueError, "step of 0", "give another one, or none"),
         (slice(2, None), ValueError, "(2, None, None) takes no axis", "use [] to take none"),
-        (slice(1, 1), ValueError, "an array of 2 dimensions", "use [] to take none"),
+        (slice(1, 1), ValueError, "a 2-d array", "use [] to take none"),
     ],
     ids=repr,
 )

@@ -9,6 +9,7 @@ another worker too; the first result counts.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ class Front:
         self._blocks = 0
         self._done_nbytes = 0
         self._began = self._ended = time.monotonic()
+        self._threads = self._count_threads()
 
     @property
     def window(self) -> int:
@@ -108,6 +110,8 @@ class Front:
     def run(self, next_task: Callable[[], Task | None]) -> None:
         """Run tasks until there are none: neither given by ``next_task`` nor under way."""
         while True:
+            # once, so that all that is decided until tasks have ended agrees
+            self._threads = self._count_threads()
             is_idle = not self._fill(next_task)
             new, self._new = self._new, []
             self._begin(new)
@@ -127,11 +131,11 @@ class Front:
             self.submit(task)
         return True
 
-    def take(self, blocks: Blocks) -> list[BlockId]:
-        """Blocks for one task."""
+    def take(self, blocks: Blocks, room: int = sys.maxsize) -> list[BlockId]:
+        """Blocks for one task, and no more than there is room for."""
         threads = self._threads
         # fewer and fewer towards the end, so that all threads end together
-        most = min(ceil_div(blocks.left, threads), self._thread_blocks // TASKS)
+        most = min(ceil_div(blocks.left, threads), self._thread_blocks // TASKS, room)
         nbytes, least = float(self._task_nbytes), 1
         if not self.pool.is_cluster:
             most = min(most, MAX_BLOCKS_PER_TASK)
@@ -181,8 +185,8 @@ class Front:
         self.pool.cancel(self._tasks)
         self._tasks.clear()
 
-    @property
-    def _threads(self) -> int:
+    def _count_threads(self) -> int:
+        """Threads that there are now."""
         with translating_cluster_errors(self._block_of):
             return self.pool.threads
 

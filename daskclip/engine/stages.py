@@ -163,6 +163,8 @@ def _two_passes(passes: Passes, function: BlockFunction | None, arrays: Sequence
             following.advance()
 
     passes.front.run(next_task)
+    if not all(slab.is_done for slab in active):
+        raise RuntimeError("blocks are left over; this is a defect of daskclip, please report it")
     passes.flush()
 
 
@@ -207,7 +209,7 @@ class Slab:
     _parts: list[Any] = field(default_factory=list)
     """Sums: those of all blocks that were combined, then those of some more."""
     _added: int = 0
-    """Blocks whose sums are not combined yet."""
+    """Blocks whose sums are there and not combined yet."""
     _has_total: bool = False
     """Whether the first of the sums is that of all blocks before."""
     _is_waiting: bool = False
@@ -245,9 +247,11 @@ class Slab:
         if self.second is not None:
             blocks = front.take(self.second)
             return self._rescaling(blocks) if blocks else None
-        if not self.is_small and self._under_way + self._added >= front.window:
+        room = front.window - (0 if self.is_small else self._under_way + self._added)
+        if room <= 0:
+            self.advance()  # there may be fewer threads than when a sum was added
             return None
-        blocks = front.take(self.first)
+        blocks = front.take(self.first, room)
         return self._summing(blocks) if blocks else None
 
     def _summing(self, blocks: Sequence[BlockId]) -> Task:
@@ -285,8 +289,8 @@ class Slab:
         is_last = not self.first.left and not self._under_way
         if self._added and (is_last or 2 * self._added >= self.passes.front.window):
             self._is_waiting = True
-            parts, self._parts, self._added = self._parts, [], 0
-            self._combine(parts)
+            parts, self._parts = self._parts, []
+            self._combine(parts, self._added)
         elif is_last:
             self._is_waiting = True
             self._scale()
@@ -300,8 +304,8 @@ class Slab:
         else:
             self.passes.front.submit(Task(function, args, then, keeps=keeps))
 
-    def _combine(self, parts: Sequence[Any]) -> None:
-        """Combine sums, and save them if doing all blocks so far again would take long."""
+    def _combine(self, parts: Sequence[Any], added: int) -> None:
+        """Combine sums of some more blocks; save them if doing all so far again would take long."""
         passes, name = self.passes, f"sums-{self.name}-{uuid4().hex[:8]}"
         blocks = sum(passes.arrays[k].plan.slab_blocks for k in self.arrays)
         is_long = passes.keeps_sums or 2 * blocks >= passes.front.window
@@ -311,17 +315,18 @@ class Slab:
         def kept(sums: Any, digests: dict[tuple[int, int, int], int]) -> None:
             passes.sum(self.name, digests, name if store else None)
             self._parts.insert(0, sums)
+            self._added -= added
             self._is_waiting = False
             self.advance()
 
-        def added(sums: Any) -> None:
+        def combined(sums: Any) -> None:
             self._call(keep_sums, sums, store, name, then=partial(kept, sums), keeps=False)
 
         if saved := self._saved(name if store else ""):
             args, then = (parts, known, store, name), partial(kept, saved)
             self._call(add_and_keep, *args, then=then, keeps=False)
         else:
-            self._call(add_sums, parts, known, then=added, keeps=True)
+            self._call(add_sums, parts, known, then=combined, keeps=True)
 
     def _saved(self, name: str) -> SavedSums | None:
         """Saved sums as an argument of tasks, which load them: no worker has to be there for it."""

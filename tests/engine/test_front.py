@@ -16,6 +16,7 @@ from stores import create, least_memory, read, some, stopping_at, stored
 from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr, verify_zarr
+from daskclip.engine import stages
 from daskclip.engine.front import BlockId, Blocks, Front, Task
 from daskclip.target.journal import Journal
 from daskclip.worker import LocalPool, pool, tasks
@@ -80,6 +81,98 @@ def test_another_scheduler_of_dask_computes_the_blocks(x, tmp_path):
         clip_zarr(x, tmp_path / "y", 1.0, 0, memory=least_memory(x, 0))
     assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0, 0))
     assert len(calls) > 4
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("axes", [None, 0])
+def test_sums_that_are_held_are_no_more_than_planned(x, tmp_path, monkeypatch, threads, axes):
+    begun, combined, held = [], [0], []
+    monkeypatch.setattr(stages, "SUMS_NBYTES", 0)
+
+    def counting(function):
+        @wraps(function)
+        def counted(called, tasks, blocks):
+            begun.append(len(blocks))
+            return function(called, tasks, blocks)
+
+        return counted
+
+    def slow(function):
+        @wraps(function)
+        def combining(parts, known):
+            time.sleep(0.02)  # while other tasks begin, if they may
+            held.append(sum(begun) - combined[0])
+            sums = function(parts, known)
+            combined[0] += len(sums.digests)
+            return sums
+
+        return combining
+
+    monkeypatch.setattr(tasks, "sum_batch", counting(tasks.sum_batch))
+    monkeypatch.setattr(stages, "add_sums", slow(stages.add_sums))
+    with dask.config.set(scheduler="threads", num_workers=threads):
+        memory = least_memory(x, axes) + 500
+        plan = plan_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+        clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0, axes))
+    assert combined[0] == plan.blocks > plan.window
+    assert max(held) <= plan.window
+
+
+def test_a_run_goes_on_with_fewer_threads(x, tmp_path, monkeypatch):
+    # the sums that wait are too few to be combined with 16 threads, and too many for one
+    resize(monkeypatch, window_blocks=16)
+    monkeypatch.setattr(stages, "SUMS_NBYTES", 0)
+    take, wait, waits = Blocks.take, Front._wait, []
+
+    def wait_for_all(self):
+        begun = len(self._tasks)
+        while self._tasks:
+            wait(self)
+        waits.append(begun)
+        return True
+
+    monkeypatch.setattr(Front, "_count_threads", lambda _: 1 if waits else 16)
+    monkeypatch.setattr(Blocks, "take", lambda self, arrays, *_: take(self, arrays, 0, 1, 1))
+    monkeypatch.setattr(Front, "_wait", wait_for_all)
+    with dask.config.set(scheduler="threads", num_workers=16):
+        clip_zarr(x, tmp_path / "y", 1.0)
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0))
+    assert waits[0] == 32
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_threads_come_and_go_at_random(x, tmp_path, monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    axes = [None, 0, 1][rng.integers(3)]
+    resize(monkeypatch, window_blocks=int(rng.integers(1, 33)))
+    monkeypatch.setattr(stages, "SUMS_NBYTES", int(rng.choice([0, 1000, 10**6])))
+    monkeypatch.setattr(Front, "_count_threads", lambda _: int(2 ** rng.uniform(0, 5)))
+    with dask.config.set(scheduler="threads", num_workers=int(rng.integers(1, 17))):
+        memory = least_memory(x, axes) + int(rng.integers(4000))
+        clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0, axes))
+    verify_zarr(tmp_path / "y", x)
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 20])
+def test_blocks_that_are_left_over_are_no_success(x, tmp_path, monkeypatch, after):
+    next_task, calls = stages.Slab.next_task, []
+
+    def none(self):
+        calls.append(self)
+        return next_task(self) if len(calls) <= after else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.Slab, "next_task", none)
+        memory = least_memory(x, 0)
+        with pytest.raises(RuntimeError, match="left over"):
+            clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory)
+        with pytest.raises(RuntimeError, match="left over"):
+            stats_zarr(x, 0, memory=memory)
+    assert not (tmp_path / "y").exists()
+    clip_zarr(x, tmp_path / "y", 1.0, 0, memory=memory)
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0, 0))
 
 
 @pytest.mark.parametrize("after", [1, 6])
