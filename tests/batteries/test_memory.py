@@ -47,7 +47,7 @@ def peak(*command):
 @cache
 def imports():
     """Peak memory of the imports alone, in bytes."""
-    code = "import daskclip, zarr, dask.array, distributed, numpy"
+    code = "import daskclip.engine, zarr, dask.array, distributed, numpy"
     return peak(sys.executable, "-c", code)
 
 
