@@ -21,7 +21,7 @@ Limits = npt.NDArray[Any] | StoredArray
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ArrayTask:
-    """What the tasks of all blocks of an array share in a run."""
+    """Array of a run, as the tasks of all its blocks share it."""
 
     attempt_id: str
     """Name of this attempt at the run."""
@@ -30,7 +30,7 @@ class ArrayTask:
     name: str
     """Path of the array in its group; '' if it is not in a group."""
     plan: ClipPlan
-    """Where the blocks are."""
+    """Plan of its blocks."""
     source: StoredArray
     """Array to read."""
     target: StoredArray | None

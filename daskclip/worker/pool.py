@@ -1,4 +1,4 @@
-"""Where tasks run: on an executor of this process, or on the workers of a Dask cluster.
+"""Pools that run tasks: an executor of this process, or the workers of a Dask cluster.
 
 Both pools give *futures* for calls. A future may be an argument of a later call, which then gets
 its result: on a cluster that stays on the workers.

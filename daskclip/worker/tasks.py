@@ -1,4 +1,4 @@
-"""What a worker does with one block. Every function may run twice, with the same result."""
+"""Tasks of a worker for one block. Every function may run twice, with the same result."""
 
 import math
 import os
