@@ -195,8 +195,9 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
     if workers:
         assert states.pop(0).keys() == {"dashboard"}
     assert states
-    # of the dozens left in the window, at most the one that each thread had taken already
-    assert size(told) - begun <= 2
+    # of the dozens left, at most those that were under way: on threads one for each of two; on two
+    # workers twice as many, and each was given to the other one too if it was late
+    assert size(told) - begun < (8 if workers else 2)
     journal = folder / ".y.daskclip" / "journal"
     # the last record may have been made and not shown
     assert len(list(entries(journal))) - len(states) in (1, 2)
