@@ -383,6 +383,8 @@ def _everywhere(
         except (Exception, CancelledError) as error:
             if failed is not None and worker in client.nthreads():
                 failed[worker] = error
+        finally:
+            call.release()  # not only when the error, which refers to this frame, is freed
     return results
 
 

@@ -133,7 +133,7 @@ def entries(path: Path | bytes) -> Iterator[tuple[Json, int]]:
     with io.BytesIO(path) if isinstance(path, bytes) else path.open("rb") as file:
         for line in file:
             text = line[9:-1]
-            if not line.endswith(b"\n") or line[:9] != b"%08x " % durable.digest(text):
+            if not line.endswith(b"\n") or line[:9] != _checksum(text) + b" ":
                 return
             yield json.loads(text), file.tell()
 
@@ -293,9 +293,9 @@ class RemoteJournal:
 
 def _line(record: Record) -> bytes:
     text = json.dumps(_to_json(record), separators=(",", ":")).encode()
-    return b"%08x %s\n" % (durable.digest(text), text)
+    return b"%s %s\n" % (_checksum(text), text)
 
 
-def _checksum(data: memoryview) -> bytes:
-    """CRC-32C in eight digits."""
-    return b"%08x" % durable.digest(np.asarray(data))
+def _checksum(data: bytes | memoryview) -> bytes:
+    """CRC-32C in eight hexadecimal digits."""
+    return b"%08x" % durable.digest(np.frombuffer(data, np.uint8))

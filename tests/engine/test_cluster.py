@@ -474,11 +474,15 @@ def test_a_worker_that_does_not_answer_is_told_from_one_that_works(x, tmp_path, 
     ):
         future = client.submit(work)
         until(lambda: any(client.processing().values()))
-        with pytest.raises(TemporaryError, match="no answer in 1 s, and 1 other task there"):
-            clip_zarr(x, tmp_path / "y", 1.0)
+        errors = []
+        for _ in range(2):  # the first question is not among the tasks of the second one
+            with pytest.raises(TemporaryError) as caught:
+                clip_zarr(x, tmp_path / "y", 1.0)
+            assert "no answer in 1 s, and 1 other task there" in str(caught.value)
+            errors.append(caught)
         go.touch()
         future.result()
-        # the question that was not answered in time is still to come
+        # the questions that were not answered in time may still come
         until(lambda: not any(client.processing().values()))
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(TemporaryError, match="no answer in 1 s, and 0 other tasks there"):
