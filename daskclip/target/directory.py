@@ -117,13 +117,16 @@ class DirectoryTarget:
         try:
             work.mkdir(exist_ok=True)
         except OSError as error:
+            # the run before removed the folder while it was looked at
+            if isinstance(error, FileExistsError) and not os.path.lexists(work):
+                raise TargetExistsError(taken) from None
             raise TargetPermissionError(
                 f"folder {work.parent} of the target cannot be written ({error.strerror}); "
                 "choose another"
             ) from error
         try:
             lock = (work / "lock").open("w")
-        except FileNotFoundError:  # the run before removed the folder that was just found
+        except FileNotFoundError:  # or when it was found
             raise TargetExistsError(taken) from None
         with lock:
             try:

@@ -1,5 +1,6 @@
 """Targets in local folders: modes of files, what is read-only, and the exchange of folders."""
 
+import errno
 import os
 import stat
 import tempfile
@@ -12,7 +13,7 @@ from zarr.storage import LocalStore, MemoryStore, StorePath
 
 import daskclip
 from daskclip import clip_zarr, plan_zarr, stats_zarr, verify_zarr
-from daskclip.errors import TargetError, TargetPermissionError
+from daskclip.errors import TargetError, TargetExistsError, TargetPermissionError
 from daskclip.storage import StoredArray
 
 NOBODY = 65534
@@ -174,3 +175,16 @@ def test_an_empty_folder_that_cannot_be_replaced_is_told_before_a_chunk_is_read(
     (place / "mine").mkdir()
     monkeypatch.undo()
     assert clip_zarr(source, place / "mine", limit).arrays == 2
+
+
+def test_a_run_that_ends_while_its_folder_is_looked_at_is_another_run(tmp_path, monkeypatch):
+    x, mkdir = create(tmp_path / "x", some((4, 4), "f4"), (2, 4)), os.mkdir
+
+    def ending(path, *args):
+        if Path(path).name == ".y.daskclip":  # it was there, and is removed before the next look
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        mkdir(path, *args)
+
+    monkeypatch.setattr(os, "mkdir", ending)
+    with pytest.raises(TargetExistsError, match="is being written by another run"):
+        clip_zarr(x, tmp_path / "y", 1.0)
