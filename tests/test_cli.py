@@ -119,7 +119,8 @@ def test_progress_as_json_lines(tmp_path):
     names = {"done", "total", "pass", "passes", "seconds", "rate", "left"}
     assert all(s.keys() == names for s in states)
     assert {s["total"] for s in states} == {figures["bytes_read"]}
-    assert [s["done"] for s in states] == sorted({s["done"] for s in states})
+    # two may have the same: counts of a slab are journalled alone where the disk is slow
+    assert [s["done"] for s in states] == sorted(s["done"] for s in states)
     assert [s["pass"] for s in states] == sorted(s["pass"] for s in states)
     assert (states[0]["pass"], states[-1]["pass"], states[-1]["passes"]) == (1, 2, 2)
     assert (states[-1]["done"], states[-1]["left"]) == (figures["bytes_read"], 0)

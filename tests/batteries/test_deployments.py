@@ -210,7 +210,7 @@ from daskclip.target.journal import Journal
 sizing.DEFAULT = sizing.Sizing(window_blocks=1, block_nbytes=1 << 22)
 def slowly(self, entry, append=Journal.append):
     append(self, entry)
-    time.sleep(0.2)
+    time.sleep(0.5)
 Journal.append = slowly
 cli.main()
 """

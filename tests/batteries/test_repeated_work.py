@@ -70,7 +70,7 @@ def renewed(self, args, original=Front._renewed):
         os.write(log, b"x" * len(part[1][2]) if isinstance(part, list) else b"")
     return made
 Front._begin, Front._renewed = begin, renewed
-with Client({address!r}, timeout=2):
+with Client({address!r}, timeout=5):
     try:
         clip_zarr({source!r}, {target!r}, {limit}, {axes}, memory={memory})
     except DaskClipError as error:
@@ -170,6 +170,7 @@ def test_sums_of_workers_that_are_lost_are_not_made_again(x, work, monkeypatch, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("small", "large_sums")
 @pytest.mark.parametrize("line", [1, 4])
 def test_a_frozen_worker_that_has_sums_holds_nobody_up(x, work, monkeypatch, line):
@@ -179,7 +180,7 @@ def test_a_frozen_worker_that_has_sums_holds_nobody_up(x, work, monkeypatch, lin
     work.wait_for_workers(WORKERS)
     frozen, append, lines, target = work.cluster.workers[0], Journal.append, [], x.parent / "y"
     # without this the scheduler would give it up after 5 minutes
-    wake = Timer(60, os.kill, (frozen.pid, signal.SIGCONT))
+    wake = Timer(200, os.kill, (frozen.pid, signal.SIGCONT))
 
     def freezing(self, entry):
         append(self, entry)

@@ -32,11 +32,12 @@ MEMORY = 30_000
 
 
 @pytest.fixture
-def case(tmp_path, small, monkeypatch):
+def case(tmp_path, small, monkeypatch, request):
     """A source, and the bytes that clipping it gives."""
+    rows = getattr(request, "param", 256)
     for name, seconds in BEATS.items():
         monkeypatch.setattr(leases, name, seconds)
-    source = create(tmp_path / "x", some((256, 64), "f4"), (16, 16), compressors=None)
+    source = create(tmp_path / "x", some((rows, 64), "f4"), (16, 16), compressors=None)
     clip_zarr(source, tmp_path / "y", 1.0, 0, memory=MEMORY)
     return source, files_of(tmp_path / "y")
 
@@ -61,15 +62,15 @@ def ended(process):
     return process.returncode, json.loads(out) if out else err.splitlines()[-1]
 
 
+# four times the records that the kills wait for: each comes when the next ones may be there too
+@pytest.mark.parametrize("case", [1024], indirect=True)
 def test_a_client_that_is_killed(weed, case):
     source, wanted = case
     place, rng = Place(weed), random.Random(5)
     for _ in range(6):
         process = started(source, place)
-        lines = rng.randrange(1, 6)
-        for _ in range(lines):
-            if not process.stderr.readline().startswith("{"):
-                break
+        for _ in range(rng.randrange(1, 6)):
+            assert process.stderr.readline().startswith("{")
         process.kill()
         process.communicate()
         assert "zarr.json" not in place.objects()
@@ -77,8 +78,8 @@ def test_a_client_that_is_killed(weed, case):
     assert (code, report["status"]) == (0, "clipped")
     assert place.objects() == wanted
     # finished blocks were not repeated
-    planned = 2 * 256 * 64 * 4
-    assert report["bytes_read"] < planned / 2
+    planned = 2 * 1024 * 64 * 4
+    assert report["bytes_read"] < 0.9 * planned
 
 
 def test_a_server_that_is_killed_and_started_again(weed, case):

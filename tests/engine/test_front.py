@@ -279,7 +279,9 @@ def test_workers_that_come_all_have_blocks_within_two_windows(
         return clip_zarr(x, tmp_path / "y", 100.0, axes, memory=2000)
 
     monkeypatch.setattr(Journal, "append", coming)
-    with LocalCluster(
+    # tasks must not move to workers that come while the first one waits here
+    stealing = dask.config.set({"distributed.scheduler.work-stealing": False})
+    with stealing, LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, protocol="tcp://", host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
     ) as cluster, Client(cluster) as client:  # fmt: skip
@@ -348,7 +350,7 @@ class StuckClient:
 
 
 def test_a_result_that_is_stuck_holds_up_no_others(monkeypatch):
-    monkeypatch.setattr(pool, "ANSWER_S", 0.2)
+    monkeypatch.setattr(pool, "ANSWER_S", 1)
     monkeypatch.setattr(pool, "EACH_S", 0)
     futures = [Finished() for _ in range(64)]
     loop = asyncio.new_event_loop()

@@ -6,12 +6,13 @@ from functools import reduce
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daskclip.numerics.histogram import BINS, RELATIVE_ERROR, NormHistogram, collect, edges
 from daskclip.numerics.partial import INF, NAN
 
+reproducible = settings(derandomize=True, deadline=None)
 PERCENTS = ["0", "0.1", "1", "5", "25", "50", "75", "90", "95", "99", "99.9", "100"]
 
 
@@ -38,6 +39,7 @@ def test_a_quantile_is_within_the_stated_error(spread, percent):
     assert abs(quantile(norms_of(x), x, percent) / exact(x, percent) - 1) <= RELATIVE_ERROR
 
 
+@reproducible
 @given(st.lists(st.floats(2.0**-1022, 1e308) | st.just(0.0), min_size=1), st.sampled_from(PERCENTS))
 def test_quantiles_of_any_norms(values, percent):
     x = np.array(values)
@@ -45,6 +47,7 @@ def test_quantiles_of_any_norms(values, percent):
     assert abs(quantile(norms_of(x), x, percent) - wanted) <= RELATIVE_ERROR * wanted
 
 
+@reproducible
 @given(st.lists(st.floats(0.0, 2.0**-1021, exclude_min=True), min_size=1))
 def test_subnormal_norms_are_told_to_within_twice_that(values):
     x = np.array(values)
@@ -78,6 +81,7 @@ def test_what_is_above_an_edge_is_counted_exactly():
     )
 
 
+@reproducible
 @given(
     st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.5, 3.0, np.inf, np.nan]), min_size=12, max_size=12),
     st.integers(0, 4),

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import traceback
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -289,15 +289,21 @@ class Sweep:
         """Kill the run before and after each of these operations."""
         # two at a time: each is a process
         with ThreadPoolExecutor(2) as pool:
-            for number in numbers:
-                for after in (False, True):
-                    pool.submit(self.kill, number, after, power).add_done_callback(Future.result)
+            futures = [
+                pool.submit(self.kill, number, after, power)
+                for number in numbers
+                for after in (False, True)
+            ]
+        for future in futures:
+            future.result()
 
     def fails(self, numbers, codes):
         """For each of these operations, let it and all later ones fail, with the codes in turn."""
         with ThreadPoolExecutor(2) as pool:
-            for number, code in zip(numbers, cycle(codes), strict=False):
-                pool.submit(self.fail, number, code).add_done_callback(Future.result)
+            pairs = zip(numbers, cycle(codes), strict=False)
+            futures = [pool.submit(self.fail, number, code) for number, code in pairs]
+        for future in futures:
+            future.result()
 
     def kill(self, number, after, power):
         """Kill the run at an operation, then repeat it."""
