@@ -115,8 +115,8 @@ def _is_integer(axis: object) -> TypeGuard[int]:
     return isinstance(axis, numbers.Integral) and not isinstance(axis, bool)
 
 
-def check_kept_shapes(kept: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse arrays that have norms in common and differ in the axes they keep; given by name."""
+def check_kept_shapes(kept: Mapping[str, tuple[Any, ...]], what: str = "shape") -> None:
+    """Refuse arrays, given by name, that have norms in common and keep different shapes."""
     for name, shape in kept.items():
         first, same = next(iter(kept.items()))
         if any(n != n for n in shape):
@@ -124,8 +124,8 @@ def check_kept_shapes(kept: Mapping[str, tuple[Any, ...]]) -> None:
             raise InvalidValueError(f"{name} {unknown}")
         if shape != same:
             raise InvalidValueError(
-                f"{first} keeps axes {same} and {name} {shape}, so that they have no norms in "
-                "common; give axes that leave the same of each"
+                f"{first} keeps the {what} {same} and {name} the {what} {shape}, so that they have "
+                "no norms in common; keep the same of each"
             )
 
 

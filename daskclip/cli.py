@@ -127,13 +127,13 @@ CLIP = [
     _choice("--ord", "2", "1 2 inf", "Order of the norm."),
     _option("--include", "PATTERN", INCLUDE, multiple=True),
     _option("--exclude", "PATTERN", "Copy these arrays of a group as they are.", multiple=True),
-    _flag("--global global_norm", "Take one norm over all arrays, of what they keep without axes."),
+    _flag("--global global_norm", "Take norms over all arrays; with axes, one where each is kept."),
     _choice("--nonfinite", "propagate", "propagate omit raise zero", SPREAD),
     _choice("--missing", "fill", "fill error", MISSING),
 ]
 LIMIT = [
     _option("--clip-norm", "C|pQ", QUANTILE, type=_clip_norm),
-    _option("--limits", "PATH", "Zarr array of a limit for each slice (instead of --clip-norm)."),
+    _option("--limits", "PATH", "Array or group of a limit for each slice (not with --clip-norm)."),
     _flag("--normalize", "Scale every slice to its limit, from below too."),
     _option("--norms", "PATH", "Reuse norms saved by `stats --save-norms`."),
 ]

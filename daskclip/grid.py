@@ -26,6 +26,12 @@ def grid_shape(shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
     return tuple(-(-n // k) for n, k in zip(shape, size, strict=True))
 
 
+def all_coords(grid: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Coords of all boxes of a grid of that shape."""
+    # an empty grid may be very long along other axes, whose numbers `product` would hold
+    return product(*map(range, grid)) if all(grid) else iter(())
+
+
 def box_at(coords: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> Box:
     """Box at ``coords`` of the grid, cut off at the edges of ``shape``."""
     return tuple(

@@ -135,8 +135,9 @@ def clip_by_global_norm(
     clip_norm : float or 0-d array
         See `clip_by_norm`.
     dim : str, sequence of str, ... or None
-        Dimensions over which the norm is taken; None and ``...`` take all. All variables that are
-        clipped, the same as by `clip_by_norm`, keep the same dimensions, in any order.
+        Dimensions over which the norm is taken; None and ``...`` take all. Variables with one of
+        them are clipped, and must keep the same dimensions, in any order; so are those with just
+        the dimensions that are kept. Others stay as they are.
     normalize : bool
         See `clip_by_norm`.
 
@@ -163,16 +164,20 @@ def clip_by_global_norm(
     --------
     >>> layers = {"a": ("example", [3.0, 6.0]), "b": (("example", "x"), [[4.0], [8.0]])}
     >>> clip_by_global_norm(xr.Dataset(layers), 5.0, dim="x").a.values.round(2)
-    array([3., 6.])
+    array([3., 3.])
     """
     if not isinstance(obj, xr.Dataset):
-        raise InvalidTypeError(f"obj is a {type(obj).__name__}; give a Dataset, or clip_by_norm")
+        kind = type(obj).__name__
+        raise InvalidTypeError(f"obj is a {kind}; give a Dataset, or use clip_by_norm")
     limit, largest = _limit(clip_norm)
     sliced = _slices([obj], dim)(obj)
+    first = next(([d for d in x.dims if d not in own] for x, own in sliced.values()), [])
+    # the elements of a variable of just the dimensions that are kept are part of the slices
+    others = {k: (x, list[Any]()) for k, x in _arrays(obj).items() if {*x.dims} == {*first}}
+    sliced = others | sliced
     kept = {name: [d for d in x.dims if d not in own] for name, (x, own) in sliced.items()}
     named = {f"variable {short_repr(k)}": tuple(sorted(map(str, dims))) for k, dims in kept.items()}
-    check_kept_shapes(named)
-    first = next(iter(kept.values()), [])
+    check_kept_shapes(named, "dimensions")
     arrays = [x.transpose(*first, ...) for x, _ in sliced.values()]
     data, _ = clip_unlabelled_list(
         [*map(_plain, arrays)], limit, axes=slice(len(first), None), normalize=normalize

@@ -410,10 +410,23 @@ def test_one_norm_of_all_variables():
     assert [bits(y) for y in found] == [bits(y) for y in expected]
 
 
+def test_elements_of_kept_positions_are_part_of_joint_norms():
+    ds = xr.Dataset({
+        "scale": ("example", np.float32([3, 100])),
+        "w": (("example", "x"), np.float32([[4], [8]])),
+        "other": ("time", np.float32([7])),
+    })  # fmt: skip
+    clipped = ds.daskclip.clip_by_global_norm(5.0, "x")
+    both, axes = [ds.scale.values, ds.w.values], slice(1, None)
+    expected, _ = daskclip.clip_by_global_norm(both, 5.0, axes=axes)
+    assert [bits(clipped[name].values) for name in ("scale", "w")] == [*map(bits, expected)]
+    assert clipped.other.identical(ds.other)
+
+
 def test_variables_without_norms_in_common_are_refused():
     def clip(obj):
         return lambda: obj.daskclip.clip_by_global_norm(1.0, "o")
 
-    words = ["variable 'w' keeps axes ('example', 'i') and variable 'b' ('example',)"]
+    words = ["variable 'w' keeps the dimensions ('example', 'i') and variable 'b' the "]
     one_line(clip(layers()), InvalidValueError, *words)
     one_line(clip(layers().w), InvalidTypeError, "obj is a DataArray; give a Dataset")

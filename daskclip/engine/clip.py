@@ -109,7 +109,8 @@ def clip_zarr(
         Progress on stderr; True is ``'auto'``.
     dim : str or sequence of str, optional
         Dimensions over which the norm is taken, by the names stored with the array; instead of
-        ``axes``. Arrays in a group that have none of them are copied.
+        ``axes``. Arrays in a group that have none of them are copied; with ``global_norm``, those
+        with just the dimensions that are kept are clipped too.
     pictures : bool
         Collect the data for the report's pictures.
     norms : str, path or zarr store, optional

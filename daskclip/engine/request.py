@@ -189,7 +189,7 @@ def prepare(request: ClipRequest) -> Prepared:
     source, axes, dim = open_source(request.source, options), request.axes, request.dim
     names = select_arrays(source, request.include, request.exclude, arguments.DTYPES)
     if source.is_group and dim is not None:
-        names, dim = _having(source, names, dim)
+        names, dim = _having(request, source, names)
         # no dimension is asked for: each element is a slice, as with axes=[]
         if not dim and axes is None:
             axes, dim = [], None
@@ -198,9 +198,8 @@ def prepare(request: ClipRequest) -> Prepared:
         clipped = _in_common(source, clipped, dim)
     axes_by_array = {name: layout.axes for name, layout in clipped.items()}
     limits_by_array = open_limits(
-        request.limits, request.clip_norm, source, axes_by_array, options,
-        in_common=request.global_norm,
-    )  # fmt: skip
+        request.limits, request.clip_norm, source, axes_by_array, options, request.global_norm
+    )
     for name, limits in limits_by_array.items():
         # a NumPy array is sent to workers as a whole, a stored one is read chunk by chunk
         nbytes = limits.nbytes if isinstance(limits, np.ndarray) else limits.unit_nbytes
@@ -226,11 +225,11 @@ def _plan(request: ClipRequest, source: Hierarchy, clipped: dict[str, Layout]) -
     processes, threads, fewest = workers()
     smallest, left = memory_of_workers() or ("", request.memory_nbytes)
     memory = min(request.memory_nbytes, left)
+    sizes = sizing.DEFAULT
+    sizes = replace(sizes, usual_sum_nbytes=sys.maxsize) if request.wide else sizes
     machine = Machine(
-        processes=processes, threads=threads, fewest=fewest, memory=memory,
-        sizing=replace(sizing.DEFAULT, usual_sum_nbytes=sys.maxsize) if request.wide
-        else sizing.DEFAULT,
-    )  # fmt: skip
+        processes=processes, threads=threads, fewest=fewest, memory=memory, sizing=sizes
+    )
     try:
         return plan_group(clipped, copied, machine, request.global_norm)
     except MemoryBudgetError as error:
@@ -259,12 +258,17 @@ def _parameters(
     }
 
 
-def _having(source: Hierarchy, names: list[str], dim: Dim) -> tuple[list[str], list[str]]:
+def _having(request: ClipRequest, source: Hierarchy, names: list[str]) -> tuple[list[str], Dim]:
     """Arrays with any of the dimensions that are asked for, and these; all arrays if none is."""
-    having = {name: source.dimension_names(name) or [] for name in names}
+    having = {k: source.dimension_names(k) or [None] * source.arrays[k].ndim for k in names}
     known = list(dict.fromkeys(d for named in having.values() for d in named if d is not None))
-    wanted = arguments.parse_dim(dim, known)
-    return [name for name in names if not wanted or {*having[name]} & {*wanted}], wanted
+    wanted = arguments.parse_dim(request.dim, known)
+    found = [name for name in names if not wanted or {*having[name]} & {*wanted}]
+    if request.global_norm and wanted:
+        # elements of arrays of just the dimensions that are kept are part of the slices
+        kept = {*having[found[0]]} - {*wanted}
+        found += [name for name in names if {*having[name]} == kept]
+    return found, wanted
 
 
 def _layout(request: ClipRequest, source: Hierarchy, name: str, axes: Axes, dim: Any) -> Layout:
@@ -290,12 +294,11 @@ def _layout(request: ClipRequest, source: Hierarchy, name: str, axes: Axes, dim:
 
 def _in_common(source: Hierarchy, clipped: dict[str, Layout], dim: object) -> dict[str, Layout]:
     """Layouts of arrays that have norms in common; refuse those that keep different axes."""
-    kept: list[dict[str, tuple[Any, ...]]] = [{k: one.kept_shape for k, one in clipped.items()}]
+    arguments.check_kept_shapes({f"array {k}": one.kept_shape for k, one in clipped.items()})
     if dim is not None:  # axes of equal lengths may be other dimensions
         names = {k: source.dimension_names(k) or () for k in clipped}
-        kept += [{k: without_axes(names[k], one.axes) for k, one in clipped.items()}]
-    for each in kept:
-        arguments.check_kept_shapes({f"array {name}": shape for name, shape in each.items()})
+        kept = {f"array {k}": without_axes(names[k], one.axes) for k, one in clipped.items()}
+        arguments.check_kept_shapes(kept, "dimensions")
     dtypes = len({source.arrays[name].dtype for name in clipped})
     return {name: replace(one, dtypes=dtypes) for name, one in clipped.items()}
 
@@ -309,8 +312,7 @@ def open_limits(
     source: Hierarchy,
     axes_by_array: Mapping[str, tuple[int, ...]],
     options: Options,
-    *,
-    in_common: bool = False,
+    in_common: bool,
 ) -> LimitsByArray:
     """Open the limits of the arrays that are clipped; reads metadata only.
 
@@ -387,13 +389,10 @@ def limits_identity(limits_by_array: LimitsByArray) -> Any:
 
 
 def _identity(limits: Limits) -> str:
-    if isinstance(limits, np.ndarray):
-        digest = durable.digest(limits)
-    else:
-        # without reading the values, as for the source
-        fingerprint = _hierarchy(limits).fingerprint(changes=True)
-        digest = durable.digest(json.dumps(fingerprint).encode())
-    return f"of shape {limits.shape} and digest {digest:08x}"
+    data: Any = limits
+    if isinstance(limits, StoredArray):  # without reading the values, as for the source
+        data = json.dumps(_hierarchy(limits).fingerprint(changes=True)).encode()
+    return f"of shape {limits.shape} and digest {durable.digest(data):08x}"
 
 
 def _hierarchy(limits: StoredArray) -> Hierarchy:

@@ -52,9 +52,9 @@ def _how_to_save(source: object, path: object) -> str:
     place = str(source)
     # a store that is an object of this process has no name that a shell could give
     if not os.path.isabs(place) and ("://" not in place or place.startswith("memory:")):
-        return f"with stats_zarr and save_norms={str(path)!r}"
+        return f"with stats_zarr, save_norms={str(path)!r} and the arguments of this run"
     quoted = f"{shlex.quote(place)} --save-norms {shlex.quote(str(path))}"
-    return f"with: daskclip stats {quoted}"
+    return f"with: daskclip stats {quoted} and the options of this run"
 
 
 def _remedy(source: object, path: object) -> str:

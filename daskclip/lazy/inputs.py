@@ -141,14 +141,17 @@ def reduced_axes(
 
 def normalize_use_norm(use_norm: object, kept: tuple[int, ...]) -> Limit:
     """Return norms that are known: one number, or an array of the kept shape."""
-    if not kept or not getattr(use_norm, "ndim", 0):
+    if not kept or not (isinstance(use_norm, list | tuple) or getattr(use_norm, "ndim", False)):
         return normalize_clip_norm(use_norm, "use_norm")
     arguments.check_unit(use_norm, "use_norm")
     known = as_array(use_norm, partial(arguments.check_scalar, shape=(), what="use_norm"))
     if known.shape != kept:
         text = f"has shape {known.shape}; give one number, or norms of shape {kept}"
         raise InvalidValueError(f"use_norm {text}")
-    return _checked_limit(known, "use_norm") if isinstance(known, da.Array) else known
+    if isinstance(known, da.Array):
+        return _checked_limit(known, "use_norm")
+    norms: npt.NDArray[Any] = known
+    return norms if norms.dtype.name in arguments.DTYPES else norms.astype(np.float64)
 
 
 def is_lazy(arrays: Iterable[object]) -> bool:

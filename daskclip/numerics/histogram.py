@@ -309,7 +309,7 @@ def largest_after(scale: Scale, limit: Limits) -> float:
     at_limit &= scale.norm != 0  # zeros stay zeros
     limits = np.broadcast_to(limit, at_limit.shape)
     other = scale.norm.max(initial=0.0, where=~at_limit)
-    above = np.nextafter(other, math.inf) if other else 0.0
+    above = math.nextafter(other, math.inf) if other else 0.0
     return float(max(limits.max(initial=0.0, where=at_limit), above))
 
 

@@ -16,7 +16,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from daskclip.errors import DaskClipError, SourceError, error_text
-from daskclip.grid import Box, box_shape, boxes, grid_shape, offset_box
+from daskclip.grid import Box, all_coords, box_shape, boxes, grid_shape, offset_box
 from daskclip.storage import object_store
 from daskclip.storage.codecs import Chain, chain, decode, encode, memory_of
 from daskclip.storage.durable import DIGESTS
@@ -239,7 +239,7 @@ class StoredArray:
         """Stored keys, with versions that differ when their bytes do; see `ChunkFiles.listed`."""
         if isinstance(self._chunks, ChunkFiles):
             return self._chunks.listed(changes)
-        grid = np.ndindex(grid_shape(self.shape, self.unit))
+        grid = all_coords(grid_shape(self.shape, self.unit))
         return self._chunks.versioned(map(self._key, grid))
 
     def chunk_coords(self) -> Iterator[tuple[str, tuple[int, ...] | None]]:

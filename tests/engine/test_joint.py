@@ -212,26 +212,22 @@ def test_policies_for_nan(tmp_path, small, passes, policy):
     verify_zarr(tmp_path / "y", tmp_path / "x")
 
 
-def test_dimensions_by_name_and_the_arrays_without_them(gradients, tmp_path):
+def test_dimensions_by_name_are_those_axes(gradients, tmp_path):
     dims = ["w1-0", "w1-1", "b1-0", "w2-0", "w2-1"]
     report = clip_zarr(gradients, tmp_path / "y", 1.5, dim=dims, **IN_COMMON)
-    values = layers()
-    scale = values.pop("scale")
-    expected, _ = clip_by_global_norm(list(values.values()), 1.5, axes=AXES)
-    found = read_layers(tmp_path / "y")
-    assert bits(found.pop("scale")) == bits(scale)
-    assert [bits(y) for y in found.values()] == [bits(y) for y in expected]
-    assert (report.arrays, report.copied, report.slices) == (3, 1, 24)
+    expected, _ = clip_by_global_norm(list(layers().values()), 1.5, axes=AXES)
+    assert [bits(y) for y in read_layers(tmp_path / "y").values()] == [*map(bits, expected)]
+    assert (report.arrays, report.copied, report.slices) == (4, 0, 24)
 
 
 REFUSED = {
     "other lengths": (
         {"axes": 0},
-        r"^array b1 keeps axes \(4,\) and array scale \(\), so that they have no norms in common",
+        r"^array b1 keeps the shape \(4,\) and array scale the shape \(\), so that they",
     ),
     "other names": (
         {"dim": ["w1-0", "w1-1", "example"], "include": ["w1", "scale", "b1"], "axes": None},
-        r"^array b1 keeps axes \(4,\) and array scale \(\)",
+        r"^array b1 keeps the shape \(4,\) and array scale the shape \(\)",
     ),
     "limits by name": (
         {"axes": AXES, "clip_norm": None, "limits": {"w1": np.ones(24)}},
@@ -259,8 +255,25 @@ def test_equal_lengths_of_other_dimensions_are_refused(tmp_path):
     group = zarr.create_group(tmp_path / "x")
     for name, dims in {"a": ["i", "x"], "b": ["j", "x"]}.items():
         group.create_array(name, shape=(4, 2), chunks=(2, 2), dtype="f4", dimension_names=dims)
-    with pytest.raises(InvalidValueError, match=r"array a keeps axes .*'i'.* and array b .*'j'"):
+    with pytest.raises(InvalidValueError, match=r"array a keeps the dimensions .*'i'.* b .*'j'"):
         plan_zarr(tmp_path / "x", tmp_path / "y", 1.0, dim="x", **IN_COMMON)
+
+
+@pytest.mark.parametrize("names", [["e"], None])
+def test_elements_of_kept_positions_are_part_of_norms_by_dimension(tmp_path, names):
+    values = {"scale": np.float32([3, 100]), "w": np.float32([[4], [8]])}
+    group = zarr.create_group(tmp_path / "x")
+    for name, dims in {"scale": names, "w": ["e", "x"]}.items():
+        group.create_array(name, data=values[name], dimension_names=dims)
+    group.create_array("other", data=np.float32([7]), dimension_names=["time"])
+    report = clip_zarr(tmp_path / "x", tmp_path / "y", 5.0, dim="x", **IN_COMMON)
+    both = [values["scale"], values["w"]] if names else [values["w"]]
+    expected, norms = clip_by_global_norm(both, 5.0, axes=AXES)
+    found = zarr.open_group(tmp_path / "y", mode="r")
+    clipped = [found[name][...] for name in (["scale", "w"] if names else ["w"])]
+    assert [*map(bits, clipped)] == [*map(bits, expected)]
+    assert (report.arrays, report.largest_norm) == (len(both), norms.max())
+    assert found["other"][...] == 7
 
 
 def test_joint_norms_on_the_command_line(gradients, tmp_path):
@@ -278,7 +291,7 @@ def test_joint_norms_on_the_command_line(gradients, tmp_path):
     assert [bits(y) for y in read_layers(target).values()] == [bits(y) for y in expected]
     assert run("verify", target, "--source", gradients).exit_code == 0
     wrong = run("run", gradients, tmp_path / "z", "--clip-norm", 1, "--global", "--axes", "0")
-    assert_fails(wrong, 3, "array b1 keeps axes (4,) and array scale ()")
+    assert_fails(wrong, 3, "array b1 keeps the shape (4,) and array scale the shape ()")
 
 
 @pytest.mark.parametrize("passes", [1, 2])

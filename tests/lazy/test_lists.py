@@ -77,15 +77,23 @@ def test_known_norms_of_another_shape_are_refused():
     assert clip_by_global_norm([x], 1.0, 2.0, axes=1)[0][0] == pytest.approx(0.5 * x)
 
 
+@pytest.mark.parametrize("dtype", ["i8", "u1", "?", "f2", ">f4", "f8", "g", None])
+def test_known_norms_are_numbers_of_any_dtype(dtype):
+    x, ones = np.float32([[3, 4], [0, 2], [1, 0]]), [1.0, 1.0, 1.0]
+    found = clip_by_global_norm([x], 0.5, np.array(ones, dtype) if dtype else ones, axes=1)
+    expected = clip_by_global_norm([x], 0.5, np.array(ones), axes=1)
+    assert [*map(bits, (*found[0], found[1]))] == [*map(bits, (*expected[0], expected[1]))]
+
+
 X = np.ones((4, 3))
 REFUSED = {
     "other kept shapes": (
         [X, None, np.ones((5, 3))],
-        r"^t_list\[0\] keeps axes \(4,\) and t_list\[2\] \(5,\), so that they have no norms in "
-        r"common; give axes that leave the same of each$",
+        r"^t_list\[0\] keeps the shape \(4,\) and t_list\[2\] the shape \(5,\), so that they have "
+        r"no norms in common; keep the same of each$",
         InvalidValueError,
     ),
-    "no kept axis": ([X, np.ones(())], r"t_list\[1\] \(\), so that", InvalidValueError),
+    "no kept axis": ([X, np.ones(())], r"t_list\[1\] the shape \(\), so that", InvalidValueError),
     "unknown sizes": (
         [X, da.ones((4, 3))[da.ones(4) > 0]],
         r"^t_list\[1\] has unknown sizes; call its \.compute_chunk_sizes\(\) first$",

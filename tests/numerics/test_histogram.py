@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daskclip.numerics.histogram import BINS, RELATIVE_ERROR, NormHistogram, collect, edges
+from daskclip import stats_zarr
+from daskclip.numerics import finalize, partial_norm
+from daskclip.numerics.histogram import (
+    BINS,
+    RELATIVE_ERROR,
+    NormHistogram,
+    collect,
+    edges,
+    largest_after,
+)
 from daskclip.numerics.partial import INF, NAN
 
 reproducible = settings(derandomize=True, deadline=None)
@@ -59,6 +68,12 @@ def test_the_last_rank_is_rounded_up_exactly():
     # 0.07 * 100 is above 7 in floating point
     assert abs(quantile(norms_of(x[:100]), x[:100], "7") / 7 - 1) <= RELATIVE_ERROR
     assert abs(quantile(norms_of(x), x, "99.9") / 999 - 1) < 1 / 2000
+
+
+def test_the_largest_norm_of_all_has_no_number_above_it():
+    x = np.array([np.finfo(np.float64).max])
+    assert stats_zarr(x).largest_norm == x[0]
+    assert largest_after(finalize(partial_norm(x, (0,)), np.inf, x.dtype), np.inf) == np.inf
 
 
 def test_quantiles_of_equal_norms_are_that_norm():

@@ -718,3 +718,35 @@ def test_changes_through_a_map_of_a_file_in_memory_are_found():
             mapped[:] = 100  # the times of a file on tmpfs stay
             with pytest.raises(TargetExistsError):
                 clip_zarr(source, target, 1.0, axes=1)
+
+
+def test_an_empty_array_may_be_very_long(tmp_path):
+    path = npy(tmp_path / "x.npy", np.empty((0, 3), "f4"), shape=(0, 2**62))
+    assert clip_zarr(path, tmp_path / "y", 1.0).slices == 1
+    assert [key for key in open_flat(path).store._keys("") if key != "zarr.json"] == []
+
+
+def test_keys_below_a_prefix_are_those_of_all_that_begin_with_it(tmp_path):
+    names = ["a", "a.b", "b/c", "b/cc", "b/c.d/e"]
+    path = safetensors(tmp_path / "x.safetensors", dict.fromkeys(names, some((4,), "f4")))
+    store = open_flat(path).store
+    keys = [*store._keys("")]
+    for prefix in {key[:end] for key in keys for end in range(len(key) + 1)}:
+        assert [*store._keys(prefix)] == [key for key in keys if key.startswith(prefix)]
+
+
+def test_a_missing_shard_is_said(tmp_path):
+    folder = shards(tmp_path / "x", [{"a": some((4,), "f4")}, {"b": some((4,), "f4")}])
+    os.remove(min(folder.glob("*.safetensors")))
+    with pytest.raises(SourceError, match=r"\(file .*safetensors is missing\)"):
+        clip_zarr(folder, tmp_path / "y", 1.0)
+
+
+def test_a_long_header_of_the_first_format_is_refused_without_advice_on_python(tmp_path):
+    path = tmp_path / "x.npy"
+    path.write_bytes(b"\x93NUMPY\1\0\xff\xff{" + b" " * 70_000)
+    with pytest.raises(SourceError, match="its header has more than 10000 bytes"):
+        clip_zarr(path, tmp_path / "y", 1.0)
+    path.write_bytes(b"PK\3\4" + bytes(100))
+    with pytest.raises(SourceError, match="it does not begin as they do"):
+        clip_zarr(path, tmp_path / "y", 1.0)

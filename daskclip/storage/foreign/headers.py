@@ -16,7 +16,8 @@ from daskclip.storage.foreign.arrays import FileArray, check_layout, layout
 INDEX = "model.safetensors.index.json"
 NPY_HEADER = 10_000  # bytes, as numpy.load allows: what is evaluated is not trusted
 JSON_HEADER = 1 << 24  # bytes, of some 100,000 tensors
-# float8 is carried over and not clipped
+JSON_PER_BRACKET = 16  # bytes for each bracket that opens, at least: a tensor has three in fifty
+# float8 is copied and not clipped
 TENSORS = {
     "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "U16": ("uint16", 2),
     "I16": ("int16", 2), "U32": ("uint32", 4), "I32": ("int32", 4), "U64": ("uint64", 8),
@@ -47,8 +48,10 @@ def read_npy(path: str) -> FileArray:
 
 def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     start = file.read(12)
+    if not start.startswith(np.lib.format.MAGIC_PREFIX):
+        raise ValueError("it does not begin as they do")
     # NumPy reads a header before it looks at its length, which takes 4 bytes since format 2
-    if start[6:7] > b"\1" and int.from_bytes(start[8:], "little") > NPY_HEADER:
+    if int.from_bytes(start[8 : 12 if start[6:7] > b"\1" else 10], "little") > NPY_HEADER:
         raise ValueError(f"its header has more than {NPY_HEADER} bytes")
     file.seek(0)
     version = np.lib.format.read_magic(file)
@@ -115,6 +118,8 @@ def read_shards(folder: str) -> Tensors:
         if not places or not all(_is_name(shard) and "/" not in shard for shard in shards):
             raise ValueError("its weight_map does not name a file in the folder for each tensor")
         for shard in sorted(shards):
+            if not os.path.exists(os.path.join(folder, shard)):
+                raise ValueError(f"file {shard} is missing")
             found, own = read_safetensors(os.path.join(folder, shard))
             for name in found.keys() ^ {name for name in places if places[name] == shard}:
                 raise ValueError(f"tensor {short_repr(name)} and file {shard} do not agree")
@@ -127,6 +132,9 @@ def read_shards(folder: str) -> Tensors:
 
 def _parse(data: bytes) -> dict[str, Any]:
     """JSON object of a header or an index."""
+    # empty lists and objects would take fifty times as much memory as their text
+    if len(data) > 1 << 16 and data.count(b"[") + data.count(b"{") > len(data) // JSON_PER_BRACKET:
+        raise ValueError("it holds more lists and objects than tensors have")
     found = json.loads(data)
     if not isinstance(found, dict):
         raise ValueError("it holds no JSON object")

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import product
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +19,7 @@ from zarr.abc.store import (
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from daskclip.errors import SourceChangedError
+from daskclip.grid import all_coords
 from daskclip.storage.durable import file_status
 from daskclip.storage.foreign.arrays import Bytes, FileArray, FlatArray, in_memory
 from daskclip.storage.foreign.headers import INDEX, read_npy, read_safetensors, read_shards
@@ -161,12 +161,16 @@ class FlatStore(Store):
 
     def _keys(self, prefix: str) -> Iterator[str]:
         """All keys with a prefix, made one at a time."""
-        yield from (key for key in self._documents if key.startswith(prefix))
-        for name, array in self.arrays.items():
+        arrays, documents = self.arrays, [*self._documents]
+        if prefix.endswith("/") and (name := prefix[:-1]) in arrays:
+            # nothing else is below an array, and a group may have very many of them
+            arrays, documents = {name: arrays[name]}, [f"{name}/zarr.json"]
+        yield from (key for key in documents if key.startswith(prefix))
+        for name, array in arrays.items():
             top = _join(name, "c")
             # the chunks of other arrays are not gone through
             if top.startswith(prefix) or prefix.startswith(top):
-                keys = ("/".join((top, *map(str, at))) for at in product(*map(range, array.grid)))
+                keys = ("/".join((top, *map(str, at))) for at in all_coords(array.grid))
                 yield from (key for key in keys if key.startswith(prefix))
 
 
