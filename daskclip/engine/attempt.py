@@ -79,12 +79,12 @@ def run_attempt(
     before = memory_used(reset=True)
     progress = Progress(request.show, plan.bytes_read, plan.passes)
     has_stored = _find_stored(arrays, run)
-    with (
-        transaction.open_journal() as journal,
-        Passes.open(arrays, plan, journal, has_stored, progress, prepared.saved_norms) as passes,
-    ):
-        stages.clip(passes)
-        peak = memory_growth(before, memory_used())
+    saved = prepared.saved_norms
+    with transaction.open_journal() as journal:
+        # once it ends, no repetition of a late task replaces a file by an equal one any more
+        with Passes.open(arrays, plan, journal, has_stored, progress, saved) as passes:
+            stages.clip(passes)
+            peak = memory_growth(before, memory_used())
         # in place, a source without a slice above its limit stays as it is
         is_written = not request.in_place or passes.blocks_written > 0
         ended, others, made = journal.ended(), 0, None

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from functools import wraps
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from types import SimpleNamespace
 
 import dask
@@ -18,6 +18,7 @@ from waiting import until
 from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr, verify_zarr
 from daskclip.engine import stages
 from daskclip.engine.front import BlockId, Blocks, Front, Task
+from daskclip.target.directory import DirectoryTransaction
 from daskclip.target.journal import Journal
 from daskclip.worker import LocalPool, pool, tasks
 
@@ -329,6 +330,42 @@ def test_late_tasks_are_repeated_on_idle_threads_only(tasks, most):
     calls = (Task(print, (), lambda _: None, nbytes=nbytes) for nbytes in sizes)
     front.run(lambda: next(calls, None))
     assert max(pool.under_way) == most
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("axes", [0, 1])
+def test_a_repeated_task_has_ended_before_the_target_is_complete(x, tmp_path, monkeypatch, axes):
+    write, finish, begun = tasks._write, DirectoryTransaction.finish, []
+    repeated, complete, ended = Event(), Event(), Event()
+
+    def late(task, region, *args):
+        if region[0].start == 0:
+            begun.append(region)
+            if len(begun) == 1:
+                repeated.wait(60)
+                complete.wait(2)  # if nobody waits for this one
+                result = write(task, region, *args)
+                ended.set()
+                return result
+            if begun.count(begun[0]) > 1:
+                repeated.set()
+        return write(task, region, *args)
+
+    def finishing(self, staged):
+        complete.set()
+        return finish(self, staged)
+
+    monkeypatch.setattr(tasks, "_write", late)
+    monkeypatch.setattr(DirectoryTransaction, "finish", finishing)
+    with LocalCluster(
+        n_workers=3, threads_per_worker=2, processes=False, protocol="tcp://", host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+    ) as cluster, Client(cluster) as client:  # fmt: skip
+        client.wait_for_workers(3)
+        clip_zarr(x, tmp_path / "y", 1.0, axes, memory=2000)
+        assert ended.is_set()
+        assert clip_zarr(x, tmp_path / "y", 1.0, axes, memory=2000).status == "up to date"
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0, axes))
 
 
 class Finished:
