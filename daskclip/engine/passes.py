@@ -87,10 +87,8 @@ class Passes:
     """Number of the first block of each array among all, then of all blocks."""
     _results: list[tuple[int, tasks.BlockResult]] = field(default_factory=list)
     """Numbers and results of blocks that are done and not journalled yet."""
-    _counts: list[SliceCounts] = field(default_factory=list)
-    """Counts that are not journalled yet."""
-    _counted: dict[str, bool] = field(default_factory=dict)
-    """Slabs of two passes among these, and whether a slice becomes NaN."""
+    _counted: dict[str, tuple[bool, SliceCounts]] = field(default_factory=dict)
+    """Whether a slice becomes NaN, and counts, of slabs of two passes; not journalled yet."""
     _recorded: float = field(default_factory=time.monotonic)
     """When the last record was made."""
 
@@ -287,16 +285,15 @@ class Passes:
     def count(self, slab: str, counts: SliceCounts, has_nan: bool) -> None:
         """Take the counts of the slices of a slab, once."""
         if not self.slabs.setdefault(slab, SlabState()).is_counted:
-            self._counts.append(counts)
-            self._counted[slab] = has_nan
+            self._counted[slab] = has_nan, counts
             self._flush_in_time()
 
     def done(
         self, blocks: Sequence[BlockId], results: Sequence[tasks.BlockResult], reads: bool
     ) -> None:
         """Take the results of the last pass over some blocks, and journal them soon."""
+        # counts are taken from these: an interrupt must not come between a block and its counts
         self._results += zip(map(self.number, blocks), results, strict=True)
-        self._counts += [result.counts for result in results if result.counts is not None]
         self.bytes_read += self.nbytes_of(blocks) if reads else 0
         self._flush_in_time()
 
@@ -309,15 +306,17 @@ class Passes:
         """Journal the blocks that are done, and the counts of slices."""
         if not (self._results or self._counted):
             return
-        results, counts, counted = self._results, self._counts, self._counted
-        self._results, self._counts, self._counted = [], [], {}
+        results, counted = self._results, self._counted
+        self._results, self._counted = [], {}
+        counts = [r.counts for _, r in results if r.counts is not None]
+        counts += [own for _, own in counted.values()]
         written = {n: r.digest for n, r in results if r.digest is not None}
         self.bytes_written += self.nbytes_of(map(self.block, written))
         record = BlocksRecord(
             tally=reduce(SliceCounts.add, counts) if counts else None,
             target=written or None,
             kept=[n for n, r in results if r.digest is None] or None,
-            counted=counted or None,
+            counted={slab: has_nan for slab, (has_nan, _) in counted.items()} or None,
         )
         if self.journal:
             self.journal.append(record)

@@ -1,6 +1,7 @@
 """Runs that start at the same instant, runs that are interrupted, and what the next run does."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial, wraps
+from itertools import count
 from multiprocessing import get_context
 from threading import Lock
 
@@ -16,11 +18,13 @@ import pytest
 import zarr
 from command_line import assert_fails, run
 from reference import bits
-from sizes import SMALL
+from sizes import SMALL, resize
 from stores import create, read, some, stopping_at, stored
 from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr, stats_zarr, verify_zarr
+from daskclip.engine import passes
+from daskclip.engine.passes import Passes
 from daskclip.storage import StoredArray, files
 from daskclip.target import directory as publish
 from daskclip.target.journal import Journal, entries
@@ -303,6 +307,47 @@ def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
         assert stopping.counts.total() - total <= window * (3 if scheduler == "threads" else 1)
         assert names(folder) == sorted({"x", made.name})
     assert total >= 8
+
+
+RECORDING = [Passes.sum, Passes.count, Passes.done, Passes.flush]
+
+
+@pytest.mark.usefixtures("small", "sequential")
+@pytest.mark.parametrize("function", RECORDING, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("axes", [0, 1])
+def test_slices_are_counted_once_whatever_line_stops(tmp_path, monkeypatch, function, axes):
+    # records of several blocks
+    monkeypatch.setattr(passes, "RECORD_S", math.inf)
+    resize(monkeypatch, block_nbytes=128, window_blocks=64)
+    x = create(tmp_path / "x", some((16, 16), "f4"), CHUNKS)
+    memory = 700 if axes == 0 else 2**30
+    wanted, left = clip_zarr(x, tmp_path / "wanted", 1.0, axes, memory=memory), 0
+
+    def at_line(frame, event, _):
+        nonlocal left
+        left -= event == "line"
+        if not left:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return at_line
+
+    def tracing(frame, event, _):
+        return at_line if frame.f_code is function.__code__ else None
+
+    for line in count(1):
+        left, target = line, tmp_path / f"y{line}"
+        try:
+            sys.settrace(tracing)
+            report = clip_zarr(x, target, 1.0, axes, memory=memory)
+        except KeyboardInterrupt:
+            report = clip_zarr(x, target, 1.0, axes, memory=memory)
+        finally:
+            sys.settrace(None)
+        for name in ("slices", "clipped", "zeros", "smallest_norm", "largest_norm", "digest"):
+            assert getattr(report, name) == getattr(wanted, name), (line, name)
+        if left > 0:
+            break
+    assert line > 3 or axes == 1
 
 
 @pytest.mark.usefixtures("sequential")
