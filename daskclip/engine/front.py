@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 from daskclip.engine.cluster import translating_cluster_errors
 from daskclip.grid import ceil_div
-from daskclip.worker import ArrayTask, Pool
+from daskclip.worker import ArrayTask, Pool, add_sums
 
 TASKS = 2  # tasks under way for each thread: the next one is there when one ends
 MAX_BLOCKS_PER_TASK = 16  # small blocks that one task does although none has been timed yet
@@ -78,6 +79,8 @@ class Task:
     nbytes: int = 0
     """Bytes of the blocks."""
     keeps: bool = False
+    can_repeat: bool = False
+    """Whether a late task makes the result anew, if it is kept, where who has it is silent."""
     futures: list[Any] = field(default_factory=list)
     """Futures of the call, and of its repetitions on other workers."""
     began: float = 0.0
@@ -91,11 +94,12 @@ class Front:
     ) -> None:
         self.pool = pool
         self._arrays = arrays
-        self._thread_blocks = blocks
+        self.thread_blocks = blocks
+        """Blocks under way for each thread, at most."""
         self._task_nbytes = task_nbytes
         self._new: list[Task] = []
         self._tasks: dict[Any, Task] = {}
-        # tasks of blocks by their results that stay on the workers, as long as these are used
+        # tasks by their results that stay on the workers, as long as these are used
         self._kept: WeakKeyDictionary[Any, Task] = WeakKeyDictionary()
         self._blocks = 0
         self._done_nbytes = 0
@@ -105,7 +109,7 @@ class Front:
     @property
     def window(self) -> int:
         """Blocks under way, at most: for each thread that there is now, as many as planned."""
-        return self._thread_blocks * self._threads
+        return self.thread_blocks * self._threads
 
     def run(self, next_task: Callable[[], Task | None]) -> None:
         """Run tasks until there are none: neither given by ``next_task`` nor under way."""
@@ -135,7 +139,7 @@ class Front:
         """Blocks for one task, and no more than there is room for."""
         threads = self._threads
         # fewer and fewer towards the end, so that all threads end together
-        most = min(ceil_div(blocks.left, threads), self._thread_blocks // TASKS, room)
+        most = min(ceil_div(blocks.left, threads), self.thread_blocks // TASKS, room)
         nbytes, least = float(self._task_nbytes), 1
         if not self.pool.is_cluster:
             most = min(most, MAX_BLOCKS_PER_TASK)
@@ -176,7 +180,7 @@ class Front:
             if argument not in self._kept:
                 return argument
             task = self._kept[argument]
-            return [task.function, [*task.args]]
+            return [task.function, [*map(renewed, task.args)]]
 
         return tuple(map(renewed, args))
 
@@ -230,7 +234,7 @@ class Front:
             self._tasks.pop(future, None)
         self.pool.cancel(f for f in task.futures if f is not ended)
         task.futures = []  # else a result that is kept would be held by its own task
-        if task.keeps and task.blocks:
+        if task.can_repeat:
             self._kept[ended] = task
 
     def _repeat_late(self, times: float, *, is_silent: bool) -> None:
@@ -248,4 +252,31 @@ class Front:
         # others if no task ends, since these threads may be frozen
         frozen = ceil_div(self._threads, SILENT_PART) if is_silent else 0
         idle = max(self._threads - len(self._tasks), frozen)
-        self._begin(sorted(late, key=attrgetter("began"))[:idle])
+        # one by one, since each is to begin where it has not begun, and not where others have
+        for task in sorted(late, key=attrgetter("began"))[:idle]:
+            self._begin([task])
+
+
+def reduce_sums(
+    front: Front, parts: Sequence[Any], known: int, then: Callable[[Sequence[Any], int], None]
+) -> None:
+    """Add sums on the workers until they are few enough for one task, which has to hold them all.
+
+    Called with the sums that are left, and the number of those whose digests are known: ``then``.
+    """
+    most = max(2, front.thread_blocks // 2)
+    if len(parts) <= most:
+        then(parts, known)
+        return
+    each = ceil_div(len(parts), ceil_div(len(parts), most))
+    groups = [parts[start : start + each] for start in range(0, len(parts), each)]
+    found: dict[int, Any] = {}
+
+    def added(group: int, sums: Any) -> None:
+        found[group] = sums
+        if len(found) == len(groups):
+            reduce_sums(front, [found[i] for i in range(len(groups))], 0, then)
+
+    for i, group in enumerate(groups):
+        args = group, 0 if i else known
+        front.submit(Task(add_sums, args, partial(added, i), keeps=True, can_repeat=True))

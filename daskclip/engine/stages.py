@@ -20,7 +20,7 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from daskclip.engine.front import BlockId, Blocks, Task
+from daskclip.engine.front import BlockId, Blocks, Task, reduce_sums
 from daskclip.engine.passes import DONE, SUMMED, WRITTEN, Passes, SlabState
 from daskclip.grid import without_axes
 from daskclip.numerics import SliceCounts, term_count
@@ -265,7 +265,8 @@ class Slab:
         given = [(block.slab, block.block) for block in blocks]
         args = tasks.sum_block, [self.passes.shared[block.array] for block in blocks], given
         nbytes = self.passes.nbytes_of(blocks)
-        return Task(tasks.sum_batch, args, then, blocks, nbytes, keeps=not self.is_small)
+        keeps = not self.is_small
+        return Task(tasks.sum_batch, args, then, blocks, nbytes, keeps=keeps, can_repeat=keeps)
 
     def _rescaling(self, blocks: Sequence[BlockId]) -> Task:
         passes = self.passes
@@ -322,11 +323,17 @@ class Slab:
         def combined(sums: Any) -> None:
             self._call(keep_sums, sums, store, name, then=partial(kept, sums), keeps=False)
 
-        if saved := self._saved(name if store else ""):
-            args, then = (parts, known, store, name), partial(kept, saved)
-            self._call(add_and_keep, *args, then=then, keeps=False)
+        def last(parts: Sequence[Any], known: int) -> None:
+            if saved := self._saved(name if store else ""):
+                args, then = (parts, known, store, name), partial(kept, saved)
+                self._call(add_and_keep, *args, then=then, keeps=False)
+            else:
+                self._call(add_sums, parts, known, then=combined, keeps=True)
+
+        if self.is_small or not passes.front.pool.is_cluster:
+            last(parts, known)
         else:
-            self._call(add_sums, parts, known, then=combined, keeps=True)
+            reduce_sums(passes.front, parts, known, last)
 
     def _saved(self, name: str) -> SavedSums | None:
         """Saved sums as an argument of tasks, which load them: no worker has to be there for it."""

@@ -16,7 +16,7 @@ from stores import create, least_memory, read, some, stopping_at, stored
 from waiting import until
 
 from daskclip import clip_by_norm, clip_zarr, plan_zarr, stats_zarr, verify_zarr
-from daskclip.engine import stages
+from daskclip.engine import front, stages
 from daskclip.engine.front import BlockId, Blocks, Front, Task
 from daskclip.target.directory import DirectoryTransaction
 from daskclip.target.journal import Journal
@@ -149,11 +149,41 @@ def test_threads_come_and_go_at_random(x, tmp_path, monkeypatch, seed):
     resize(monkeypatch, window_blocks=int(rng.integers(1, 33)))
     monkeypatch.setattr(stages, "SUMS_NBYTES", int(rng.choice([0, 1000, 10**6])))
     monkeypatch.setattr(Front, "_count_threads", lambda _: int(2 ** rng.uniform(0, 5)))
+    monkeypatch.setattr(LocalPool, "is_cluster", bool(rng.integers(2)))
     with dask.config.set(scheduler="threads", num_workers=int(rng.integers(1, 17))):
         memory = least_memory(x, axes) + int(rng.integers(4000))
         clip_zarr(x, tmp_path / "y", 1.0, axes, memory=memory)
     assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0, axes))
     verify_zarr(tmp_path / "y", x)
+
+
+@pytest.mark.parametrize("axes", [None, 0])
+@pytest.mark.parametrize("window", [2, 16, 32])
+def test_a_task_adds_no_more_sums_than_planned_for_a_thread(x, tmp_path, monkeypatch, axes, window):
+    resize(monkeypatch, window_blocks=window)
+    monkeypatch.setattr(stages, "SUMS_NBYTES", 0)
+    # as where sums are on the workers
+    monkeypatch.setattr(LocalPool, "is_cluster", True)
+    take, numbers = Blocks.take, []
+    monkeypatch.setattr(Blocks, "take", lambda self, arrays, *_: take(self, arrays, 0, 1, 1))
+
+    def counting(function):
+        @wraps(function)
+        def added(parts, *args):
+            numbers.append(len(parts))
+            return function(parts, *args)
+
+        return added
+
+    for module, name in [(front, "add_sums"), (stages, "add_sums"), (stages, "add_and_keep")]:
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
+    with dask.config.set(scheduler="threads", num_workers=16):
+        plan = plan_zarr(x, tmp_path / "y", 1.0, axes)
+        stats_zarr(x, axes)
+        clip_zarr(x, tmp_path / "y", 1.0, axes)
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0, axes))
+    assert plan.passes == 2
+    assert 2 <= max(numbers) <= max(2, window // 2)
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 20])
