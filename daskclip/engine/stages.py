@@ -54,7 +54,9 @@ def measure(passes: Passes) -> None:
 
 def compare(passes: Passes) -> None:
     """Clip once more, and compare with the target."""
-    _two_passes(passes, tasks.compare_block, passes.clipped)
+    whole = _whole(passes)
+    _each(passes, tasks.compare_slab, whole, done=DONE, reads=True)
+    _two_passes(passes, tasks.compare_block, [k for k in passes.clipped if k not in whole])
 
 
 def check(passes: Passes, digests: Digests, arrays: Sequence[int]) -> None:
@@ -77,10 +79,15 @@ def _all(passes: Passes, one_pass: BlockFunction, second: BlockFunction | None) 
     if is_single and second and passes.saved_norms is None:
         _together(passes)
         return
-    # no block holds a whole slice that several arrays share
-    whole = [k for k in passes.clipped if passes.arrays[k].plan.is_whole and not passes.is_shared]
+    whole = _whole(passes)
     _each(passes, one_pass, whole, done=DONE, reads=True)
     _two_passes(passes, second, [k for k in passes.clipped if k not in whole])
+
+
+def _whole(passes: Passes) -> list[int]:
+    """Numbers of the arrays of which each block holds its slices."""
+    # no block holds a whole slice that several arrays share
+    return [k for k in passes.clipped if passes.arrays[k].plan.is_whole and not passes.is_shared]
 
 
 def _together(passes: Passes) -> None:

@@ -74,23 +74,9 @@ def run_batch(
 ) -> list[BlockResult]:
     """Run a function of this module on some blocks, one after the other.
 
-    What they write has been synced to disk on return. No block starts once the attempt has been
-    drained in this process.
-
-    Parameters
-    ----------
-    function : callable
-        Called with a task, slab, block, and a scale and a digest where these are given.
-    tasks : sequence of ArrayTask
-        Of each block.
-    blocks : sequence of tuple of int
-        Slab, block in the slab and, for some functions, the digest that is expected.
-    scales : sequence of Scale
-        Of each block, or empty.
-
-    Returns
-    -------
-    list of BlockResult
+    ``blocks`` has slab and number of each and, for some functions, a digest that is expected;
+    ``scales`` has a scale of each, or nothing. What they write has been synced to disk on return.
+    No block starts once the attempt has been drained in this process.
     """
     first, results = tasks[0], []
     # functions of one pass take no scale
@@ -260,6 +246,17 @@ def compare_block(
     region = task.plan.region(slab, block)
     x = _read_same(task, region, expected, _stays_empty(task, region, expected))
     _rescale(task, x, scale)
+    return _compare(task, region, x)
+
+
+def compare_slab(task: ArrayTask, slab: int, block: int) -> BlockResult:
+    """Verification in one pass: clip a block that is a whole slab again, and compare it."""
+    region = task.plan.region(slab, block)
+    x, *_ = _clipped(task, region)
+    return _compare(task, region, _read(task, region) if x is None else x)
+
+
+def _compare(task: ArrayTask, region: Box, x: Array) -> BlockResult:
     for part in _units(task, region):
         _require_same(task, part, x[common_index(part, region)])
     return BlockResult()

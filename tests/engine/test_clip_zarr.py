@@ -363,7 +363,7 @@ def task_counts(monkeypatch):
 
         return wraps(function)(counted)
 
-    for name in ("sum_block", "rescale_block", "clip_slab", "copy_block"):
+    for name in ("sum_block", "rescale_block", "clip_slab", "compare_slab", "copy_block"):
         monkeypatch.setattr(tasks, name, counting(getattr(tasks, name)))
     return counts
 
@@ -398,6 +398,14 @@ def test_only_what_is_stored_is_looked_at(tmp_path, task_counts, budget, axes, o
     if not odd:
         assert task_counts["rescale_block"] <= most
     assert verify_zarr(y).slices == norms.size
+
+
+def test_what_was_clipped_in_one_pass_is_verified_in_one(tmp_path, task_counts):
+    x = create(tmp_path / "x", some((64, 16), "f4"), (2, 16))
+    clip_zarr(x, tmp_path / "y", 1.0, 1)
+    verify_zarr(tmp_path / "y", x)
+    assert task_counts["clip_slab"] == task_counts["compare_slab"] > 0
+    assert task_counts["sum_block"] == 0
 
 
 @pytest.mark.usefixtures("small")
