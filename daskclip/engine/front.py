@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 from daskclip.engine.cluster import translating_cluster_errors
@@ -51,6 +51,11 @@ class Blocks:
     blocks: Iterator[BlockId]
     left: int
     """Number of them."""
+
+    @classmethod
+    def chained(cls, queues: Sequence[Blocks]) -> Self:
+        """Blocks of several queues, one after the other."""
+        return cls(chain.from_iterable(q.blocks for q in queues), sum(q.left for q in queues))
 
     def take(
         self, arrays: Sequence[ArrayTask], nbytes: float, least: int, most: int

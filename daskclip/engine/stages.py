@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 from uuid import uuid4
 
@@ -62,7 +61,7 @@ def compare(passes: Passes) -> None:
 def check(passes: Passes, digests: Digests, arrays: Sequence[int]) -> None:
     """Compare the files of all blocks of some arrays with their digests."""
     left = [passes.left(k, 0, everything=True) for k in arrays]
-    queue = _chained(left)
+    queue = Blocks.chained(left)
 
     def next_task() -> Task | None:
         blocks = passes.front.take(queue)
@@ -114,7 +113,7 @@ def _each(
     passes: Passes, function: BlockFunction, arrays: Sequence[int], *, done: int, reads: bool
 ) -> None:
     """Run a function of all blocks of some arrays that lack a state."""
-    queue = _chained([passes.left(k, done) for k in arrays])
+    queue = Blocks.chained([passes.left(k, done) for k in arrays])
 
     def next_task() -> Task | None:
         blocks = passes.front.take(queue)
@@ -124,11 +123,6 @@ def _each(
 
     passes.front.run(next_task)
     passes.flush()
-
-
-def _chained(queues: Sequence[Blocks]) -> Blocks:
-    """Blocks of several queues, one after the other."""
-    return Blocks(chain.from_iterable(one.blocks for one in queues), sum(q.left for q in queues))
 
 
 def _task(
@@ -211,6 +205,8 @@ class Slab:
     """Blocks that the first pass has left."""
     second: Blocks | None = None
     """Blocks that the second pass has left, once the norms are known."""
+    _most: int = field(init=False)
+    """Blocks whose sums fit into this process."""
     _under_way: int = 0
     """Blocks of tasks."""
     _parts: list[Any] = field(default_factory=list)
@@ -227,8 +223,9 @@ class Slab:
     def __post_init__(self) -> None:
         passes, state = self.passes, self.passes.slabs.get(self.name, SlabState())
         plan = self.task.plan
-        slices = math.prod(without_axes(plan.block, plan.axes))
-        self.is_small = slices * SUM_NBYTES * passes.front.window <= SUMS_NBYTES
+        sums = max(1, math.prod(without_axes(plan.block, plan.axes))) * SUM_NBYTES
+        self._most = SUMS_NBYTES // sums
+        self.is_small = self._most >= passes.front.window
         if state.is_counted and not (self.function and self._second_left(state.has_nan).left):
             self.is_done = True
             return
@@ -240,7 +237,7 @@ class Slab:
         else:
             share = passes.front.pool.share
             self._parts = [kept if self.is_small else self._saved(state.sums) or share(kept)]
-        self.first = _chained([passes.left(k, SUMMED, self.slab) for k in self.arrays])
+        self.first = Blocks.chained([passes.left(k, SUMMED, self.slab) for k in self.arrays])
         self.is_done = not self.first.left and kept is None
 
     @property
@@ -254,7 +251,7 @@ class Slab:
         if self.second is not None:
             blocks = front.take(self.second)
             return self._rescaling(blocks) if blocks else None
-        room = front.window - (0 if self.is_small else self._under_way + self._added)
+        room = (2 * self._most if self.is_small else front.window) - self._under_way - self._added
         if room <= 0:
             self.advance()  # there may be fewer threads than when a sum was added
             return None
@@ -295,7 +292,9 @@ class Slab:
         if self._is_waiting or self.second is not None or self.is_done:
             return
         is_last = not self.first.left and not self._under_way
-        if self._added and (is_last or 2 * self._added >= self.passes.front.window):
+        window = self.passes.front.window
+        most = min(window, self._most) if self.is_small else window
+        if self._added and (is_last or 2 * self._added >= most):
             self._is_waiting = True
             parts, self._parts = self._parts, []
             self._combine(parts, self._added)
@@ -391,7 +390,7 @@ class Slab:
 
     def _second_left(self, everything: bool) -> Blocks:
         passes, order = self.passes, reversed(self.arrays)
-        return _chained(
+        return Blocks.chained(
             [passes.left(k, DONE, self.slab, everything=everything, backwards=True) for k in order]
         )
 

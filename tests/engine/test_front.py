@@ -186,6 +186,30 @@ def test_a_task_adds_no_more_sums_than_planned_for_a_thread(x, tmp_path, monkeyp
     assert 2 <= max(numbers) <= max(2, window // 2)
 
 
+@pytest.mark.parametrize("most", [8, 16])
+def test_small_sums_fit_here_when_more_threads_come(x, tmp_path, monkeypatch, most):
+    resize(monkeypatch, window_blocks=8)
+    # of one slice; so many fit
+    monkeypatch.setattr(stages, "SUMS_NBYTES", most * stages.SUM_NBYTES)
+    take, slabs = Blocks.take, []
+    monkeypatch.setattr(Blocks, "take", lambda self, arrays, *_: take(self, arrays, 0, 1, 1))
+
+    class Counted(stages.Slab):
+        def next_task(self):
+            task = super().next_task()
+            if self.second is None:
+                slabs.append((self.is_small, self._under_way + self._added))
+            return task
+
+    monkeypatch.setattr(stages, "Slab", Counted)
+    monkeypatch.setattr(Front, "_count_threads", lambda _: 16 if slabs else 1)
+    with dask.config.set(scheduler="threads", num_workers=16):
+        clip_zarr(x, tmp_path / "y", 1.0)
+    assert bits(read(tmp_path / "y")) == bits(clip_by_norm(read(x), 1.0))
+    assert all(is_small for is_small, _ in slabs)
+    assert most // 2 < max(blocks for _, blocks in slabs) <= 2 * most
+
+
 @pytest.mark.parametrize("after", [0, 1, 5, 20])
 def test_blocks_that_are_left_over_are_no_success(x, tmp_path, monkeypatch, after):
     next_task, calls = stages.Slab.next_task, []
