@@ -127,7 +127,7 @@ CLIP = [
     _choice("--ord", "2", "1 2 inf", "Order of the norm."),
     _option("--include", "PATTERN", INCLUDE, multiple=True),
     _option("--exclude", "PATTERN", "Copy these arrays of a group as they are.", multiple=True),
-    _flag("--global global_norm", "Take norms over all arrays; with axes, one where each is kept."),
+    _flag("--global global_norm", "Take one norm over all arrays, or one for each kept position."),
     _choice("--nonfinite", "propagate", "propagate omit raise zero", SPREAD),
     _choice("--missing", "fill", "fill error", MISSING),
 ]

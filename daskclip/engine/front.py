@@ -85,7 +85,7 @@ class Task:
     """Bytes of the blocks."""
     keeps: bool = False
     can_repeat: bool = False
-    """Whether a late task makes the result anew, if it is kept, where who has it is silent."""
+    """Whether a late task makes the result anew that it uses: who has it may not answer."""
     futures: list[Any] = field(default_factory=list)
     """Futures of the call, and of its repetitions on other workers."""
     began: float = 0.0
@@ -267,7 +267,8 @@ def reduce_sums(
 ) -> None:
     """Add sums on the workers until they are few enough for one task, which has to hold them all.
 
-    Called with the sums that are left, and the number of those whose digests are known: ``then``.
+    The digests of the first ``known`` sums are known. Calls ``then`` with the sums that are left,
+    and the number of those among them.
     """
     most = max(2, front.thread_blocks // 2)
     if len(parts) <= most:

@@ -748,5 +748,5 @@ def test_a_long_header_of_the_first_format_is_refused_without_advice_on_python(t
     with pytest.raises(SourceError, match="its header has more than 10000 bytes"):
         clip_zarr(path, tmp_path / "y", 1.0)
     path.write_bytes(b"PK\3\4" + bytes(100))
-    with pytest.raises(SourceError, match="it does not begin as they do"):
+    with pytest.raises(SourceError, match="its first bytes are not those of one"):
         clip_zarr(path, tmp_path / "y", 1.0)

@@ -49,7 +49,7 @@ def read_npy(path: str) -> FileArray:
 def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     start = file.read(12)
     if not start.startswith(np.lib.format.MAGIC_PREFIX):
-        raise ValueError("it does not begin as they do")
+        raise ValueError("its first bytes are not those of one")
     # NumPy reads a header before it looks at its length, which takes 4 bytes since format 2
     if int.from_bytes(start[8 : 12 if start[6:7] > b"\1" else 10], "little") > NPY_HEADER:
         raise ValueError(f"its header has more than {NPY_HEADER} bytes")
