@@ -25,7 +25,7 @@ def source(tmp_path):
 
 def remedy_of(done):
     """Command that a message tells to run."""
-    return shlex.split(done.stderr.split("with: daskclip ")[1].split(" (after")[0].strip())
+    return shlex.split(done.stderr.split("with: daskclip ")[1].split(" (and")[0].strip())
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,8 @@ def reduce_sums(
     def added(group: int, sums: Any) -> None:
         found[group] = sums
         if len(found) == len(groups):
-            reduce_sums(front, [found[i] for i in range(len(groups))], 0, then)
+            # taken out, so that no task that has ended holds them
+            reduce_sums(front, [found.pop(i) for i in range(len(groups))], 0, then)
 
     for i, group in enumerate(groups):
         args = group, 0 if i else known

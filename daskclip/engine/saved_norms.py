@@ -52,14 +52,14 @@ def _how_to_save(source: object, path: object) -> str:
     place = str(source)
     # a store that is an object of this process has no name that a shell could give
     if not os.path.isabs(place) and ("://" not in place or place.startswith("memory:")):
-        return f"with stats_zarr, save_norms={str(path)!r} and the arguments of this run"
+        return f"with stats_zarr and save_norms={str(path)!r}"
     quoted = f"{shlex.quote(place)} --save-norms {shlex.quote(str(path))}"
-    return f"with: daskclip stats {quoted} and the options of this run"
+    return f"with: daskclip stats {quoted}"
 
 
 def _remedy(source: object, path: object) -> str:
     """Remedy for saved norms that cannot be used; nothing may exist where norms are saved."""
-    return f"save them again {_how_to_save(source, path)} (after removing the old ones)"
+    return f"save them again {_how_to_save(source, path)} (and the options of this run, after removing the old ones)"
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def open_norms(
     if not target.exists():
         raise SourceNotFoundError(
             f"norms {target} do not exist; check the path, or save them "
-            f"{_how_to_save(source, target)}"
+            f"{_how_to_save(source, target)} (and the options of this run)"
         )
     record, sums = _open_record(target)
     # what holds no norms, or is the source, must not be removed
