@@ -59,7 +59,8 @@ def _how_to_save(source: object, path: object) -> str:
 
 def _remedy(source: object, path: object) -> str:
     """Remedy for saved norms that cannot be used; nothing may exist where norms are saved."""
-    return f"save them again {_how_to_save(source, path)} (and the options of this run, after removing the old ones)"
+    command = _how_to_save(source, path)
+    return f"save them again {command} (and the options of this run, after removing the old ones)"
 
 
 @dataclass(frozen=True)
