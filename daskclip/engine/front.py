@@ -257,9 +257,7 @@ class Front:
         # others if no task ends, since these threads may be frozen
         frozen = ceil_div(self._threads, SILENT_PART) if is_silent else 0
         idle = max(self._threads - len(self._tasks), frozen)
-        # one by one, since each is to begin where it has not begun, and not where others have
-        for task in sorted(late, key=attrgetter("began"))[:idle]:
-            self._begin([task])
+        self._begin(sorted(late, key=attrgetter("began"))[:idle])
 
 
 def reduce_sums(
