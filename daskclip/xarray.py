@@ -173,8 +173,7 @@ def clip_by_global_norm(
     sliced = _slices([obj], dim)(obj)
     first = next(([d for d in x.dims if d not in own] for x, own in sliced.values()), [])
     # the elements of a variable of just the dimensions that are kept are part of the slices
-    others = {k: (x, list[Any]()) for k, x in _arrays(obj).items() if {*x.dims} == {*first}}
-    sliced = others | sliced
+    sliced |= {name: (x, []) for name, x in _arrays(obj).items() if {*x.dims} == {*first}}
     kept = {name: [d for d in x.dims if d not in own] for name, (x, own) in sliced.items()}
     named = {f"variable {short_repr(k)}": tuple(sorted(map(str, dims))) for k, dims in kept.items()}
     check_kept_shapes(named, "dimensions")

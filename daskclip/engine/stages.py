@@ -53,9 +53,7 @@ def measure(passes: Passes) -> None:
 
 def compare(passes: Passes) -> None:
     """Clip once more, and compare with the target."""
-    whole = _whole(passes)
-    _each(passes, tasks.compare_slab, whole, done=DONE, reads=True)
-    _two_passes(passes, tasks.compare_block, [k for k in passes.clipped if k not in whole])
+    _each_or_two(passes, tasks.compare_slab, tasks.compare_block)
 
 
 def check(passes: Passes, digests: Digests, arrays: Sequence[int]) -> None:
@@ -77,16 +75,16 @@ def _all(passes: Passes, one_pass: BlockFunction, second: BlockFunction | None) 
     # sums that are saved take the place of the first of two passes
     if is_single and second and passes.saved_norms is None:
         _together(passes)
-        return
-    whole = _whole(passes)
+    else:
+        _each_or_two(passes, one_pass, second)
+
+
+def _each_or_two(passes: Passes, one_pass: BlockFunction, second: BlockFunction | None) -> None:
+    """Run ``one_pass`` of the blocks that hold their slices, and two passes of others."""
+    # no block holds a whole slice that several arrays share
+    whole = [k for k in passes.clipped if passes.arrays[k].plan.is_whole and not passes.is_shared]
     _each(passes, one_pass, whole, done=DONE, reads=True)
     _two_passes(passes, second, [k for k in passes.clipped if k not in whole])
-
-
-def _whole(passes: Passes) -> list[int]:
-    """Numbers of the arrays of which each block holds its slices."""
-    # no block holds a whole slice that several arrays share
-    return [k for k in passes.clipped if passes.arrays[k].plan.is_whole and not passes.is_shared]
 
 
 def _together(passes: Passes) -> None:

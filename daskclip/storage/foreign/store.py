@@ -161,10 +161,11 @@ class FlatStore(Store):
 
     def _keys(self, prefix: str) -> Iterator[str]:
         """All keys with a prefix, made one at a time."""
-        arrays, documents = self.arrays, [*self._documents]
+        arrays: Mapping[str, FlatArray] = self.arrays
+        documents: Iterable[str] = self._documents
         if prefix.endswith("/") and (name := prefix[:-1]) in arrays:
             # nothing else is below an array, and a group may have very many of them
-            arrays, documents = {name: arrays[name]}, [f"{name}/zarr.json"]
+            arrays, documents = {name: arrays[name]}, [_join(name, "zarr.json")]
         yield from (key for key in documents if key.startswith(prefix))
         for name, array in arrays.items():
             top = _join(name, "c")
