@@ -427,6 +427,6 @@ def test_variables_without_norms_in_common_are_refused():
     def clip(obj):
         return lambda: obj.daskclip.clip_by_global_norm(1.0, "o")
 
-    words = ["variable 'w' keeps the dimensions ('example', 'i') and variable 'b' the "]
-    one_line(clip(layers()), InvalidValueError, *words)
+    kept = "variable 'w' keeps the dimensions ('example', 'i') and variable 'b' the dimensions "
+    one_line(clip(layers()), InvalidValueError, f"{kept}('example',)")
     one_line(clip(layers().w), InvalidTypeError, "obj is a DataArray; give a Dataset")

@@ -199,9 +199,9 @@ def test_an_interrupted_run_stops_and_can_go_on(tmp_path, number, workers, group
     if workers:
         assert states.pop(0).keys() == {"dashboard"}
     assert states
-    # of the dozens left, at most those that were under way: two for each of two threads, each of
-    # which is given to the other worker too if it is late
-    assert size(told) - begun < 8
+    # of the dozens left, at most those that were under way: on threads one for each of two; on two
+    # workers twice as many, and each was given to the other one too if it was late
+    assert size(told) - begun <= (7 if workers else 2)
     journal = folder / ".y.daskclip" / "journal"
     # the last record may have been made and not shown
     assert len(list(entries(journal))) - len(states) in (1, 2)
@@ -304,7 +304,7 @@ def test_an_interrupt_goes_to_the_caller_and_repeats_one_window(
             stopping.at = None
             call()
         assert bits(read(made)) == wanted
-        assert stopping.counts.total() - total <= window * (3 if scheduler == "threads" else 1)
+        assert stopping.counts.total() - total <= window * (2 if scheduler == "threads" else 1)
         assert names(folder) == sorted({"x", made.name})
     assert total >= 8
 

@@ -62,14 +62,14 @@ def ended(process):
     return process.returncode, json.loads(out) if out else err.splitlines()[-1]
 
 
-# four times the records that the kills wait for: each comes when the next ones may be there too
+# more records than the kills wait for: each comes when the next ones may be there too
 @pytest.mark.parametrize("case", [1024], indirect=True)
 def test_a_client_that_is_killed(weed, case):
     source, wanted = case
     place, rng = Place(weed), random.Random(5)
     for _ in range(6):
         process = started(source, place)
-        for _ in range(rng.randrange(1, 6)):
+        for _ in range(rng.randrange(5, 11)):
             assert process.stderr.readline().startswith("{")
         process.kill()
         process.communicate()
@@ -79,7 +79,7 @@ def test_a_client_that_is_killed(weed, case):
     assert place.objects() == wanted
     # finished blocks were not repeated
     planned = 2 * 1024 * 64 * 4
-    assert report["bytes_read"] < 0.9 * planned
+    assert report["bytes_read"] < planned / 2
 
 
 def test_a_server_that_is_killed_and_started_again(weed, case):
